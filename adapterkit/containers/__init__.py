@@ -1,0 +1,1 @@
+"""Byte containers: what a file holds, with no idea of what an adapter is."""

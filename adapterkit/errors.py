@@ -1,0 +1,127 @@
+"""Every exception adapterkit raises, and the exit code the command line gives it.
+
+A path and a tensor or key travel with each, so that a message names them:
+
+    AdapterKitError                 1  base; catch this
+      WriteError                    1  the output could not be written (disk full, no permission)
+      DestinationExistsError        2  the output is there already and `force` was not given
+      UsageError                    2  arguments that contradict each other
+      FormatError                   3  the bytes are not what the format says
+        NotFoundError                  no file, or no adapter, at the path
+        UnknownFormatError             no format recognises the path
+        TruncatedFileError             a length points past the end of the file
+        UnsafePickleError              a pickle names something outside the allow-list
+      UnsupportedError              4  a fine adapter that the target cannot hold
+        LossyConversionError           carries every loss, not the first
+        UnknownArchitectureError       no table for this model family
+        BaseRequiredError              the answer depends on a base model that was not given
+        IncompatibleBaseError          the adapter does not fit this base
+        ProofError                     the written file does not hold the same update
+      UncheckableError              5  nothing is known to be wrong, but it could not be looked at
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from adapterkit.model import Loss
+
+
+class AdapterKitError(Exception):
+    """Something a caller may want to handle; the message says what to do next.
+
+    Attributes:
+        path: the file or directory concerned, if any.
+        where: the tensor, key or module concerned, if any.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, message: str, *, path: Path | str | None = None, where: str | None = None
+    ) -> None:
+        self.message = message
+        self.path = path
+        self.where = where
+        super().__init__(": ".join(str(part) for part in (path, where, message) if part))
+
+
+class WriteError(AdapterKitError):
+    """The output could not be written; nothing was left behind."""
+
+
+class DestinationExistsError(AdapterKitError):
+    """The output exists already, and overwriting was not asked for."""
+
+    exit_code = 2
+
+
+class UsageError(AdapterKitError):
+    """Arguments that contradict each other or name something unknown."""
+
+    exit_code = 2
+
+
+class FormatError(AdapterKitError):
+    """The bytes are not what their format says."""
+
+    exit_code = 3
+
+
+class NotFoundError(FormatError):
+    """There is no file, or no adapter, at the path."""
+
+
+class UnknownFormatError(FormatError):
+    """No format recognises the path."""
+
+
+class TruncatedFileError(FormatError):
+    """A length points past the end of the file."""
+
+
+class UnsafePickleError(FormatError):
+    """A pickle asks for something outside the allow-list; nothing was executed."""
+
+
+class UnsupportedError(AdapterKitError):
+    """A fine adapter that the target cannot hold."""
+
+    exit_code = 4
+
+
+class LossyConversionError(UnsupportedError):
+    """The target would lose parts of the adapter; `losses` lists all of them."""
+
+    def __init__(self, losses: Iterable[Loss], *, path: Path | str | None = None) -> None:
+        self.losses = tuple(losses)
+        lines = [f"{loss.subject}: {loss.message}" for loss in self.losses]
+        count = len(lines)
+        head = f"cannot be written without loss ({count} reason{'s' if count != 1 else ''})"
+        super().__init__("\n  ".join([head, *lines]), path=path)
+
+
+class UnknownArchitectureError(UnsupportedError):
+    """No table describes this model family."""
+
+
+class BaseRequiredError(UnsupportedError):
+    """The answer depends on the base model, and none was given or found."""
+
+
+class IncompatibleBaseError(UnsupportedError):
+    """The adapter does not fit this base model."""
+
+
+class ProofError(UnsupportedError):
+    """The written file does not hold the same update; it was removed."""
+
+
+class UncheckableError(AdapterKitError):
+    """Nothing is known to be wrong, but it could not be looked at."""
+
+    exit_code = 5

@@ -1,0 +1,198 @@
+"""The neutral model: what an adapter is, whatever file it came from.
+
+Nothing here is validated beyond its types. A broken adapter (A without B, ranks that disagree, NaN)
+is representable, so that it can be inspected; writers refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Role(StrEnum):
+    """What a tensor does for its module.
+
+    Shapes: LORA_A (r, in), LORA_B (out, r), of experts (E, r, in) and (E, out, r), of convolutions
+    (r, in, *kernel) and (out, r, 1...); EMBEDDING_A (r, vocabulary), EMBEDDING_B (width, r);
+    MAGNITUDE (out,) of DoRA; LORA_BIAS (out,) added after B, scaled like it; FULL, an absolute
+    replacement of a parameter; TOKEN_ROWS (tokens, width), absolute rows of an embedding.
+    """
+
+    LORA_A = "lora_A"
+    LORA_B = "lora_B"
+    EMBEDDING_A = "lora_embedding_A"
+    EMBEDDING_B = "lora_embedding_B"
+    MAGNITUDE = "magnitude"
+    LORA_BIAS = "lora_bias"
+    FULL = "full"
+    TOKEN_ROWS = "token_rows"  # noqa: S105  (not a password)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class TensorKey:
+    """Where a tensor belongs.
+
+    Attributes:
+        module: Hugging Face path in the base model, without training wrappers:
+            `model.layers.0.self_attn.q_proj`. For a bare parameter (fused experts, and every FULL
+            tensor) the parameter's path: `model.layers.0.mlp.experts.down_proj`, `lm_head.weight`.
+        role: what the tensor does for the module.
+    """
+
+    module: str
+    role: Role
+
+    def __str__(self) -> str:
+        """Return the key as messages name it."""
+        return f"{self.module}.{self.role}"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """Two factors of one update, ΔW = scale · B · A.
+
+    Attributes:
+        module: the adapted module or parameter.
+        a: (r, in), experts (E, r, in), embeddings (r, vocabulary).
+        b: (out, r), experts (E, out, r), embeddings (width, r).
+        scale: effective multiplier.
+        embedding: whether the factors are those of an embedding table, ΔE = scale · (B · A)ᵀ.
+    """
+
+    module: str
+    a: LazyTensor
+    b: LazyTensor
+    scale: float
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension, per expert."""
+        return self.b.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of B · A: (out, in) or (E, out, in)."""
+        return (*self.b.shape[:-1], self.a.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Something a target cannot hold.
+
+    Attributes:
+        code: stable short name, such as `dora` or `tied-embedding`.
+        subject: the module, tensor or setting concerned.
+        message: why, and what to do instead.
+        droppable: whether `allow_lossy` may write the rest without it.
+    """
+
+    code: str
+    subject: str
+    message: str
+    droppable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an adapter was read from.
+
+    Attributes:
+        path: file or directory.
+        format: name of the format, as `adapterkit formats` lists it.
+        notes: what the reader normalised on the way, one sentence each.
+    """
+
+    path: Path
+    format: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BaseReference:
+    """What an adapter says of the model it was trained on; every field may be unknown.
+
+    Attributes:
+        name: hub id or path.
+        revision: hub revision.
+        architecture: GGUF architecture name or Hugging Face class, as recorded.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    architecture: str | None = None
+
+
+def _frozen(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    return MappingProxyType(dict(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTensorSet:
+    """An adapter in neutral form.
+
+    Attributes:
+        tensors: every tensor by its key, in file order.
+        scales: effective multiplier of each module that has factors.
+        base: the model it was trained on, as recorded.
+        traits: settings that change what the tensors mean and are no tensors, by PEFT's names
+            (`init_lora_weights`, `layer_replication`, `alora_invocation_tokens`), plus
+            `engine_layout`: modules still in llama.cpp's own layout because no base was given.
+            A writer holds each of them or reports it as a loss.
+        metadata: free text that travels to any format.
+        extras: format name -> leftovers that only this format's writer reads back.
+        provenance: where it was read from.
+    """
+
+    tensors: Mapping[TensorKey, LazyTensor]
+    scales: Mapping[str, float]
+    base: BaseReference = BaseReference()
+    traits: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tensors", "scales", "traits", "metadata", "extras"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+
+    def pairs(self) -> Iterator[LoraPair]:
+        """Yield every complete pair of factors, in file order; halves alone are skipped."""
+        for key, tensor in self.tensors.items():
+            other = _PARTNER.get(key.role)
+            if other is None or TensorKey(key.module, other) not in self.tensors:
+                continue
+            yield LoraPair(
+                key.module,
+                tensor,
+                self.tensors[TensorKey(key.module, other)],
+                self.scales.get(key.module, 1.0),
+                embedding=key.role is Role.EMBEDDING_A,
+            )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Adapted modules and replaced parameters, in file order."""
+        return tuple(dict.fromkeys(key.module for key in self.tensors))
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored elements."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    def replace(self, **changes: Any) -> AdapterTensorSet:
+        """Return a copy with the named fields changed."""
+        return replace(self, **changes)
+
+
+_PARTNER = {Role.LORA_A: Role.LORA_B, Role.EMBEDDING_A: Role.EMBEDDING_B}

@@ -1,0 +1,107 @@
+"""A tensor is a dtype, a shape, and a way to get the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.dtype import DType
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is read only when it is asked for, every time anew.
+
+    Attributes:
+        dtype: type of the stored elements.
+        shape: sizes in C order, the last axis contiguous.
+        read: returns the little-endian C-order bytes; called once per access, never cached.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    read: Callable[[], bytes | bytearray | memoryview] = field(compare=False, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensor."""
+        return self.dtype.nbytes(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+    def tobytes(self) -> bytes | bytearray | memoryview:
+        """Return the stored bytes, exactly `nbytes` of them."""
+        data = self.read()
+        if len(data) != self.nbytes:
+            raise ValueError(f"{self.dtype} {list(self.shape)} got {len(data)} bytes")
+        return data
+
+    def numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return a read-only array of `shape`; quantised tensors are decoded to float32."""
+        import numpy as np
+
+        data = np.frombuffer(self.tobytes(), dtype=np.uint8)
+        if self.dtype.quantised:
+            from adapterkit.quantisation import dequantise
+
+            array = dequantise(data, self.dtype, self.shape)
+        else:
+            array = data.view(self.dtype.numpy()).reshape(self.shape)
+        array.flags.writeable = False
+        return array
+
+    def map(
+        self,
+        transform: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: DType | None = None,
+    ) -> LazyTensor:
+        """Return a lazy view whose array is `transform` of this one's.
+
+        Args:
+            transform: pure function of the array; its result is converted to `dtype`.
+            shape: the shape that `transform` produces; this tensor's if omitted.
+            dtype: the dtype to store; this tensor's (float32 if that is quantised) if omitted.
+        """
+        stored = dtype or (DType.F32 if self.dtype.quantised else self.dtype)
+        return LazyTensor(
+            stored, shape or self.shape, lambda: encode(transform(self.numpy()), stored)
+        )
+
+    def cast(self, dtype: DType) -> LazyTensor:
+        """Return this tensor stored as `dtype`; itself when that changes nothing."""
+        return self if dtype is self.dtype else self.map(lambda array: array, dtype=dtype)
+
+    @classmethod
+    def of(cls, array: np.ndarray[Any, Any], dtype: DType | None = None) -> LazyTensor:
+        """Wrap an array, stored as `dtype` if given; the array must not change afterwards."""
+        stored = dtype or DType.of(array.dtype)
+        return cls(stored, tuple(int(size) for size in array.shape), lambda: encode(array, stored))
+
+
+def encode(array: np.ndarray[Any, Any], dtype: DType) -> memoryview:
+    """Return the bytes of `array` as `dtype`, in C order; the same type keeps all bits."""
+    import numpy as np
+
+    if dtype.quantised:
+        from adapterkit.quantisation import quantise
+
+        return quantise(array, dtype)
+    target = dtype.numpy()
+    if array.dtype != target:
+        # An overflow to inf is looked for before writing, by name; here it would only be noise.
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = array.astype(target)
+    # ml_dtypes arrays have no buffer format: the bytes go out through a uint8 view.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
