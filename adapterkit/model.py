@@ -94,13 +94,18 @@ class Loss:
         code: stable short name, such as `dora` or `tied-embedding`.
         subject: the module, tensor or setting concerned.
         message: why, and what to do instead.
-        droppable: whether `allow_lossy` may write the rest without it.
+        drops: the tensors that `allow_lossy` leaves out; empty where dropping is no way out.
     """
 
     code: str
     subject: str
     message: str
-    droppable: bool = True
+    drops: tuple[TensorKey, ...] = ()
+
+    @property
+    def droppable(self) -> bool:
+        """Whether `allow_lossy` may write the rest without it."""
+        return bool(self.drops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,8 @@ class AdapterTensorSet:
         base: the model it was trained on, as recorded.
         traits: settings that change what the tensors mean and are no tensors, by PEFT's names
             (`init_lora_weights`, `layer_replication`, `alora_invocation_tokens`), plus
-            `engine_layout`: modules still in llama.cpp's own layout because no base was given.
+            `engine_layout`: module -> llama.cpp tensor, for modules still in llama.cpp's own layout
+            because no base was given, and `rank_conflicts`: module -> [declared, stored] ranks.
             A writer holds each of them or reports it as a loss.
         metadata: free text that travels to any format.
         extras: format name -> leftovers that only this format's writer reads back.

@@ -26,6 +26,8 @@ def dequantise(
     import gguf
     import numpy as np
 
+    if 0 in shape:
+        return np.zeros(shape, dtype=np.float32)
     row_bytes = dtype.nbytes(shape[-1:])
     rows = data.reshape(-1, row_bytes)
     values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[dtype.value])

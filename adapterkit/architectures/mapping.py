@@ -1,0 +1,286 @@
+"""Updates between Hugging Face modules and llama.cpp tensors, by the rules of a family."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit import factors
+from adapterkit.architectures.transforms import TRANSFORMS, inverse
+from adapterkit.errors import IncompatibleBaseError
+from adapterkit.model import LoraPair
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import numpy as np
+
+    from adapterkit.architectures.expressions import Call
+    from adapterkit.architectures.sizes import Sizes
+    from adapterkit.architectures.table import Architecture, Match, Rule, Target
+
+    Index = np.ndarray[Any, np.dtype[np.intp]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """The outcome of a mapping.
+
+    Attributes:
+        pairs: updates under their new names.
+        unmatched: modules or tensors that no rule knows.
+        sources: new name -> the old names that went into it.
+        unsized: names kept in the engine's own layout, because no base gave the sizes.
+    """
+
+    pairs: tuple[LoraPair, ...]
+    unmatched: tuple[str, ...]
+    sources: Mapping[str, tuple[str, ...]]
+    unsized: tuple[str, ...] = ()
+
+
+def find_rule(architecture: Architecture, module: str) -> Match | None:
+    """Find the rule of a Hugging Face path, whatever wrapper or headless class spelled it."""
+    if match := architecture.match_hf(module):
+        return match
+    if match := architecture.match_hf(architecture.root + module):
+        return match
+    for prefix, plain in _wrappers():
+        if module.startswith(prefix) and (
+            match := architecture.match_hf(plain + module.removeprefix(prefix))
+        ):
+            return match
+    return None
+
+
+def in_tower(module: str) -> bool:
+    """Tell whether a path lies in a vision or audio tower."""
+    return not _towers().isdisjoint(module.split("."))
+
+
+def to_engine(architecture: Architecture, sizes: Sizes, pairs: Iterable[LoraPair]) -> Mapped:
+    """Rename and reorder updates of Hugging Face modules into llama.cpp's tensors.
+
+    Raises:
+        BaseRequiredError: if the base does not state a size that a rule needs.
+        IncompatibleBaseError: if a module's rows cannot be heads of this base.
+    """
+    engine: list[LoraPair] = []
+    unmatched: list[str] = []
+    sources: dict[str, tuple[str, ...]] = {}
+    stacks: dict[tuple[Rule, int | None], dict[int, LoraPair]] = defaultdict(dict)
+    for pair in pairs:
+        match = find_rule(architecture, pair.module)
+        if match is None or not match.rule.adaptable:
+            unmatched.append(pair.module)
+        elif match.rule.stacked and match.expert is not None:
+            moved = _reordered(match.rule, sizes, match.layer, pair)
+            stacks[match.rule, match.layer][match.expert] = moved
+        else:
+            parts = _split(match, sizes, _reordered(match.rule, sizes, match.layer, pair))
+            sources.update({part.module: (pair.module,) for part in parts})
+            engine.extend(parts)
+    for (rule, layer), members in stacks.items():
+        count = sizes.value("experts", layer)
+        name = _named(rule.targets[0].name, layer)
+        if max(members) >= count:
+            raise IncompatibleBaseError(
+                f"expert {max(members)} is adapted, but the base has {count}", where=name
+            )
+        engine.append(factors.stack_experts([members.get(e) for e in range(count)], name))
+        sources[name] = tuple(pair.module for pair in members.values())
+    return Mapped(tuple(engine), tuple(unmatched), sources)
+
+
+def from_engine(
+    architecture: Architecture,
+    sizes: Sizes | None,
+    pairs: Iterable[LoraPair],
+    *,
+    layout: str = "experts",
+) -> Mapped:
+    """Undo `to_engine`: Hugging Face names, rows and experts from llama.cpp's tensors.
+
+    Args:
+        architecture: the family.
+        sizes: sizes of the base; without them, rules that need some leave the rows as they are.
+        pairs: updates named by tensor, without `.weight`.
+        layout: `experts` for one module per expert, `fused` for one 3-D parameter.
+    """
+    groups: dict[tuple[Rule, int | None], dict[int, LoraPair]] = {}
+    unmatched: list[str] = []
+    for pair in pairs:
+        match = _preferred(architecture.match_gguf(pair.module), layout)
+        if match is None:
+            unmatched.append(pair.module)
+        else:
+            groups.setdefault((match.rule, match.layer), {})[match.target] = pair
+    found: list[LoraPair] = []
+    sources: dict[str, tuple[str, ...]] = {}
+    unsized: list[str] = []
+    for (rule, layer), members in groups.items():
+        modules, raw = _restored(rule, sizes, layer, members)
+        names = tuple(pair.module for pair in members.values())
+        sources.update({pair.module: names for pair in modules})
+        unsized.extend(pair.module for pair in modules if raw)
+        found.extend(modules)
+    return Mapped(tuple(found), tuple(unmatched), sources, tuple(unsized))
+
+
+def _preferred(matches: Sequence[Match], layout: str) -> Match | None:
+    for match in matches:
+        if match.rule.layout == layout:
+            return match
+    return matches[0] if matches else None
+
+
+def _restored(
+    rule: Rule, sizes: Sizes | None, layer: int | None, members: Mapping[int, LoraPair]
+) -> tuple[list[LoraPair], bool]:
+    if rule.sized and sizes is None:
+        if len(rule.targets) > 1:
+            return list(members.values()), True
+        pair = replace(members[0], module=_named(rule.hf, layer))
+        return [pair], True
+    if rule.stacked:
+        (pair,) = members.values()
+        names = [_named(rule.hf, layer, expert) for expert in range(pair.b.shape[0])]
+        parts = factors.unstack_experts(pair, names)
+        return [_unordered(rule, sizes, layer, part) for part in parts], False
+    fused = _fused(rule, sizes, layer, members)
+    return [_unordered(rule, sizes, layer, fused)], False
+
+
+def _fused(
+    rule: Rule, sizes: Sizes | None, layer: int | None, members: Mapping[int, LoraPair]
+) -> LoraPair:
+    name = _named(rule.hf, layer)
+    if len(rule.targets) == 1:
+        return replace(members[0], module=name)
+    parts: list[LoraPair | None] = []
+    heights: list[int] = []
+    for place, target in enumerate(rule.targets):
+        pair = members.get(place)
+        heights.append(_height(rule, target, sizes, layer, members, pair))
+        if pair is not None and target.rows and sizes is not None:
+            order = row_order(target.rows, heights[-1], sizes, layer, pair.module)
+            pair = factors.take_rows(pair, inverse(order))
+        parts.append(pair)
+    return factors.fuse_rows(parts, heights, name)
+
+
+def _height(
+    rule: Rule,
+    target: Target,
+    sizes: Sizes | None,
+    layer: int | None,
+    members: Mapping[int, LoraPair],
+    pair: LoraPair | None,
+) -> int:
+    if pair is not None:
+        return pair.b.shape[-2]
+    if target.size and sizes is not None:
+        return sizes.value(target.size, layer)
+    if target.size:
+        raise IncompatibleBaseError(f"a part is missing ({target.name})", where=rule.hf)
+    return next(iter(members.values())).b.shape[-2]
+
+
+def _reordered(rule: Rule, sizes: Sizes, layer: int | None, pair: LoraPair) -> LoraPair:
+    if rule.rows:
+        order = row_order(rule.rows, pair.b.shape[-2], sizes, layer, pair.module)
+        pair = factors.take_rows(pair, order)
+    if rule.cols:
+        order = row_order(rule.cols, pair.a.shape[-1], sizes, layer, pair.module)
+        pair = factors.take_columns(pair, order)
+    if rule.scale:
+        pair = replace(pair, scale=pair.scale * sizes.value(rule.scale, layer))
+    return pair
+
+
+def _unordered(rule: Rule, sizes: Sizes | None, layer: int | None, pair: LoraPair) -> LoraPair:
+    if sizes is None:
+        return pair
+    if rule.rows:
+        order = row_order(rule.rows, pair.b.shape[-2], sizes, layer, pair.module)
+        pair = factors.take_rows(pair, inverse(order))
+    if rule.cols:
+        order = row_order(rule.cols, pair.a.shape[-1], sizes, layer, pair.module)
+        pair = factors.take_columns(pair, inverse(order))
+    if rule.scale:
+        pair = replace(pair, scale=pair.scale / sizes.value(rule.scale, layer))
+    return pair
+
+
+def _split(match: Match, sizes: Sizes, pair: LoraPair) -> list[LoraPair]:
+    rule, layer = match.rule, match.layer
+    if len(rule.targets) == 1:
+        return [replace(pair, module=_named(rule.targets[0].name, layer))]
+    height = pair.b.shape[-2]
+    shares = [
+        sizes.value(target.size, layer) if target.size else height // len(rule.targets)
+        for target in rule.targets
+    ]
+    if sum(shares) != height:
+        raise IncompatibleBaseError(
+            f"has {height} output rows, the base splits it into {shares}", where=pair.module
+        )
+    parts: list[LoraPair] = []
+    start = 0
+    for target, share in zip(rule.targets, shares, strict=True):
+        part = factors.slice_rows(pair, start, start + share)
+        start += share
+        if target.rows:
+            order = row_order(target.rows, share, sizes, layer, pair.module)
+            part = factors.take_rows(part, order)
+        parts.append(replace(part, module=_named(target.name, layer)))
+    return parts
+
+
+def row_order(call: Call, rows: int, sizes: Sizes, layer: int | None, module: str) -> Index:
+    """Return the index map of a table's transform for this base.
+
+    Raises:
+        IncompatibleBaseError: if the rows do not divide as the base's heads demand.
+    """
+    arguments = tuple(int(sizes.value(text, layer)) for text in call.arguments)
+    try:
+        return _order(call.name, rows, arguments)
+    except (ValueError, ZeroDivisionError):
+        shown = ", ".join(
+            f"{text} = {value}" for text, value in zip(call.arguments, arguments, strict=True)
+        )
+        raise IncompatibleBaseError(
+            f"{rows} rows do not divide by {shown} of the base; is it the right base?",
+            where=module,
+        ) from None
+
+
+@lru_cache(maxsize=64)
+def _order(name: str, rows: int, arguments: tuple[int, ...]) -> Index:
+    return TRANSFORMS[name](rows, *arguments)
+
+
+def _named(pattern: str, layer: int | None, expert: int | None = None) -> str:
+    return pattern.replace("{i}", str(layer)).replace("{e}", str(expert))
+
+
+@cache
+def _wrapper_data() -> Mapping[str, Any]:
+    path = Path(__file__).parent / "wrappers.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _wrappers() -> tuple[tuple[str, str], ...]:
+    return tuple((prefix, plain) for prefix, plain in _wrapper_data()["text"])
+
+
+@cache
+def _towers() -> frozenset[str]:
+    return frozenset(_wrapper_data()["towers"])

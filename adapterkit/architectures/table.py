@@ -1,0 +1,287 @@
+"""One model family as data: which Hugging Face parameter is which llama.cpp tensor, and how.
+
+A family file holds `title`, `gguf` (the name llama.cpp knows it by), `classes` and `model_types`
+(Hugging Face), `tied` (whether the output shares the embedding when the config does not say),
+`verified` (`engine`, `dense` or `no`), optionally `select` (an expression over parameters that must
+be non-zero for this family to be meant, where several share a GGUF name), `include` (blocks of
+rules), `[parameters]` and `[rules]`.
+
+A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the expert. Its fields:
+
+    gguf      the tensor without `.weight`, or a list of tensors or tables {name, size, rows}
+    kind      linear (default), embedding, positions, experts (a 3-D parameter), norm, tensor
+    rows      row order of llama.cpp, a call of a function in transforms.py
+    cols      column order, likewise
+    scale     factor that llama.cpp's weight carries and Hugging Face's does not
+    add       constant that llama.cpp's vector carries (Gemma's norms)
+    conv1d    the base stores the weight as (in, out); factors are not affected
+    shape     (out, in) as expressions, to check an adapter against a bare config
+    per_head  rows are heads: split every head into the targets, one matrix per head
+    layout    `experts` or `fused`, where a family has two spellings of the same experts
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from adapterkit.architectures.expressions import Call, parse_call
+
+_HERE = Path(__file__).parent
+_FAMILIES = _HERE / "families"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One llama.cpp tensor that a rule fills.
+
+    Attributes:
+        name: pattern of the tensor name, without `.weight`.
+        size: rows that it takes, as an expression; an equal share if None.
+        rows: row order applied after the split.
+        transpose: with `per_head`, whether each head's matrix is stored turned.
+    """
+
+    name: str
+    size: str | None = None
+    rows: Call | None = None
+    transpose: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one Hugging Face parameter corresponds to llama.cpp tensors; see the module's grammar."""
+
+    hf: str
+    targets: tuple[Target, ...]
+    kind: str = "linear"
+    rows: Call | None = None
+    cols: Call | None = None
+    scale: str | None = None
+    add: float = 0.0
+    conv1d: bool = False
+    shape: tuple[str, ...] = ()
+    per_head: str | None = None
+    layout: str | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether many Hugging Face modules, one per expert, fill one tensor."""
+        return "{e}" in self.hf
+
+    @property
+    def adaptable(self) -> bool:
+        """Whether llama.cpp can hold a low-rank update for it."""
+        return self.kind in {"linear", "embedding", "experts"}
+
+    @property
+    def sized(self) -> bool:
+        """Whether applying the rule takes sizes of the base model."""
+        calls = (self.rows, self.cols, *(target.rows for target in self.targets))
+        sizes = (self.scale, self.per_head, *(target.size for target in self.targets))
+        return any(calls) or any(sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A name found in a table.
+
+    Attributes:
+        rule: the rule.
+        target: index into `rule.targets`, for a llama.cpp name.
+        layer: `{i}`, or None.
+        expert: `{e}`, or None.
+    """
+
+    rule: Rule
+    target: int = 0
+    layer: int | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A model family: names, transforms and sizes, loaded from its file.
+
+    Attributes:
+        name: stem of the family file.
+        title: as people call it.
+        gguf: `general.architecture` of a GGUF file.
+        classes: Hugging Face classes, the first is the one to write.
+        model_types: Hugging Face `model_type` values.
+        tied: whether output and embedding share weights when the config does not say.
+        verified: `engine` (logits equal in llama.cpp), `dense` (full weights), or `no`.
+        select: parameter expression that must be non-zero, or None.
+        rules: every rule, in table order.
+        parameters: the family's own sizes, over those of parameters.toml.
+    """
+
+    name: str
+    title: str
+    gguf: str
+    classes: tuple[str, ...]
+    model_types: tuple[str, ...]
+    tied: bool
+    verified: str
+    select: str | None
+    rules: tuple[Rule, ...]
+    parameters: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+    def match_hf(self, path: str) -> Match | None:
+        """Find the rule of a Hugging Face module or parameter path, as the table spells it."""
+        return _match(path, _by_hf(self))
+
+    def match_gguf(self, name: str) -> tuple[Match, ...]:
+        """Find the rules that fill a llama.cpp tensor (name without `.weight`).
+
+        Several rules may fill one tensor: fused experts and experts one by one.
+        """
+        return _match_all(name, _by_gguf(self))
+
+    @property
+    def root(self) -> str:
+        """Component that headless models leave out: `model.` or `transformer.`."""
+        return _embedding(self).split(".", 1)[0] + "."
+
+
+def _embedding(architecture: Architecture) -> str:
+    return next(rule.hf for rule in architecture.rules if rule.kind == "embedding")
+
+
+@cache
+def _by_hf(architecture: Architecture) -> Mapping[str, tuple[tuple[Rule, int], ...]]:
+    return {rule.hf: ((rule, 0),) for rule in architecture.rules}
+
+
+@cache
+def _by_gguf(architecture: Architecture) -> Mapping[str, tuple[tuple[Rule, int], ...]]:
+    table: dict[str, tuple[tuple[Rule, int], ...]] = {}
+    for rule in architecture.rules:
+        for place, target in enumerate(rule.targets):
+            table[target.name] = (*table.get(target.name, ()), (rule, place))
+    return table
+
+
+def _spellings(path: str) -> list[tuple[str, int | None, int | None]]:
+    """Return `path` with its first, its first two, and none of its numbers as placeholders."""
+    spans = [match.span() for match in _NUMBER.finditer(path)]
+    found: list[tuple[str, int | None, int | None]] = []
+    if len(spans) > 1:
+        (a, b), (c, d) = spans[:2]
+        name = f"{path[:a]}{{i}}{path[b:c]}{{e}}{path[d:]}"
+        found.append((name, int(path[a:b]), int(path[c:d])))
+    if spans:
+        a, b = spans[0]
+        found.append((f"{path[:a]}{{i}}{path[b:]}", int(path[a:b]), None))
+    return [*found, (path, None, None)]
+
+
+def _match_all(path: str, table: Mapping[str, tuple[tuple[Rule, int], ...]]) -> tuple[Match, ...]:
+    for name, layer, expert in _spellings(path):
+        if name in table:
+            return tuple(Match(rule, place, layer, expert) for rule, place in table[name])
+    return ()
+
+
+def _match(path: str, table: Mapping[str, tuple[tuple[Rule, int], ...]]) -> Match | None:
+    return next(iter(_match_all(path, table)), None)
+
+
+def families() -> tuple[str, ...]:
+    """Return the names of all family files, sorted."""
+    return tuple(sorted(path.stem for path in _FAMILIES.glob("*.toml")))
+
+
+@cache
+def load(name: str) -> Architecture:
+    """Read one family file.
+
+    Raises:
+        ValueError: if the file breaks the grammar; the tests load every file.
+    """
+    data = tomllib.loads((_FAMILIES / f"{name}.toml").read_text(encoding="utf-8"))
+    raw: dict[str, dict[str, Any]] = {}
+    for block in data.get("include", ()):
+        for path, fields in _blocks()[block].items():
+            raw[path] = {**raw.get(path, {}), **fields}
+    for path, fields in data.get("rules", {}).items():
+        raw[path] = {**raw.get(path, {}), **fields}
+    return Architecture(
+        name=name,
+        title=data["title"],
+        gguf=data["gguf"],
+        classes=tuple(data["classes"]),
+        model_types=tuple(data["model_types"]),
+        tied=data["tied"],
+        verified=data["verified"],
+        select=data.get("select"),
+        rules=tuple(_rule(path, fields) for path, fields in raw.items()),
+        parameters=_parameters(data.get("parameters", {})),
+    )
+
+
+def find(key: str) -> tuple[Architecture, ...]:
+    """Return the families that name `key` as a class, a model type or a GGUF architecture.
+
+    Only files that mention the word are parsed.
+    """
+    quoted = f'"{key}"'
+    names = (path.stem for path in sorted(_FAMILIES.glob("*.toml")) if quoted in _text(path))
+    loaded = (load(name) for name in names)
+    return tuple(a for a in loaded if key in {*a.classes, *a.model_types, a.gguf})
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def _blocks() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+    return tomllib.loads((_HERE / "blocks.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def common_parameters() -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+    """Return the sizes that every family knows, from parameters.toml."""
+    return _parameters(tomllib.loads((_HERE / "parameters.toml").read_text(encoding="utf-8")))
+
+
+def _parameters(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    return {
+        name: {side: tuple(candidates) for side, candidates in sides.items()}
+        for name, sides in data.items()
+    }
+
+
+def _rule(path: str, fields: Mapping[str, Any]) -> Rule:
+    known = dict(fields)
+    targets = known.pop("gguf")
+    calls = {name: parse_call(known.pop(name)) for name in ("rows", "cols") if name in known}
+    return Rule(
+        hf=path,
+        targets=tuple(_target(t) for t in ([targets] if isinstance(targets, str) else targets)),
+        shape=tuple(known.pop("shape", ())),
+        scale=_text_of(known.pop("scale", None)),
+        **calls,
+        **known,
+    )
+
+
+def _target(value: str | Mapping[str, Any]) -> Target:
+    if isinstance(value, str):
+        return Target(value)
+    fields = dict(value)
+    rows = fields.pop("rows", None)
+    size = _text_of(fields.pop("size", None))
+    return Target(size=size, rows=parse_call(rows) if rows else None, **fields)
+
+
+def _text_of(value: float | str | None) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,71 @@
+"""Row orders of llama.cpp, as index maps.
+
+Each function returns `index` of length `rows` such that `engine = hugging_face[index]` along the
+permuted axis. An index map is its own proof of losslessness (it is a permutation) and has an exact
+inverse, `inverse(index)`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
+    Index = np.ndarray[Any, np.dtype[np.intp]]
+
+
+def inverse(index: Index) -> Index:
+    """Return the map back: `x[index][inverse(index)] == x`."""
+    import numpy as np
+
+    back = np.empty_like(index)
+    back[index] = np.arange(len(index))
+    return back
+
+
+def rope(rows: int, heads: int) -> Index:
+    """Interleave the two rotary halves of every head.
+
+    Hugging Face stores a head as [x_0..x_h, y_0..y_h]; llama.cpp's "normal" rotary embedding wants
+    [x_0, y_0, x_1, y_1, ...].
+
+    Args:
+        rows: rows of the weight, heads times head size.
+        heads: query heads for q, key-value heads for k.
+    """
+    return _grid(rows, heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def qkv(rows: int, heads: int, groups: int) -> Index:
+    """Gather fused, grouped q, k, v into [all q; all k; all v].
+
+    Stored order is (group, [q * heads/groups, k, v], head size): Falcon and InternLM2 with several
+    query heads per group, GPT-NeoX and Bloom with one (groups == heads).
+    """
+    import numpy as np
+
+    per_group = heads // groups
+    grid = _grid(rows, groups, per_group + 2, -1)
+    parts = (grid[:, :per_group], grid[:, per_group], grid[:, per_group + 1])
+    return np.concatenate([part.reshape(-1) for part in parts])
+
+
+def interleaved(rows: int, parts: int) -> Index:
+    """Gather rows dealt out in turn (gate, up, gate, up, ...) into one block per part."""
+    return _grid(rows, -1, parts).swapaxes(0, 1).reshape(-1)
+
+
+def _grid(rows: int, *sizes: int) -> Index:
+    import numpy as np
+
+    return np.arange(rows).reshape(sizes)
+
+
+TRANSFORMS: dict[str, Callable[..., Index]] = {
+    "rope": rope,
+    "qkv": qkv,
+    "interleaved": interleaved,
+}

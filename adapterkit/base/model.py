@@ -1,0 +1,51 @@
+"""A base model as far as its headers tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapterkit.architectures import Architecture, Sizes
+from adapterkit.tensor import LazyTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The model that an adapter was trained on or will be served with.
+
+    Attributes:
+        path: what it was read from.
+        kind: `hf` (directory or config.json) or `gguf`.
+        name: hub id or recorded name, if any.
+        candidates: families that it may be; several where they share a GGUF architecture.
+        facts: config.json (text tower) or GGUF keys, as `Sizes` looks them up.
+        tensors: stored tensors by Hugging Face or llama.cpp name; empty if only a config is known.
+        identity: `general.*` keys that say what model this is, for `general.base_model.*`.
+        tied: whether the output shares the embedding; None if neither config nor tensors tell.
+    """
+
+    path: Path
+    kind: str
+    name: str | None
+    candidates: Sequence[Architecture]
+    facts: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, LazyTensor] = field(default_factory=dict[str, LazyTensor], repr=False)
+    identity: Mapping[str, str] = field(default_factory=dict[str, str])
+    tied: bool | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """The most likely family."""
+        return self.candidates[0]
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes of this model in the tables' words."""
+        return Sizes(self.architecture, self.kind, self.facts)
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether the tensor table is known, not only the configuration."""
+        return bool(self.tensors)

@@ -1,0 +1,225 @@
+"""Open a base model: a Hugging Face directory, a config.json, a GGUF file, or a cached hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit.architectures import Sizes, find
+from adapterkit.base.model import BaseModel
+from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
+from adapterkit.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from adapterkit.architectures import Architecture
+    from adapterkit.tensor import LazyTensor
+
+_TEXT_TOWERS = ("text_config", "llm_config", "language_config", "thinker_config")
+_INDEX = "model.safetensors.index.json"
+
+
+def open_base(reference: str | Path) -> BaseModel:
+    """Read the headers of a base model; weights stay on disk.
+
+    Args:
+        reference: a directory with config.json, a config.json, a .gguf file, or a hub id
+            (`org/name`) that is in the local hub cache.
+
+    Raises:
+        NotFoundError: if there is nothing at the path and no such model in the cache.
+        FormatError: if a file is malformed.
+        UnknownArchitectureError: if no family file describes the model.
+    """
+    path = Path(reference)
+    if path.is_dir():
+        return _open_directory(path)
+    if path.suffix == ".json" and path.is_file():
+        return _open_config(path, name=None)
+    if path.is_file():
+        return _open_gguf(path)
+    cached = find_base(str(reference))
+    if cached is None:
+        raise NotFoundError(
+            "no base model here, and none of that name in the local hub cache; give a model "
+            "directory, a config.json or a GGUF file",
+            path=reference,
+        )
+    return cached
+
+
+def find_base(name: str | None) -> BaseModel | None:
+    """Find a hub id in the local hub cache, offline; None if it is not there."""
+    if not name or name.count("/") != 1 or name.startswith((".", "/")):
+        return None
+    folder = _hub_cache() / f"models--{name.replace('/', '--')}"
+    for snapshot in _snapshots(folder):
+        if (snapshot / "config.json").is_file():
+            return _open_config(snapshot / "config.json", name=name)
+    return None
+
+
+def _hub_cache() -> Path:
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(cache)
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return Path(home) / "hub"
+
+
+def _snapshots(folder: Path) -> Iterator[Path]:
+    main = folder / "refs" / "main"
+    if main.is_file():
+        yield folder / "snapshots" / main.read_text(encoding="utf-8").strip()
+    if (folder / "snapshots").is_dir():
+        yield from sorted((folder / "snapshots").iterdir())
+
+
+def _open_directory(path: Path) -> BaseModel:
+    if (path / "config.json").is_file():
+        return _open_config(path / "config.json", name=None)
+    models = sorted(path.glob("*.gguf"))
+    if len(models) == 1:
+        return _open_gguf(models[0])
+    found = f"{len(models)} .gguf files" if models else "no config.json and no .gguf file"
+    raise NotFoundError(f"{found}; name the base model's file", path=path)
+
+
+def _open_config(path: Path, name: str | None) -> BaseModel:
+    config = read_json_object(path)
+    architectures = _families(config, path)
+    text = _text_config(config)
+    tensors = _safetensors(path.parent)
+    recorded = name or config.get("_name_or_path")
+    return BaseModel(
+        path=path.parent if tensors else path,
+        kind="hf",
+        name=recorded if isinstance(recorded, str) and recorded else None,
+        candidates=architectures,
+        facts=text,
+        tensors=tensors,
+        tied=_tied(config, text, architectures[0], tensors),
+    )
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in _TEXT_TOWERS:
+        if isinstance(inner := config.get(key), dict):
+            return _text_config({**config, **cast("dict[str, Any]", inner), key: None})
+    return config
+
+
+def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]:
+    texts = [cast("dict[str, Any]", config[key]) for key in _TEXT_TOWERS if _is_map(config, key)]
+    named: list[str] = []
+    for source in (config, *texts):
+        classes = source.get("architectures")
+        named += map(str, cast("list[Any]", classes)) if isinstance(classes, list) else []
+    named += [str(kind) for source in (config, *texts) if (kind := source.get("model_type"))]
+    for name in named:
+        if found := tuple(a for a in find(name) if name in {*a.classes, *a.model_types}):
+            return _selected(found, "hf", _text_config(config))
+    shown = ", ".join(dict.fromkeys(named)) or "no architecture"
+    raise UnknownArchitectureError(
+        f"{shown} is not in the tables; `adapterkit architectures` lists what is", path=path
+    )
+
+
+def _is_map(config: Mapping[str, Any], key: str) -> bool:
+    return isinstance(config.get(key), dict)
+
+
+def _selected(
+    found: tuple[Architecture, ...], side: str, facts: Mapping[str, Any]
+) -> tuple[Architecture, ...]:
+    """Put families whose `select` holds first, and leave out those whose does not."""
+    special = tuple(a for a in found if a.select and Sizes(a, side, facts).get(a.select))
+    return (*special, *(a for a in found if not a.select)) or found
+
+
+def _tied(
+    config: Mapping[str, Any],
+    text: Mapping[str, Any],
+    architecture: Architecture,
+    tensors: Mapping[str, LazyTensor],
+) -> bool | None:
+    for source in (config, text):
+        if isinstance(value := source.get("tie_word_embeddings"), bool):
+            return value
+    if tensors:
+        return not any(name.endswith("lm_head.weight") for name in tensors)
+    return architecture.tied
+
+
+def _safetensors(folder: Path) -> dict[str, LazyTensor]:
+    """Read the headers of every shard that is there; shards that are missing leave gaps."""
+    from adapterkit.containers.safetensors import read_safetensors
+
+    if (folder / _INDEX).is_file():
+        weights = read_json_object(folder / _INDEX).get("weight_map")
+        shards = cast("dict[str, Any]", weights).values() if isinstance(weights, dict) else ()
+        # Only plain file names: an index must not lead out of its directory.
+        files = [folder / Path(str(shard)).name for shard in dict.fromkeys(shards)]
+    else:
+        files = [folder / "model.safetensors"]
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        if file.is_file():
+            tensors.update(read_safetensors(file).tensors)
+    return tensors
+
+
+def _open_gguf(path: Path) -> BaseModel:
+    from adapterkit.containers.gguf import read_gguf
+
+    file = read_gguf(path)
+    kind = file.metadata.get("general.type", "model")
+    if kind != "model":
+        raise FormatError(f"is a GGUF of type {kind!r}, not a base model", path=path)
+    name = str(file.metadata.get("general.architecture"))
+    found = tuple(a for a in find(name) if a.gguf == name)
+    if not found:
+        raise UnknownArchitectureError(
+            f"architecture {name!r} is not in the tables; `adapterkit architectures` lists what is",
+            path=path,
+        )
+    facts = _gguf_facts(name, file.metadata, file.tensors)
+    identity = {
+        key.removeprefix("general."): value
+        for key, value in file.metadata.items()
+        if key in _IDENTITY and isinstance(value, str)
+    }
+    return BaseModel(
+        path=path,
+        kind="gguf",
+        name=identity.get("name"),
+        candidates=_selected(found, "gguf", facts),
+        facts=facts,
+        tensors=file.tensors,
+        identity=identity,
+        tied="output.weight" not in file.tensors,
+    )
+
+
+_IDENTITY = (
+    "general.name",
+    "general.basename",
+    "general.organization",
+    "general.version",
+    "general.repo_url",
+)
+
+
+def _gguf_facts(
+    name: str, metadata: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for key, value in metadata.items():
+        if key.startswith(f"{name}."):
+            short = key.removeprefix(f"{name}.").replace(".", "__")
+            facts[short] = list(value.values()) if hasattr(value, "values") else value
+    if embedding := tensors.get("token_embd.weight"):
+        # The stored table is what factors must fit, whatever the header says of the vocabulary.
+        facts["vocab_size"] = embedding.shape[0]
+    return facts

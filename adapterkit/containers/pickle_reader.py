@@ -1,0 +1,393 @@
+"""Pickles read as data: names come from an allow-list, nothing is imported, nothing is called.
+
+A small machine runs the opcodes that `torch.save` writes (protocols 1 to 5) on a stack of plain
+Python containers. A name outside the allow-list ends it before anything is done with the name.
+Work and memory are linear in the length of the pickle: an opcode adds one object, and what a
+constructor copies is counted.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from adapterkit.errors import FormatError, UnsafePickleError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_PICKLE = 64 << 20
+MAX_OPCODES = 4_000_000
+RESAVE = (
+    "if you trust the file, load it in torch with weights_only=True and save its tensors "
+    "with safetensors.torch.save_file"
+)
+_HIGHEST_PROTOCOL = 5
+_MAX_KEY_BITS = 60
+_SCALARS = (str, int, float, bool, bytes, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Constructor:
+    """A name that a pickle may call; what it gets is data, and so is what it makes.
+
+    Attributes:
+        name: the dotted name.
+        build: makes the result of the arguments; raises ValueError if they make no sense.
+    """
+
+    name: str
+    build: Callable[[tuple[object, ...]], object]
+
+
+def read_pickle(
+    data: bytes,
+    *,
+    names: Mapping[tuple[str, str], object],
+    persistent: Callable[[object], object],
+    path: Path,
+) -> object:
+    """Return the object that a pickle describes, made of plain containers and of what `names` give.
+
+    The result may share containers, and a container may hold itself: the caller looks.
+
+    Args:
+        data: the pickle.
+        names: (module, name) -> the object to put in its place, beside those of `PLAIN_NAMES`.
+        persistent: makes an object of a persistent id; raises ValueError if it makes no sense.
+        path: the file that messages name.
+
+    Raises:
+        UnsafePickleError: if the pickle names or calls anything else.
+        FormatError: if it is malformed, too long, or uses an opcode that `torch.save` does not.
+    """
+    if len(data) > MAX_PICKLE:
+        raise FormatError(
+            f"its pickle has {len(data)} bytes, the most is {MAX_PICKLE}; {RESAVE}", path=path
+        )
+    machine = _Machine(data, {**PLAIN_NAMES, **names}, persistent, path)
+    stream = io.BytesIO(data)
+    for _ in range(MAX_OPCODES):
+        position = stream.tell()
+        try:
+            if machine.step(stream):
+                return machine.result(len(data) - stream.tell())
+        except ValueError as error:
+            raise FormatError(
+                f"its pickle is malformed at byte {position}: {error}", path=path
+            ) from error
+    raise FormatError(f"its pickle has more than {MAX_OPCODES} opcodes; {RESAVE}", path=path)
+
+
+class _Machine:
+    """The stack, the marks and the memo of one pickle."""
+
+    __slots__ = ("_budget", "_marks", "_memo", "_names", "_path", "_persistent", "_stack")
+
+    def __init__(
+        self,
+        data: bytes,
+        names: Mapping[tuple[str, str], object],
+        persistent: Callable[[object], object],
+        path: Path,
+    ) -> None:
+        self._names = names
+        self._persistent = persistent
+        self._path = path
+        self._stack: list[object] = []
+        self._marks: list[list[object]] = []
+        self._memo: dict[int, object] = {}
+        # Repeated calls on one memoised argument would otherwise copy it any number of times.
+        self._budget = 1000 + 4 * len(data)
+
+    def step(self, stream: io.BytesIO) -> bool:
+        """Run one opcode; return whether it was the last."""
+        code = stream.read(1)
+        if not code:
+            raise ValueError("it ends without STOP")
+        opcode = _OPCODES.get(code)
+        if opcode is None:
+            raise ValueError(f"opcode 0x{code.hex()} does not exist")
+        operation = _OPERATIONS.get(opcode.name)
+        if operation is None:
+            self._refuse(opcode.name, stream)
+        elif opcode.name == "STOP":
+            return True
+        else:
+            operation(self, None if opcode.arg is None else opcode.arg.reader(stream))
+        return False
+
+    def result(self, trailing: int) -> object:
+        """Return the one object left."""
+        if trailing:
+            raise ValueError(f"{trailing} bytes follow STOP")
+        if self._marks or len(self._stack) != 1:
+            raise ValueError("STOP does not leave one object")
+        return self._stack[0]
+
+    def push_literal(self, value: object) -> None:
+        if isinstance(value, str) and not value.isascii():
+            # A lone surrogate cannot be printed or written again; encode() is a ValueError.
+            value.encode()
+        self._stack.append(bytes(value) if isinstance(value, bytearray) else value)
+
+    def ask_for(self, text: str) -> None:
+        module, _, name = text.partition(" ")
+        self._ask(module, name)
+
+    def ask_for_stacked(self, _: None) -> None:
+        name, module = self._pop(), self._pop()
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("STACK_GLOBAL without two strings")  # noqa: TRY004
+        self._ask(module, name)
+
+    def call(self, _: None) -> None:
+        arguments, function = self._pop(), self._pop()
+        if not isinstance(function, Constructor):
+            self._unsafe(f"calls {_shown(function)}, which is no known constructor")
+        if type(arguments) is not tuple:
+            raise ValueError("REDUCE without a tuple of arguments")
+        arguments = cast("tuple[object, ...]", arguments)
+        self._budget -= sum(len(item) for item in arguments if isinstance(item, Sized))
+        if self._budget < 0:
+            raise ValueError("its constructors copy more than the pickle holds")
+        self._stack.append(function.build(arguments))
+
+    def load_persistent(self, _: None) -> None:
+        self._stack.append(self._persistent(self._pop()))
+
+    def set_state(self, _: None) -> None:
+        # `state_dict()` hangs its `_metadata` (module versions) on the OrderedDict as an attribute.
+        self._pop()
+        if type(self._top()) is not dict:
+            self._unsafe(f"sets the state of {_shown(self._top())}")
+
+    def set_item(self, _: None) -> None:
+        value, key = self._pop(), self._pop()
+        _insert(self._top(), [key, value])
+
+    def set_items(self, _: None) -> None:
+        items = self._pop_mark()
+        _insert(self._top(), items)
+
+    def append(self, _: None) -> None:
+        item = self._pop()
+        _extend(self._top(), [item])
+
+    def extend(self, _: None) -> None:
+        items = self._pop_mark()
+        _extend(self._top(), items)
+
+    def add_items(self, _: None) -> None:
+        items = self._pop_mark()
+        target = self._top()
+        if type(target) is not set:
+            raise ValueError("ADDITEMS to something that is no set")
+        cast("set[object]", target).update(map(_key, items))
+
+    def mark(self, _: None) -> None:
+        self._marks.append(self._stack)
+        self._stack = []
+
+    def make_frozenset(self, _: None) -> None:
+        items = self._pop_mark()
+        self._stack.append(frozenset(map(_key, items)))
+
+    def make_tuple(self, _: None) -> None:
+        items = self._pop_mark()
+        self._stack.append(tuple(items))
+
+    def take_tuple(self, count: int) -> None:
+        items = [self._pop() for _ in range(count)]
+        self._stack.append(tuple(reversed(items)))
+
+    def push(self, value: object) -> None:
+        self._stack.append(value)
+
+    def remember(self, index: int) -> None:
+        self._memo[index] = self._top()
+
+    def remember_next(self, _: None) -> None:
+        self._memo[len(self._memo)] = self._top()
+
+    def recall(self, index: int) -> None:
+        if index not in self._memo:
+            raise ValueError(f"memo {index} was never written")
+        self._stack.append(self._memo[index])
+
+    def check_protocol(self, version: int) -> None:
+        if version > _HIGHEST_PROTOCOL:
+            raise ValueError(f"protocol {version} is unknown")
+
+    def ignore(self, _: object) -> None:
+        pass
+
+    def _ask(self, module: str, name: str) -> None:
+        try:
+            self._stack.append(self._names[module, name])
+        except KeyError:
+            self._unsafe(f"asks for {_printable(f'{module}.{name}')}")
+
+    def _refuse(self, opcode: str, stream: io.BytesIO) -> None:
+        if opcode == "INST":
+            module, name = (stream.readline(200).strip().decode("ascii") for _ in range(2))
+            self._unsafe(f"asks for {_printable(f'{module}.{name}')}")
+        if opcode in {"OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}:
+            self._unsafe(f"makes an object with {opcode}")
+        raise ValueError(f"opcode {opcode} is none that torch.save writes")
+
+    def _unsafe(self, what: str) -> NoReturn:
+        raise UnsafePickleError(
+            f"its pickle {what}; nothing was executed; {RESAVE}", path=self._path
+        )
+
+    def _top(self) -> object:
+        if not self._stack:
+            raise ValueError("the stack is empty")
+        return self._stack[-1]
+
+    def _pop(self) -> object:
+        if not self._stack:
+            raise ValueError("the stack is empty")
+        return self._stack.pop()
+
+    def _pop_mark(self) -> list[object]:
+        if not self._marks:
+            raise ValueError("there is no mark")
+        items, self._stack = self._stack, self._marks.pop()
+        return items
+
+
+def _insert(target: object, items: list[object]) -> None:
+    if type(target) is not dict or len(items) % 2:
+        raise ValueError("SETITEMS without a dict, or a key without a value")
+    target = cast("dict[object, object]", target)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if _key(key) in target:
+            raise ValueError(f"key {_printable(str(key))} is given twice")
+        target[key] = value
+
+
+def _extend(target: object, items: list[object]) -> None:
+    if type(target) is not list:
+        raise ValueError("APPENDS to something that is no list")
+    cast("list[object]", target).extend(items)
+
+
+def _key(value: Any) -> object:
+    """Return a value that is quick to hash: nested tuples can take time exponential in length."""
+    items = cast("tuple[Any, ...]", value if type(value) is tuple else (value,))
+    for item in items:
+        # Large integers can be chosen to collide.
+        if type(item) not in _SCALARS or (
+            isinstance(item, int) and item.bit_length() > _MAX_KEY_BITS
+        ):
+            raise ValueError(f"a {type(item).__name__} in a key")
+    return cast("object", value)
+
+
+def _shown(value: object) -> str:
+    return value.name if isinstance(value, Constructor) else f"a {type(value).__name__}"
+
+
+def _printable(text: str) -> str:
+    shown = text[:100].encode("unicode_escape").decode("ascii")
+    return f"{shown}..." if len(text) > len(text[:100]) else shown
+
+
+def _empty_dict(arguments: tuple[object, ...]) -> dict[object, object]:
+    if arguments:
+        raise ValueError("OrderedDict with arguments")
+    return {}
+
+
+def _set(arguments: tuple[Any, ...]) -> set[object]:
+    match arguments:
+        case ([*items],):
+            return set(map(_key, items))
+        case ():
+            return set()
+        case _:
+            raise ValueError("set of something that is no list")
+
+
+def _bytes(arguments: tuple[object, ...]) -> bytes:
+    # Never bytes(number), which allocates.
+    match arguments:
+        case (bytes(data),):
+            return data
+        case ():
+            return b""
+        case _:
+            raise ValueError("bytes of something that is not bytes")
+
+
+def _encode(arguments: tuple[object, ...]) -> bytes:
+    # How protocols before 3 spell bytes.
+    match arguments:
+        case (str(text), "latin1"):
+            return text.encode("latin1")
+        case _:
+            raise ValueError("_codecs.encode with another encoding than latin1")
+
+
+def _plain_names() -> dict[tuple[str, str], object]:
+    names: dict[tuple[str, str], object] = {
+        ("collections", "OrderedDict"): Constructor("collections.OrderedDict", _empty_dict),
+        ("_codecs", "encode"): Constructor("_codecs.encode", _encode),
+    }
+    builtins: dict[str, Callable[[tuple[object, ...]], object]] = {
+        "set": _set,
+        "frozenset": lambda arguments: frozenset(_set(arguments)),
+        "bytes": _bytes,
+        "bytearray": _bytes,
+    }
+    for module in ("builtins", "__builtin__"):
+        for name, build in builtins.items():
+            names[module, name] = Constructor(f"builtins.{name}", build)
+    return names
+
+
+PLAIN_NAMES: Mapping[tuple[str, str], object] = _plain_names()
+
+_OPCODES = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
+_LITERALS = (
+    *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+)
+_OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(_LITERALS, _Machine.push_literal),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.remember),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),  # noqa: FBT003
+    "NEWFALSE": lambda machine, _: machine.push(False),  # noqa: FBT003
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_SET": lambda machine, _: machine.push(set[object]()),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "TUPLE1": lambda machine, _: machine.take_tuple(1),
+    "TUPLE2": lambda machine, _: machine.take_tuple(2),
+    "TUPLE3": lambda machine, _: machine.take_tuple(3),
+    "TUPLE": _Machine.make_tuple,
+    "FROZENSET": _Machine.make_frozenset,
+    "MARK": _Machine.mark,
+    "MEMOIZE": _Machine.remember_next,
+    "PROTO": _Machine.check_protocol,
+    "FRAME": _Machine.ignore,
+    "GLOBAL": _Machine.ask_for,
+    "STACK_GLOBAL": _Machine.ask_for_stacked,
+    "REDUCE": _Machine.call,
+    "BUILD": _Machine.set_state,
+    "BINPERSID": _Machine.load_persistent,
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": _Machine.set_items,
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.extend,
+    "ADDITEMS": _Machine.add_items,
+    "STOP": _Machine.ignore,
+}

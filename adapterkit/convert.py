@@ -1,0 +1,181 @@
+"""Convert an adapter: read, list what would be lost, write, prove, and only then keep the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base import find_base, open_base
+from adapterkit.base.fit import check_fit
+from adapterkit.dtype import DType
+from adapterkit.errors import FormatError, LossyConversionError, UsageError
+from adapterkit.formats.protocol import Options
+from adapterkit.model import AdapterTensorSet, Loss
+from adapterkit.proof import prove
+from adapterkit.registry import FormatSpec, destination_format, detect
+from adapterkit.storage import staged
+from adapterkit.structure import problems
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.base import BaseModel
+
+OUTTYPES = {
+    "auto": None,
+    "f32": DType.F32,
+    "f16": DType.F16,
+    "bf16": DType.BF16,
+    "q8_0": DType.Q8_0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did and how it was proven.
+
+    Attributes:
+        source: path that was read.
+        destination: path that was written.
+        source_format: name of the format that was read.
+        format: name of the format that was written.
+        modules: adapted modules that were written.
+        parameters: stored elements that were written.
+        bytes: size of the file, or of all files of the directory.
+        max_relative_error: largest relative Frobenius error of an update, read back from the file.
+        worst_module: where that is.
+        losses: what was dropped, with `allow_lossy`.
+        notes: what was normalised on the way.
+    """
+
+    source: str
+    destination: str
+    source_format: str
+    format: str
+    modules: int
+    parameters: int
+    bytes: int
+    max_relative_error: float
+    worst_module: str | None
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    to: str | None = None,
+    base: Path | str | None = None,
+    outtype: str = "auto",
+    moe_layout: str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    unverified: bool = False,
+    allow_lossy: bool = False,
+    force: bool = False,
+) -> ConversionReport:
+    """Convert an adapter to another format, and prove on the written file that nothing changed.
+
+    Args:
+        source: adapter of any format that is read.
+        destination: file or directory to create.
+        to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
+        base: Hugging Face directory, config.json, GGUF file or cached hub id of the base model; by
+            default the one that the adapter names, if it is in the local hub cache.
+        outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
+        moe_layout: `experts` or `fused`, where the target has two spellings.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
+        unverified: allow families without a passing engine test.
+        allow_lossy: write the rest where the target cannot hold parts; the report lists them.
+        force: replace an existing destination.
+
+    Raises:
+        FormatError: if the source is malformed or broken.
+        LossyConversionError: if the target cannot hold something; lists every reason.
+        UnsupportedError: if the base is unknown, missing or another model, or the proof fails.
+        DestinationExistsError: if the destination exists and `force` is false.
+        WriteError: if the output cannot be written.
+    """
+    source, destination = Path(source), Path(destination)
+    target = destination_format(destination, to)
+    options = Options(
+        base=open_base(base) if base is not None else None,
+        dtype=_dtype(outtype),
+        moe_layout=moe_layout,
+        unverified=unverified,
+        dialect=dialect,
+        alpha=alpha,
+    )
+    spec = detect(source)
+    adapter, options = load(source, spec, options)
+    adapter, losses = _admitted(adapter, target, options, allow_lossy=allow_lossy)
+    with staged(destination, force=force) as staging:
+        target.format.write(adapter, staging, options)
+        written = target.format.read(staging, options)
+        worst, error = prove(adapter, written, path=destination)
+        size = _size(staging)
+    return ConversionReport(
+        source=str(source),
+        destination=str(destination),
+        source_format=spec.name,
+        format=target.name,
+        modules=len(written.modules),
+        parameters=written.parameters,
+        bytes=size,
+        max_relative_error=error,
+        worst_module=worst,
+        losses=losses,
+        notes=adapter.provenance.notes if adapter.provenance else (),
+    )
+
+
+def load(path: Path, spec: FormatSpec, options: Options) -> tuple[AdapterTensorSet, Options]:
+    """Read an adapter, with the base that it names if none was given and that one is cached."""
+    adapter = spec.format.read(path, options)
+    if options.base is None and (found := _recorded_base(adapter)):
+        options = replace(options, base=found)
+        adapter = spec.format.read(path, options)
+    return adapter, options
+
+
+def _recorded_base(adapter: AdapterTensorSet) -> BaseModel | None:
+    return find_base(adapter.base.name)
+
+
+def _dtype(outtype: str) -> DType | None:
+    if outtype not in OUTTYPES:
+        raise UsageError(f"unknown outtype {outtype!r}; known: {', '.join(OUTTYPES)}")
+    return OUTTYPES[outtype]
+
+
+def _admitted(
+    adapter: AdapterTensorSet, target: FormatSpec, options: Options, *, allow_lossy: bool
+) -> tuple[AdapterTensorSet, tuple[Loss, ...]]:
+    """Return what will be written and what is dropped, or raise with every reason."""
+    path = adapter.provenance.path if adapter.provenance else None
+    if broken := problems(adapter):
+        more = f" (and {len(broken) - 1} more defects)" if len(broken) > 1 else ""
+        raise FormatError(f"{broken[0]}{more}", path=path)
+    if options.base:
+        check_fit(adapter, options.base)
+    losses = tuple(target.format.losses(adapter, options))
+    if not losses:
+        return adapter, ()
+    if not allow_lossy or not all(loss.droppable for loss in losses):
+        raise LossyConversionError(losses, path=path)
+    return _without(adapter, losses), losses
+
+
+def _without(adapter: AdapterTensorSet, losses: Sequence[Loss]) -> AdapterTensorSet:
+    dropped = {key for loss in losses for key in loss.drops}
+    return adapter.replace(
+        tensors={key: tensor for key, tensor in adapter.tensors.items() if key not in dropped}
+    )
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

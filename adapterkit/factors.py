@@ -1,0 +1,234 @@
+"""What happens to the factors when rows, columns or experts of a weight are moved.
+
+Every function takes updates in factored form and returns the factors of the moved update, lazily:
+rows of ΔW are rows of B, columns of ΔW are columns of A. None of them forms B · A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.dtype import DType
+from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from adapterkit.model import LoraPair
+
+    Index = np.ndarray[Any, np.dtype[np.intp]]
+
+
+def take_rows(pair: LoraPair, index: Index) -> LoraPair:
+    """Return the update whose rows are `index` of this one's: rows of B move, A stays."""
+    shape = (*pair.b.shape[:-2], len(index), pair.b.shape[-1])
+    return replace(pair, b=pair.b.map(lambda b: b[..., index, :], shape=shape))
+
+
+def take_columns(pair: LoraPair, index: Index) -> LoraPair:
+    """Return the update whose columns are `index` of this one's: columns of A move, B stays."""
+    shape = (*pair.a.shape[:-1], len(index))
+    return replace(pair, a=pair.a.map(lambda a: a[..., index], shape=shape))
+
+
+def slice_rows(pair: LoraPair, start: int, stop: int) -> LoraPair:
+    """Return rows `start` to `stop` of the update; A is shared."""
+    shape = (*pair.b.shape[:-2], stop - start, pair.b.shape[-1])
+    return replace(pair, b=pair.b.map(lambda b: b[..., start:stop, :], shape=shape))
+
+
+def scaled(pair: LoraPair, factor: float) -> LoraPair:
+    """Return the same update with `factor` moved from the scale into B: B · factor, scale / factor.
+
+    A factor of 1 keeps the bits. The product is computed in float64 and rounded once.
+    """
+    if factor == 1.0:
+        return pair
+    return replace(
+        pair, scale=pair.scale / factor, b=pair.b.map(lambda b: b.astype("float64") * factor)
+    )
+
+
+def padded(pair: LoraPair, rank: int) -> LoraPair:
+    """Return the same update with zero rows in A and zero columns in B, up to `rank`."""
+    import numpy as np
+
+    extra = rank - pair.rank
+    if not extra:
+        return pair
+    lead = [(0, 0)] * (len(pair.a.shape) - 2)
+    a_shape = (*pair.a.shape[:-2], rank, pair.a.shape[-1])
+    b_shape = (*pair.b.shape[:-1], rank)
+    return replace(
+        pair,
+        a=pair.a.map(lambda a: np.pad(a, [*lead, (0, extra), (0, 0)]), shape=a_shape),
+        b=pair.b.map(lambda b: np.pad(b, [*lead, (0, 0), (0, extra)]), shape=b_shape),
+    )
+
+
+def stack_experts(pairs: Sequence[LoraPair | None], module: str) -> LoraPair:
+    """Return one (E, out, in) update from one per expert; a missing expert is a zero update.
+
+    Ranks are padded to the largest, and scales are brought to the first expert's, in B.
+    """
+    present = [pair for pair in pairs if pair is not None]
+    first = present[0]
+    rank = max(pair.rank for pair in present)
+    scale = next((pair.scale for pair in present if pair.scale), 0.0)
+    ready = [None if pair is None else padded(_rescaled(pair, scale), rank) for pair in pairs]
+    return replace(
+        first,
+        module=module,
+        a=_stacked([p and p.a for p in ready], (rank, first.a.shape[-1]), _dtype(present, "a")),
+        b=_stacked([p and p.b for p in ready], (first.b.shape[0], rank), _dtype(present, "b")),
+        scale=scale,
+    )
+
+
+def unstack_experts(pair: LoraPair, names: Sequence[str]) -> list[LoraPair]:
+    """Return one update per expert of a stacked one, under `names`."""
+    return [
+        replace(
+            pair,
+            module=name,
+            a=pair.a.map(lambda a, e=expert: a[e], shape=pair.a.shape[1:]),
+            b=pair.b.map(lambda b, e=expert: b[e], shape=pair.b.shape[1:]),
+        )
+        for expert, name in enumerate(names)
+    ]
+
+
+def fuse_rows(pairs: Sequence[LoraPair | None], heights: Sequence[int], module: str) -> LoraPair:
+    """Return one update whose rows are those of the parts, in order; a missing part is zero rows.
+
+    Where all parts share one A, as after a split, the fused update keeps it and its rank. Otherwise
+    the A are stacked and B is block-diagonal: the rank is the sum, the update is exact.
+
+    Args:
+        pairs: the parts, None for an absent one.
+        heights: rows of each part.
+        module: name of the fused update.
+    """
+    present = [pair for pair in pairs if pair is not None]
+    if _same_a(present):
+        return _fuse_shared(pairs, heights, module)
+    return _fuse_blocks(pairs, heights, module)
+
+
+def transposed(pair: LoraPair) -> LoraPair:
+    """Return the update turned on its last two axes: the factors swap, each turned."""
+    return replace(pair, a=turned(pair.b), b=turned(pair.a))
+
+
+def turned(tensor: LazyTensor) -> LazyTensor:
+    """Return a tensor with its last two axes exchanged."""
+    shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
+    return tensor.map(lambda x: x.swapaxes(-1, -2), shape=shape)
+
+
+def _rescaled(pair: LoraPair, scale: float) -> LoraPair:
+    if pair.scale == scale:
+        return pair
+    if not scale:
+        return replace(pair, scale=scale)
+    return replace(scaled(pair, pair.scale / scale), scale=scale)
+
+
+def _dtype(pairs: Sequence[LoraPair], factor: str) -> DType:
+    kinds = {getattr(pair, factor).dtype for pair in pairs}
+    return kinds.pop() if len(kinds) == 1 and not next(iter(kinds)).quantised else DType.F32
+
+
+def _stacked(
+    parts: Sequence[LazyTensor | None], shape: tuple[int, ...], dtype: DType
+) -> LazyTensor:
+    def read() -> memoryview:
+        import numpy as np
+
+        from adapterkit.tensor import encode
+
+        zero = np.zeros(shape, dtype.numpy())
+        return encode(
+            np.stack(
+                [zero if part is None else part.numpy().astype(dtype.numpy()) for part in parts]
+            ),
+            dtype,
+        )
+
+    return LazyTensor(dtype, (len(parts), *shape), read)
+
+
+def _same_a(pairs: Sequence[LoraPair]) -> bool:
+    first, *rest = pairs
+    if any((pair.a.dtype, pair.a.shape) != (first.a.dtype, first.a.shape) for pair in rest):
+        return False
+    wanted = bytes(first.a.tobytes())
+    return all(bytes(pair.a.tobytes()) == wanted for pair in rest)
+
+
+def _fuse_shared(pairs: Sequence[LoraPair | None], heights: Sequence[int], module: str) -> LoraPair:
+    present = [pair for pair in pairs if pair is not None]
+    first = present[0]
+    scale = next((pair.scale for pair in present if pair.scale), 0.0)
+    ready = [None if pair is None else _rescaled(pair, scale) for pair in pairs]
+    dtype = _dtype(present, "b")
+    lead, rank = first.b.shape[:-2], first.rank
+
+    def read() -> memoryview:
+        import numpy as np
+
+        from adapterkit.tensor import encode
+
+        blocks = [
+            np.zeros((*lead, height, rank), dtype.numpy())
+            if pair is None
+            else pair.b.numpy().astype(dtype.numpy())
+            for pair, height in zip(ready, heights, strict=True)
+        ]
+        return encode(np.concatenate(blocks, axis=-2), dtype)
+
+    b = LazyTensor(dtype, (*lead, sum(heights), rank), read)
+    return replace(first, module=module, b=b, scale=scale)
+
+
+def _fuse_blocks(pairs: Sequence[LoraPair | None], heights: Sequence[int], module: str) -> LoraPair:
+    present = [pair for pair in pairs if pair is not None]
+    first = present[0]
+    scale = next((pair.scale for pair in present if pair.scale), 0.0)
+    ready = [None if pair is None else _rescaled(pair, scale) for pair in pairs]
+    rank = sum(pair.rank for pair in present)
+    a_type, b_type = _dtype(present, "a"), _dtype(present, "b")
+    lead, columns = first.b.shape[:-2], first.a.shape[-1]
+
+    def read_a() -> memoryview:
+        import numpy as np
+
+        from adapterkit.tensor import encode
+
+        rows = [pair.a.numpy().astype(a_type.numpy()) for pair in present]
+        return encode(np.concatenate(rows, axis=-2), a_type)
+
+    def read_b() -> memoryview:
+        import numpy as np
+
+        from adapterkit.tensor import encode
+
+        block = np.zeros((*lead, sum(heights), rank), b_type.numpy())
+        row = column = 0
+        for pair, height in zip(ready, heights, strict=True):
+            if pair is not None:
+                block[..., row : row + height, column : column + pair.rank] = pair.b.numpy()
+                column += pair.rank
+            row += height
+        return encode(block, b_type)
+
+    return replace(
+        first,
+        module=module,
+        a=LazyTensor(a_type, (*lead, rank, columns), read_a),
+        b=LazyTensor(b_type, (*lead, sum(heights), rank), read_b),
+        scale=scale,
+    )

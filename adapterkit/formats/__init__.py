@@ -1,0 +1,1 @@
+"""Adapter formats: containers, naming and configuration to and from the neutral model."""

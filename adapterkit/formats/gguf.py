@@ -1,0 +1,34 @@
+"""GGUF LoRA adapters, as llama.cpp and everything built on it load them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.formats.gguf_losses import losses
+from adapterkit.formats.gguf_reader import read_adapter
+from adapterkit.formats.gguf_writer import write_adapter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet, Loss
+
+
+class GGUFFormat:
+    """Reads and writes single `.gguf` files."""
+
+    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+        """Read an adapter; without a base, rows whose order needs head counts stay as they are."""
+        return read_adapter(path, options)
+
+    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+        """List what llama.cpp cannot hold of this adapter, on this base."""
+        return losses(adapter, options)
+
+    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+        """Write a file."""
+        write_adapter(adapter, path, options)
+
+
+FORMAT = GGUFFormat()

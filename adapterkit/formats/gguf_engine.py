@@ -1,0 +1,114 @@
+"""An adapter as llama.cpp sees it: tensor names, row orders and one alpha for the file."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from adapterkit.architectures import Architecture, Sizes, load
+from adapterkit.architectures.mapping import to_engine
+from adapterkit.dtype import DType
+from adapterkit.errors import BaseRequiredError
+from adapterkit.factors import scaled
+from adapterkit.model import LoraPair
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
+
+# Two products alpha_i = scale * rank that differ by less are one number that was rounded twice.
+_SAME = 1e-12
+
+
+@dataclass(frozen=True)
+class EngineAdapter:
+    """The pairs of an adapter by llama.cpp tensor.
+
+    Attributes:
+        architecture: value of `general.architecture`.
+        pairs: pairs named by tensor, without `.weight`.
+        sources: tensor -> modules that went into it.
+        unmatched: modules for which llama.cpp has no tensor that can be adapted.
+    """
+
+    architecture: str
+    pairs: tuple[LoraPair, ...]
+    sources: Mapping[str, tuple[str, ...]]
+    unmatched: tuple[str, ...]
+
+
+def engine_adapter(adapter: AdapterTensorSet, options: Options) -> EngineAdapter:
+    """Map an adapter onto llama.cpp's tensors.
+
+    Modules that were read in llama.cpp's own layout go back as they are.
+
+    Raises:
+        BaseRequiredError: if the family or a size is unknown.
+        IncompatibleBaseError: if a module cannot belong to the base.
+    """
+    kept: Mapping[str, str] = adapter.traits.get("engine_layout", {})
+    pairs = list(adapter.pairs())
+    raw = [replace(pair, module=kept[pair.module]) for pair in pairs if pair.module in kept]
+    rest = [pair for pair in pairs if pair.module not in kept]
+    architecture, sizes = _family(adapter, options, needed=bool(rest))
+    sources = {kept[name]: (name,) for name in kept}
+    if architecture is None or sizes is None:
+        return EngineAdapter(str(adapter.base.architecture), tuple(raw), sources, ())
+    mapped = to_engine(architecture, sizes, rest)
+    return EngineAdapter(
+        architecture.gguf, (*raw, *mapped.pairs), sources | dict(mapped.sources), mapped.unmatched
+    )
+
+
+def _family(
+    adapter: AdapterTensorSet, options: Options, *, needed: bool
+) -> tuple[Architecture | None, Sizes | None]:
+    if options.base:
+        return options.base.architecture, options.base.sizes
+    if family := adapter.extras.get("gguf", {}).get("family"):
+        # The file names its own family; its sizes stay unknown, and rules that need some say so.
+        architecture = load(family)
+        return architecture, Sizes(architecture, "gguf", {})
+    if needed:
+        recorded = adapter.base.name
+        hint = f"; {recorded} is not in the local hub cache" if recorded else ""
+        raise BaseRequiredError(
+            "llama.cpp's names and row order depend on the base model: give its directory, "
+            f"config.json or GGUF with --base{hint}"
+        )
+    return None, None
+
+
+def common_alpha(pairs: Iterable[LoraPair]) -> float:
+    """Return the alpha that leaves most pairs untouched: the most common scale · rank.
+
+    A file without a pair that does anything gets 1: alpha 0 would mean scale 1 to llama.cpp.
+    """
+    alphas = Counter(pair.scale * pair.rank for pair in pairs if pair.scale)
+    return alphas.most_common(1)[0][0] if alphas else 1.0
+
+
+def folded(pair: LoraPair, alpha: float) -> LoraPair:
+    """Return the pair as it must be stored for `alpha / rank` to be its scale.
+
+    The rest of the scale goes into B. Unless it is a power of two, which no float rounds, that B
+    becomes float32 so that folding costs nothing.
+    """
+    scale = alpha / pair.rank
+    factor = pair.scale / scale
+    if abs(factor - 1) < _SAME:
+        return replace(pair, scale=scale)
+    if not pair.scale:
+        return replace(pair, scale=scale, b=pair.b.map(lambda b: b * 0))
+    if math.frexp(factor)[0] == 0.5:  # noqa: PLR2004  (a power of two has mantissa one half)
+        return replace(scaled(pair, factor), scale=scale)
+    return replace(
+        pair,
+        scale=scale,
+        b=pair.b.map(lambda b: b.astype("float64") * factor, dtype=DType.F32),
+    )

@@ -1,0 +1,141 @@
+"""What llama.cpp cannot hold of an adapter, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.dtype import DType
+from adapterkit.formats.gguf_engine import engine_adapter
+from adapterkit.model import AdapterTensorSet, Loss, Role, TensorKey
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from adapterkit.base import BaseModel
+    from adapterkit.formats.protocol import Options
+
+_MERGE = "merge it into the base instead (adapterkit merge --into)"
+_NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
+
+_ROLES = {
+    Role.MAGNITUDE: ("dora", f"DoRA magnitudes have no place in a GGUF adapter; {_MERGE}"),
+    Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in a GGUF adapter; {_MERGE}"),
+    Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
+}
+_TRAITS = {
+    "init_lora_weights": (
+        "base-changing-init",
+        (
+            "this initialisation changed the base, so B · A is no update of the original one; save "
+            "it with PEFT's path_initial_model_for_weight_conversion"
+        ),
+    ),
+    "layer_replication": (
+        "layer-replication",
+        "layers are replicated; llama.cpp has one block for each; merge in PEFT first",
+    ),
+}
+
+
+def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+    """List every reason at once; no tensor data is read."""
+    found = [*_by_role(adapter), *_saved(adapter), *_by_trait(adapter)]
+    base = options.base
+    found += _unmatched(adapter, options)
+    if base is not None and base.tied:
+        found += _tied(adapter, base)
+    if base is not None and base.architecture.verified == "no" and not options.unverified:
+        message = "no engine test covers this family yet; pass --unverified to convert anyway"
+        found.append(Loss("unverified", base.architecture.title, message))
+    if options.dtype is DType.Q8_0:
+        found += _blocks(adapter, options)
+    return found
+
+
+def _loss(code: str, keys: Sequence[TensorKey], message: str) -> Loss:
+    """Name many tensors as `first and 13 more`."""
+    modules = list(dict.fromkeys(key.module for key in keys))
+    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+    return Loss(code, modules[0] + more, message, tuple(keys))
+
+
+def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
+    wanted = set(modules)
+    return [key for key in adapter.tensors if key.module in wanted]
+
+
+def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    for role, (code, message) in _ROLES.items():
+        if keys := [key for key in adapter.tensors if key.role is role]:
+            yield _loss(code, keys, message)
+
+
+def _saved(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    full = [key for key in adapter.tensors if key.role is Role.FULL]
+    kinds: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+        ("saved-bias", "a trained bias has no place in a GGUF adapter", _is_bias),
+        ("saved-norm", "llama.cpp loads norms and never applies them", _is_norm),
+        ("saved-module", "a whole trained weight has no place in a GGUF adapter", _is_weight),
+    )
+    for code, reason, fits in kinds:
+        if keys := [key for key in full if fits(key.module)]:
+            yield _loss(code, keys, f"{reason}; {_MERGE}")
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
+
+
+def _is_norm(name: str) -> bool:
+    return not _is_bias(name) and "norm" in name.split(".")[-2:][0]
+
+
+def _is_weight(name: str) -> bool:
+    return not _is_bias(name) and not _is_norm(name)
+
+
+def _by_trait(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    for name, (code, message) in _TRAITS.items():
+        if name in adapter.traits:
+            yield Loss(code, f"{name} = {adapter.traits[name]!r}", message)
+
+
+def _unmatched(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
+    engine = engine_adapter(adapter, options)
+    towers = [module for module in engine.unmatched if in_tower(module)]
+    others = [module for module in engine.unmatched if not in_tower(module)]
+    title = options.base.architecture.title if options.base else engine.architecture
+    if towers:
+        message = "belongs to a vision or audio tower, which llama.cpp keeps in another file"
+        yield _loss("tower", _keys_of(adapter, towers), f"{message}; {_MERGE}")
+    if others:
+        message = f"is no module of {title} that llama.cpp can adapt; is it the right base?"
+        yield _loss("no-target", _keys_of(adapter, others), message)
+    for pair in engine.pairs:
+        name = f"{pair.module}.weight.lora_a"
+        if len(name.encode()) > _NAME_LIMIT:
+            yield Loss("name-too-long", name, f"is longer than {_NAME_LIMIT} bytes")
+
+
+def _tied(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:
+    for pair in adapter.pairs():
+        match = find_rule(base.architecture, pair.module)
+        name = match.rule.targets[0].name if match else ""
+        keys = _keys_of(adapter, [pair.module])
+        if name == "token_embd":
+            reason = "the output shares this table, and llama.cpp aborts on it"
+            yield _loss("tied-embedding", keys, f"{reason}; {_MERGE}")
+        elif name == "output":
+            reason = "the base has no output weight of its own (tied embeddings)"
+            yield _loss("tied-output", keys, f"{reason}; {_MERGE}")
+
+
+def _blocks(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
+    block = DType.Q8_0.block
+    for pair in engine_adapter(adapter, options).pairs:
+        if pair.rank % block or pair.a.shape[-1] % block:
+            sizes = f"rank {pair.rank}, {pair.a.shape[-1]} inputs"
+            message = f"{sizes}: q8_0 needs multiples of {block}; use --outtype f16"
+            yield Loss("q8_0-block", pair.module, message)
+            return

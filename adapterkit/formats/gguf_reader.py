@@ -1,0 +1,214 @@
+"""Read a GGUF LoRA adapter into Hugging Face names and row order.
+
+The rules of the file are llama.cpp's (src/llama-adapter.cpp): a pair is `X.weight.lora_a` and
+`X.weight.lora_b` in PEFT's orientation, except the token embedding, whose A is stored turned; the
+scale of a pair is alpha / rank, or 1 where alpha is absent or 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.architectures import Architecture, Sizes, find
+from adapterkit.architectures.mapping import from_engine
+from adapterkit.containers.gguf import GGUFArray, GGUFFile, ValueType, read_gguf
+from adapterkit.errors import FormatError, IncompatibleBaseError
+from adapterkit.factors import turned
+from adapterkit.model import (
+    AdapterTensorSet,
+    BaseReference,
+    LoraPair,
+    Provenance,
+    Role,
+    TensorKey,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from adapterkit.formats.protocol import Options
+    from adapterkit.tensor import LazyTensor
+
+ALPHA = "adapter.lora.alpha"
+INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
+# Keys that the writer makes itself; every other key of a GGUF source is passed on.
+OWN_KEYS = {
+    "general.architecture",
+    "general.type",
+    "general.alignment",
+    "adapter.type",
+    "adapter.lora.alpha",
+    "adapter.alora.invocation_tokens",
+}
+EMBEDDING = "token_embd"
+
+
+def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
+    """Read a GGUF adapter.
+
+    Args:
+        path: the file.
+        options: `base` gives the sizes that undo llama.cpp's row order, `moe_layout` the spelling
+            of experts.
+
+    Raises:
+        FormatError: if the file is not a LoRA adapter, or llama.cpp would not load it.
+        IncompatibleBaseError: if the base is of another architecture.
+    """
+    file = read_gguf(path)
+    _check_kind(file)
+    notes: list[str] = []
+    halves = _halves(file)
+    pairs = _pairs(halves, _alpha(file, notes))
+    name = str(file.metadata.get("general.architecture"))
+    architecture, sizes = _family(name, pairs, options, path)
+    mapped, engine_names = _renamed(architecture, sizes, pairs, options)
+    if architecture is None:
+        notes.append(f"architecture {name!r} is not in the tables; llama.cpp's names are kept")
+    elif engine_names:
+        notes.append(f"{len(engine_names)} modules keep llama.cpp's layout; --base would undo it")
+    tensors, scales = _tensors(mapped)
+    tensors.update(_others(file, halves))
+    metadata = {key: value for key, value in file.typed().items() if key not in OWN_KEYS}
+    return AdapterTensorSet(
+        tensors=tensors,
+        scales=scales,
+        base=BaseReference(name=_base_name(file), architecture=name),
+        traits=_traits(file, engine_names),
+        extras={"gguf": {"family": architecture and architecture.name, "metadata": metadata}},
+        provenance=Provenance(path, "gguf", tuple(notes)),
+    )
+
+
+def _renamed(
+    architecture: Architecture | None, sizes: Sizes | None, pairs: list[LoraPair], options: Options
+) -> tuple[list[LoraPair], dict[str, str]]:
+    """Return the pairs under Hugging Face names, and module -> tensor of those left as they are."""
+    if architecture is None:
+        return pairs, {pair.module: pair.module for pair in pairs}
+    mapped = from_engine(architecture, sizes, pairs, layout=options.moe_layout or "experts")
+    unknown = set(mapped.unmatched)
+    kept = {name: mapped.sources[name][0] for name in mapped.unsized}
+    kept.update({name: name for name in mapped.unmatched})
+    return [*mapped.pairs, *(pair for pair in pairs if pair.module in unknown)], kept
+
+
+def _check_kind(file: GGUFFile) -> None:
+    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
+        value = file.metadata.get(key)
+        if value != wanted:
+            shown = "missing" if value is None else repr(value)
+            raise FormatError(
+                f"{key} is {shown}, not {wanted!r}: not a LoRA adapter", path=file.path
+            )
+
+
+def _alpha(file: GGUFFile, notes: list[str]) -> float:
+    value = file.metadata.get(ALPHA, 0.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise FormatError(f"is {value!r}, not a number", path=file.path, where=ALPHA)
+    kind = file.kinds.get(ALPHA, ValueType.FLOAT32)
+    if kind is not ValueType.FLOAT32:
+        notes.append(f"{ALPHA} is stored as {kind.name}; llama.cpp aborts unless it is FLOAT32")
+    return float(value)
+
+
+def _halves(file: GGUFFile) -> dict[str, dict[str, LazyTensor]]:
+    """Group tensors by the base tensor they adapt, without `.weight`."""
+    groups: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in file.tensors.items():
+        stem, dot, half = name.rpartition(".")
+        if half not in {"lora_a", "lora_b"} or not dot:
+            if name.endswith("_norm.weight"):
+                continue
+            raise FormatError(
+                "ends in neither .lora_a, .lora_b nor _norm.weight; llama.cpp refuses the file",
+                path=file.path,
+                where=name,
+            )
+        if half == "lora_a" and _is_embedding(stem):
+            tensor = turned(tensor)  # noqa: PLW2901  (stored as (vocabulary, r))
+        groups.setdefault(stem.removesuffix(".weight"), {})[half] = tensor
+    return groups
+
+
+def _is_embedding(stem: str) -> bool:
+    return stem.removesuffix(".weight") == EMBEDDING
+
+
+def _pairs(halves: Mapping[str, Mapping[str, LazyTensor]], alpha: float) -> list[LoraPair]:
+    pairs: list[LoraPair] = []
+    for name, group in halves.items():
+        if len(group) == 2:  # noqa: PLR2004  (both halves)
+            b = group["lora_b"]
+            scale = alpha / b.shape[-1] if alpha and b.shape and b.shape[-1] else 1.0
+            pairs.append(LoraPair(name, group["lora_a"], b, scale, embedding=_is_embedding(name)))
+    return pairs
+
+
+def _family(
+    name: str, pairs: list[LoraPair], options: Options, path: Path
+) -> tuple[Architecture | None, Sizes | None]:
+    if options.base:
+        for candidate in options.base.candidates:
+            if candidate.gguf == name:
+                return candidate, options.base.sizes
+        raise IncompatibleBaseError(
+            f"is made for architecture {name!r}, the base is {options.base.architecture.gguf!r}",
+            path=path,
+        )
+    candidates = [a for a in find(name) if a.gguf == name]
+    known = {pair.module for pair in pairs}
+    candidates.sort(key=lambda a: -sum(bool(a.match_gguf(module)) for module in known))
+    return (candidates[0] if candidates else None), None
+
+
+def _tensors(
+    pairs: list[LoraPair],
+) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
+    tensors: dict[TensorKey, LazyTensor] = {}
+    for pair in pairs:
+        roles = (
+            (Role.EMBEDDING_A, Role.EMBEDDING_B) if pair.embedding else (Role.LORA_A, Role.LORA_B)
+        )
+        tensors[TensorKey(pair.module, roles[0])] = pair.a
+        tensors[TensorKey(pair.module, roles[1])] = pair.b
+    return tensors, {pair.module: pair.scale for pair in pairs}
+
+
+def _others(
+    file: GGUFFile, halves: Mapping[str, Mapping[str, LazyTensor]]
+) -> dict[TensorKey, LazyTensor]:
+    """Return halves without a partner, and norms, under llama.cpp's own names."""
+    roles = {"lora_a": Role.LORA_A, "lora_b": Role.LORA_B}
+    loose: dict[TensorKey, LazyTensor] = {}
+    for name, group in halves.items():
+        if len(group) == 1:
+            ((half, tensor),) = group.items()
+            loose[TensorKey(name, roles[half])] = tensor
+    for name, tensor in file.tensors.items():
+        if name.endswith("_norm.weight"):
+            loose[TensorKey(name, Role.FULL)] = tensor
+    return loose
+
+
+def _traits(file: GGUFFile, engine_names: Mapping[str, str]) -> dict[str, Any]:
+    traits: dict[str, Any] = {}
+    if engine_names:
+        traits["engine_layout"] = dict(engine_names)
+    tokens = file.metadata.get(INVOCATION_TOKENS)
+    if isinstance(tokens, GGUFArray):
+        traits["alora_invocation_tokens"] = [int(token) for token in tokens.values()]
+    return traits
+
+
+def _base_name(file: GGUFFile) -> str | None:
+    get = file.metadata.get
+    url = get("general.base_model.0.repo_url")
+    if isinstance(url, str) and url.rstrip("/").count("/") >= 4:  # noqa: PLR2004  (scheme, host, org, name)
+        return "/".join(url.rstrip("/").split("/")[-2:])
+    name, organization = get("general.base_model.0.name"), get("general.base_model.0.organization")
+    if isinstance(name, str) and isinstance(organization, str):
+        return f"{organization}/{name}"
+    return name if isinstance(name, str) else None

@@ -1,0 +1,35 @@
+"""PEFT LoRA adapters: `adapter_config.json` with `adapter_model.safetensors` or `.bin`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.formats.peft_reader import read_peft
+from adapterkit.formats.peft_writer import losses, write_peft
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet, Loss
+
+
+class PeftFormat:
+    """Reads directories, sub-directories and weight files; writes directories."""
+
+    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+        """Read an adapter; PEFT files need nothing of the base."""
+        del options
+        return read_peft(path)
+
+    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+        """List what PEFT cannot hold."""
+        del options
+        return losses(adapter)
+
+    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+        """Write an adapter directory."""
+        write_peft(adapter, path, base=options.base, dtype=options.dtype)
+
+
+FORMAT = PeftFormat()

@@ -1,0 +1,116 @@
+"""Tensor names in PEFT files, and the wrappers that training leaves in them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import UnsupportedError
+from adapterkit.model import Role, TensorKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PREFIX = "base_model.model."
+
+# leaf of a saved name -> role; an adapter name such as `.default` may have leaked into it
+_LEAVES = (
+    (re.compile(r"^(.+)\.lora_A(?:\.[^.]+)?\.weight$"), Role.LORA_A),
+    (re.compile(r"^(.+)\.lora_B(?:\.[^.]+)?\.weight$"), Role.LORA_B),
+    (re.compile(r"^(.+)\.lora_B(?:\.[^.]+)?\.bias$"), Role.LORA_BIAS),
+    (re.compile(r"^(.+)\.lora_embedding_A(?:\.[^.]+)?$"), Role.EMBEDDING_A),
+    (re.compile(r"^(.+)\.lora_embedding_B(?:\.[^.]+)?$"), Role.EMBEDDING_B),
+    (
+        re.compile(r"^(.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"),
+        Role.MAGNITUDE,
+    ),
+    (re.compile(r"^(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$"), Role.TOKEN_ROWS),
+)
+_SAVED = re.compile(r"^(.+)\.modules_to_save(?:\.[^.]+)?\.((?:[^.]+\.)*[^.]+)$")
+_BASE_LAYER = re.compile(r"^(.+?)(?:\.base_layer)+\.(weight|bias)$")
+_LEAKED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
+_ADAPTER_NAME = re.compile(
+    r"\.(?:lora_[AB]\.(?!weight$|bias$)[^.]+\.(?:weight|bias)|lora_embedding_[AB]\.[^.]+)$"
+)
+# Tensors that training uses and inference does not (PEFT drops them when it merges).
+_TRAINING_ONLY = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)(\.|$)")
+# A frozen copy of the base that wrapping left behind; it is no part of the adapter.
+_FROZEN_COPY = re.compile(r"\.original_module\.")
+
+
+class KeyReader:
+    """Turns saved names into keys and remembers what it had to clean up."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def read(self, name: str) -> TensorKey | None:
+        """Return the key of a saved name, or None for one that is no part of the adapter.
+
+        Raises:
+            UnsupportedError: if it is a LoRA tensor of a kind that adapterkit does not know.
+        """
+        path = self._unwrapped(name)
+        if _TRAINING_ONLY.search(path):
+            self._seen["left out, used in training only"] += 1
+            return None
+        if _FROZEN_COPY.search(path):
+            self._seen["left out, frozen copy of the base (original_module)"] += 1
+            return None
+        if _ADAPTER_NAME.search(path):
+            self._seen["adapter name taken out of the tensor name"] += 1
+        for pattern, role in _LEAVES:
+            if match := pattern.match(path):
+                return TensorKey(match[1], role)
+        if match := _SAVED.match(path) or _BASE_LAYER.match(path):
+            return TensorKey(f"{match[1]}.{match[2]}", Role.FULL)
+        if ".lora_" in path:
+            raise UnsupportedError("is a LoRA tensor of an unknown kind", where=name)
+        return TensorKey(path, Role.FULL)
+
+    def _unwrapped(self, name: str) -> str:
+        path, count = _LEAKED.subn("", name)
+        if count:
+            self._seen["_orig_mod. or _fsdp_wrapped_module. taken out (torch.compile, FSDP)"] += 1
+        if path.startswith("module."):
+            path = path.removeprefix("module.")
+            self._seen["module. taken off (DDP, DeepSpeed)"] += 1
+        if not path.startswith(PREFIX):
+            self._seen[f"had no {PREFIX} prefix"] += 1
+        path = path.removeprefix(PREFIX)
+        while path.startswith((PREFIX, "module.")):
+            path = path.removeprefix(PREFIX).removeprefix("module.")
+            self._seen[f"doubled {PREFIX} prefix taken off"] += 1
+        return path
+
+    def notes(self) -> tuple[str, ...]:
+        """Return one sentence for each kind of clean-up, with its count."""
+        return tuple(
+            f"{count} tensor name{'s' if count > 1 else ''}: {what}"
+            for what, count in self._seen.items()
+        )
+
+
+def saved_name(key: TensorKey, embeddings: Iterable[str], adapted: Iterable[str]) -> str:
+    """Return the name under which PEFT saves and looks for a tensor.
+
+    Args:
+        key: the tensor.
+        embeddings: modules with embedding factors, whose full weight sits in a base layer.
+        adapted: all modules with factors, whose full bias sits in a base layer.
+    """
+    leaves = {
+        Role.LORA_A: ".lora_A.weight",
+        Role.LORA_B: ".lora_B.weight",
+        Role.LORA_BIAS: ".lora_B.bias",
+        Role.EMBEDDING_A: ".lora_embedding_A",
+        Role.EMBEDDING_B: ".lora_embedding_B",
+        Role.MAGNITUDE: ".lora_magnitude_vector",
+        Role.TOKEN_ROWS: ".token_adapter.trainable_tokens_delta",
+    }
+    if key.role in leaves:
+        return PREFIX + key.module + leaves[key.role]
+    module, _, parameter = key.module.rpartition(".")
+    wrapped = (parameter == "bias" and module in set(adapted)) or module in set(embeddings)
+    return f"{PREFIX}{module}{'.base_layer' if wrapped else ''}.{parameter}"

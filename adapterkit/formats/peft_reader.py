@@ -1,0 +1,206 @@
+"""Read PEFT LoRA adapters: a directory, one of its sub-directories, or the weights file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit.containers.safetensors import read_safetensors
+from adapterkit.containers.torch_zip import flatten, read_torch_zip
+from adapterkit.errors import FormatError, NotFoundError
+from adapterkit.formats.peft_config import LoraConfig
+from adapterkit.formats.peft_keys import KeyReader
+from adapterkit.json_file import read_json_object
+from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from adapterkit.tensor import LazyTensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """Return the config and the weights file that a path means.
+
+    A directory that holds no adapter itself but one in a sub-directory means that one, as PEFT
+    saves adapters that are not called `default`.
+
+    Raises:
+        NotFoundError: if there is no adapter, or several sub-directories hold one.
+    """
+    if path.is_dir():
+        return _locate_in(path)
+    if not path.is_file():
+        raise NotFoundError("no such file or directory", path=path)
+    folder = path.parent
+    if path.name == CONFIG:
+        return path, _weights(folder)
+    if not (folder / CONFIG).is_file():
+        raise NotFoundError(
+            f"has no {CONFIG} beside it; rank and alpha are not in the weights", path=path
+        )
+    return folder / CONFIG, path
+
+
+def _locate_in(folder: Path) -> tuple[Path, Path]:
+    if (folder / CONFIG).is_file():
+        return folder / CONFIG, _weights(folder)
+    inner = [child for child in sorted(folder.iterdir()) if (child / CONFIG).is_file()]
+    if len(inner) == 1:
+        return inner[0] / CONFIG, _weights(inner[0])
+    if inner:
+        names = ", ".join(child.name for child in inner)
+        raise NotFoundError(f"holds several adapters ({names}); name one of them", path=folder)
+    raise NotFoundError(f"no adapter here: no {CONFIG}", path=folder)
+
+
+def _weights(folder: Path) -> Path:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise NotFoundError(f"has {CONFIG} but neither {' nor '.join(WEIGHTS)}", path=folder)
+
+
+def read_peft(path: Path) -> AdapterTensorSet:
+    """Read a PEFT LoRA adapter; tensors stay on disk until they are asked for.
+
+    Raises:
+        NotFoundError: if there is no adapter at the path.
+        FormatError: if a file is malformed or two tensors have one meaning.
+        UnsupportedError: if a setting makes it something other than a low-rank update.
+    """
+    config_path, weights_path = locate(path)
+    config = LoraConfig(read_json_object(config_path), config_path)
+    stored = _stored(weights_path)
+    keys = KeyReader()
+    tensors: dict[TensorKey, LazyTensor] = {}
+    for name, tensor in stored.items():
+        key = keys.read(name)
+        if key is None:
+            continue
+        if key in tensors:
+            raise FormatError("two tensors have this meaning", path=weights_path, where=str(key))
+        tensors[key] = tensor
+    if not tensors:
+        raise FormatError("holds no tensors; training saved an empty adapter", path=weights_path)
+    notes = list(keys.notes())
+    if path.is_dir() and config_path.parent != path:
+        notes.append(f"read from the sub-directory {config_path.parent.name}")
+    tensors, scales = _interpreted(config, tensors, notes)
+    return AdapterTensorSet(
+        tensors=tensors,
+        scales=scales,
+        base=BaseReference(
+            name=_text(config.raw, "base_model_name_or_path"),
+            revision=_text(config.raw, "revision"),
+            architecture=_text(config.mapping("auto_mapping"), "base_model_class"),
+        ),
+        traits=config.traits() | _conflicts(config, tensors),
+        extras={"peft": {"config": dict(config.raw), "modules": tuple(scales)}},
+        provenance=Provenance(path, "peft", tuple(notes)),
+    )
+
+
+def _stored(path: Path) -> Mapping[str, LazyTensor]:
+    with path.open("rb") as file:
+        magic = file.read(2)
+    if magic != b"PK" and path.suffix not in {".bin", ".pt", ".pth"}:
+        return read_safetensors(path).tensors
+    return flatten(read_torch_zip(path).root)
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def _interpreted(
+    config: LoraConfig, tensors: dict[TensorKey, LazyTensor], notes: list[str]
+) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
+    """Resolve scales, and spell out factors that are stored folded up."""
+    adapted = dict.fromkeys(
+        key.module for key in tensors if key.role not in {Role.FULL, Role.TOKEN_ROWS}
+    )
+    scales = {module: config.scale_of(module) for module in adapted}
+    if config.flag("use_bdlora"):
+        tensors = _block_diagonal(config, tensors)
+        notes.append("block-diagonal factors (use_bdlora) written out in full")
+    if config.flag("use_qalora"):
+        tensors = _unpooled(config, tensors, scales)
+        notes.append("pooled inputs (use_qalora) written out in full")
+    return tensors, scales
+
+
+def _unpooled(
+    config: LoraConfig, tensors: dict[TensorKey, LazyTensor], scales: dict[str, float]
+) -> dict[TensorKey, LazyTensor]:
+    """Undo QA-LoRA's pooling: x is averaged over groups of g inputs, then times in / g.
+
+    So A' repeats every column g times, and the update is scaled by in / g².
+    """
+    import numpy as np
+
+    group = config.raw.get("qalora_group_size", 16)
+    if not isinstance(group, int) or group < 1:
+        raise FormatError(f"qalora_group_size is {group!r}", path=config.path)
+    spelled = dict(tensors)
+    for key, a in tensors.items():
+        if key.role is Role.LORA_A:
+            shape = (*a.shape[:-1], a.shape[-1] * group)
+            spelled[key] = a.map(lambda x: np.repeat(x, group, axis=-1), shape=shape)
+            scales[key.module] *= a.shape[-1] / group
+    return spelled
+
+
+def _block_diagonal(
+    config: LoraConfig, tensors: dict[TensorKey, LazyTensor]
+) -> dict[TensorKey, LazyTensor]:
+    fields = config.mapping("use_bdlora")
+    blocks = fields.get("nblocks", 1)
+    if not isinstance(blocks, int) or blocks < 1:
+        raise FormatError(f"use_bdlora.nblocks is {blocks!r}", path=config.path)
+    patterns = {
+        role: tuple(cast("list[str]", fields.get(name) or ()))
+        for role, name in (
+            (Role.LORA_A, "target_modules_bd_a"),
+            (Role.LORA_B, "target_modules_bd_b"),
+        )
+    }
+    return {
+        key: _spelled_out(tensor, blocks)
+        if any(pattern in key.module for pattern in patterns.get(key.role, ()))
+        else tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def _spelled_out(tensor: LazyTensor, blocks: int) -> LazyTensor:
+    """Return block_diag of `blocks` equal groups of rows."""
+    import numpy as np
+
+    rows, width = tensor.shape
+
+    def spread(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        full = np.zeros((rows, width * blocks), x.dtype)
+        step = rows // blocks
+        for block in range(blocks):
+            full[block * step : (block + 1) * step, block * width : (block + 1) * width] = x[
+                block * step : (block + 1) * step
+            ]
+        return full
+
+    return tensor.map(spread, shape=(rows, width * blocks))
+
+
+def _conflicts(config: LoraConfig, tensors: Mapping[TensorKey, LazyTensor]) -> dict[str, Any]:
+    """Note modules whose tensors have another rank than the config: PEFT would not load them."""
+    conflicts: dict[str, list[int]] = {}
+    for key, tensor in tensors.items():
+        if key.role in {Role.LORA_A, Role.EMBEDDING_A} and len(tensor.shape) > 1:
+            declared = config.rank_of(key.module)
+            if tensor.shape[0] != declared:
+                conflicts[key.module] = [declared, tensor.shape[0]]
+    return {"rank_conflicts": conflicts} if conflicts else {}

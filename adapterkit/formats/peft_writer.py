@@ -1,0 +1,218 @@
+"""Write PEFT LoRA adapters that load without a missing or an unexpected key."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from adapterkit.containers.safetensors import write_safetensors
+from adapterkit.dtype import DType
+from adapterkit.formats.peft_config import LoraConfig
+from adapterkit.formats.peft_keys import saved_name
+from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
+from adapterkit.model import AdapterTensorSet, Loss, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from adapterkit.base import BaseModel
+    from adapterkit.tensor import LazyTensor
+
+_Number = TypeVar("_Number", int, float)
+
+# Fields that this writer sets itself; every other field of a PEFT source is passed on.
+_MEANING: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 8,
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_dora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "trainable_token_indices": None,
+    "modules_to_save": None,
+    "layer_replication": None,
+}
+_TARGETING = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+)
+_DEFAULTS: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "lora_dropout": 0.0,
+    "init_lora_weights": True,
+    "fan_in_fan_out": False,
+}
+
+
+def losses(adapter: AdapterTensorSet) -> list[Loss]:
+    """List what a PEFT LoRA directory cannot hold of this adapter."""
+    found: list[Loss] = []
+    for module in adapter.traits.get("engine_layout", ()):
+        message = "its rows are in llama.cpp's order; give the base model with --base"
+        found.append(Loss("engine-layout", module, message))
+    adapted = _adapted(adapter)
+    for role, code, word in (
+        (Role.MAGNITUDE, "dora-partly", "use_dora"),
+        (Role.LORA_BIAS, "lora-bias-partly", "lora_bias"),
+    ):
+        having = {key.module for key in adapter.tensors if key.role is role}
+        if having and having != set(adapted):
+            missing = next(module for module in adapted if module not in having)
+            message = f"{word} holds for all modules or none, and this one has none"
+            found.append(Loss(code, missing, message))
+    return found
+
+
+def write_peft(
+    adapter: AdapterTensorSet, folder: Path, *, base: BaseModel | None, dtype: DType | None
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory.
+
+    Args:
+        adapter: every tensor in canonical orientation.
+        folder: directory to create.
+        base: the model it is for, to name the targets briefly and to fill in its name.
+        dtype: stored type of all tensors; None keeps each tensor's, quantised ones as float32.
+    """
+    folder.mkdir()
+    adapted = _adapted(adapter)
+    embeddings = {key.module for key in adapter.tensors if key.role is Role.EMBEDDING_A}
+    tensors = {
+        saved_name(key, embeddings, adapted): _stored(tensor, dtype)
+        for key, tensor in adapter.tensors.items()
+    }
+    write_safetensors(folder / WEIGHTS[0], tensors, {"format": "pt"})
+    text = json.dumps(config_for(adapter, base), indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _stored(tensor: LazyTensor, dtype: DType | None) -> LazyTensor:
+    if not tensor.dtype.floating:
+        return tensor
+    return tensor.cast(dtype or (DType.F32 if tensor.dtype.quantised else tensor.dtype))
+
+
+def _adapted(adapter: AdapterTensorSet) -> tuple[str, ...]:
+    roles = {Role.FULL, Role.TOKEN_ROWS}
+    return tuple(dict.fromkeys(k.module for k in adapter.tensors if k.role not in roles))
+
+
+def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
+    """Return the adapter_config.json for an adapter; a PEFT source's own settings are kept."""
+    source: Mapping[str, Any] = adapter.extras.get("peft", {}).get("config", {})
+    config = {**_DEFAULTS, **source, **_MEANING}
+    config.update({name: adapter.traits[name] for name in _MEANING if name in adapter.traits})
+    ranks, scales = _ranks_and_scales(adapter)
+    config.update(_scaling(source, adapter, ranks, scales))
+    config.update(_targeting(source, adapter, base))
+    config["use_dora"] = any(key.role is Role.MAGNITUDE for key in adapter.tensors)
+    config["lora_bias"] = any(key.role is Role.LORA_BIAS for key in adapter.tensors)
+    config.update(_saved(source, adapter))
+    if "init_lora_weights" in adapter.traits:
+        config["init_lora_weights"] = adapter.traits["init_lora_weights"]
+    name = adapter.base.name or (base.name if base else None)
+    config["base_model_name_or_path"] = name
+    if base and not source:
+        config["fan_in_fan_out"] = any(rule.conv1d for rule in base.architecture.rules)
+    return config
+
+
+def _ranks_and_scales(adapter: AdapterTensorSet) -> tuple[dict[str, int], dict[str, float]]:
+    ranks = {pair.module: pair.rank for pair in adapter.pairs()}
+    return ranks, {pair.module: pair.scale for pair in adapter.pairs()}
+
+
+def _scaling(
+    source: Mapping[str, Any],
+    adapter: AdapterTensorSet,
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return r, lora_alpha and the patterns; the source's own where they still say the same."""
+    if source and adapter.provenance:
+        config = LoraConfig(source, adapter.provenance.path)
+        same = all(
+            config.rank_of(module) == rank and config.scale_of(module) == scales[module]
+            for module, rank in ranks.items()
+        )
+        if same:
+            names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+            return {name: source[name] for name in names if name in source}
+    alphas = {module: scales[module] * rank for module, rank in ranks.items()}
+    rank, alpha = _most_common(ranks.values(), 8), _most_common(alphas.values(), 8)
+    return {
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {_exactly(m): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(m): _whole(a) for m, a in alphas.items() if a != alpha},
+    }
+
+
+def _most_common(values: Iterable[_Number], usual: _Number) -> _Number:
+    ranked = Counter(values).most_common(1)
+    return ranked[0][0] if ranked else usual
+
+
+def _exactly(module: str) -> str:
+    """Return a pattern that only this module can match: PEFT's patterns are regular expressions."""
+    return "^" + re.escape(module)
+
+
+def _whole(value: float) -> float:
+    return int(value) if math.isfinite(value) and value == int(value) else value
+
+
+def _targeting(
+    source: Mapping[str, Any], adapter: AdapterTensorSet, base: BaseModel | None
+) -> dict[str, Any]:
+    """Return fields that target exactly the adapted modules; the source's if it adapted the same.
+
+    A suffix such as `q_proj` may only stand for modules that are all adapted; otherwise PEFT would
+    create, and miss, the others. Full paths are always right.
+    """
+    modules = _adapted(adapter)
+    if source and set(adapter.extras["peft"]["modules"]) == set(modules):
+        return {name: source[name] for name in _TARGETING if name in source}
+    suffixes = sorted({module.rpartition(".")[2] for module in modules})
+    known = _base_modules(base)
+    covered = {name for name in known if name.rpartition(".")[2] in suffixes}
+    brief = covered == set(modules)
+    return {**dict.fromkeys(_TARGETING), "target_modules": suffixes if brief else sorted(modules)}
+
+
+def _base_modules(base: BaseModel | None) -> set[str]:
+    """Return the modules of the base that a target suffix could hit; none if that is unknown."""
+    if base is None or base.kind != "hf":
+        return set()
+    return {name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")}
+
+
+def _saved(source: Mapping[str, Any], adapter: AdapterTensorSet) -> dict[str, Any]:
+    """Return `bias` and `modules_to_save` for the absolute tensors."""
+    full = [key for key in adapter.tensors if key.role is Role.FULL]
+    adapted = set(_adapted(adapter))
+    biases = [key.module.removesuffix(".bias") for key in full if key.module.endswith(".bias")]
+    weights = [key.module.rpartition(".")[0] for key in full if not key.module.endswith(".bias")]
+    saved = sorted(set(weights) - adapted)
+    loose = [module for module in biases if module not in set(weights)]
+    bias = source.get("bias") or "none"
+    if loose and bias == "none":
+        bias = "lora_only" if set(loose) <= adapted else "all"
+    return {
+        "bias": bias if loose else "none",
+        "modules_to_save": source.get("modules_to_save") or saved or None,
+    }

@@ -1,0 +1,52 @@
+"""What every format implements: read, say what it cannot hold, write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from adapterkit.base import BaseModel
+from adapterkit.dtype import DType
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from adapterkit.model import AdapterTensorSet, Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a conversion was told beside its source and destination.
+
+    Attributes:
+        base: the base model, if given or found.
+        dtype: stored type of the factors; None keeps each tensor's.
+        moe_layout: `experts` or `fused`, the spelling of experts to write; None lets the base say.
+        unverified: whether families without a passing oracle may be used.
+        dialect: name or file of the key grammar of a hand-written adapter, if the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
+    """
+
+    base: BaseModel | None = None
+    dtype: DType | None = None
+    moe_layout: str | None = None
+    unverified: bool = False
+    dialect: str | None = None
+    alpha: float | None = None
+
+
+class Format(Protocol):
+    """Reads and writes one format."""
+
+    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+        """Read headers now and data later; raise FormatError for malformed files."""
+        ...
+
+    def losses(self, adapter: AdapterTensorSet, options: Options) -> Sequence[Loss]:
+        """List everything of the adapter that this format cannot hold; reads no tensor data."""
+        ...
+
+    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+        """Write a file or directory at `path`, which does not exist; the caller moves it."""
+        ...

@@ -1,0 +1,34 @@
+"""Small JSON documents that come from strangers."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit.errors import FormatError, NotFoundError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# A sharded 700B model's index is 10 MB; a config that is larger than this is not a config.
+_LIMIT = 64 << 20
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds, keys in file order.
+
+    Raises:
+        NotFoundError: if there is no such file.
+        FormatError: if it is not UTF-8 JSON, not an object, or absurdly large.
+    """
+    try:
+        if path.stat().st_size > _LIMIT:
+            raise FormatError(f"is larger than {_LIMIT >> 20} MB; not a configuration", path=path)
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError("no such file", path=path) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"is not readable JSON ({error})", path=path) from None
+    if not isinstance(value, dict):
+        raise FormatError("is not a JSON object", path=path)
+    return cast("dict[str, Any]", value)

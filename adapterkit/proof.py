@@ -1,0 +1,155 @@
+"""Compare two adapters module by module, from their factors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapterkit.delta import Difference, difference, norm, same_bits
+from adapterkit.dtype import DType
+from adapterkit.errors import FormatError, ProofError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from adapterkit.model import AdapterTensorSet, LoraPair, TensorKey
+    from adapterkit.tensor import LazyTensor
+
+# Relative Frobenius error that the rounding of a stored dtype explains.
+TOLERANCES = {
+    DType.F64: 1e-6,
+    DType.F32: 1e-6,
+    DType.F16: 1e-3,
+    DType.BF16: 1e-2,
+    DType.Q8_0: 1e-2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two adapters held against each other.
+
+    Attributes:
+        differences: module -> how far the second's update is from the first's.
+        only_in_first: modules whose update the second does not have; zero updates are left out.
+        only_in_second: likewise.
+    """
+
+    differences: Mapping[str, Difference]
+    only_in_first: tuple[str, ...]
+    only_in_second: tuple[str, ...]
+
+    @property
+    def worst(self) -> tuple[str | None, float]:
+        """The module with the largest relative error (NaN counts as the largest), and that."""
+        module, error = None, 0.0
+        for name, found in self.differences.items():
+            if module is None or not found.relative_error <= error:
+                module, error = name, found.relative_error
+                if error != error:  # noqa: PLR0124  (NaN: nothing is worse)
+                    break
+        return module, error
+
+
+def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
+    """Compare every pair of factors, and every other tensor by its values."""
+    pairs1 = {pair.module: pair for pair in first.pairs()}
+    pairs2 = {pair.module: pair for pair in second.pairs()}
+    differences = {
+        module: _shaped_difference(pair, pairs2[module])
+        for module, pair in pairs1.items()
+        if module in pairs2
+    }
+    others1, others2 = _others(first, pairs1), _others(second, pairs2)
+    for key, tensor in others1.items():
+        if key in others2:
+            differences[str(key)] = _value_difference(tensor, others2[key])
+    return Comparison(
+        differences,
+        (*_unshared(pairs1, pairs2), *(str(key) for key in others1 if key not in others2)),
+        (*_unshared(pairs2, pairs1), *(str(key) for key in others2 if key not in others1)),
+    )
+
+
+def _shaped_difference(first: LoraPair, second: LoraPair) -> Difference:
+    if first.shape != second.shape or first.embedding != second.embedding:
+        return Difference(float("inf"), None, None)
+    return difference(first, second)
+
+
+def _others(
+    adapter: AdapterTensorSet, pairs: Mapping[str, LoraPair]
+) -> dict[TensorKey, LazyTensor]:
+    return {
+        key: tensor
+        for key, tensor in adapter.tensors.items()
+        if not (key.module in pairs and key.role.value.rstrip("AB").endswith("_"))
+    }
+
+
+def _unshared(mine: Mapping[str, LoraPair], theirs: Mapping[str, LoraPair]) -> list[str]:
+    """Return modules that the other lacks; a zero update is the same as none."""
+    return [module for module, pair in mine.items() if module not in theirs and norm(pair) != 0]
+
+
+def _value_difference(first: LazyTensor, second: LazyTensor) -> Difference:
+    if first.shape != second.shape:
+        return Difference(float("inf"), None, None)
+    if same_bits(first, second):
+        return Difference(0.0, 1.0, 1.0)
+    import numpy as np
+
+    x, y = (np.asarray(t.numpy(), dtype=np.float64).reshape(-1) for t in (first, second))
+    norm1, norm2 = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+    apart = float(np.linalg.norm(y - x))
+    error = apart / norm1 if norm1 else (0.0 if apart == 0 else float("inf"))
+    cosine = float(x @ y) / (norm1 * norm2) if norm1 and norm2 else None
+    return Difference(error, cosine, norm2 / norm1 if norm1 else None)
+
+
+def tolerance_for(dtypes: Iterable[DType]) -> float:
+    """Return the error that storing in these dtypes explains: that of the coarsest."""
+    return max((TOLERANCES.get(dtype, TOLERANCES[DType.BF16]) for dtype in dtypes), default=1e-6)
+
+
+def prove(
+    source: AdapterTensorSet, written: AdapterTensorSet, *, path: Path
+) -> tuple[str | None, float]:
+    """Return the worst module and its error, or raise if the written adapter is another one.
+
+    Raises:
+        FormatError: if a factor of the source is not finite.
+        ProofError: if a module is missing, added, or further off than rounding explains.
+    """
+    comparison = compare(source, written)
+    module, error = comparison.worst
+    if error != error or error == float("inf"):  # noqa: PLR0124  (NaN)
+        _blame(source, module or "")
+    missing = (*comparison.only_in_first, *comparison.only_in_second)
+    if missing:
+        raise ProofError("was not written, or written twice", path=path, where=missing[0])
+    allowed = tolerance_for(tensor.dtype for tensor in written.tensors.values())
+    if not error <= allowed:
+        raise ProofError(
+            f"relative error {error:.3g} of the update, more than {allowed:g} that rounding to the "
+            "stored dtype explains; try --outtype f32",
+            path=path,
+            where=module,
+        )
+    return module, error
+
+
+def _blame(source: AdapterTensorSet, module: str) -> None:
+    """Raise for a source that is not finite; a finite one overflowed in the output."""
+    from adapterkit.delta import all_finite
+
+    for key, tensor in source.tensors.items():
+        if key.module == module and not all_finite(tensor):
+            raise FormatError(
+                "holds NaN or infinity; this adapter is broken, a diverged training run?",
+                path=source.provenance.path if source.provenance else None,
+                where=str(key),
+            )
+    raise ProofError("overflows the stored dtype; use --outtype f32 or bf16", where=module)

@@ -1,0 +1,180 @@
+"""The formats, as data; telling them apart by content; read and write by name."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
+from adapterkit.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from adapterkit.formats.protocol import Format
+
+_GROUP = "adapterkit.formats"
+_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatSpec:
+    """One format, described without importing it.
+
+    Attributes:
+        name: as `--to` takes it.
+        title: as people call it.
+        target: `module:attribute` of the implementation.
+        reads: whether it can be read.
+        writes: whether it can be written.
+        cannot_hold: what is lost in it, for the table that `adapterkit formats` prints.
+        magic: first bytes of its files, if they are distinctive.
+        config_keys: keys of adapter_config.json of which one marks a directory as this format.
+        probe: `module:function` that looks into a path that neither magic nor config keys told;
+            takes the path, returns whether it is this format, and raises nothing for strangers.
+        suffixes: file suffixes that mean this format as a destination.
+        directory: whether it is written as a directory.
+    """
+
+    name: str
+    title: str
+    target: str
+    reads: bool = True
+    writes: bool = True
+    cannot_hold: str = ""
+    magic: bytes = b""
+    config_keys: tuple[str, ...] = ()
+    probe: str = ""
+    suffixes: tuple[str, ...] = ()
+    directory: bool = False
+
+    @property
+    def format(self) -> Format:
+        """The implementation, imported on first use."""
+        return _imported(self.target)
+
+
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+BUILTIN = (
+    FormatSpec(
+        name="peft",
+        title="PEFT LoRA directory",
+        target="adapterkit.formats.peft:FORMAT",
+        cannot_hold="DoRA or lora_bias on some modules only",
+        config_keys=("peft_type", "lora_alpha", "target_modules"),
+        directory=True,
+    ),
+    FormatSpec(
+        name="gguf",
+        title="GGUF LoRA adapter (llama.cpp, Ollama)",
+        target="adapterkit.formats.gguf:FORMAT",
+        cannot_hold="DoRA, biases, saved modules, token rows, embeddings and output of tied bases",
+        magic=b"GGUF",
+        suffixes=(".gguf",),
+    ),
+)
+
+
+@functools.cache
+def _plugins() -> tuple[FormatSpec, ...]:
+    # Entry points are looked up only when no built-in format answers: the import alone is slow.
+    from importlib.metadata import entry_points
+
+    return tuple(entry.load() for entry in entry_points(group=_GROUP))
+
+
+def formats() -> tuple[FormatSpec, ...]:
+    """Return every format: built in, then from the entry points in group adapterkit.formats."""
+    return (*BUILTIN, *_plugins())
+
+
+def spec(name: str) -> FormatSpec:
+    """Return the format of a name.
+
+    Raises:
+        UsageError: if there is none; the message lists all.
+    """
+    for known in BUILTIN:
+        if known.name == name:
+            return known
+    for known in _plugins():
+        if known.name == name:
+            return known
+    names = ", ".join(known.name for known in formats())
+    raise UsageError(f"unknown format {name!r}; known: {names}")
+
+
+def detect(path: Path) -> FormatSpec:
+    """Tell the format of an adapter by its content, never by its name.
+
+    Raises:
+        NotFoundError: if there is nothing at the path.
+        UnknownFormatError: if no format recognises it.
+    """
+    if not path.exists():
+        raise NotFoundError("no such file or directory", path=path)
+    found = _recognised(path, BUILTIN) or _recognised(path, _plugins())
+    if found:
+        return found
+    if path.is_dir():
+        raise NotFoundError(f"no adapter here: no {_CONFIG}", path=path)
+    raise UnknownFormatError(
+        f"is not an adapter of a known format, and no {_CONFIG} lies beside it", path=path
+    )
+
+
+def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
+    start = _first_bytes(path)
+    for known in specs:
+        if known.magic and start.startswith(known.magic):
+            return known
+    keys = _config_keys(path)
+    for known in specs:
+        if not keys.isdisjoint(known.config_keys):
+            return known
+    return next((known for known in specs if known.probe and _imported(known.probe)(path)), None)
+
+
+def _first_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(16)
+    except OSError as error:
+        raise FormatError(f"could not be read ({error.strerror})", path=path) from None
+
+
+def _config_keys(path: Path) -> frozenset[str]:
+    """Return the keys of the adapter_config.json that describes a path, if there is one."""
+    folder = path if path.is_dir() else path.parent
+    config = folder / _CONFIG
+    if not config.is_file() and path.is_dir():
+        inner = sorted(path.glob(f"*/{_CONFIG}"))
+        config = inner[0] if inner else config
+    return frozenset(read_json_object(config)) if config.is_file() else frozenset()
+
+
+def destination_format(path: Path, name: str | None) -> FormatSpec:
+    """Return the format to write: by name if given, else by the destination's suffix.
+
+    Raises:
+        UsageError: if the suffix says nothing and no name was given, or the format is read-only.
+    """
+    if name:
+        chosen = spec(name)
+    else:
+        chosen = next((known for known in BUILTIN if path.suffix in known.suffixes), None)
+        chosen = chosen or (None if path.suffix in {".safetensors", ".npz", ".bin"} else BUILTIN[0])
+    if chosen is None:
+        raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
+    if not chosen.writes:
+        raise UsageError(f"format {chosen.name!r} can be read but not written")
+    return chosen

@@ -1,0 +1,163 @@
+"""Tiny random base models: a Hugging Face directory, and the same weights as llama.cpp's GGUF."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from engine.rows import FamilyRow
+
+from adapterkit.architectures import Sizes
+from adapterkit.architectures.weights import model_to_engine
+from adapterkit.base import BaseModel, open_base
+from adapterkit.errors import BaseRequiredError
+
+transformers.utils.logging.disable_progress_bar()
+
+torch.set_num_threads(1)
+
+# Hyper-parameters that llama.cpp reads as float32, whole numbers or not; it aborts on other types.
+_REAL = re.compile(r"epsilon|freq_base|softcapping|scale|factor|theta|clamp|eps$|bias$")
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFixture:
+    """A random model in both worlds."""
+
+    row: FamilyRow
+    hf: Path
+    gguf: Path
+    model: Any
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def tolerance(self) -> float:
+        """Divergence that float32 leaves; llama.cpp looks GELU up in a half-precision table."""
+        config = self.model.config.get_text_config()
+        names = ("hidden_activation", "hidden_act", "activation_function")
+        used = next(name for name in names if getattr(config, name, None))
+        return 1e-5 if "gelu" in getattr(config, used) else 1e-9
+
+    @property
+    def tied(self) -> bool:
+        return self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+
+
+def make_base(row: FamilyRow, folder: Path, *, seed: int = 0) -> BaseFixture:
+    """Make the model of a row in `folder/base`, and `folder/base.gguf` through the tables."""
+    model = random_model(row, seed)
+    model.save_pretrained(folder / "base")
+    base = open_base(folder / "base")
+    assert base.architecture.name == row.family
+    write_base(row, base, folder / "base.gguf")
+    return BaseFixture(row=row, hf=folder / "base", gguf=folder / "base.gguf", model=model)
+
+
+def random_model(row: FamilyRow, seed: int) -> Any:
+    """Return a model in evaluation mode; every parameter is random and matters to the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    model = getattr(transformers, row.model_class)._from_config(
+        _config(row), attn_implementation="eager", dtype=torch.float32
+    )
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * noise)  # norms stay around one (Gemma: zero)
+            elif parameter is embedding:
+                # Small against what the layers add: a tied output would just repeat the token.
+                parameter.copy_(0.1 * noise)
+            else:
+                parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def _config(row: FamilyRow) -> Any:
+    kind = getattr(transformers, row.config_class)
+    plain = kind()
+    shared = {name: value for name, value in row.optional.items() if hasattr(plain, name)}
+    return kind(**{**shared, **row.config})
+
+
+def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
+    """Write a Hugging Face model as a float32 GGUF with a dummy vocabulary."""
+    writer = gguf.GGUFWriter(path, base.architecture.gguf)
+    for key, value in _hyperparameters(row, base).items():
+        _add(writer, f"{base.architecture.gguf}.{key}", value)
+    state = {name: tensor.numpy() for name, tensor in base.tensors.items()}
+    tensors = model_to_engine(base.architecture, base.sizes, state)
+    vocabulary = tensors["token_embd.weight"].shape[0]
+    _add_vocabulary(writer, vocabulary)
+    for name, array in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(array, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _hyperparameters(row: FamilyRow, base: BaseModel) -> dict[str, Any]:
+    sizes = Sizes(base.architecture, "hf", _flat(base.facts))
+    found: dict[str, Any] = {}
+    for key, given in row.gguf.items():
+        if isinstance(given, list):  # optional, with alternatives
+            values = [sizes.get(expression) for expression in given]
+            value = next((value for value in values if value is not None), None)
+            if value is None:
+                continue
+        else:
+            value = sizes.value(given) if isinstance(given, str) else given
+        found[key] = value
+    return found
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell nested values with double underscores, and the rotary ones plainly too."""
+    flat = dict(config)
+    for name, value in config.items():
+        if isinstance(value, dict):
+            inner = _flat(cast("dict[str, Any]", value))
+            flat.update({f"{name}__{key}": each for key, each in inner.items()})
+            if name == "rope_parameters":
+                flat.update({key: each for key, each in inner.items() if "__" not in key})
+    return flat
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case list():
+            writer.add_array(key, value)
+        case bool():
+            writer.add_bool(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _ if _REAL.search(key):
+            writer.add_float32(key, float(value))
+        case _:
+            if int(value) != value:
+                raise BaseRequiredError(f"{value} is no whole number", where=key)
+            writer.add_uint32(key, int(value))
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    special = ["<unk>", "<s>", "</s>"]
+    octets = [f"<0x{value:02X}>" for value in range(256)]
+    words = [f"\u2581t{place}" for place in range(len(special) + len(octets), size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*special, *octets, *words])
+    writer.add_token_scores([0.0] * size)
+    writer.add_token_types(
+        [_UNKNOWN, _CONTROL, _CONTROL, *[_BYTE] * len(octets), *[_NORMAL] * len(words)]
+    )

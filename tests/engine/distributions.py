@@ -1,0 +1,45 @@
+"""Next-token distributions: prompts to ask for, transformers' answers, and their distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from engine.bases import BaseFixture
+
+Distributions = np.ndarray[Any, np.dtype[np.float64]]
+
+LONGEST = 17
+
+
+def prompts_for(base: BaseFixture, seed: int = 2) -> list[list[int]]:
+    """Return every prefix of one prompt of 17 tokens, then unrelated ones of 1, 2 and 5."""
+    generator = np.random.default_rng(seed)
+    ids = [generator.integers(3, base.vocabulary, count).tolist() for count in (LONGEST, 1, 2, 5)]
+    return [*(ids[0][:count] for count in range(1, LONGEST + 1)), *ids[1:]]
+
+
+def logprobs(model: Any, prompts: Sequence[Sequence[int]]) -> Distributions:
+    """Return log-probabilities of the token after each prompt, (prompts, vocabulary)."""
+    with torch.no_grad():
+        logits = [model(torch.tensor([list(prompt)])).logits[0, -1] for prompt in prompts]
+    return normalised(torch.stack(logits).to(torch.float64).numpy())
+
+
+def normalised(logits: Distributions) -> Distributions:
+    """Return log-softmax over the last axis."""
+    peak = logits.max(-1, keepdims=True)
+    return logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+
+
+def kl(reference: Distributions, other: Distributions) -> Distributions:
+    """Return the Kullback-Leibler divergence of each row, in nats."""
+    p, q = normalised(reference), normalised(other)
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def max_kl(reference: Distributions, other: Distributions) -> float:
+    """Return the largest divergence over all prompts."""
+    return float(kl(reference, other).max())

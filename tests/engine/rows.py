@@ -1,0 +1,52 @@
+"""The model families under test, one TOML row each."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyRow:
+    """How to make a tiny random model of one family; common.toml explains the fields."""
+
+    name: str
+    family: str
+    config_class: str
+    model_class: str
+    config: Mapping[str, Any]
+    optional: Mapping[str, Any]
+    gguf: Mapping[str, Any]
+    lora: Mapping[str, Any]
+
+
+def family_rows() -> tuple[str, ...]:
+    """Return the names of all rows, sorted."""
+    return tuple(sorted(path.stem for path in (_HERE / "families").glob("*.toml")))
+
+
+@cache
+def family_row(name: str) -> FamilyRow:
+    """Read one row over what common.toml says."""
+    row = tomllib.loads((_HERE / "families" / f"{name}.toml").read_text(encoding="utf-8"))
+    common = tomllib.loads((_HERE / "common.toml").read_text(encoding="utf-8"))
+    prefix = row.pop("model", "")
+    made = FamilyRow(
+        name=name,
+        family=row.pop("family", name),
+        config_class=row.pop("config_class", f"{prefix}Config"),
+        model_class=row.pop("model_class", f"{prefix}ForCausalLM"),
+        config=dict.fromkeys(row.pop("null", ())) | row.pop("config", {}),
+        optional=common["config"],
+        gguf=common["gguf"] | row.pop("gguf", {}),
+        lora=row.pop("lora", {}),
+    )
+    if row:
+        raise ValueError(f"{name}.toml: unknown fields {sorted(row)}")
+    return made
