@@ -111,10 +111,10 @@ def convert(
     )
     spec = detect(source)
     adapter, options = load(source, spec, options)
-    adapter, losses = _admitted(adapter, target, options, allow_lossy=allow_lossy)
+    adapter, losses, warnings = _admitted(adapter, target, options, allow_lossy=allow_lossy)
     with staged(destination, force=force) as staging:
         target.format.write(adapter, staging, options)
-        written = target.format.read(staging, options)
+        written = target.format.read(staging, replace(options, like=adapter.modules))
         worst, error = prove(adapter, written, path=destination)
         size = _size(staging)
     return ConversionReport(
@@ -128,7 +128,7 @@ def convert(
         max_relative_error=error,
         worst_module=worst,
         losses=losses,
-        notes=adapter.provenance.notes if adapter.provenance else (),
+        notes=(*(adapter.provenance.notes if adapter.provenance else ()), *warnings),
     )
 
 
@@ -153,20 +153,20 @@ def _dtype(outtype: str) -> DType | None:
 
 def _admitted(
     adapter: AdapterTensorSet, target: FormatSpec, options: Options, *, allow_lossy: bool
-) -> tuple[AdapterTensorSet, tuple[Loss, ...]]:
-    """Return what will be written and what is dropped, or raise with every reason."""
+) -> tuple[AdapterTensorSet, tuple[Loss, ...], tuple[str, ...]]:
+    """Return what will be written, what is dropped and what to mention, or raise every reason."""
     path = adapter.provenance.path if adapter.provenance else None
     if broken := problems(adapter):
         more = f" (and {len(broken) - 1} more defects)" if len(broken) > 1 else ""
         raise FormatError(f"{broken[0]}{more}", path=path)
     if options.base:
         check_fit(adapter, options.base)
-    losses = tuple(target.format.losses(adapter, options))
-    if not losses:
-        return adapter, ()
-    if not allow_lossy or not all(loss.droppable for loss in losses):
+    found = target.format.losses(adapter, options)
+    losses = tuple(loss for loss in found if loss.blocks)
+    if losses and not (allow_lossy and all(loss.droppable for loss in losses)):
         raise LossyConversionError(losses, path=path)
-    return _without(adapter, losses), losses
+    warnings = tuple(f"{loss.subject}: {loss.message}" for loss in found if not loss.blocks)
+    return _without(adapter, losses), losses, warnings
 
 
 def _without(adapter: AdapterTensorSet, losses: Sequence[Loss]) -> AdapterTensorSet:

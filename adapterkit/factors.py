@@ -34,6 +34,11 @@ def take_columns(pair: LoraPair, index: Index) -> LoraPair:
     return replace(pair, a=pair.a.map(lambda a: a[..., index], shape=shape))
 
 
+def renamed(pair: LoraPair, module: str) -> LoraPair:
+    """Return the same update under another name."""
+    return replace(pair, module=module)
+
+
 def slice_rows(pair: LoraPair, start: int, stop: int) -> LoraPair:
     """Return rows `start` to `stop` of the update; A is shared."""
     shape = (*pair.b.shape[:-2], stop - start, pair.b.shape[-1])
@@ -116,6 +121,26 @@ def fuse_rows(pairs: Sequence[LoraPair | None], heights: Sequence[int], module: 
     if _same_a(present):
         return _fuse_shared(pairs, heights, module)
     return _fuse_blocks(pairs, heights, module)
+
+
+def split_heads(pair: LoraPair, heads: int) -> LoraPair:
+    """Return (heads, rows / heads, in) from (rows, in): A is shared by all heads."""
+    import numpy as np
+
+    rows, rank = pair.b.shape
+    a_shape, b_shape = (heads, *pair.a.shape), (heads, rows // heads, rank)
+    return replace(
+        pair,
+        a=pair.a.map(lambda a: np.broadcast_to(a, a_shape), shape=a_shape),
+        b=pair.b.map(lambda b: b.reshape(b_shape), shape=b_shape),
+    )
+
+
+def join_heads(pair: LoraPair) -> LoraPair:
+    """Undo `split_heads`: one A if all heads share it, else the heads' own, stacked."""
+    heads, height, _ = pair.b.shape
+    parts = unstack_experts(pair, [pair.module] * heads)
+    return fuse_rows(parts, [height] * heads, pair.module)
 
 
 def transposed(pair: LoraPair) -> LoraPair:

@@ -25,7 +25,8 @@ class Role(StrEnum):
     Shapes: LORA_A (r, in), LORA_B (out, r), of experts (E, r, in) and (E, out, r), of convolutions
     (r, in, *kernel) and (out, r, 1...); EMBEDDING_A (r, vocabulary), EMBEDDING_B (width, r);
     MAGNITUDE (out,) of DoRA; LORA_BIAS (out,) added after B, scaled like it; FULL, an absolute
-    replacement of a parameter; TOKEN_ROWS (tokens, width), absolute rows of an embedding.
+    replacement of a parameter; TOKEN_ROWS (tokens, width), absolute rows of an embedding;
+    BASE_COPY, the frozen weight under an adapted embedding, which PEFT saves and never trains.
     """
 
     LORA_A = "lora_A"
@@ -35,6 +36,7 @@ class Role(StrEnum):
     MAGNITUDE = "magnitude"
     LORA_BIAS = "lora_bias"
     FULL = "full"
+    BASE_COPY = "base_copy"
     TOKEN_ROWS = "token_rows"  # noqa: S105  (not a password)
 
 
@@ -95,12 +97,14 @@ class Loss:
         subject: the module, tensor or setting concerned.
         message: why, and what to do instead.
         drops: the tensors that `allow_lossy` leaves out; empty where dropping is no way out.
+        blocks: false for a warning, which is reported and stops nothing.
     """
 
     code: str
     subject: str
     message: str
     drops: tuple[TensorKey, ...] = ()
+    blocks: bool = True
 
     @property
     def droppable(self) -> bool:

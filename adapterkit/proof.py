@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.delta import Difference, difference, norm, same_bits
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
+from adapterkit.model import Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,6 +26,9 @@ TOLERANCES = {
     DType.BF16: 1e-2,
     DType.Q8_0: 1e-2,
 }
+
+
+_FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ def _others(
     return {
         key: tensor
         for key, tensor in adapter.tensors.items()
-        if not (key.module in pairs and key.role.value.rstrip("AB").endswith("_"))
+        if key.role is not Role.BASE_COPY and not (key.module in pairs and key.role in _FACTORS)
     }
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import factors
+from adapterkit.architectures.fusion import fuse_for, split_fused
 from adapterkit.architectures.transforms import TRANSFORMS, inverse
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.model import LoraPair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     import numpy as np
 
@@ -63,8 +64,19 @@ def in_tower(module: str) -> bool:
     return not _towers().isdisjoint(module.split("."))
 
 
-def to_engine(architecture: Architecture, sizes: Sizes, pairs: Iterable[LoraPair]) -> Mapped:
+def to_engine(
+    architecture: Architecture,
+    sizes: Sizes,
+    pairs: Iterable[LoraPair],
+    present: Collection[str] = (),
+) -> Mapped:
     """Rename and reorder updates of Hugging Face modules into llama.cpp's tensors.
+
+    Args:
+        architecture: the family.
+        sizes: sizes of the base.
+        pairs: updates by Hugging Face module.
+        present: names of the base GGUF's tensors, which decide between layouts; empty if unknown.
 
     Raises:
         BaseRequiredError: if the base does not state a size that a rule needs.
@@ -75,7 +87,7 @@ def to_engine(architecture: Architecture, sizes: Sizes, pairs: Iterable[LoraPair
     sources: dict[str, tuple[str, ...]] = {}
     stacks: dict[tuple[Rule, int | None], dict[int, LoraPair]] = defaultdict(dict)
     for pair in pairs:
-        match = find_rule(architecture, pair.module)
+        match = _present(find_rule(architecture, pair.module), present)
         if match is None or not match.rule.adaptable:
             unmatched.append(pair.module)
         elif match.rule.stacked and match.expert is not None:
@@ -86,15 +98,37 @@ def to_engine(architecture: Architecture, sizes: Sizes, pairs: Iterable[LoraPair
             sources.update({part.module: (pair.module,) for part in parts})
             engine.extend(parts)
     for (rule, layer), members in stacks.items():
-        count = sizes.value("experts", layer)
-        name = _named(rule.targets[0].name, layer)
-        if max(members) >= count:
-            raise IncompatibleBaseError(
-                f"expert {max(members)} is adapted, but the base has {count}", where=name
-            )
-        engine.append(factors.stack_experts([members.get(e) for e in range(count)], name))
-        sources[name] = tuple(pair.module for pair in members.values())
+        stack = _stack(rule, layer, members, sizes)
+        engine.append(stack)
+        sources[stack.module] = tuple(pair.module for pair in members.values())
+    if present:
+        engine, fused = fuse_for(engine, present, sizes)
+        for name, parts in fused.items():
+            sources[name] = tuple(m for part in parts for m in sources.pop(part))
     return Mapped(tuple(engine), tuple(unmatched), sources)
+
+
+def _present(match: Match | None, present: Collection[str]) -> Match | None:
+    """Take the rule's alternative where the base has that layout's tensors and not this one's."""
+    if match is None or match.rule.alternative is None or not present:
+        return match
+    name = _named(match.rule.targets[0].name, match.layer)
+    other = _named(match.rule.alternative.targets[0].name, match.layer)
+    if f"{name}.weight" not in present and f"{other}.weight" in present:
+        return replace(match, rule=match.rule.alternative)
+    return match
+
+
+def _stack(
+    rule: Rule, layer: int | None, members: Mapping[int, LoraPair], sizes: Sizes
+) -> LoraPair:
+    count = sizes.value("experts", layer)
+    name = _named(rule.targets[0].name, layer)
+    if max(members) >= count:
+        raise IncompatibleBaseError(
+            f"expert {max(members)} is adapted, but the base has {count}", where=name
+        )
+    return factors.stack_experts([members.get(expert) for expert in range(count)], name)
 
 
 def from_engine(
@@ -102,7 +136,8 @@ def from_engine(
     sizes: Sizes | None,
     pairs: Iterable[LoraPair],
     *,
-    layout: str = "experts",
+    layout: str | None = None,
+    like: Collection[str] = (),
 ) -> Mapped:
     """Undo `to_engine`: Hugging Face names, rows and experts from llama.cpp's tensors.
 
@@ -111,11 +146,13 @@ def from_engine(
         sizes: sizes of the base; without them, rules that need some leave the rows as they are.
         pairs: updates named by tensor, without `.weight`.
         layout: `experts` for one module per expert, `fused` for one 3-D parameter.
+        like: modules of another adapter, whose spelling is to be used where a family has several.
     """
+    spelling = _spelling(architecture, like)
     groups: dict[tuple[Rule, int | None], dict[int, LoraPair]] = {}
     unmatched: list[str] = []
-    for pair in pairs:
-        match = _preferred(architecture.match_gguf(pair.module), layout)
+    for pair in split_fused(architecture, sizes, pairs):
+        match = _preferred(architecture.match_gguf(pair.module), layout, spelling)
         if match is None:
             unmatched.append(pair.module)
         else:
@@ -125,6 +162,9 @@ def from_engine(
     unsized: list[str] = []
     for (rule, layer), members in groups.items():
         modules, raw = _restored(rule, sizes, layer, members)
+        modules = [
+            replace(pair, module=spelling.names.get(pair.module, pair.module)) for pair in modules
+        ]
         names = tuple(pair.module for pair in members.values())
         sources.update({pair.module: names for pair in modules})
         unsized.extend(pair.module for pair in modules if raw)
@@ -132,9 +172,29 @@ def from_engine(
     return Mapped(tuple(found), tuple(unmatched), sources, tuple(unsized))
 
 
-def _preferred(matches: Sequence[Match], layout: str) -> Match | None:
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """How an adapter spells the modules of a table: rules it uses, table name -> its own name."""
+
+    rules: frozenset[tuple[str, int | None]]
+    names: Mapping[str, str]
+
+
+def _spelling(architecture: Architecture, modules: Collection[str]) -> _Spelling:
+    found = [(module, find_rule(architecture, module)) for module in modules]
+    matches = [(module, match) for module, match in found if match]
+    return _Spelling(
+        frozenset((match.rule.hf, match.layer) for _, match in matches),
+        {_named(m.rule.hf, m.layer, m.expert): module for module, m in matches},
+    )
+
+
+def _preferred(matches: Sequence[Match], layout: str | None, spelling: _Spelling) -> Match | None:
     for match in matches:
-        if match.rule.layout == layout:
+        if (match.rule.hf, match.layer) in spelling.rules:
+            return match
+    for match in matches:
+        if layout is not None and match.rule.layout == layout:
             return match
     return matches[0] if matches else None
 
@@ -152,7 +212,11 @@ def _restored(
         names = [_named(rule.hf, layer, expert) for expert in range(pair.b.shape[0])]
         parts = factors.unstack_experts(pair, names)
         return [_unordered(rule, sizes, layer, part) for part in parts], False
-    fused = _fused(rule, sizes, layer, members)
+    fused = (
+        _joined(rule, sizes, layer, members)
+        if rule.per_head and sizes
+        else _fused(rule, sizes, layer, members)
+    )
     return [_unordered(rule, sizes, layer, fused)], False
 
 
@@ -172,6 +236,41 @@ def _fused(
             pair = factors.take_rows(pair, inverse(order))
         parts.append(pair)
     return factors.fuse_rows(parts, heights, name)
+
+
+def _joined(
+    rule: Rule, sizes: Sizes, layer: int | None, members: Mapping[int, LoraPair]
+) -> LoraPair:
+    """Undo `_split_heads`: every head's parts side by side, then head after head."""
+    parts: list[LoraPair | None] = []
+    heights: list[int] = []
+    for place, target in enumerate(rule.targets):
+        pair = members.get(place)
+        if pair is not None and target.transpose:
+            pair = factors.transposed(pair)
+        parts.append(pair)
+        heights.append(sizes.value(target.size or "0", layer))
+    fused = factors.fuse_rows(parts, heights, _named(rule.hf, layer))
+    return factors.join_heads(fused)
+
+
+def _split_heads(match: Match, sizes: Sizes, pair: LoraPair) -> list[LoraPair]:
+    rule, layer = match.rule, match.layer
+    heads = sizes.value(rule.per_head or "1", layer)
+    shares = [sizes.value(target.size or "0", layer) for target in rule.targets]
+    if pair.b.shape[-2] != heads * sum(shares):
+        raise IncompatibleBaseError(
+            f"has {pair.b.shape[-2]} rows, the base {heads} heads of {shares}", where=pair.module
+        )
+    stacked = factors.split_heads(pair, heads)
+    parts: list[LoraPair] = []
+    start = 0
+    for target, share in zip(rule.targets, shares, strict=True):
+        part = factors.slice_rows(stacked, start, start + share)
+        start += share
+        part = factors.transposed(part) if target.transpose else part
+        parts.append(replace(part, module=_named(target.name, layer)))
+    return parts
 
 
 def _height(
@@ -219,6 +318,8 @@ def _unordered(rule: Rule, sizes: Sizes | None, layer: int | None, pair: LoraPai
 
 def _split(match: Match, sizes: Sizes, pair: LoraPair) -> list[LoraPair]:
     rule, layer = match.rule, match.layer
+    if rule.per_head:
+        return _split_heads(match, sizes, pair)
     if len(rule.targets) == 1:
         return [replace(pair, module=_named(rule.targets[0].name, layer))]
     height = pair.b.shape[-2]

@@ -18,6 +18,9 @@ A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the
     shape     (out, in) as expressions, to check an adapter against a bare config
     per_head  rows are heads: split every head into the targets, one matrix per head
     layout    `experts` or `fused`, where a family has two spellings of the same experts
+    stored_turned    the 3-D parameter is (E, in, out); factors are not affected
+    declares_turned  and its module says so (`is_transposed`), which PEFT's layout depends on
+    otherwise        fields that hold instead where a base GGUF lacks the targets (legacy layouts)
 """
 
 from __future__ import annotations
@@ -69,6 +72,9 @@ class Rule:
     shape: tuple[str, ...] = ()
     per_head: str | None = None
     layout: str | None = None
+    stored_turned: bool = False
+    declares_turned: bool = False
+    alternative: Rule | None = None
 
     @property
     def stacked(self) -> bool:
@@ -162,7 +168,8 @@ def _by_hf(architecture: Architecture) -> Mapping[str, tuple[tuple[Rule, int], .
 @cache
 def _by_gguf(architecture: Architecture) -> Mapping[str, tuple[tuple[Rule, int], ...]]:
     table: dict[str, tuple[tuple[Rule, int], ...]] = {}
-    for rule in architecture.rules:
+    rules = [r for rule in architecture.rules for r in (rule, rule.alternative) if r]
+    for rule in rules:
         for place, target in enumerate(rule.targets):
             table[target.name] = (*table.get(target.name, ()), (rule, place))
     return table
@@ -263,15 +270,21 @@ def _parameters(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[s
 def _rule(path: str, fields: Mapping[str, Any]) -> Rule:
     known = dict(fields)
     targets = known.pop("gguf")
+    other = known.pop("otherwise", None)
     calls = {name: parse_call(known.pop(name)) for name in ("rows", "cols") if name in known}
     return Rule(
         hf=path,
         targets=tuple(_target(t) for t in ([targets] if isinstance(targets, str) else targets)),
         shape=tuple(known.pop("shape", ())),
         scale=_text_of(known.pop("scale", None)),
+        alternative=_rule(path, {**_common(fields), **other}) if other else None,
         **calls,
         **known,
     )
+
+
+def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in ("kind", "shape") if name in fields}
 
 
 def _target(value: str | Mapping[str, Any]) -> Target:

@@ -114,8 +114,10 @@ def model_to_engine(
 
 def _place(architecture: Architecture, name: str) -> tuple[_Place, int | None]:
     for suffix in _SUFFIXES:
+        if not name.endswith(suffix):
+            continue
         match = find_rule(architecture, name.removesuffix(suffix))
-        if name.endswith(suffix) and match and match.rule.kind != "tensor":
+        if match and match.rule.kind != "tensor":
             return _Place(match.rule, match.layer, suffix), match.expert
     if match := find_rule(architecture, name):
         # A bare parameter: fused experts, or a tensor whose names the table gives whole.

@@ -50,10 +50,10 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[tuple[str, s
 
 
 def _wrong_shape(pair: LoraPair, base: BaseModel) -> str | None:
-    expected = _expected(pair, base)
-    if expected is None or expected == _oriented(pair):
+    expected, actual = _expected(pair, base), _oriented(pair)[-2:]
+    if expected is None or expected == actual:
         return None
-    return f"the base has {_shown(expected)} here, the adapter {_shown(_oriented(pair))}"
+    return f"the base has {_shown(expected)} here, the adapter {_shown(actual)}"
 
 
 def _expected(pair: LoraPair, base: BaseModel) -> tuple[int, ...] | None:
@@ -72,21 +72,21 @@ def _expected(pair: LoraPair, base: BaseModel) -> tuple[int, ...] | None:
 
 
 def _oriented(pair: LoraPair) -> tuple[int, ...]:
-    """Return (out, in), or (vocabulary, width) of an embedding."""
+    """Return (out, in), with experts in front, or (vocabulary, width) of an embedding."""
     return pair.shape[::-1] if pair.embedding else pair.shape
 
 
 def _engine_misfits(pairs: list[LoraPair], base: BaseModel) -> Iterator[tuple[str, str]]:
-    for pair in pairs:
-        mapped = to_engine(base.architecture, base.sizes, [pair])
-        for part in mapped.pairs:
-            stored = base.tensors.get(f"{part.module}.weight")
-            if stored is None:
-                if part.module != "output":  # a tied output is refused with its own reason
-                    yield pair.module, f"the base has no {part.module}.weight"
-            elif stored.shape != _oriented(part):
-                shapes = f"{_shown(stored.shape)} here, the adapter {_shown(_oriented(part))}"
-                yield pair.module, f"the base has {shapes}"
+    mapped = to_engine(base.architecture, base.sizes, pairs, base.tensors)
+    for part in mapped.pairs:
+        module = mapped.sources[part.module][0]
+        stored = base.tensors.get(f"{part.module}.weight")
+        if stored is None:
+            if part.module != "output":  # a tied output is refused with its own reason
+                yield module, f"the base has no {part.module}.weight"
+        elif stored.shape != _oriented(part):
+            shapes = f"{_shown(stored.shape)} here, the adapter {_shown(_oriented(part))}"
+            yield module, f"the base has {shapes}"
 
 
 def _shown(shape: tuple[int, ...]) -> str:

@@ -46,6 +46,16 @@ class BaseModel:
         return Sizes(self.architecture, self.kind, self.facts)
 
     @property
+    def expert_layout(self) -> str:
+        """How this model's class spells experts: `experts` one by one, or `fused` in one parameter.
+
+        transformers 5 holds them fused, whatever the checkpoint's names are; so does a base of
+        which no more is known, since that is what current PEFT loads.
+        """
+        version = str(self.facts.get("transformers_version", "5")) if self.kind == "hf" else "5"
+        return "experts" if version.split(".")[0] in {"2", "3", "4"} else "fused"
+
+    @property
     def has_tensors(self) -> bool:
         """Whether the tensor table is known, not only the configuration."""
         return bool(self.tensors)

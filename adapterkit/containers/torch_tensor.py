@@ -105,7 +105,8 @@ class PickledTensor:
                 path=data.path,
                 where=where,
             )
-        place = FileSlice(data.path, data.offset + self.offset * item, span * item)
+        begin = data.offset + (self.offset * item if span else 0)
+        place = FileSlice(data.path, begin, span * item)
         if span == 0 or self._contiguous:
             return LazyTensor(self.dtype, self.shape, place)
         return LazyTensor(
@@ -117,10 +118,11 @@ class PickledTensor:
         path = self.storage.data.path
         if len(self.strides) != len(self.shape) or min(self.strides, default=0) < 0:
             raise FormatError("its strides do not fit its shape", path=path, where=where)
-        span = 0
-        if math.prod(self.shape):
-            steps = zip(self.shape, self.strides, strict=True)
-            span = 1 + sum((size - 1) * stride for size, stride in steps)
+        if not math.prod(self.shape) and self.offset >= 0:
+            # Slicing an empty tensor moves its offset past the end, and no element is there.
+            return 0
+        steps = zip(self.shape, self.strides, strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in steps)
         if not 0 <= self.offset <= available - span:
             raise FormatError(
                 f"reaches outside its storage of {available} elements", path=path, where=where

@@ -21,7 +21,7 @@ from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 MAX_DEPTH = 100
 MAX_NAME = 1000
@@ -124,10 +124,10 @@ def _leaves(node: object, name: str) -> Iterator[tuple[str, LazyTensor]]:
             yield from _leaves(cast("object", value), path)
 
 
-def _items(node: Any) -> list[tuple[Any, Any]]:
+def _items(node: Any) -> Iterable[tuple[Any, Any]]:
     if type(node) is dict:
-        return list(cast("dict[Any, Any]", node).items())
-    return list(enumerate(cast("list[Any]", node))) if type(node) in {list, tuple} else []
+        return cast("dict[Any, Any]", node).items()
+    return enumerate(cast("list[Any]", node)) if type(node) in {list, tuple} else ()
 
 
 def _members(path: Path, size: int) -> dict[str, FileSlice]:
@@ -292,13 +292,12 @@ class _Tree:
             raise self._error(f"is a {type(node).__name__}, neither tensor nor plain data", trail)
         values: list[Any] = []
         nodes = 1
-        items = _items(node)
-        for key, value in items:
+        for key, value in _items(node):
             plain, count = self.convert(value, (*trail, key))
             values.append(plain)
             nodes += count
         if type(node) is dict:
-            return dict(zip((key for key, _ in items), values, strict=True)), nodes
+            return dict(zip(cast("dict[Any, Any]", node), values, strict=True)), nodes
         return (values if type(node) is list else tuple(values)), nodes
 
     def _error(self, message: str, trail: tuple[object, ...]) -> FormatError:

@@ -59,7 +59,8 @@ def engine_adapter(adapter: AdapterTensorSet, options: Options) -> EngineAdapter
     sources = {kept[name]: (name,) for name in kept}
     if architecture is None or sizes is None:
         return EngineAdapter(str(adapter.base.architecture), tuple(raw), sources, ())
-    mapped = to_engine(architecture, sizes, rest)
+    present = options.base.tensors if options.base and options.base.kind == "gguf" else ()
+    mapped = to_engine(architecture, sizes, rest, present)
     return EngineAdapter(
         architecture.gguf, (*raw, *mapped.pairs), sources | dict(mapped.sources), mapped.unmatched
     )

@@ -43,6 +43,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     found = [*_by_role(adapter), *_saved(adapter), *_by_trait(adapter)]
     base = options.base
     found += _unmatched(adapter, options)
+    found += _copies(adapter, base)
     if base is not None and base.tied:
         found += _tied(adapter, base)
     if base is not None and base.architecture.verified == "no" and not options.unverified:
@@ -116,6 +117,24 @@ def _unmatched(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
         name = f"{pair.module}.weight.lora_a"
         if len(name.encode()) > _NAME_LIMIT:
             yield Loss("name-too-long", name, f"is longer than {_NAME_LIMIT} bytes")
+
+
+def _copies(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
+    """Leave out copies of base weights, unless the vocabulary was resized and the base's was not.
+
+    PEFT saves the weight under an adapted embedding or output (`save_embedding_layers`) and never
+    trains it.
+    """
+    for key, copy in adapter.tensors.items():
+        if key.role is not Role.BASE_COPY:
+            continue
+        match = find_rule(base.architecture, key.module) if base else None
+        rows = base.sizes.get("vocab") if base else None
+        if match and rows is not None and copy.shape[0] != rows:
+            message = f"was resized to {copy.shape[0]} rows, the base has {rows}; {_MERGE}"
+            yield _loss("resized-vocabulary", [key], message)
+        else:
+            yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
 
 
 def _tied(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:

@@ -87,7 +87,8 @@ def _renamed(
     """Return the pairs under Hugging Face names, and module -> tensor of those left as they are."""
     if architecture is None:
         return pairs, {pair.module: pair.module for pair in pairs}
-    mapped = from_engine(architecture, sizes, pairs, layout=options.moe_layout or "experts")
+    layout = options.moe_layout or (options.base.expert_layout if options.base else "fused")
+    mapped = from_engine(architecture, sizes, pairs, layout=layout, like=options.like)
     unknown = set(mapped.unmatched)
     kept = {name: mapped.sources[name][0] for name in mapped.unsized}
     kept.update({name: name for name in mapped.unmatched})

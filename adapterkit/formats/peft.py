@@ -18,9 +18,8 @@ class PeftFormat:
     """Reads directories, sub-directories and weight files; writes directories."""
 
     def read(self, path: Path, options: Options) -> AdapterTensorSet:
-        """Read an adapter; PEFT files need nothing of the base."""
-        del options
-        return read_peft(path)
+        """Read an adapter; the base is needed for some old layouts of experts only."""
+        return read_peft(path, options.base)
 
     def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
         """List what PEFT cannot hold."""

@@ -28,7 +28,8 @@ _LEAVES = (
     (re.compile(r"^(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$"), Role.TOKEN_ROWS),
 )
 _SAVED = re.compile(r"^(.+)\.modules_to_save(?:\.[^.]+)?\.((?:[^.]+\.)*[^.]+)$")
-_BASE_LAYER = re.compile(r"^(.+?)(?:\.base_layer)+\.(weight|bias)$")
+_BASE_COPY = re.compile(r"^(.+?)(?:\.base_layer)+\.weight$")
+_BASE_BIAS = re.compile(r"^(.+?)(?:\.base_layer)+\.(bias)$")
 _LEAKED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 _ADAPTER_NAME = re.compile(
     r"\.(?:lora_[AB]\.(?!weight$|bias$)[^.]+\.(?:weight|bias)|lora_embedding_[AB]\.[^.]+)$"
@@ -63,7 +64,9 @@ class KeyReader:
         for pattern, role in _LEAVES:
             if match := pattern.match(path):
                 return TensorKey(match[1], role)
-        if match := _SAVED.match(path) or _BASE_LAYER.match(path):
+        if match := _BASE_COPY.match(path):
+            return TensorKey(match[1], Role.BASE_COPY)
+        if match := _SAVED.match(path) or _BASE_BIAS.match(path):
             return TensorKey(f"{match[1]}.{match[2]}", Role.FULL)
         if ".lora_" in path:
             raise UnsupportedError("is a LoRA tensor of an unknown kind", where=name)
@@ -92,12 +95,11 @@ class KeyReader:
         )
 
 
-def saved_name(key: TensorKey, embeddings: Iterable[str], adapted: Iterable[str]) -> str:
+def saved_name(key: TensorKey, adapted: Iterable[str]) -> str:
     """Return the name under which PEFT saves and looks for a tensor.
 
     Args:
         key: the tensor.
-        embeddings: modules with embedding factors, whose full weight sits in a base layer.
         adapted: all modules with factors, whose full bias sits in a base layer.
     """
     leaves = {
@@ -108,9 +110,10 @@ def saved_name(key: TensorKey, embeddings: Iterable[str], adapted: Iterable[str]
         Role.EMBEDDING_B: ".lora_embedding_B",
         Role.MAGNITUDE: ".lora_magnitude_vector",
         Role.TOKEN_ROWS: ".token_adapter.trainable_tokens_delta",
+        Role.BASE_COPY: ".base_layer.weight",
     }
     if key.role in leaves:
         return PREFIX + key.module + leaves[key.role]
     module, _, parameter = key.module.rpartition(".")
-    wrapped = (parameter == "bias" and module in set(adapted)) or module in set(embeddings)
+    wrapped = parameter == "bias" and module in set(adapted)
     return f"{PREFIX}{module}{'.base_layer' if wrapped else ''}.{parameter}"

@@ -8,6 +8,7 @@ from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.errors import FormatError, NotFoundError
 from adapterkit.formats.peft_config import LoraConfig
+from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.json_file import read_json_object
 from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from adapterkit.base import BaseModel
     from adapterkit.tensor import LazyTensor
 
 CONFIG = "adapter_config.json"
+_CONVOLUTION = 4
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -64,8 +67,12 @@ def _weights(folder: Path) -> Path:
     raise NotFoundError(f"has {CONFIG} but neither {' nor '.join(WEIGHTS)}", path=folder)
 
 
-def read_peft(path: Path) -> AdapterTensorSet:
+def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
     """Read a PEFT LoRA adapter; tensors stay on disk until they are asked for.
+
+    Args:
+        path: directory, or weights file beside its config.
+        base: the model; only old layouts of experts may need it.
 
     Raises:
         NotFoundError: if there is no adapter at the path.
@@ -89,6 +96,7 @@ def read_peft(path: Path) -> AdapterTensorSet:
     notes = list(keys.notes())
     if path.is_dir() and config_path.parent != path:
         notes.append(f"read from the sub-directory {config_path.parent.name}")
+    tensors = unfold_experts(tensors, config, base)
     tensors, scales = _interpreted(config, tensors, notes)
     return AdapterTensorSet(
         tensors=tensors,
@@ -122,7 +130,9 @@ def _interpreted(
 ) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
     """Resolve scales, and spell out factors that are stored folded up."""
     adapted = dict.fromkeys(
-        key.module for key in tensors if key.role not in {Role.FULL, Role.TOKEN_ROWS}
+        key.module
+        for key in tensors
+        if key.role not in {Role.FULL, Role.TOKEN_ROWS, Role.BASE_COPY}
     )
     scales = {module: config.scale_of(module) for module in adapted}
     if config.flag("use_bdlora"):
@@ -201,6 +211,7 @@ def _conflicts(config: LoraConfig, tensors: Mapping[TensorKey, LazyTensor]) -> d
     for key, tensor in tensors.items():
         if key.role in {Role.LORA_A, Role.EMBEDDING_A} and len(tensor.shape) > 1:
             declared = config.rank_of(key.module)
-            if tensor.shape[0] != declared:
-                conflicts[key.module] = [declared, tensor.shape[0]]
+            stored = tensor.shape[-2]
+            if stored != declared and len(tensor.shape) < _CONVOLUTION:
+                conflicts[key.module] = [declared, stored]
     return {"rank_conflicts": conflicts} if conflicts else {}

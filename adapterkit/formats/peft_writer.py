@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.formats.peft_config import LoraConfig
+from adapterkit.formats.peft_experts import WRITTEN_VERSION, fold_experts, is_stack
 from adapterkit.formats.peft_keys import saved_name
 from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.model import AdapterTensorSet, Loss, Role
@@ -90,13 +91,13 @@ def write_peft(
     """
     folder.mkdir()
     adapted = _adapted(adapter)
-    embeddings = {key.module for key in adapter.tensors if key.role is Role.EMBEDDING_A}
-    tensors = {
-        saved_name(key, embeddings, adapted): _stored(tensor, dtype)
-        for key, tensor in adapter.tensors.items()
-    }
+    folded, targets = fold_experts(adapter.tensors, base)
+    tensors = {saved_name(key, adapted): _stored(tensor, dtype) for key, tensor in folded.items()}
     write_safetensors(folder / WEIGHTS[0], tensors, {"format": "pt"})
-    text = json.dumps(config_for(adapter, base), indent=2, sort_keys=True)
+    config = config_for(adapter, base)
+    if targets:
+        config |= {"target_parameters": list(targets), "peft_version": WRITTEN_VERSION}
+    text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
@@ -107,7 +108,7 @@ def _stored(tensor: LazyTensor, dtype: DType | None) -> LazyTensor:
 
 
 def _adapted(adapter: AdapterTensorSet) -> tuple[str, ...]:
-    roles = {Role.FULL, Role.TOKEN_ROWS}
+    roles = {Role.FULL, Role.TOKEN_ROWS, Role.BASE_COPY}
     return tuple(dict.fromkeys(k.module for k in adapter.tensors if k.role not in roles))
 
 
@@ -184,8 +185,9 @@ def _targeting(
     A suffix such as `q_proj` may only stand for modules that are all adapted; otherwise PEFT would
     create, and miss, the others. Full paths are always right.
     """
-    modules = _adapted(adapter)
-    if source and set(adapter.extras["peft"]["modules"]) == set(modules):
+    stacks = {pair.module for pair in adapter.pairs() if is_stack(pair.a)}
+    modules = [module for module in _adapted(adapter) if module not in stacks]
+    if source and set(adapter.extras["peft"]["modules"]) == {*modules, *stacks}:
         return {name: source[name] for name in _TARGETING if name in source}
     suffixes = sorted({module.rpartition(".")[2] for module in modules})
     known = _base_modules(base)

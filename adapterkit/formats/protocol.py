@@ -23,6 +23,8 @@ class Options:
         base: the base model, if given or found.
         dtype: stored type of the factors; None keeps each tensor's.
         moe_layout: `experts` or `fused`, the spelling of experts to write; None lets the base say.
+        like: modules of the adapter that was written, when a file is read back: its spelling of
+            names is used where a family has several.
         unverified: whether families without a passing oracle may be used.
         dialect: name or file of the key grammar of a hand-written adapter, if the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
@@ -31,6 +33,7 @@ class Options:
     base: BaseModel | None = None
     dtype: DType | None = None
     moe_layout: str | None = None
+    like: tuple[str, ...] = ()
     unverified: bool = False
     dialect: str | None = None
     alpha: float | None = None

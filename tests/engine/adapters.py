@@ -5,19 +5,21 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
-import numpy as np
 import torch
-from engine.bases import BaseFixture
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from adapterkit.architectures.mapping import to_engine
-from adapterkit.base import open_base
-from adapterkit.formats.peft_reader import read_peft
+from adapterkit.convert import ConversionReport, convert
+from engine.bases import BaseFixture
+from engine.distributions import logprobs, max_kl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +42,14 @@ def make_adapter(
 ) -> AdapterFixture:
     """Save a random adapter in `folder`; `lora` goes to LoraConfig over what the row says.
 
-    Every factor is drawn so that its update is about as large as the weight it updates. With a
-    `dtype` that is not float32, the factors are rounded to it before they are used and saved.
+    Every factor is drawn so that, with the row's own settings, its update is about as large as the
+    weight it updates. The file holds the factors as `dtype`, and the live model their very values.
     """
     model = AutoModelForCausalLM.from_pretrained(
         base.hf, attn_implementation="eager", dtype=torch.float32
     )
     settings = {"r": 4, "lora_alpha": 8, **base.row.lora, **lora}
-    linear = linear_layers(base)
-    settings.setdefault("target_modules", linear)
+    settings.setdefault("target_modules", linear_layers(base))
     config = LoraConfig(
         init_lora_weights=False,
         task_type="CAUSAL_LM",
@@ -66,10 +67,13 @@ def make_adapter(
                 spread = 0.3 if "lora_B" in name else parameter.shape[-1] ** -0.5
                 noise = spread * torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(noise.to(dtype))
-    with warnings.catch_warnings():
-        # It saves the base's output weights too, as it does for users.
-        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
-        tuned.save_pretrained(folder, safe_serialization=safe_serialization)
+    # Left to itself PEFT copies the base's output weights into the file; here only factors count.
+    tuned.save_pretrained(
+        folder, safe_serialization=safe_serialization, save_embedding_layers=False
+    )
+    if dtype is not torch.float32:
+        weights = folder / "adapter_model.safetensors"
+        save_file({name: x.to(dtype) for name, x in load_file(weights).items()}, weights)
     return AdapterFixture(base=base, path=folder, model=tuned.eval())
 
 
@@ -86,21 +90,37 @@ def linear_layers(base: BaseFixture) -> list[str]:
     )
 
 
-def convert_adapter(adapter: Path, base: BaseFixture, destination: Path) -> None:
-    """Write a PEFT adapter as GGUF."""
-    known = open_base(base.gguf)
-    read = read_peft(adapter)
-    mapped = to_engine(known.architecture, known.sizes, read.pairs())
-    assert not mapped.unmatched
-    writer = gguf.GGUFWriter(destination, known.architecture.gguf)
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    for pair in mapped.pairs:
-        a = pair.a.numpy().astype(np.float32)
-        b = (pair.b.numpy().astype(np.float64) * pair.scale).astype(np.float32)
-        writer.add_tensor(f"{pair.module}.weight.lora_a", np.ascontiguousarray(a))
-        writer.add_tensor(f"{pair.module}.weight.lora_b", np.ascontiguousarray(b))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def convert_adapter(
+    adapter: Path, base: BaseFixture, destination: Path, *, given: str = "gguf", **options: Any
+) -> ConversionReport:
+    """Convert an adapter for llama.cpp.
+
+    Args:
+        adapter: what `make_adapter` saved.
+        base: the base model.
+        destination: `.gguf` file to write.
+        given: which form of the base the conversion sees, `gguf` or `hf`.
+        options: further arguments of `adapterkit.convert`.
+    """
+    # Families are called verified because they pass here, so none needs to be yet.
+    known = {"gguf": base.gguf, "hf": base.hf}[given]
+    return convert(adapter, destination, base=known, unverified=True, **options)
+
+
+def idle_modules(
+    tuned: AdapterFixture, prompts: Sequence[Sequence[int]], floor: float
+) -> list[str]:
+    """Return adapted modules whose update moves no distribution by `floor` nats.
+
+    An engine that left one of them out would go unnoticed.
+    """
+    reference = logprobs(tuned.model, prompts)
+    idle: list[str] = []
+    for name, module in tuned.model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            scaling = module.scaling["default"]
+            module.scaling["default"] = 0.0
+            if max_kl(reference, logprobs(tuned.model, prompts)) < floor:
+                idle.append(name)
+            module.scaling["default"] = scaling
+    return idle

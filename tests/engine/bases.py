@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
+from zlib import crc32
 
 import gguf
 import numpy as np
 import torch
 import transformers
-from engine.rows import FamilyRow
 
 from adapterkit.architectures import Sizes
 from adapterkit.architectures.weights import model_to_engine
 from adapterkit.base import BaseModel, open_base
 from adapterkit.errors import BaseRequiredError
+from engine.rows import FamilyRow
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -45,9 +48,9 @@ class BaseFixture:
     def tolerance(self) -> float:
         """Divergence that float32 leaves; llama.cpp looks GELU up in a half-precision table."""
         config = self.model.config.get_text_config()
-        names = ("hidden_activation", "hidden_act", "activation_function")
-        used = next(name for name in names if getattr(config, name, None))
-        return 1e-5 if "gelu" in getattr(config, used) else 1e-9
+        names = ("hidden_act", "hidden_activation", "activation_function", "activation")
+        gelu = self.row.gelu or any("gelu" in str(getattr(config, name, "")) for name in names)
+        return 1e-5 if gelu else 1e-9
 
     @property
     def tied(self) -> bool:
@@ -66,7 +69,7 @@ def make_base(row: FamilyRow, folder: Path, *, seed: int = 0) -> BaseFixture:
 
 def random_model(row: FamilyRow, seed: int) -> Any:
     """Return a model in evaluation mode; every parameter is random and matters to the logits."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(crc32(row.name.encode()) + seed)
     model = getattr(transformers, row.model_class)._from_config(
         _config(row), attn_implementation="eager", dtype=torch.float32
     )
@@ -112,15 +115,15 @@ def _hyperparameters(row: FamilyRow, base: BaseModel) -> dict[str, Any]:
     sizes = Sizes(base.architecture, "hf", _flat(base.facts))
     found: dict[str, Any] = {}
     for key, given in row.gguf.items():
-        if isinstance(given, list):  # optional, with alternatives
-            values = [sizes.get(expression) for expression in given]
-            value = next((value for value in values if value is not None), None)
-            if value is None:
-                continue
-        else:
-            value = sizes.value(given) if isinstance(given, str) else given
-        found[key] = value
-    return found
+        match given:
+            case str():
+                found[key] = sizes.value(given)
+            case [str(), *_]:
+                values = [sizes.get(expression) for expression in given]
+                found[key] = next((value for value in values if value is not None), None)
+            case _:
+                found[key] = given
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

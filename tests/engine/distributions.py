@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from engine.bases import BaseFixture
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engine.bases import BaseFixture
 
 Distributions = np.ndarray[Any, np.dtype[np.float64]]
 

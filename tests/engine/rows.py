@@ -24,6 +24,7 @@ class FamilyRow:
     optional: Mapping[str, Any]
     gguf: Mapping[str, Any]
     lora: Mapping[str, Any]
+    gelu: bool
 
 
 def family_rows() -> tuple[str, ...]:
@@ -46,6 +47,7 @@ def family_row(name: str) -> FamilyRow:
         optional=common["config"],
         gguf=common["gguf"] | row.pop("gguf", {}),
         lora=row.pop("lora", {}),
+        gelu=row.pop("gelu", False),
     )
     if row:
         raise ValueError(f"{name}.toml: unknown fields {sorted(row)}")

@@ -1,0 +1,134 @@
+"""Two adapters of any formats compared, with a diagnosis where the difference has a known cause."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base import open_base
+from adapterkit.convert import load
+from adapterkit.diagnosis import diagnose
+from adapterkit.errors import FormatError, UncheckableError
+from adapterkit.formats.protocol import Options
+from adapterkit.proof import Comparison, compare, tolerance_for
+from adapterkit.registry import detect
+from adapterkit.structure import problems
+
+if TYPE_CHECKING:
+    from adapterkit.model import AdapterTensorSet
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDifference:
+    """How far one module's update in B is from that in A.
+
+    Attributes:
+        module: Hugging Face path.
+        relative_error: ‖ΔW_B - ΔW_A‖ / ‖ΔW_A‖, Frobenius.
+        cosine: of the two updates, None if one is zero.
+        norm_ratio: ‖ΔW_B‖ / ‖ΔW_A‖, None if A's is zero.
+    """
+
+    module: str
+    relative_error: float
+    cosine: float | None
+    norm_ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffReport:
+    """Two adapters compared.
+
+    Attributes:
+        a: first path.
+        b: second path.
+        equal: whether every update agrees within `tolerance` and none is missing.
+        tolerance: relative error that counts as equal.
+        max_relative_error: largest error of a module that both have; None without any.
+        modules: every module that both have, worst first.
+        only_in_a: modules with an update in A alone.
+        only_in_b: modules with an update in B alone.
+        diagnosis: what explains the difference, one sentence each.
+    """
+
+    a: str
+    b: str
+    equal: bool
+    tolerance: float
+    max_relative_error: float | None
+    modules: tuple[ModuleDifference, ...]
+    only_in_a: tuple[str, ...] = ()
+    only_in_b: tuple[str, ...] = ()
+    diagnosis: tuple[str, ...] = ()
+
+
+def diff(
+    a: Path | str,
+    b: Path | str,
+    *,
+    base: Path | str | None = None,
+    tolerance: float | None = None,
+) -> DiffReport:
+    """Compare two adapters module by module, from factors alone.
+
+    Args:
+        a: the reference, any format.
+        b: the other, any format.
+        base: base model that both are for, where a format's row order depends on it.
+        tolerance: relative error that counts as equal; by default what rounding to the coarser of
+            the two files' dtypes explains.
+
+    Raises:
+        FormatError: if a file is malformed or its factors do not pair up.
+        UncheckableError: if row orders differ and no base is known to undo them.
+    """
+    options = Options(base=open_base(base) if base is not None else None)
+    first, options = load(Path(a), detect(Path(a)), options)
+    second, options = load(Path(b), detect(Path(b)), options)
+    if options.base is not None:
+        first = detect(Path(a)).format.read(Path(a), options)
+    for adapter, path in ((first, a), (second, b)):
+        if broken := problems(adapter):
+            raise FormatError(broken[0], path=path)
+    _check_comparable(first, second)
+    comparison = compare(first, second)
+    stored = (t.dtype for adapter in (first, second) for t in adapter.tensors.values())
+    allowed = tolerance_for(stored) if tolerance is None else tolerance
+    return _report(
+        str(a), str(b), comparison, allowed, diagnose(first, second, comparison, options)
+    )
+
+
+def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:
+    layouts = [adapter.traits.get("engine_layout", {}) for adapter in (first, second)]
+    alone = set(layouts[0]) ^ set(layouts[1])
+    if alone:
+        raise UncheckableError(
+            "is in llama.cpp's layout in one of the two; give the base model with --base",
+            where=min(alone),
+        )
+
+
+def _report(
+    a: str, b: str, comparison: Comparison, allowed: float, diagnosis: tuple[str, ...]
+) -> DiffReport:
+    worst, error = comparison.worst
+    apart = bool(comparison.only_in_first or comparison.only_in_second)
+    modules = [
+        ModuleDifference(name, found.relative_error, found.cosine, found.norm_ratio)
+        for name, found in comparison.differences.items()
+    ]
+    # NaN sorts first, as the worst there is.
+    modules.sort(key=lambda m: (m.relative_error == m.relative_error, -m.relative_error))
+    return DiffReport(
+        a=a,
+        b=b,
+        equal=not apart and error <= allowed,
+        tolerance=allowed,
+        max_relative_error=error if worst is not None else None,
+        modules=tuple(modules),
+        only_in_a=comparison.only_in_first,
+        only_in_b=comparison.only_in_second,
+        diagnosis=() if not apart and error <= allowed else diagnosis,
+    )

@@ -1,0 +1,272 @@
+"""Experts in PEFT files: `target_parameters`, whose one name has had three layouts.
+
+For a parameter of E experts PEFT folds the experts into the rank: row e · r + k of A and column
+k · E + e of B belong to expert e. Which of A and B holds the inputs changed: up to 0.18 A has the
+parameter's second-last axis, 0.19.0 turned that around for modules that declare `is_transposed`,
+and from 0.19.1 it is turned around for all others. Where input and output widths differ, shapes
+tell; where they are equal, the version and the model class must.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.architectures import find
+from adapterkit.architectures.mapping import find_rule
+from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.factors import turned
+from adapterkit.model import Role, TensorKey
+from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from adapterkit.architectures import Architecture, Rule
+    from adapterkit.base import BaseModel
+    from adapterkit.formats.peft_config import LoraConfig
+
+# PEFT wraps the parameters of a module in the order in which the module declares them, the first
+# one innermost; these are the orders of transformers' expert modules.
+_DECLARED = ("gate_up_proj", "up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+_NESTED = re.compile(r"^(?P<module>.+?)(?P<depth>(?:\.base_layer)*)$")
+# The release whose layout is written, for readers that must know it.
+WRITTEN_VERSION = "0.21.2"
+
+
+@dataclass(frozen=True)
+class _Wrapped:
+    parameter: str
+    a: LazyTensor
+    b: LazyTensor
+
+
+def unfold_experts(
+    tensors: Mapping[TensorKey, LazyTensor], config: LoraConfig, base: BaseModel | None
+) -> dict[TensorKey, LazyTensor]:
+    """Replace folded expert factors by (E, r, in) and (E, out, r), named by their parameter.
+
+    Args:
+        tensors: as read, expert modules still spelled `...experts` and `...experts.base_layer`.
+        config: for `target_parameters`, ranks and the PEFT version.
+        base: the model, if known.
+
+    Raises:
+        FormatError: if nesting and `target_parameters` disagree, or a rank does not divide.
+        UnsupportedError: if nothing tells which factor holds the inputs.
+    """
+    patterns = config.names("target_parameters")
+    if not patterns:
+        return dict(tensors)
+    groups: dict[str, dict[int, str]] = defaultdict(dict)
+    for key in tensors:
+        nested = _NESTED.match(key.module)
+        if key.role is Role.LORA_A and nested and _targeted(nested["module"], patterns):
+            groups[nested["module"]][nested["depth"].count(".base_layer")] = key.module
+    rest = dict(tensors)
+    wrapped: dict[str, list[_Wrapped]] = {}
+    for module, levels in groups.items():
+        names = _parameters(module, patterns, len(levels), config)
+        wrapped[module] = []
+        for depth, stored in levels.items():
+            a = rest.pop(TensorKey(stored, Role.LORA_A))
+            b = rest.pop(TensorKey(stored, Role.LORA_B), None)
+            if b is None:
+                raise FormatError("has no lora_B beside it", path=config.path, where=stored)
+            wrapped[module].append(_Wrapped(names[len(levels) - 1 - depth], a, b))
+    widths = _widths(rest)
+    for module, members in wrapped.items():
+        for member in members:
+            name = f"{module}.{member.parameter}"
+            swapped = _swapped(name, member, members, widths, config, base)
+            a, b = _unfolded(name, member, config)
+            if swapped:
+                a, b = turned(b), turned(a)
+            rest[TensorKey(name, Role.LORA_A)] = a
+            rest[TensorKey(name, Role.LORA_B)] = b
+    return rest
+
+
+def fold_experts(
+    tensors: Mapping[TensorKey, LazyTensor], base: BaseModel | None
+) -> tuple[dict[TensorKey, LazyTensor], tuple[str, ...]]:
+    """Undo `unfold_experts` in the layout of PEFT 0.19.1 and later.
+
+    Returns:
+        The tensors under PEFT's nested names, and the `target_parameters` that they mean.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key, tensor in tensors.items():
+        if key.role is Role.LORA_A and is_stack(tensor):
+            module, _, parameter = key.module.rpartition(".")
+            groups[module].append(parameter)
+    folded = {key: tensor for key, tensor in tensors.items() if not _in_groups(key, groups)}
+    for module, parameters in groups.items():
+        ordered = sorted(parameters, key=_declared_place)
+        for place, parameter in enumerate(ordered):
+            nesting = ".base_layer" * (len(ordered) - 1 - place)
+            name = f"{module}.{parameter}"
+            a, b = tensors[TensorKey(name, Role.LORA_A)], tensors[TensorKey(name, Role.LORA_B)]
+            if _stored_swapped(name, base):
+                a, b = turned(b), turned(a)
+            folded[TensorKey(module + nesting, Role.LORA_A)] = _fold_a(a)
+            folded[TensorKey(module + nesting, Role.LORA_B)] = _fold_b(b)
+    targets = {".".join([*m.split(".")[-2:], p]) for m, ps in groups.items() for p in ps}
+    return folded, tuple(sorted(targets))
+
+
+def is_stack(tensor: LazyTensor) -> bool:
+    """Tell whether a factor holds one matrix per expert."""
+    return len(tensor.shape) == 3  # noqa: PLR2004
+
+
+def _in_groups(key: TensorKey, groups: Mapping[str, list[str]]) -> bool:
+    module, _, parameter = key.module.rpartition(".")
+    return parameter in groups.get(module, ())
+
+
+def _targeted(module: str, patterns: Iterable[str]) -> bool:
+    return any(f"{module}.".endswith(f"{_parent(p)}.") for p in patterns if _parent(p))
+
+
+def _parent(pattern: str) -> str:
+    return pattern.rpartition(".")[0]
+
+
+def _declared_place(parameter: str) -> tuple[int, str]:
+    place = _DECLARED.index(parameter) if parameter in _DECLARED else len(_DECLARED)
+    return place, parameter
+
+
+def _parameters(
+    module: str, patterns: tuple[str, ...], levels: int, config: LoraConfig
+) -> list[str]:
+    """Return the wrapped parameters of a module, innermost first."""
+    names = {p.rpartition(".")[2] for p in patterns if f"{module}.".endswith(f"{_parent(p)}.")}
+    unknown = sorted(names - set(_DECLARED))
+    if len(names) != levels or (levels > 1 and unknown):
+        shown = ", ".join(sorted(names))
+        raise FormatError(
+            f"has {levels} nested pairs for the target_parameters {shown}; cannot tell which is "
+            "which",
+            path=config.path,
+            where=module,
+        )
+    return sorted(names, key=_declared_place)
+
+
+def _unfolded(name: str, member: _Wrapped, config: LoraConfig) -> tuple[LazyTensor, LazyTensor]:
+    rank, rows, columns = config.rank_of(name), member.a.shape[0], member.b.shape[1]
+    if rows % rank or rows != columns:
+        raise FormatError(
+            f"A has {rows} rows and B {columns} columns, not a multiple of rank {rank} each",
+            path=config.path,
+            where=name,
+        )
+    experts, inputs, outputs = rows // rank, member.a.shape[1], member.b.shape[0]
+    a = member.a.map(lambda x: x.reshape(experts, rank, inputs), shape=(experts, rank, inputs))
+    b = member.b.map(
+        lambda x: x.reshape(outputs, rank, experts).transpose(2, 0, 1),
+        shape=(experts, outputs, rank),
+    )
+    return a, b
+
+
+def _fold_a(a: LazyTensor) -> LazyTensor:
+    experts, rank, inputs = a.shape
+    return a.map(lambda x: x.reshape(-1, inputs), shape=(experts * rank, inputs))
+
+
+def _fold_b(b: LazyTensor) -> LazyTensor:
+    experts, outputs, rank = b.shape
+    return b.map(
+        lambda x: x.transpose(1, 2, 0).reshape(outputs, -1), shape=(outputs, rank * experts)
+    )
+
+
+def _swapped(
+    name: str,
+    member: _Wrapped,
+    siblings: list[_Wrapped],
+    widths: frozenset[int],
+    config: LoraConfig,
+    base: BaseModel | None,
+) -> bool:
+    """Tell whether A holds the outputs instead of the inputs."""
+    first, second = member.a.shape[1], member.b.shape[0]
+    rule, sizes = _rule(name, config, base)
+    if first != second:
+        if rule and sizes and (expected := _expected(rule, sizes)):
+            return (first, second) == expected
+        if (told := _by_siblings(member, siblings, widths)) is not None:
+            return told
+    return _by_version(name, rule, config)
+
+
+def _expected(rule: Rule, sizes: Any) -> tuple[int, ...] | None:
+    values = [sizes.get(text, 0) for text in rule.shape]
+    return tuple(values) if values and all(isinstance(v, int) for v in values) else None
+
+
+def _by_siblings(member: _Wrapped, siblings: list[_Wrapped], widths: frozenset[int]) -> bool | None:
+    """Infer from widths that only the residual stream has: gate and up read it, down writes it."""
+    first, second = member.a.shape[1], member.b.shape[0]
+    reads = member.parameter != "down_proj"
+    for sibling in siblings:
+        if sibling is not member and {member.parameter, sibling.parameter} >= {"down_proj"}:
+            shared = {first, second} & {sibling.a.shape[1], sibling.b.shape[0]}
+            if len(shared) == 1:
+                return (first in shared) != reads
+    if (first in widths) != (second in widths):
+        return (first in widths) != reads
+    return None
+
+
+def _widths(tensors: Mapping[TensorKey, LazyTensor]) -> frozenset[int]:
+    """Return the input widths of q, k and v: the width of the residual stream."""
+    return frozenset(
+        tensor.shape[-1]
+        for key, tensor in tensors.items()
+        if key.role is Role.LORA_A and key.module.endswith((".q_proj", ".k_proj", ".v_proj"))
+    )
+
+
+def _by_version(name: str, rule: Rule | None, config: LoraConfig) -> bool:
+    version = _version(config)
+    if version is None or rule is None:
+        known = "no PEFT version" if version is None else "no base model"
+        raise UnsupportedError(
+            f"input and output widths do not tell which factor is which, and {known} is known; "
+            "give the base model with --base, or re-save the adapter with PEFT 0.19.1 or later",
+            path=config.path,
+            where=name,
+        )
+    if version >= (0, 19, 1):
+        return rule.stored_turned and not rule.declares_turned
+    if version >= (0, 19, 0):
+        return True if not rule.stored_turned else rule.declares_turned
+    return not rule.stored_turned
+
+
+def _version(config: LoraConfig) -> tuple[int, ...] | None:
+    text = config.raw.get("peft_version")
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", text) if isinstance(text, str) else None
+    return tuple(int(part) for part in found.groups()) if found else None
+
+
+def _rule(name: str, config: LoraConfig, base: BaseModel | None) -> tuple[Rule | None, Any]:
+    architectures: tuple[Architecture, ...] = tuple(base.candidates) if base else ()
+    if not architectures:
+        recorded = config.mapping("auto_mapping").get("base_model_class")
+        architectures = find(recorded) if isinstance(recorded, str) else ()
+    for architecture in architectures:
+        if match := find_rule(architecture, name):
+            return match.rule, base.sizes if base else None
+    return None, None
+
+
+def _stored_swapped(name: str, base: BaseModel | None) -> bool:
+    match = find_rule(base.architecture, name) if base else None
+    return bool(match and match.rule.stored_turned and not match.rule.declares_turned)

@@ -1,0 +1,165 @@
+"""What an adapter is, in numbers: the answer of `adapterkit inspect`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.formats.protocol import Options
+from adapterkit.model import Role
+from adapterkit.registry import detect
+from adapterkit.structure import problems
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+    from typing import TypeVar
+
+    from adapterkit.model import AdapterTensorSet, LoraPair
+
+    _Value = TypeVar("_Value", bound=Hashable)
+
+# What is stored whole: the values themselves, not factors of a change to them.
+_WHOLE = {Role.FULL, Role.TOKEN_ROWS}
+_MATRIX = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What an adapter is, without its values.
+
+    Attributes:
+        path: file or directory it was read from; None for an adapter made in memory.
+        format: name of its format; None for an adapter made in memory.
+        base_model: hub id or path of the model it was trained on, as recorded.
+        architecture: GGUF architecture or Hugging Face class of that model, as recorded.
+        tuner: `LoRA`, `DoRA` if it holds magnitudes, `none` if it only replaces parameters. rsLoRA
+            is a LoRA: it shows in the scales.
+        modules: number of modules that have factors.
+        parameters: number of stored elements.
+        ranks: rank -> number of modules.
+        scales: effective multiplier of B · A -> number of modules.
+        dtypes: stored type -> number of tensors.
+        bytes: size of all tensors, without any header.
+        sha256: digest of the tensors' contents, see `digest`.
+        targets: last component of the module names -> number of modules.
+        replaced: parameters that are stored whole (`modules_to_save`, biases, token rows).
+        notes: what the reader normalised, one sentence each.
+        problems: what makes the adapter unfit for any use, one sentence each.
+    """
+
+    path: str | None
+    format: str | None
+    base_model: str | None
+    architecture: str | None
+    tuner: str
+    modules: int
+    parameters: int
+    ranks: Mapping[int, int]
+    scales: Mapping[float, int]
+    dtypes: Mapping[str, int]
+    bytes: int
+    sha256: str
+    targets: Mapping[str, int]
+    replaced: tuple[str, ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def inspect(path: Path | str) -> Summary:
+    """Read an adapter of any format and summarise it; no tensor is decoded.
+
+    Raises:
+        FormatError: if there is no adapter at the path, or the file is malformed.
+        UnsupportedError: if it is an adapter of a kind that has no neutral form.
+    """
+    path = Path(path)
+    return summarize(detect(path).format.read(path, Options()))
+
+
+def summarize(adapter: AdapterTensorSet) -> Summary:
+    """Summarise an adapter, a broken one too; every tensor's bytes are read once, for the digest.
+
+    Raises:
+        FormatError: if a tensor's bytes cannot be read.
+    """
+    source = adapter.provenance
+    adapted = _adapted(adapter)
+    return Summary(
+        path=str(source.path) if source else None,
+        format=source.format if source else None,
+        base_model=adapter.base.name,
+        architecture=adapter.base.architecture,
+        tuner=_tuner(adapter),
+        modules=len(adapted),
+        parameters=adapter.parameters,
+        ranks=_counts(map(_rank, adapter.pairs())),
+        scales=_counts(adapter.scales[module] for module in adapted if module in adapter.scales),
+        dtypes=_counts(tensor.dtype.value for tensor in adapter.tensors.values()),
+        bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
+        sha256=digest(adapter),
+        targets=_counts(map(_target, adapted)),
+        replaced=tuple(key.module for key in adapter.tensors if key.role in _WHOLE),
+        notes=source.notes if source else (),
+        problems=tuple(problems(adapter)),
+    )
+
+
+def digest(adapter: AdapterTensorSet) -> str:
+    """Return the sha256 of what the tensors hold, whatever file they came from.
+
+    It is taken over one line of JSON for each tensor, `[module, role, dtype, shape, sha256]` with
+    the sha256 of its little-endian C-order bytes; the lines are sorted. So it does not depend on
+    the container, on the order of the tensors, on metadata or on the scales. A GGUF adapter of a
+    family whose rows llama.cpp reorders has another digest than its PEFT source.
+    """
+    lines = sorted(
+        json.dumps(
+            (
+                key.module,
+                key.role.value,
+                tensor.dtype.value,
+                tensor.shape,
+                hashlib.sha256(tensor.tobytes()).hexdigest(),
+            )
+        )
+        for key, tensor in adapter.tensors.items()
+    )
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def _adapted(adapter: AdapterTensorSet) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(key.module for key in adapter.tensors if key.role not in _WHOLE))
+
+
+def _tuner(adapter: AdapterTensorSet) -> str:
+    roles = {key.role for key in adapter.tensors}
+    if Role.MAGNITUDE in roles:
+        return "DoRA"
+    return "LoRA" if roles - _WHOLE else "none"
+
+
+def _rank(pair: LoraPair) -> int:
+    """Return the inner dimension of B, or of A where B is no factor; 0 for neither."""
+    a, b = pair.a.shape, pair.b.shape
+    if len(a) == len(b) > _MATRIX and b[-1] == 1 and a[0] == b[1]:
+        return b[1]  # a convolution: A is (r, in, *kernel), B is (out, r, 1...)
+    if len(b) >= _MATRIX:
+        return b[-1]
+    return a[-2] if len(a) >= _MATRIX else 0
+
+
+def _target(module: str) -> str:
+    """Return the last component that is a name, with the numbers that follow it."""
+    names = module.split(".")
+    while len(names) > 1 and names[-1].isdecimal():
+        names.pop()
+    return module[len(".".join(names)) - len(names[-1]) :]
+
+
+def _counts(values: Iterable[_Value]) -> dict[_Value, int]:
+    return dict(sorted(Counter(values).items()))

@@ -1,0 +1,1 @@
+"""The command line of adapterkit: one command per module, rendering, and the error boundary."""

@@ -1,0 +1,103 @@
+"""`adapterkit convert`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit_cli import options, rendering
+
+if TYPE_CHECKING:
+    from adapterkit import ConversionReport
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC", type=options.PATH)
+@click.option(
+    "-o",
+    "--output",
+    "--outfile",
+    "destination",
+    metavar="DST",
+    type=options.PATH,
+    required=True,
+    help="File or directory to create; *.gguf means gguf, a directory means peft.",
+)
+@click.option(
+    "--to",
+    metavar="FORMAT",
+    shell_complete=options.format_names,
+    help="Format to write, one of `adapterkit formats`.",
+)
+@options.base
+@click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
+    default="auto",
+    show_default=True,
+    help="Stored type of the factors; auto keeps each one's.",
+)
+@click.option("--moe-layout", metavar="LAYOUT", help="Spelling of experts: `experts` or `fused`.")
+@click.option("--unverified", is_flag=True, help="Allow model families without an engine test.")
+@click.option("--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it.")
+@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@options.as_json
+def command(
+    source: str,
+    destination: str,
+    to: str | None,
+    base: str | None,
+    outtype: str,
+    moe_layout: str | None,
+    *,
+    unverified: bool,
+    allow_lossy: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write an adapter in another format, and prove it equal.
+
+    The proof is read from the written file. DST appears only if every update ΔW in it
+    equals that of SRC, to the rounding of the stored type.
+    """
+    import adapterkit
+
+    report = adapterkit.convert(
+        source,
+        destination,
+        to=to,
+        base=base,
+        outtype=outtype,
+        moe_layout=moe_layout,
+        unverified=unverified,
+        allow_lossy=allow_lossy,
+        force=force,
+    )
+    if as_json:
+        rendering.emit_json(report)
+        return
+    rendering.emit(_text(report))
+    for note in report.notes:
+        rendering.remark("note", note)
+    for loss in report.losses:
+        rendering.remark("dropped", f"{loss.subject}: {loss.message}")
+
+
+def _text(report: ConversionReport) -> str:
+    facts = [
+        rendering.printable(report.destination),
+        report.format,
+        rendering.count(report.modules, "module"),
+        rendering.count(report.parameters, "parameter"),
+        rendering.size(report.bytes),
+    ]
+    return "  ".join(facts) + "\n" + _proof(report)
+
+
+def _proof(report: ConversionReport) -> str:
+    where = f"in all {report.modules:,} modules" if report.modules != 1 else "in the one module"
+    error = rendering.short(report.max_relative_error)
+    if report.max_relative_error and report.worst_module:
+        error += f" ({rendering.printable(report.worst_module)})"
+    return f"proof: ΔW equal {where}, largest relative error {error}"

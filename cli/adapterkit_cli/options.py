@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+# Nothing is checked here: a missing file is an error of the input, not of the usage, and what
+# looks like a relative path may be a hub id.
+PATH = click.Path()
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+base = click.option(
+    "--base",
+    "--base-model-id",
+    metavar="BASE",
+    type=PATH,
+    help="Base model: directory, config.json, GGUF file or cached hub id.",
+)
+
+
+def format_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Complete the names of formats that can be written."""
+    from adapterkit.registry import formats
+
+    del ctx, param
+    return [f.name for f in formats() if f.writes and f.name.startswith(incomplete)]
