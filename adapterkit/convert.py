@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base, open_base
 from adapterkit.base.fit import check_fit
+from adapterkit.base.vocabulary import matched
 from adapterkit.dtype import DType
-from adapterkit.errors import FormatError, LossyConversionError, UsageError
+from adapterkit.errors import (
+    FormatError,
+    LossyConversionError,
+    UnknownArchitectureError,
+    UsageError,
+)
 from adapterkit.formats.protocol import Options
 from adapterkit.model import AdapterTensorSet, Loss
 from adapterkit.proof import prove
@@ -62,6 +68,25 @@ class ConversionReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProvenFile:
+    """What was written, as read back.
+
+    Attributes:
+        modules: adapted modules.
+        parameters: stored elements.
+        bytes: size of the file, or of all files of the directory.
+        max_relative_error: largest relative Frobenius error of an update.
+        worst_module: where that is.
+    """
+
+    modules: int
+    parameters: int
+    bytes: int
+    max_relative_error: float
+    worst_module: str | None
+
+
 def convert(
     source: Path | str,
     destination: Path | str,
@@ -111,38 +136,70 @@ def convert(
     )
     spec = detect(source)
     adapter, options = load(source, spec, options)
+    notes = list(adapter.provenance.notes if adapter.provenance else ())
+    if options.base:
+        adapter, changes = matched(adapter, options.base)
+        notes += changes
     adapter, losses, warnings = _admitted(adapter, target, options, allow_lossy=allow_lossy)
-    with staged(destination, force=force) as staging:
-        target.format.write(adapter, staging, options)
-        written = target.format.read(staging, replace(options, like=adapter.modules))
-        worst, error = prove(adapter, written, path=destination)
-        size = _size(staging)
+    proven = write_proven(adapter, destination, target, options, force=force)
     return ConversionReport(
         source=str(source),
         destination=str(destination),
         source_format=spec.name,
         format=target.name,
-        modules=len(written.modules),
-        parameters=written.parameters,
-        bytes=size,
-        max_relative_error=error,
-        worst_module=worst,
+        modules=proven.modules,
+        parameters=proven.parameters,
+        bytes=proven.bytes,
+        max_relative_error=proven.max_relative_error,
+        worst_module=proven.worst_module,
         losses=losses,
-        notes=(*(adapter.provenance.notes if adapter.provenance else ()), *warnings),
+        notes=(*notes, *warnings),
     )
+
+
+def write_proven(
+    adapter: AdapterTensorSet,
+    destination: Path,
+    target: FormatSpec,
+    options: Options,
+    *,
+    force: bool = False,
+) -> ProvenFile:
+    """Write an adapter, read the file back, compare every update, and only then keep it.
+
+    Raises:
+        FormatError: if a factor of the adapter is not finite.
+        ProofError: if the file does not hold the same updates; it is removed.
+        DestinationExistsError: if the destination exists and `force` is false.
+        WriteError: if the output cannot be written.
+    """
+    with staged(destination, force=force) as staging:
+        target.format.write(adapter, staging, options)
+        written = target.format.read(staging, replace(options, like=adapter.modules))
+        worst, error = prove(adapter, written, path=destination)
+        return ProvenFile(
+            modules=len(written.modules),
+            parameters=written.parameters,
+            bytes=_size(staging),
+            max_relative_error=error,
+            worst_module=worst,
+        )
 
 
 def load(path: Path, spec: FormatSpec, options: Options) -> tuple[AdapterTensorSet, Options]:
     """Read an adapter, with the base that it names if none was given and that one is cached."""
     adapter = spec.format.read(path, options)
-    if options.base is None and (found := _recorded_base(adapter)):
+    if options.base is None and (found := _recorded_base(adapter)) is not None:
         options = replace(options, base=found)
         adapter = spec.format.read(path, options)
     return adapter, options
 
 
 def _recorded_base(adapter: AdapterTensorSet) -> BaseModel | None:
-    return find_base(adapter.base.name)
+    try:
+        return find_base(adapter.base.name)
+    except UnknownArchitectureError:
+        return None  # what needs the base will say so; many targets do not
 
 
 def _dtype(outtype: str) -> DType | None:

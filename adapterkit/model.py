@@ -59,6 +59,10 @@ class TensorKey:
         return f"{self.module}.{self.role}"
 
 
+_FACTOR_ROLES = (Role.LORA_A, Role.LORA_B)
+_EMBEDDING_ROLES = (Role.EMBEDDING_A, Role.EMBEDDING_B)
+
+
 @dataclass(frozen=True, slots=True)
 class LoraPair:
     """Two factors of one update, ΔW = scale · B · A.
@@ -76,6 +80,12 @@ class LoraPair:
     b: LazyTensor
     scale: float
     embedding: bool = False
+
+    @property
+    def keys(self) -> tuple[TensorKey, TensorKey]:
+        """Keys of A and B in an adapter."""
+        roles = _EMBEDDING_ROLES if self.embedding else _FACTOR_ROLES
+        return TensorKey(self.module, roles[0]), TensorKey(self.module, roles[1])
 
     @property
     def rank(self) -> int:

@@ -138,6 +138,7 @@ def from_engine(
     *,
     layout: str | None = None,
     like: Collection[str] = (),
+    text_prefix: str = "",
 ) -> Mapped:
     """Undo `to_engine`: Hugging Face names, rows and experts from llama.cpp's tensors.
 
@@ -147,6 +148,7 @@ def from_engine(
         pairs: updates named by tensor, without `.weight`.
         layout: `experts` for one module per expert, `fused` for one 3-D parameter.
         like: modules of another adapter, whose spelling is to be used where a family has several.
+        text_prefix: spelling of the text tower in a multimodal class, in place of `model.`.
     """
     spelling = _spelling(architecture, like)
     groups: dict[tuple[Rule, int | None], dict[int, LoraPair]] = {}
@@ -163,13 +165,20 @@ def from_engine(
     for (rule, layer), members in groups.items():
         modules, raw = _restored(rule, sizes, layer, members)
         modules = [
-            replace(pair, module=spelling.names.get(pair.module, pair.module)) for pair in modules
+            replace(pair, module=spelling.names.get(pair.module) or _in_class(pair, text_prefix))
+            for pair in modules
         ]
         names = tuple(pair.module for pair in members.values())
         sources.update({pair.module: names for pair in modules})
         unsized.extend(pair.module for pair in modules if raw)
         found.extend(modules)
     return Mapped(tuple(found), tuple(unmatched), sources, tuple(unsized))
+
+
+def _in_class(pair: LoraPair, text_prefix: str) -> str:
+    if text_prefix and pair.module.startswith("model."):
+        return text_prefix + pair.module.removeprefix("model.")
+    return pair.module
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ A family file holds `title`, `gguf` (the name llama.cpp knows it by), `classes` 
 (Hugging Face), `tied` (whether the output shares the embedding when the config does not say),
 `verified` (`engine`, `dense` or `no`), optionally `select` (an expression over parameters that must
 be non-zero for this family to be meant, where several share a GGUF name), `include` (blocks of
-rules), `[parameters]` and `[rules]`.
+rules), `inert` with `inert_build` (tensors that llama.cpp loads adapters for and never applies),
+`[parameters]` and `[rules]`.
 
 A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the expert. Its fields:
 
@@ -124,6 +125,8 @@ class Architecture:
         tied: whether output and embedding share weights when the config does not say.
         verified: `engine` (logits equal in llama.cpp), `dense` (full weights), or `no`.
         select: parameter expression that must be non-zero, or None.
+        inert: llama.cpp tensors whose adapters load and are never applied, as name patterns.
+        inert_build: llama.cpp build on which that was seen.
         rules: every rule, in table order.
         parameters: the family's own sizes, over those of parameters.toml.
     """
@@ -136,8 +139,14 @@ class Architecture:
     tied: bool
     verified: str
     select: str | None
+    inert: tuple[str, ...]
+    inert_build: str
     rules: tuple[Rule, ...]
     parameters: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+    def is_inert(self, name: str) -> bool:
+        """Tell whether llama.cpp ignores an adapter of this tensor (name without `.weight`)."""
+        return any(spelling in self.inert for spelling, _, _ in _spellings(name))
 
     def match_hf(self, path: str) -> Match | None:
         """Find the rule of a Hugging Face module or parameter path, as the table spells it."""
@@ -228,6 +237,8 @@ def load(name: str) -> Architecture:
         tied=data["tied"],
         verified=data["verified"],
         select=data.get("select"),
+        inert=tuple(data.get("inert", ())),
+        inert_build=data.get("inert_build", ""),
         rules=tuple(_rule(path, fields) for path, fields in raw.items()),
         parameters=_parameters(data.get("parameters", {})),
     )

@@ -24,6 +24,8 @@ class BaseModel:
         tensors: stored tensors by Hugging Face or llama.cpp name; empty if only a config is known.
         identity: `general.*` keys that say what model this is, for `general.base_model.*`.
         tied: whether the output shares the embedding; None if neither config nor tensors tell.
+        text_prefix: what a multimodal wrapper puts before its text tower's modules in place of
+            `model.`; empty for a plain language model.
     """
 
     path: Path
@@ -34,6 +36,7 @@ class BaseModel:
     tensors: Mapping[str, LazyTensor] = field(default_factory=dict[str, LazyTensor], repr=False)
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
     tied: bool | None = None
+    text_prefix: str = ""
 
     @property
     def architecture(self) -> Architecture:

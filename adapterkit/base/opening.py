@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from adapterkit.architectures import Architecture
     from adapterkit.tensor import LazyTensor
 
-_TEXT_TOWERS = ("text_config", "llm_config", "language_config", "thinker_config")
+# Nested configuration of a text tower -> prefix that transformers puts before its modules.
+_TEXT_TOWERS = {
+    "thinker_config": "thinker.model.",
+    "text_config": "model.language_model.",
+    "llm_config": "model.language_model.",
+    "language_config": "model.language_model.",
+}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -100,6 +107,7 @@ def _open_config(path: Path, name: str | None) -> BaseModel:
         facts=text,
         tensors=tensors,
         tied=_tied(config, text, architectures[0], tensors),
+        text_prefix=next((p for key, p in _TEXT_TOWERS.items() if _is_map(config, key)), ""),
     )
 
 
@@ -184,7 +192,8 @@ def _open_gguf(path: Path) -> BaseModel:
             f"architecture {name!r} is not in the tables; `adapterkit architectures` lists what is",
             path=path,
         )
-    facts = _gguf_facts(name, file.metadata, file.tensors)
+    tensors = {**file.tensors, **_other_shards(path, file.metadata)}
+    facts = _gguf_facts(name, file.metadata, tensors)
     identity = {
         key.removeprefix("general."): value
         for key, value in file.metadata.items()
@@ -196,12 +205,34 @@ def _open_gguf(path: Path) -> BaseModel:
         name=identity.get("name"),
         candidates=_selected(found, "gguf", facts),
         facts=facts,
-        tensors=file.tensors,
+        tensors=tensors,
         identity=identity,
-        tied="output.weight" not in file.tensors,
+        tied="output.weight" not in tensors,
     )
 
 
+def _other_shards(path: Path, metadata: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """Read the tensor tables of the other files of a split model, `name-00002-of-00003.gguf`."""
+    from adapterkit.containers.gguf import read_gguf
+
+    count = metadata.get("split.count")
+    if not isinstance(count, int) or count < 2:  # noqa: PLR2004  (one file is no split)
+        return {}
+    named = _SPLIT.match(path.name)
+    if named is None:
+        raise FormatError(
+            f"is one of {count} parts, but is not named NAME-00001-of-{count:05}.gguf", path=path
+        )
+    tensors: dict[str, LazyTensor] = {}
+    for number in range(1, count + 1):
+        shard = path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf")
+        if not shard.is_file():
+            raise NotFoundError("is missing from the split base model", path=shard)
+        tensors.update(read_gguf(shard).tensors)
+    return tensors
+
+
+_SPLIT = re.compile(r"^(.+)-\d{5}-of-\d{5}\.gguf$")
 _IDENTITY = (
     "general.name",
     "general.basename",

@@ -44,6 +44,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     base = options.base
     found += _unmatched(adapter, options)
     found += _copies(adapter, base)
+    found += _inert(adapter, options)
     if base is not None and base.tied:
         found += _tied(adapter, base)
     if base is not None and base.architecture.verified == "no" and not options.unverified:
@@ -117,6 +118,22 @@ def _unmatched(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
         name = f"{pair.module}.weight.lora_a"
         if len(name.encode()) > _NAME_LIMIT:
             yield Loss("name-too-long", name, f"is longer than {_NAME_LIMIT} bytes")
+
+
+def _inert(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
+    if options.base is None:
+        return
+    architecture = options.base.architecture
+    engine = engine_adapter(adapter, options)
+    names = [pair.module for pair in engine.pairs if architecture.is_inert(pair.module)]
+    modules = list(dict.fromkeys(m for name in names for m in engine.sources[name]))
+    if modules:
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        message = (
+            f"llama.cpp (seen on {architecture.inert_build}) loads this pair and never applies it; "
+            "only merging carries it (adapterkit merge --into)"
+        )
+        yield Loss("inert", modules[0] + more, message, blocks=False)
 
 
 def _copies(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:

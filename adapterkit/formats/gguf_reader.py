@@ -88,7 +88,10 @@ def _renamed(
     if architecture is None:
         return pairs, {pair.module: pair.module for pair in pairs}
     layout = options.moe_layout or (options.base.expert_layout if options.base else "fused")
-    mapped = from_engine(architecture, sizes, pairs, layout=layout, like=options.like)
+    prefix = options.base.text_prefix if options.base else ""
+    mapped = from_engine(
+        architecture, sizes, pairs, layout=layout, like=options.like, text_prefix=prefix
+    )
     unknown = set(mapped.unmatched)
     kept = {name: mapped.sources[name][0] for name in mapped.unsized}
     kept.update({name: name for name in mapped.unmatched})
@@ -170,11 +173,7 @@ def _tensors(
 ) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
     tensors: dict[TensorKey, LazyTensor] = {}
     for pair in pairs:
-        roles = (
-            (Role.EMBEDDING_A, Role.EMBEDDING_B) if pair.embedding else (Role.LORA_A, Role.LORA_B)
-        )
-        tensors[TensorKey(pair.module, roles[0])] = pair.a
-        tensors[TensorKey(pair.module, roles[1])] = pair.b
+        tensors.update(zip(pair.keys, (pair.a, pair.b), strict=True))
     return tensors, {pair.module: pair.scale for pair in pairs}
 
 

@@ -1,0 +1,194 @@
+"""Singular values of ΔW = scale · B · A, and the norms of its rows and columns, from the factors.
+
+With R_A and R_B triangular, R_AᵀR_A = AAᵀ and R_BᵀR_B = BᵀB, the singular values of B·A are those
+of the r x r matrix R_B·R_Aᵀ. All arithmetic is float64; B·A is never formed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapterkit.dtype import DType
+from adapterkit.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from adapterkit.model import LoraPair
+    from adapterkit.tensor import LazyTensor
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+# Cholesky factors of a Gram matrix lose twice the digits that QR does: the ratio of the extreme
+# singular values from which QR takes over. Below it they are right to 1e-12 of the largest.
+_GRAM_CONDITION = 1e3
+_MATRIX = 2
+_EXPERTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The two factors of one matrix, decoded.
+
+    Attributes:
+        a: (r, in), float64.
+        b: (out, r), float64.
+        expert: number of the expert within its tensor; None without experts.
+    """
+
+    a: Array
+    b: Array
+    expert: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """What the factors of one matrix say of ΔW = scale · B · A.
+
+    Attributes:
+        relative: (min(r, out, in),) singular values over the largest, descending; all zero for
+            ΔW = 0. Kept apart from the size, so that no scale can underflow them.
+        largest: σ₁ of ΔW, scale included.
+        rows: (out,) energy of each row of B·A, up to a common factor.
+        columns: (in,) energy of each column of B·A, up to a common factor.
+        balance: ‖A‖ / ‖B‖, Frobenius; None if B is zero.
+        expert: number of the expert within its tensor; None without experts.
+    """
+
+    relative: Array
+    largest: float
+    rows: Array
+    columns: Array
+    balance: float | None
+    expert: int | None
+
+    @property
+    def values(self) -> Array:
+        """Singular values of ΔW, scale included, descending."""
+        return self.relative * self.largest
+
+
+def is_convolution(pair: LoraPair) -> bool:
+    """Tell whether A is (r, in, *kernel) and B is (out, r, 1, ...), not stacked experts."""
+    a, b = pair.a.shape, pair.b.shape
+    if len(a) != len(b) or len(a) <= _MATRIX:
+        return False
+    experts = len(a) == _EXPERTS and a[0] == b[0] and a[1] == b[2]
+    return not experts and a[0] == b[1] and math.prod(b[2:]) == 1
+
+
+def rank_of(pair: LoraPair) -> int:
+    """Return the inner dimension of the factors, per expert."""
+    return pair.b.shape[1] if is_convolution(pair) else pair.b.shape[-1]
+
+
+def experts_of(pair: LoraPair) -> int:
+    """Return how many matrices the pair stands for: the number of stacked experts, or 1."""
+    stacked = len(pair.a.shape) == _EXPERTS and not is_convolution(pair)
+    return pair.a.shape[0] if stacked else 1
+
+
+def matrix_shape(pair: LoraPair) -> tuple[int, int]:
+    """Return (out, in) of B·A, per expert; a convolution's kernel counts as inputs."""
+    if is_convolution(pair):
+        return pair.b.shape[0], math.prod(pair.a.shape[1:])
+    return pair.b.shape[-2], pair.a.shape[-1]
+
+
+def factors(pair: LoraPair) -> Iterator[Factors]:
+    """Yield the factors of each matrix of a pair, experts one by one."""
+    rank, (out, inputs) = rank_of(pair), matrix_shape(pair)
+    a = decoded(pair.a).reshape(-1, rank, inputs)
+    b = decoded(pair.b).reshape(-1, out, rank)
+    stacked = len(pair.a.shape) == _EXPERTS and not is_convolution(pair)
+    for expert, (a_one, b_one) in enumerate(zip(a, b, strict=True)):
+        yield Factors(a_one, b_one, expert if stacked else None)
+
+
+def decoded(tensor: LazyTensor) -> Array:
+    """Return the values of a tensor in float64."""
+    if tensor.dtype is not DType.BF16:
+        return tensor.numpy().astype(np.float64)
+    # bf16 is the upper half of float32; through ml_dtypes the same takes four times as long.
+    wide = np.frombuffer(tensor.tobytes(), dtype="<u2").astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32).reshape(tensor.shape).astype(np.float64)
+
+
+def spectra(pair: LoraPair) -> list[Spectrum]:
+    """Return the spectrum of each matrix of a pair, experts one by one.
+
+    Raises:
+        FormatError: if a factor holds NaN or infinity.
+    """
+    return [_spectrum(each, pair) for each in factors(pair)]
+
+
+def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
+    a, a_size = _unit(each.a)
+    b, b_size = _unit(each.b)
+    if not math.isfinite(a_size + b_size):
+        raise not_finite(pair)
+    r_a, r_b = triangular(a.T), triangular(b)
+    core = r_b @ r_a.T
+    values = np.linalg.svd(core, compute_uv=False)
+    top = float(values[0])
+    # A zero update is one whose factors cancel to the last bit, not one that is merely small.
+    zero = not pair.scale or not a_size or not b_size or top <= _rounding(r_a, r_b)
+    relative = np.zeros_like(values) if zero else values / top
+    rows, columns = (b @ r_a.T, r_b @ a) if not zero else (np.zeros_like(b), np.zeros_like(a))
+    b_norm = float(np.linalg.norm(r_b)) * b_size
+    return Spectrum(
+        relative,
+        0.0 if zero else top * a_size * b_size * abs(pair.scale),
+        np.einsum("ij,ij->i", rows, rows),
+        np.einsum("ij,ij->j", columns, columns),
+        float(np.linalg.norm(r_a)) * a_size / b_norm if b_norm else None,
+        each.expert,
+    )
+
+
+def _unit(matrix: Array) -> tuple[Array, float]:
+    """Return a matrix of entries up to 1 and what it was divided by; exact, a power of two."""
+    largest = float(max(matrix.max(), -matrix.min()))
+    if not math.isfinite(largest) or not largest:
+        return matrix, largest
+    # Only what could overflow or underflow when squared is worth a pass over the data.
+    exponent = math.frexp(largest)[1]
+    size = math.ldexp(1.0, exponent) if abs(exponent) > 64 else 1.0  # noqa: PLR2004
+    return (matrix / size if size != 1.0 else matrix), size
+
+
+def _rounding(r_a: Array, r_b: Array) -> float:
+    """Return the σ₁ that rounding alone leaves where B·A vanishes exactly."""
+    return 8 * float(np.finfo(np.float64).eps) * float(np.linalg.norm(r_a) * np.linalg.norm(r_b))
+
+
+def triangular(matrix: Array) -> Array:
+    """Return R (min(n, r), r) with RᵀR = XᵀX for X (n, r).
+
+    The Cholesky factor of XᵀX where X is well conditioned, else that of a QR decomposition.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        try:
+            lower = np.linalg.cholesky(matrix.T @ matrix)
+        except np.linalg.LinAlgError:
+            pass
+        else:
+            values = np.linalg.svd(lower, compute_uv=False)
+            if values[-1] * _GRAM_CONDITION > values[0]:
+                return lower.T
+    return np.linalg.qr(matrix, mode="r")
+
+
+def not_finite(pair: LoraPair) -> FormatError:
+    """Return the error for a pair of which a factor is not finite; names that factor."""
+    from adapterkit.delta import all_finite
+
+    factor = "A" if not all_finite(pair.a) else "B"
+    message = f"factor {factor} holds NaN or infinity; this adapter is broken, a diverged run?"
+    return FormatError(message, where=pair.module)

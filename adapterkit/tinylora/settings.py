@@ -1,0 +1,148 @@
+"""What the coefficients alone do not say: rank, scale, tie groups, seed and targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit.dtype import DType
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.json_file import read_json_object
+from adapterkit.tinylora.groups import PACK_MODES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SETTINGS_FILE = "tinylora.json"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
+# torch takes seeds of 64 bits; a module adds up to 99999.
+_MAX_SEED = 1 << 62
+_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinySettings:
+    """How an ANRGUSC run was set up, by the names of its own configuration; None is unknown.
+
+    Attributes:
+        frozen_rank: singular triplets kept per module.
+        projection_dim: u, coefficients per group.
+        alpha: numerator of the scale, alpha / u.
+        tie_mode: `none`, `all`, `tiled` or `structured`.
+        tie_factor: modules that share one vector, in the last two modes.
+        seed: of the projections.
+        target_modules: last name components of the linear layers that were injected.
+        dtype: type to which training rounded the base's weights, if not the stored one.
+    """
+
+    frozen_rank: int | None = None
+    projection_dim: int | None = None
+    alpha: float | None = None
+    tie_mode: str | None = None
+    tie_factor: int | None = None
+    seed: int | None = None
+    target_modules: tuple[str, ...] = TARGETS
+    dtype: str | None = None
+
+    @property
+    def weights_dtype(self) -> DType | None:
+        """The type that `dtype` names."""
+        return _DTYPES[self.dtype] if self.dtype else None
+
+    def document(self) -> dict[str, Any]:
+        """Return the settings that are known, as `tinylora.json` holds them."""
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return {**known, "target_modules": list(self.target_modules)}
+
+    def updated(self, other: TinySettings) -> TinySettings:
+        """Return these settings with what `other` knows filled in.
+
+        Raises:
+            UsageError: if both know something and do not agree.
+        """
+        changes: dict[str, Any] = {}
+        for name in (item.name for item in fields(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "target_modules" or theirs is None or mine == theirs:
+                continue
+            if mine is not None:
+                raise UsageError(f"{name} is {mine!r} in one place and {theirs!r} in another")
+            changes[name] = theirs
+        return replace(self, **changes)
+
+    def require(self, names: Iterable[str], *, path: Path) -> None:
+        """Refuse to go on while one of the named settings is unknown.
+
+        Raises:
+            UsageError: naming them and where to state them.
+        """
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise UsageError(
+                f"the checkpoint does not hold {', '.join(missing)}; state what training used in "
+                f'{SETTINGS_FILE} beside it, such as {{"frozen_rank": 2, "alpha": 1.0, '
+                '"tie_mode": "tiled", "tie_factor": 13}',
+                path=path,
+            )
+
+
+def read_settings(path: Path) -> TinySettings:
+    """Read a settings file; unknown keys are refused, `witness` and `schema` are not settings.
+
+    Raises:
+        FormatError: if it is not JSON, or a value has the wrong type.
+    """
+    return settings_from(read_json_object(path), path)
+
+
+def settings_from(document: Mapping[str, Any], path: Path) -> TinySettings:
+    """Check the values of a settings document.
+
+    Raises:
+        FormatError: naming the key.
+    """
+    known = {item.name for item in fields(TinySettings)}
+    unknown = sorted(document.keys() - known - {"schema", "witness"})
+    if unknown:
+        raise FormatError(
+            f"unknown setting; known are {', '.join(sorted(known))}", path=path, where=unknown[0]
+        )
+    values = {name: document[name] for name in known if document.get(name) is not None}
+    for name, value in values.items():
+        if not _CHECKS[name](value):
+            raise FormatError(f"{value!r} is not a possible value", path=path, where=name)
+    if "tie_mode" in values:
+        values["tie_mode"] = values["tie_mode"].lower()
+    if "alpha" in values:
+        values["alpha"] = float(values["alpha"])
+    values["target_modules"] = tuple(values.get("target_modules", TARGETS))
+    return TinySettings(**values)
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(name, str) and name for name in cast("list[Any]", value)
+    )
+
+
+_CHECKS = {
+    "frozen_rank": lambda value: _whole(value, 1, 1 << 20),
+    "projection_dim": lambda value: _whole(value, 1, 1 << 32),
+    "alpha": _real,
+    "tie_mode": lambda value: isinstance(value, str) and value.lower() in PACK_MODES,
+    "tie_factor": lambda value: _whole(value, 1, 1 << 32),
+    "seed": lambda value: _whole(value, -_MAX_SEED, _MAX_SEED),
+    "target_modules": _names,
+    "dtype": lambda value: value in _DTYPES,
+}

@@ -1,0 +1,32 @@
+"""The command line, in this process and in one of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from adapterkit_cli.main import cli
+
+ROOT = Path(__file__).parents[1]
+PEFT = ROOT / "fixtures" / "peft"
+BASE = PEFT / "base"
+TINY = PEFT / "tiny"
+
+
+def invoke(*arguments: str | Path, **settings: bool) -> Result:
+    """Run the program in this process; a bug in it raises."""
+    result = CliRunner().invoke(cli, list(map(str, arguments)), **settings)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def start(*arguments: str | Path, **settings: object) -> subprocess.Popen[str]:
+    """Start the program in a process of its own, output captured unless told otherwise."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
+    return subprocess.Popen(
+        [sys.executable, "-m", "adapterkit", *map(str, arguments)], text=True, **pipes
+    )

@@ -1,0 +1,79 @@
+"""Numbers and columns as people read them, JSON as programs do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from adapterkit import DType
+from adapterkit_cli import rendering
+
+
+@dataclass(frozen=True)
+class Inner:
+    where: Path
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Outer:
+    parts: tuple[Inner, ...]
+    counts: dict[float, int]
+    dtype: DType
+
+
+def test_json_is_one_line_that_any_program_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = (Inner(Path("a"), float("nan")), Inner(Path("ü\ud800"), float("inf")))
+    rendering.emit_json(Outer(parts, {2.0: 1}, DType.F16))
+    line = capsys.readouterr().out
+    assert line.isascii()
+    assert line.count("\n") == 1
+    assert json.loads(line) == {
+        "schema": 1,
+        "parts": [{"where": "a", "error": None}, {"where": "ü\ud800", "error": None}],
+        "counts": {"2.0": 1},
+        "dtype": "F16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (921_600, "922 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1 MB"),
+        (83_886_080, "83.9 MB"),
+        (5_000_000_000, "5 GB"),
+        (1_234_000_000_000, "1,234 GB"),
+    ],
+)
+def test_sizes_have_three_digits(number: int, shown: str) -> None:
+    assert rendering.size(number) == shown
+
+
+def test_one_is_singular() -> None:
+    assert rendering.count(1, "module") == "1 module"
+    assert rendering.count(1024, "module") == "1,024 modules"
+
+
+def test_columns_are_aligned_and_not_cut() -> None:
+    long = "x" * 300
+    text = click.unstyle(rendering.columns([("a", "b"), ("ccc", long)], header=("n", "title")))
+    assert text.split("\n") == ["n    title", "a    b", f"ccc  {long}"]
+
+
+def test_entries_without_a_value_are_left_out() -> None:
+    text = click.unstyle(rendering.sheet([("name", "x"), ("nothing", ""), ("odd", "a\nb")]))
+    assert text.split("\n") == ["name  x", "odd   a\\nb"]
+
+
+def test_no_number_is_a_dash() -> None:
+    assert rendering.short(None) == "-"
+    assert rendering.short(0.000123456) == "0.000123"
