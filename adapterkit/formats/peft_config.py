@@ -69,7 +69,7 @@ class LoraConfig:
     def flag(self, name: str) -> bool:
         """Return a boolean field, false when absent or null."""
         value = self.raw.get(name)
-        if value not in {None, True, False}:
+        if value is not None and not isinstance(value, bool):
             raise FormatError(f"{name} is {value!r}, not true or false", path=self.path)
         return bool(value)
 

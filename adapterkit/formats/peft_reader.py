@@ -135,7 +135,7 @@ def _interpreted(
         if key.role not in {Role.FULL, Role.TOKEN_ROWS, Role.BASE_COPY}
     )
     scales = {module: config.scale_of(module) for module in adapted}
-    if config.flag("use_bdlora"):
+    if config.mapping("use_bdlora"):
         tensors = _block_diagonal(config, tensors)
         notes.append("block-diagonal factors (use_bdlora) written out in full")
     if config.flag("use_qalora"):
