@@ -1,0 +1,111 @@
+"""Inputs of the benchmarks, made once with a fixed seed.
+
+Run as a program: a process that has held the arrays would lend its peak memory to every process
+that it starts and measures.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from subprocess import run
+from sys import executable
+
+import ml_dtypes
+import numpy as np
+
+from adapterkit.containers.safetensors import write_safetensors
+from adapterkit.tensor import LazyTensor
+
+BUILD = Path("build/bench")
+PEER_SCRIPT = "*/vendor/llama.cpp/convert_lora_to_gguf.py"
+LAYERS, HIDDEN, FFN, KV, RANK = 32, 4096, 14336, 1024, 16
+PEER = "llama-cpp-python==0.3.36"
+# module -> (out, in)
+TARGETS = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (FFN, HIDDEN),
+    "mlp.up_proj": (FFN, HIDDEN),
+    "mlp.down_proj": (HIDDEN, FFN),
+}
+BASE_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def adapter(seed: int = 0) -> None:
+    """Make an 84 MB adapter, if it is not there."""
+    folder = BUILD / f"adapter-{seed}"
+    if (folder / "adapter_config.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    tensors: dict[str, LazyTensor] = {}
+    for layer in range(LAYERS):
+        for target, (rows, columns) in TARGETS.items():
+            name = f"base_model.model.model.layers.{layer}.{target}"
+            tensors[f"{name}.lora_A.weight"] = _bf16(random, RANK, columns)
+            tensors[f"{name}.lora_B.weight"] = _bf16(random, rows, RANK)
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": sorted(name.rpartition(".")[2] for name in TARGETS),
+        "base_model_name_or_path": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _bf16(random: np.random.Generator, *shape: int) -> LazyTensor:
+    values = random.standard_normal(shape, np.float32) * 0.02
+    return LazyTensor.of(values.astype(ml_dtypes.bfloat16))
+
+
+def base() -> None:
+    """Make the base's config.json; no weights are needed."""
+    folder = BUILD / "base"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(BASE_CONFIG, indent=2))
+
+
+def llama_cpp() -> None:
+    """Unpack llama.cpp's converter from a source distribution, if it is not there."""
+    if list(BUILD.glob(PEER_SCRIPT)):
+        return
+    BUILD.mkdir(parents=True, exist_ok=True)
+    run(
+        [
+            executable,
+            *["-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--dest"],
+            BUILD,
+            PEER,
+        ],
+        check=True,
+    )
+    (archive,) = BUILD.glob("llama_cpp_python-*.tar.gz")
+    with tarfile.open(archive) as file:
+        wanted = [m for m in file if "/vendor/llama.cpp/" in m.name and m.name.endswith(".py")]
+        file.extractall(BUILD, members=wanted, filter="data")
+
+
+if __name__ == "__main__":
+    adapter()
+    base()
+    llama_cpp()
