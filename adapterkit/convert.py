@@ -11,7 +11,6 @@ from adapterkit.base.fit import check_fit
 from adapterkit.base.vocabulary import matched
 from adapterkit.dtype import DType
 from adapterkit.errors import (
-    FormatError,
     LossyConversionError,
     UnknownArchitectureError,
     UsageError,
@@ -21,7 +20,7 @@ from adapterkit.model import AdapterTensorSet, Loss
 from adapterkit.proof import prove
 from adapterkit.registry import FormatSpec, destination_format, detect
 from adapterkit.storage import staged
-from adapterkit.structure import problems
+from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +127,7 @@ def convert(
     target = destination_format(destination, to)
     options = Options(
         base=open_base(base) if base is not None else None,
-        dtype=_dtype(outtype),
+        dtype=stored_type(outtype),
         moe_layout=moe_layout,
         unverified=unverified,
         dialect=dialect,
@@ -137,10 +136,11 @@ def convert(
     spec = detect(source)
     adapter, options = load(source, spec, options)
     notes = list(adapter.provenance.notes if adapter.provenance else ())
+    check_structure(adapter)
     if options.base:
         adapter, changes = matched(adapter, options.base)
         notes += changes
-    adapter, losses, warnings = _admitted(adapter, target, options, allow_lossy=allow_lossy)
+    adapter, losses, warnings = admitted(adapter, target, options, allow_lossy=allow_lossy)
     proven = write_proven(adapter, destination, target, options, force=force)
     return ConversionReport(
         source=str(source),
@@ -202,20 +202,28 @@ def _recorded_base(adapter: AdapterTensorSet) -> BaseModel | None:
         return None  # what needs the base will say so; many targets do not
 
 
-def _dtype(outtype: str) -> DType | None:
+def stored_type(outtype: str) -> DType | None:
+    """Return the stored type that an outtype means; None keeps each factor's.
+
+    Raises:
+        UsageError: if there is no such outtype; the message lists all.
+    """
     if outtype not in OUTTYPES:
         raise UsageError(f"unknown outtype {outtype!r}; known: {', '.join(OUTTYPES)}")
     return OUTTYPES[outtype]
 
 
-def _admitted(
+def admitted(
     adapter: AdapterTensorSet, target: FormatSpec, options: Options, *, allow_lossy: bool
 ) -> tuple[AdapterTensorSet, tuple[Loss, ...], tuple[str, ...]]:
-    """Return what will be written, what is dropped and what to mention, or raise every reason."""
+    """Return what will be written, what is dropped and what to mention.
+
+    Raises:
+        FormatError: if the adapter is broken.
+        IncompatibleBaseError: if it does not fit the base.
+        LossyConversionError: if something would be lost and may not be; lists every reason.
+    """
     path = adapter.provenance.path if adapter.provenance else None
-    if broken := problems(adapter):
-        more = f" (and {len(broken) - 1} more defects)" if len(broken) > 1 else ""
-        raise FormatError(f"{broken[0]}{more}", path=path)
     if options.base:
         check_fit(adapter, options.base)
     found = target.format.losses(adapter, options)

@@ -119,9 +119,11 @@ def _factors(pair: LoraPair) -> tuple[Array, Array]:
 def _inner(a1: Array, b1: Array, a2: Array, b2: Array) -> float:
     import numpy as np
 
-    left = b1.swapaxes(-1, -2) @ b2
-    right = a1 @ a2.swapaxes(-1, -2)
-    value = float(np.sum(left * right))
+    # NaN and infinity in a broken adapter come out as NaN, which the callers name.
+    with np.errstate(all="ignore"):
+        left = b1.swapaxes(-1, -2) @ b2
+        right = a1 @ a2.swapaxes(-1, -2)
+        value = float(np.sum(left * right))
     # Rounding may push a vanishing squared norm below zero.
     return max(value, 0.0) if a1 is a2 and b1 is b2 else value
 
@@ -134,8 +136,9 @@ def _distance(
     if a1.shape != a2.shape:
         norm1, norm2, cross = known
         return max(norm1**2 + norm2**2 - 2 * cross, 0.0) ** 0.5
-    b = np.concatenate([b2 - b1, b2], axis=-1)
-    a = np.concatenate([a1, a2 - a1], axis=-2)
+    with np.errstate(all="ignore"):
+        b = np.concatenate([b2 - b1, b2], axis=-1)
+        a = np.concatenate([a1, a2 - a1], axis=-2)
     return _inner(a, b, a, b) ** 0.5
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from adapterkit.base import open_base
 from adapterkit.convert import load
 from adapterkit.diagnosis import diagnose
-from adapterkit.errors import FormatError, UncheckableError
+from adapterkit.errors import UncheckableError
 from adapterkit.formats.protocol import Options
 from adapterkit.proof import Comparison, compare, tolerance_for
 from adapterkit.registry import detect
-from adapterkit.structure import problems
+from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
@@ -88,9 +88,8 @@ def diff(
     second, options = load(Path(b), detect(Path(b)), options)
     if options.base is not None:
         first = detect(Path(a)).format.read(Path(a), options)
-    for adapter, path in ((first, a), (second, b)):
-        if broken := problems(adapter):
-            raise FormatError(broken[0], path=path)
+    check_structure(first)
+    check_structure(second)
     _check_comparable(first, second)
     comparison = compare(first, second)
     stored = (t.dtype for adapter in (first, second) for t in adapter.tensors.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.errors import FormatError, NotFoundError
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 # A sharded 700B model's index is 10 MB; a config that is larger than this is not a config.
 _LIMIT = 64 << 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -24,7 +26,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LIMIT:
             raise FormatError(f"is larger than {_LIMIT >> 20} MB; not a configuration", path=path)
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        data = path.read_bytes()
+        value = json.loads(data.decode("utf-8"))
+        if _SURROGATE.search(data):
+            # Half a surrogate pair passes for text until it is written somewhere.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except FileNotFoundError:
         raise NotFoundError("no such file", path=path) from None
     except (OSError, ValueError, RecursionError) as error:

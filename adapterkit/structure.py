@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.errors import FormatError
 from adapterkit.model import AdapterTensorSet, Role, TensorKey
 
 if TYPE_CHECKING:
@@ -33,6 +34,18 @@ def problems(adapter: AdapterTensorSet) -> list[str]:
     return found
 
 
+def check_structure(adapter: AdapterTensorSet) -> None:
+    """Refuse an adapter that is broken whatever it is for.
+
+    Raises:
+        FormatError: with the first problem, and how many more there are.
+    """
+    if broken := problems(adapter):
+        more = f" (and {len(broken) - 1} more defects)" if len(broken) > 1 else ""
+        path = adapter.provenance.path if adapter.provenance else None
+        raise FormatError(f"{broken[0]}{more}", path=path)
+
+
 def _tensor_problems(
     adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor
 ) -> Iterator[str]:
@@ -56,9 +69,8 @@ def _tensor_problems(
 def _rank_problems(key: TensorKey, a: LazyTensor, b: LazyTensor) -> Iterator[str]:
     if not b.size or len(b.shape) < _MATRIX:
         return  # said of B itself
-    convolution = len(a.shape) > _MATRIX and len(b.shape) == len(a.shape) and b.shape[-1] == 1
-    inner = (a.shape[0], b.shape[1]) if convolution else (a.shape[-2], b.shape[-1])
-    lead = ((), ()) if convolution else (a.shape[:-2], b.shape[:-2])
-    if inner[0] != inner[1] or lead[0] != lead[1]:
+    matrices = a.shape[-2] == b.shape[-1] and a.shape[:-2] == b.shape[:-2]
+    convolution = len(a.shape) == len(b.shape) > _MATRIX and a.shape[0] == b.shape[1]
+    if not (matrices or convolution):
         shapes = f"A is {list(a.shape)}, B is {list(b.shape)}"
         yield f"{key.module}: ranks disagree, {shapes}"

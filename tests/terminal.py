@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ def invoke(*arguments: str | Path, **settings: bool) -> Result:
 
 def start(*arguments: str | Path, **settings: object) -> subprocess.Popen[str]:
     """Start the program in a process of its own, output captured unless told otherwise."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
+    # Buffered, as it is for users: what is left in a buffer at the end can go wrong too.
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": usual} | settings
     return subprocess.Popen(
         [sys.executable, "-m", "adapterkit", *map(str, arguments)], text=True, **pipes
     )

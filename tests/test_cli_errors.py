@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 from terminal import TINY, invoke
 
@@ -19,10 +21,7 @@ def classes() -> list[type[errors.AdapterKitError]]:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def inspect(path: str) -> adapterkit.Summary:
-        raise error
-
-    monkeypatch.setattr(adapterkit, "inspect", inspect)
+    monkeypatch.setattr(adapterkit, "inspect", Mock(side_effect=error))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in classes() if "Lossy" not in kind.__name__])

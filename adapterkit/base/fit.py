@@ -27,7 +27,9 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel) -> None:
         module, message = found[0]
         count = sum(1 for _ in adapter.pairs())
         raise IncompatibleBaseError(
-            f"{message}; {len(found)} of {count} modules do not fit {base.path}", where=module
+            f"{message}; {len(found)} of {count} modules do not fit the base {base.path}",
+            path=adapter.provenance.path if adapter.provenance else None,
+            where=module,
         )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.patterns import compiled
 
 # Initialisations that subtract something from the base: B · A alone is not the update.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -105,9 +106,9 @@ class LoraConfig:
 
     def _pattern(self, key: str) -> re.Pattern[str]:
         try:
-            return re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            raise FormatError(f"pattern {key!r} is no regex ({error})", path=self.path) from None
+            return compiled(key)
+        except ValueError as error:
+            raise FormatError(f"pattern {key!r} {error}", path=self.path) from None
 
     def mapping(self, name: str) -> dict[str, Any]:
         """Return a field that holds an object, empty when absent or null."""

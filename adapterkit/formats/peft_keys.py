@@ -11,6 +11,7 @@ from adapterkit.model import Role, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 PREFIX = "base_model.model."
 
@@ -43,7 +44,8 @@ _FROZEN_COPY = re.compile(r"\.original_module\.")
 class KeyReader:
     """Turns saved names into keys and remembers what it had to clean up."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._seen: Counter[str] = Counter()
 
     def read(self, name: str) -> TensorKey | None:
@@ -69,7 +71,9 @@ class KeyReader:
         if match := _SAVED.match(path) or _BASE_BIAS.match(path):
             return TensorKey(f"{match[1]}.{match[2]}", Role.FULL)
         if ".lora_" in path:
-            raise UnsupportedError("is a LoRA tensor of an unknown kind", where=name)
+            raise UnsupportedError(
+                "is a LoRA tensor of an unknown kind", path=self._path, where=name
+            )
         return TensorKey(path, Role.FULL)
 
     def _unwrapped(self, name: str) -> str:

@@ -82,7 +82,7 @@ def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
     config_path, weights_path = locate(path)
     config = LoraConfig(read_json_object(config_path), config_path)
     stored = _stored(weights_path)
-    keys = KeyReader()
+    keys = KeyReader(weights_path)
     tensors: dict[TensorKey, LazyTensor] = {}
     for name, tensor in stored.items():
         key = keys.read(name)

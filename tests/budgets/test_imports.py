@@ -1,0 +1,110 @@
+"""What each way in imports: start-up time is counted in modules, not in seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "fixtures" / "peft" / "tiny")
+BASE = str(ROOT / "fixtures" / "peft" / "base")
+PIRATE = str(ROOT / "fixtures" / "pirate" / "adapter")
+
+TORCH = {"torch", "transformers", "peft", "huggingface_hub", "xllamacpp"}
+NUMBERS = {"numpy", "ml_dtypes", "gguf", "rich", "importlib.metadata"}
+RUN = """
+import json, sys
+from contextlib import redirect_stdout, suppress
+with suppress(SystemExit), redirect_stdout(sys.stderr):
+    {statement}
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def imported(statement: str, folder: Path) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.format(statement=statement)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return set(json.loads(done.stdout))
+
+
+def command(*arguments: str) -> str:
+    return f"from adapterkit_cli.main import cli; cli.main({list(arguments)!r})"
+
+
+def test_the_package_alone_imports_nothing_of_its_own(tmp_path: Path) -> None:
+    modules = imported("import adapterkit", tmp_path)
+    assert {name for name in modules if name.startswith("adapterkit")} == {"adapterkit"}
+    assert not modules & (NUMBERS | TORCH | {"click"})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"]])
+def test_help_imports_no_numbers(arguments: list[str], tmp_path: Path) -> None:
+    modules = imported(command(*arguments), tmp_path)
+    assert "adapterkit_cli.main" in modules
+    assert not modules & (NUMBERS | TORCH)
+    assert not {name for name in modules if name.startswith("adapterkit.formats")}
+
+
+def test_a_command_imports_no_other_command(tmp_path: Path) -> None:
+    modules = imported(command("formats"), tmp_path)
+    assert "adapterkit_cli.formats" in modules
+    assert not modules & {"adapterkit_cli.convert", "adapterkit_cli.inspect", "adapterkit_cli.diff"}
+
+
+@pytest.mark.parametrize("name", ["formats", "architectures"])
+def test_tables_import_no_numbers(name: str, tmp_path: Path) -> None:
+    modules = imported(command(name), tmp_path)
+    assert f"adapterkit_cli.{name}" in modules
+    # Formats may come from other packages: importlib.metadata finds them.
+    assert not modules & ((NUMBERS | TORCH) - {"importlib.metadata"})
+
+
+def test_inspect_decodes_nothing(tmp_path: Path) -> None:
+    made = str(tmp_path / "tiny.gguf")
+    imported(command("convert", TINY, "-o", made, "--base", BASE), tmp_path)
+    modules = imported(command("inspect", made), tmp_path)
+    assert "adapterkit.formats.gguf_reader" in modules
+    assert not modules & (NUMBERS | TORCH)
+    # The safetensors library imports numpy to open a file; nothing here asks for it.
+    modules = imported(command("inspect", PIRATE), tmp_path)
+    assert "safetensors" in modules
+    assert not modules & ((NUMBERS | TORCH) - {"numpy"})
+
+
+@pytest.mark.parametrize("outtype", ["auto", "bf16"])
+def test_nothing_imports_torch(outtype: str, tmp_path: Path) -> None:
+    made = str(tmp_path / "tiny.gguf")
+    modules = imported(
+        command("convert", TINY, "-o", made, "--base", BASE, "--outtype", outtype), tmp_path
+    )
+    assert Path(made).is_file()
+    assert not modules & TORCH
+    assert not imported(command("diff", TINY, made, "--base", BASE), tmp_path) & TORCH
+
+
+def test_public_names_are_all_there_and_home() -> None:
+    import adapterkit
+
+    assert set(adapterkit.__all__) == adapterkit._HOME.keys() | {"__version__"}
+    for name in adapterkit.__all__:
+        assert getattr(adapterkit, name) is not None
+        assert name in dir(adapterkit)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = adapterkit.nonsense
+
+
+@pytest.mark.parametrize("first", ["import adapterkit.convert", "from adapterkit import convert"])
+def test_a_function_is_not_hidden_by_its_module(first: str, tmp_path: Path) -> None:
+    again = "import adapterkit; from adapterkit.convert import OUTTYPES"
+    check = "assert adapterkit.convert.__name__ == 'convert'"
+    assert "adapterkit.convert" in imported(f"{first}; {again}; {check}", tmp_path)

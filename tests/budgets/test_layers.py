@@ -1,0 +1,128 @@
+"""The direction of imports, read from the source; lazy imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# From the bottom up. A module imports from lower layers and from its own folder.
+LAYERS = (
+    {"errors", "dtype"},
+    {"storage", "quantisation"},
+    {"tensor"},
+    {"model"},
+    {"containers", "factors", "json_file", "patterns", "delta", "structure"},
+    {"architectures"},
+    {"dialects"},
+    {"base"},
+    {"tinylora", "tuners"},
+    {"formats"},
+    {"registry"},
+    {"proof"},
+    {"diagnosis"},
+    {"convert", "summary", "merge", "audit", "validation", "stack"},
+    {"diff"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# What may be known of the terminal by the package that never uses it.
+TERMINAL = {"click", "rich", "argparse", "adapterkit_cli", "warnings", "getpass"}
+LIBRARY = sorted((ROOT / "adapterkit").rglob("*.py"))
+WAYS_IN = {ROOT / "adapterkit" / "__init__.py", ROOT / "adapterkit" / "__main__.py"}
+PROGRAM = sorted((ROOT / "cli" / "adapterkit_cli").rglob("*.py"))
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def without_typing(tree: ast.Module) -> list[ast.AST]:
+    """Return every node that runs: blocks under TYPE_CHECKING do not."""
+    nodes: list[ast.AST] = []
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        nodes.append(node)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        else:
+            waiting += ast.iter_child_nodes(node)
+    return nodes
+
+
+def is_module(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
+
+
+def imports(path: Path) -> set[str]:
+    """Return the full names of the modules that a file imports, at any depth of it."""
+    found: set[str] = set()
+    for node in without_typing(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{shown(path)}: relative import"
+            source = str(node.module)
+            folder = ROOT / source.replace(".", "/")
+            # `from adapterkit import structure` imports a module, most do not.
+            names = [alias.name for alias in node.names]
+            found |= {f"{source}.{n}" if is_module(folder, n) else source for n in names}
+    return found
+
+
+def place(module: str) -> str:
+    """Return the first component under adapterkit: a module or a folder."""
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if p not in WAYS_IN], ids=shown)
+def test_imports_go_down(path: Path) -> None:
+    own = path.relative_to(ROOT / "adapterkit").with_suffix("").parts[0]
+    assert own in LEVEL, f"{own} has no layer yet: give it one here"
+    used = {place(name) for name in imports(path) if name.startswith("adapterkit.")} - {own}
+    assert "adapterkit" not in imports(path), "imports the public names from below"
+    assert {name for name in used if LEVEL[name] >= LEVEL[own]} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "adapterkit" / "formats").rglob("*.py")), ids=shown)
+def test_a_format_imports_no_other_format(path: Path) -> None:
+    folder = "adapterkit.formats."
+    own = path.stem.split("_")[0]
+    used = {name.removeprefix(folder) for name in imports(path) if name.startswith(folder)}
+    assert {name for name in used if name.split("_")[0] not in {own, "protocol"}} == set()
+
+
+def test_the_protocol_knows_no_format() -> None:
+    used = imports(ROOT / "adapterkit" / "formats" / "protocol.py")
+    assert not {name for name in used if name.startswith("adapterkit.formats.")}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=shown)
+def test_only_the_command_line_prints_reads_arguments_or_exits(path: Path) -> None:
+    nodes = without_typing(ast.parse(path.read_text(encoding="utf-8")))
+    names = {ast.unparse(node) for node in nodes if isinstance(node, (ast.Name, ast.Attribute))}
+    forbidden = {"print", "input", "exit", "quit", "SystemExit", "os._exit"}
+    forbidden |= {f"sys.{name}" for name in ("exit", "argv", "stdout", "stderr", "stdin")}
+    assert names & forbidden == set()
+    used = {name.split(".")[0] for name in imports(path)}
+    if path.name != "__main__.py":
+        assert used & TERMINAL == set()
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=shown)
+def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
+    public = {"adapterkit", "adapterkit.errors", "adapterkit.registry", "adapterkit.architectures"}
+    used = {name for name in imports(path) if name.split(".")[0] == "adapterkit"}
+    assert used <= public
+
+
+def test_the_checks_see_what_they_look_for(tmp_path: Path) -> None:
+    path = tmp_path / "probe.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import adapterkit.convert\n"
+        "def late():\n    from adapterkit.formats import gguf\n    import adapterkit.base.opening\n"
+    )
+    assert imports(path) == {"typing", "adapterkit.formats.gguf", "adapterkit.base.opening"}
