@@ -81,21 +81,40 @@ def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
     """
     config_path, weights_path = locate(path)
     config = LoraConfig(read_json_object(config_path), config_path)
-    stored = _stored(weights_path)
-    keys = KeyReader(weights_path)
+    adapter = interpret(_stored(weights_path), config, weights_path, base)
+    notes = adapter.provenance.notes if adapter.provenance else ()
+    if path.is_dir() and config_path.parent != path:
+        notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
+    return adapter.replace(provenance=Provenance(path, "peft", notes))
+
+
+def interpret(
+    stored: Mapping[str, LazyTensor], config: LoraConfig, path: Path, base: BaseModel | None = None
+) -> AdapterTensorSet:
+    """Give PEFT's tensors their meaning.
+
+    Args:
+        stored: tensors by PEFT's saved names, wrappers and adapter names possibly leaked in.
+        config: the LoraConfig that they were trained with.
+        path: where they come from, for messages.
+        base: the model; only old layouts of experts may need it.
+
+    Raises:
+        FormatError: if there is no tensor, or two have one meaning.
+        UnsupportedError: if a tensor or setting is something other than a low-rank update.
+    """
+    keys = KeyReader(path)
     tensors: dict[TensorKey, LazyTensor] = {}
     for name, tensor in stored.items():
         key = keys.read(name)
         if key is None:
             continue
         if key in tensors:
-            raise FormatError("two tensors have this meaning", path=weights_path, where=str(key))
+            raise FormatError("two tensors have this meaning", path=path, where=str(key))
         tensors[key] = tensor
     if not tensors:
-        raise FormatError("holds no tensors; training saved an empty adapter", path=weights_path)
+        raise FormatError("holds no tensors; training saved an empty adapter", path=path)
     notes = list(keys.notes())
-    if path.is_dir() and config_path.parent != path:
-        notes.append(f"read from the sub-directory {config_path.parent.name}")
     tensors = unfold_experts(tensors, config, base)
     tensors, scales = _interpreted(config, tensors, notes)
     return AdapterTensorSet(

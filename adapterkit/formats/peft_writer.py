@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.formats.peft_config import LoraConfig
-from adapterkit.formats.peft_experts import WRITTEN_VERSION, fold_experts, is_stack
+from adapterkit.formats.peft_experts import (
+    WRITTEN_VERSION,
+    fold_experts,
+    wrapped_parameters,
+)
 from adapterkit.formats.peft_keys import saved_name
 from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.model import AdapterTensorSet, Loss, Role
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     from adapterkit.base import BaseModel
@@ -62,9 +66,10 @@ _DEFAULTS: dict[str, Any] = {
 def losses(adapter: AdapterTensorSet) -> list[Loss]:
     """List what a PEFT LoRA directory cannot hold of this adapter."""
     found: list[Loss] = []
-    for module in adapter.traits.get("engine_layout", ()):
+    if kept := list(adapter.traits.get("engine_layout", ())):
+        more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
         message = "its rows are in llama.cpp's order; give the base model with --base"
-        found.append(Loss("engine-layout", module, message))
+        found.append(Loss("engine-layout", kept[0] + more, message))
     adapted = _adapted(adapter)
     for role, code, word in (
         (Role.MAGNITUDE, "dora-partly", "use_dora"),
@@ -90,15 +95,23 @@ def write_peft(
         dtype: stored type of all tensors; None keeps each tensor's, quantised ones as float32.
     """
     folder.mkdir()
-    adapted = _adapted(adapter)
-    folded, targets = fold_experts(adapter.tensors, base)
-    tensors = {saved_name(key, adapted): _stored(tensor, dtype) for key, tensor in folded.items()}
-    write_safetensors(folder / WEIGHTS[0], tensors, {"format": "pt"})
-    config = config_for(adapter, base)
-    if targets:
-        config |= {"target_parameters": list(targets), "peft_version": WRITTEN_VERSION}
+    tensors, config = as_peft(adapter, base)
+    stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
+    write_safetensors(folder / WEIGHTS[0], stored, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def as_peft(
+    adapter: AdapterTensorSet, base: BaseModel | None = None
+) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """Return the tensors under PEFT's saved names, and the adapter_config.json beside them."""
+    adapted = _adapted(adapter)
+    folded = fold_experts(adapter, base)
+    config = config_for(adapter, base)
+    if config.get("target_parameters"):
+        config["peft_version"] = WRITTEN_VERSION
+    return {saved_name(key, adapted): tensor for key, tensor in folded.items()}, config
 
 
 def _stored(tensor: LazyTensor, dtype: DType | None) -> LazyTensor:
@@ -118,8 +131,9 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
     config = {**_DEFAULTS, **source, **_MEANING}
     config.update({name: adapter.traits[name] for name in _MEANING if name in adapter.traits})
     ranks, scales = _ranks_and_scales(adapter)
-    config.update(_scaling(source, adapter, ranks, scales))
-    config.update(_targeting(source, adapter, base))
+    parameters = wrapped_parameters(adapter, base)
+    config.update(_scaling(source, adapter, ranks, scales, parameters))
+    config.update(_targeting(source, adapter, base, parameters))
     config["use_dora"] = any(key.role is Role.MAGNITUDE for key in adapter.tensors)
     config["lora_bias"] = any(key.role is Role.LORA_BIAS for key in adapter.tensors)
     config.update(_saved(source, adapter))
@@ -142,6 +156,7 @@ def _scaling(
     adapter: AdapterTensorSet,
     ranks: Mapping[str, int],
     scales: Mapping[str, float],
+    parameters: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return r, lora_alpha and the patterns; the source's own where they still say the same."""
     if source and adapter.provenance:
@@ -158,8 +173,16 @@ def _scaling(
     return {
         "r": rank,
         "lora_alpha": _whole(alpha),
-        "rank_pattern": {_exactly(m): r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(m): _whole(a) for m, a in alphas.items() if a != alpha},
+        "rank_pattern": {
+            _exactly(parameters.get(module, module)): other
+            for module, other in ranks.items()
+            if other != rank
+        },
+        "alpha_pattern": {
+            _exactly(parameters.get(module, module)): _whole(other)
+            for module, other in alphas.items()
+            if other != alpha
+        },
     }
 
 
@@ -178,22 +201,40 @@ def _whole(value: float) -> float:
 
 
 def _targeting(
-    source: Mapping[str, Any], adapter: AdapterTensorSet, base: BaseModel | None
+    source: Mapping[str, Any],
+    adapter: AdapterTensorSet,
+    base: BaseModel | None,
+    parameters: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return fields that target exactly the adapted modules; the source's if it adapted the same.
 
     A suffix such as `q_proj` may only stand for modules that are all adapted; otherwise PEFT would
     create, and miss, the others. Full paths are always right.
     """
-    stacks = {pair.module for pair in adapter.pairs() if is_stack(pair.a)}
-    modules = [module for module in _adapted(adapter) if module not in stacks]
-    if source and set(adapter.extras["peft"]["modules"]) == {*modules, *stacks}:
+    adapted = _adapted(adapter)
+    if source and set(adapter.extras["peft"]["modules"]) == set(adapted):
         return {name: source[name] for name in _TARGETING if name in source}
+    modules = [module for module in adapted if module not in parameters]
     suffixes = sorted({module.rpartition(".")[2] for module in modules})
-    known = _base_modules(base)
+    known = _base_modules(base) - parameters.keys()
     covered = {name for name in known if name.rpartition(".")[2] in suffixes}
     brief = covered == set(modules)
-    return {**dict.fromkeys(_TARGETING), "target_modules": suffixes if brief else sorted(modules)}
+    return {
+        **dict.fromkeys(_TARGETING),
+        "target_modules": suffixes if brief else sorted(modules),
+        "target_parameters": _target_parameters(parameters.values(), base) or None,
+    }
+
+
+def _target_parameters(paths: Collection[str], base: BaseModel | None) -> list[str]:
+    """Name parameters by their last three components where every layer's is adapted."""
+    layers = base.sizes.get("layers") if base else None
+    counted = Counter(_ending(path) for path in paths)
+    return sorted({_ending(path) if counted[_ending(path)] == layers else path for path in paths})
+
+
+def _ending(path: str) -> str:
+    return ".".join(path.split(".")[-3:])
 
 
 def _base_modules(base: BaseModel | None) -> set[str]:

@@ -1,0 +1,83 @@
+"""Read and write adapter files of any format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base import open_base
+from adapterkit.convert import ProvenFile, load, stored_type, write_proven
+from adapterkit.errors import LossyConversionError
+from adapterkit.formats.protocol import Options
+from adapterkit.registry import destination_format, detect
+
+if TYPE_CHECKING:
+    from adapterkit.model import AdapterTensorSet
+
+
+def read(
+    path: Path | str,
+    *,
+    base: Path | str | None = None,
+    moe_layout: str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+) -> AdapterTensorSet:
+    """Read an adapter of any format; its tensors stay on disk until they are asked for.
+
+    Args:
+        path: file or directory, told by its content.
+        base: the base model, where a format's layout depends on it; by default the one that the
+            adapter names, if it is in the local hub cache.
+        moe_layout: `experts` or `fused`, the spelling of experts, where the file has none.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
+
+    Raises:
+        FormatError: if there is nothing, or something malformed, at the path.
+        UnsupportedError: if it is no low-rank update, or cannot be read without a base.
+    """
+    path = Path(path)
+    options = Options(
+        base=open_base(base) if base is not None else None,
+        moe_layout=moe_layout,
+        dialect=dialect,
+        alpha=alpha,
+    )
+    return load(path, detect(path), options)[0]
+
+
+def write(
+    adapter: AdapterTensorSet,
+    path: Path | str,
+    *,
+    format: str | None = None,  # noqa: A002  (the word that users know)
+    base: Path | str | None = None,
+    outtype: str = "auto",
+    force: bool = False,
+) -> ProvenFile:
+    """Write an adapter, read the file back, and keep it only if every update is the same.
+
+    Args:
+        adapter: what to write.
+        path: file or directory to create.
+        format: name of the format; by default a `.gguf` file is gguf and a directory is peft.
+        base: the base model, where the format's layout depends on it.
+        outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
+        force: replace what is there.
+
+    Raises:
+        LossyConversionError: if the format cannot hold something; lists every reason.
+        ProofError: if the file does not hold the same updates; it is removed.
+        DestinationExistsError: if the destination exists and `force` is false.
+        WriteError: if the output cannot be written.
+    """
+    path = Path(path)
+    target = destination_format(path, format)
+    options = Options(
+        base=open_base(base) if base is not None else None, dtype=stored_type(outtype)
+    )
+    losses = [loss for loss in target.format.losses(adapter, options) if loss.blocks]
+    if losses:
+        raise LossyConversionError(losses, path=path)
+    return write_proven(adapter, path, target, options, force=force)

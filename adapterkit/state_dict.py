@@ -1,0 +1,47 @@
+"""Adapters as PEFT state dicts, for programs that hold them in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.formats.peft_config import LoraConfig
+from adapterkit.formats.peft_reader import interpret
+from adapterkit.formats.peft_writer import as_peft
+from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from adapterkit.model import AdapterTensorSet
+
+# What messages name in place of a file.
+_MEMORY = Path("<state dict>")
+
+
+def from_state_dict(
+    state: Mapping[str, np.ndarray[Any, Any]], config: Mapping[str, Any]
+) -> AdapterTensorSet:
+    """Return the adapter that PEFT tensors and a LoraConfig mean.
+
+    Args:
+        state: arrays by PEFT's names, as `get_peft_model_state_dict` gives them; bf16 as ml_dtypes'
+            bfloat16. They must not change afterwards.
+        config: fields of the LoraConfig, as `to_dict` gives them.
+
+    Raises:
+        FormatError: if two tensors have one meaning or a field is malformed.
+        UnsupportedError: if a tensor or setting is something other than a low-rank update.
+    """
+    stored = {name: LazyTensor.of(array) for name, array in state.items()}
+    return interpret(stored, LoraConfig(config, _MEMORY), _MEMORY)
+
+
+def to_state_dict(
+    adapter: AdapterTensorSet,
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """Return PEFT's tensors, read into memory, and the fields of their LoraConfig."""
+    tensors, config = as_peft(adapter)
+    return {name: tensor.numpy() for name, tensor in tensors.items()}, config
