@@ -82,6 +82,18 @@ def read_pickle(
     raise FormatError(f"its pickle has more than {MAX_OPCODES} opcodes; {RESAVE}", path=path)
 
 
+def _argument(opcode: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
+    if opcode.arg is None:
+        return None
+    if opcode.arg.n == pickletools.UP_TO_NEWLINE:
+        # pickletools decodes escapes in such lines, which the interpreter's own machine does not.
+        start = stream.tell()
+        if b"\\" in stream.readline() + stream.readline():
+            raise ValueError("a name holds a backslash")
+        stream.seek(start)
+    return opcode.arg.reader(stream)
+
+
 class _Machine:
     """The stack, the marks and the memo of one pickle."""
 
@@ -117,7 +129,7 @@ class _Machine:
         elif opcode.name == "STOP":
             return True
         else:
-            operation(self, None if opcode.arg is None else opcode.arg.reader(stream))
+            operation(self, _argument(opcode, stream))
         return False
 
     def result(self, trailing: int) -> object:

@@ -23,8 +23,9 @@ LAYERS = (
     {"registry"},
     {"proof"},
     {"diagnosis"},
-    {"convert", "summary", "merge", "audit", "validation", "stack"},
-    {"diff"},
+    {"convert", "summary", "state_dict"},
+    {"files", "torch", "merge", "audit", "validation"},
+    {"diff", "stack"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may be known of the terminal by the package that never uses it.

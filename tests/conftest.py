@@ -1,0 +1,18 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# The same examples on every machine, so that a failure is the change's; to search for new ones:
+# HYPOTHESIS_PROFILE=search pytest tests/properties
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("search", deadline=None, max_examples=5000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# Models are built here or not at all.
+os.environ["HF_HUB_OFFLINE"] = "1"
