@@ -11,6 +11,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapterkit.audit import (
+        AdapterAudit,
+        AuditReport,
+        CompressedFile,
+        CompressReport,
+        CompressResult,
+        RankPlan,
+        audit,
+        compress,
+        compress_file,
+        suggest,
+    )
     from adapterkit.base import BaseModel, open_base
     from adapterkit.convert import ConversionReport, convert
     from adapterkit.diff import DiffReport, ModuleDifference, diff
@@ -33,6 +45,16 @@ if TYPE_CHECKING:
         UsageError,
         WriteError,
     )
+    from adapterkit.files import read, write
+    from adapterkit.merge import (
+        MergeFilesReport,
+        MergeReport,
+        MergeResult,
+        merge,
+        merge_files,
+        merge_methods,
+        read_recipe,
+    )
     from adapterkit.model import (
         AdapterTensorSet,
         BaseReference,
@@ -42,17 +64,23 @@ if TYPE_CHECKING:
         Role,
         TensorKey,
     )
+    from adapterkit.state_dict import from_state_dict, to_state_dict
     from adapterkit.summary import Summary, inspect, summarize
     from adapterkit.tensor import LazyTensor
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterAudit",
     "AdapterKitError",
     "AdapterTensorSet",
+    "AuditReport",
     "BaseModel",
     "BaseReference",
     "BaseRequiredError",
+    "CompressReport",
+    "CompressResult",
+    "CompressedFile",
     "ConversionReport",
     "DType",
     "DestinationExistsError",
@@ -63,10 +91,14 @@ __all__ = [
     "LoraPair",
     "Loss",
     "LossyConversionError",
+    "MergeFilesReport",
+    "MergeReport",
+    "MergeResult",
     "ModuleDifference",
     "NotFoundError",
     "ProofError",
     "Provenance",
+    "RankPlan",
     "Role",
     "Summary",
     "TensorKey",
@@ -79,20 +111,55 @@ __all__ = [
     "UsageError",
     "WriteError",
     "__version__",
+    "audit",
+    "compress",
+    "compress_file",
     "convert",
     "diff",
+    "from_state_dict",
     "inspect",
+    "merge",
+    "merge_files",
+    "merge_methods",
     "open_base",
+    "read",
+    "read_recipe",
+    "suggest",
     "summarize",
+    "to_state_dict",
+    "write",
 ]
 
 # module -> public names that live in it
 _HOMES = {
+    "audit": (
+        "AdapterAudit",
+        "AuditReport",
+        "CompressReport",
+        "CompressResult",
+        "CompressedFile",
+        "RankPlan",
+        "audit",
+        "compress",
+        "compress_file",
+        "suggest",
+    ),
     "base": ("BaseModel", "open_base"),
     "convert": ("ConversionReport", "convert"),
     "diff": ("DiffReport", "ModuleDifference", "diff"),
     "dtype": ("DType",),
+    "files": ("read", "write"),
+    "state_dict": ("from_state_dict", "to_state_dict"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "merge": (
+        "MergeFilesReport",
+        "MergeReport",
+        "MergeResult",
+        "merge",
+        "merge_files",
+        "merge_methods",
+        "read_recipe",
+    ),
     "model": (
         "AdapterTensorSet",
         "BaseReference",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base, open_base
 from adapterkit.base.fit import check_fit
+from adapterkit.base.initialisation import without_base_change
 from adapterkit.base.vocabulary import matched
 from adapterkit.dtype import DType
 from adapterkit.errors import (
@@ -18,7 +19,8 @@ from adapterkit.errors import (
 from adapterkit.formats.protocol import Options
 from adapterkit.model import AdapterTensorSet, Loss
 from adapterkit.proof import prove
-from adapterkit.registry import FormatSpec, destination_format, detect
+from adapterkit.registry import FormatSpec, destination_format, source_format
+from adapterkit.serving import PREPARATIONS
 from adapterkit.storage import staged
 from adapterkit.structure import check_structure
 
@@ -99,6 +101,7 @@ def convert(
     unverified: bool = False,
     allow_lossy: bool = False,
     force: bool = False,
+    prepare: Sequence[str] = (),
 ) -> ConversionReport:
     """Convert an adapter to another format, and prove on the written file that nothing changed.
 
@@ -115,6 +118,7 @@ def convert(
         unverified: allow families without a passing engine test.
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
+        prepare: exact changes to make first, by their names in adapterkit.serving.
 
     Raises:
         FormatError: if the source is malformed or broken.
@@ -133,15 +137,21 @@ def convert(
         dialect=dialect,
         alpha=alpha,
     )
-    spec = detect(source)
+    spec = source_format(source, dialect)
     adapter, options = load(source, spec, options)
     notes = list(adapter.provenance.notes if adapter.provenance else ())
     check_structure(adapter)
+    if _undoes_base_change(target, options, given=base is not None):
+        adapter = without_base_change(adapter, options.base)
+        notes = list(adapter.provenance.notes if adapter.provenance else ())
     if options.base:
         adapter, changes = matched(adapter, options.base)
         notes += changes
     adapter, losses, warnings = admitted(adapter, target, options, allow_lossy=allow_lossy)
-    proven = write_proven(adapter, destination, target, options, force=force)
+    ready = adapter
+    for name in prepare:
+        ready = PREPARATIONS[name](ready)
+    proven = write_proven(ready, destination, target, options, force=force, against=adapter)
     return ConversionReport(
         source=str(source),
         destination=str(destination),
@@ -164,8 +174,17 @@ def write_proven(
     options: Options,
     *,
     force: bool = False,
+    against: AdapterTensorSet | None = None,
 ) -> ProvenFile:
     """Write an adapter, read the file back, compare every update, and only then keep it.
+
+    Args:
+        adapter: what to write.
+        destination: file or directory to create.
+        target: the format.
+        options: base, dtype and layout to write with.
+        force: replace an existing destination.
+        against: what the file must be equal to, where `adapter` is a changed form of it.
 
     Raises:
         FormatError: if a factor of the adapter is not finite.
@@ -176,7 +195,7 @@ def write_proven(
     with staged(destination, force=force) as staging:
         target.format.write(adapter, staging, options)
         written = target.format.read(staging, replace(options, like=adapter.modules))
-        worst, error = prove(adapter, written, path=destination)
+        worst, error = prove(against or adapter, written, path=destination)
         return ProvenFile(
             modules=len(written.modules),
             parameters=written.parameters,
@@ -192,6 +211,8 @@ def load(path: Path, spec: FormatSpec, options: Options) -> tuple[AdapterTensorS
     if options.base is None and (found := _recorded_base(adapter)) is not None:
         options = replace(options, base=found)
         adapter = spec.format.read(path, options)
+    if options.base:
+        options = replace(options, base=options.base.suited(adapter.modules))
     return adapter, options
 
 
@@ -200,6 +221,15 @@ def _recorded_base(adapter: AdapterTensorSet) -> BaseModel | None:
         return find_base(adapter.base.name)
     except UnknownArchitectureError:
         return None  # what needs the base will say so; many targets do not
+
+
+def _undoes_base_change(target: FormatSpec, options: Options, *, given: bool) -> bool:
+    """Tell whether PiSSA and the like become plain LoRA: where the base's weights are at hand.
+
+    PEFT itself can hold them as they are; there it takes a base that was given, not one found.
+    """
+    weights = options.base is not None and options.base.kind == "hf" and options.base.has_tensors
+    return weights and (given or target.name != "peft")
 
 
 def stored_type(outtype: str) -> DType | None:

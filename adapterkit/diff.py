@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from adapterkit.base import open_base
 from adapterkit.convert import load
 from adapterkit.diagnosis import diagnose
-from adapterkit.errors import UncheckableError
+from adapterkit.errors import UncheckableError, UnknownFormatError
 from adapterkit.formats.protocol import Options
 from adapterkit.proof import Comparison, compare, tolerance_for
-from adapterkit.registry import detect
+from adapterkit.registry import FormatSpec, detect, source_format
 from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def diff(
     *,
     base: Path | str | None = None,
     tolerance: float | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
 ) -> DiffReport:
     """Compare two adapters module by module, from factors alone.
 
@@ -78,16 +80,20 @@ def diff(
         base: base model that both are for, where a format's row order depends on it.
         tolerance: relative error that counts as equal; by default what rounding to the coarser of
             the two files' dtypes explains.
+        dialect: key grammar of the hand-written one of the two, where its file cannot tell.
+        alpha: scale numerator, where a file does not hold it.
 
     Raises:
         FormatError: if a file is malformed or its factors do not pair up.
         UncheckableError: if row orders differ and no base is known to undo them.
     """
-    options = Options(base=open_base(base) if base is not None else None)
-    first, options = load(Path(a), detect(Path(a)), options)
-    second, options = load(Path(b), detect(Path(b)), options)
+    model = open_base(base) if base is not None else None
+    options = Options(base=model, dialect=dialect, alpha=alpha)
+    specs = [_format(Path(path), dialect) for path in (a, b)]
+    first, options = load(Path(a), specs[0], options)
+    second, options = load(Path(b), specs[1], options)
     if options.base is not None:
-        first = detect(Path(a)).format.read(Path(a), options)
+        first = specs[0].format.read(Path(a), options)
     check_structure(first)
     check_structure(second)
     _check_comparable(first, second)
@@ -97,6 +103,14 @@ def diff(
     return _report(
         str(a), str(b), comparison, allowed, diagnose(first, second, comparison, options)
     )
+
+
+def _format(path: Path, dialect: str | None) -> FormatSpec:
+    """Return the format of one of two files; a dialect means the one that nothing else knows."""
+    try:
+        return detect(path)
+    except UnknownFormatError:
+        return source_format(path, dialect)
 
 
 def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:

@@ -6,11 +6,15 @@ rows of ΔW are rows of B, columns of ΔW are columns of A. None of them forms B
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.tensor import LazyTensor
+
+# Two quotients alpha / rank that differ by less are one number that was rounded twice.
+_SAME = 1e-12
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +59,24 @@ def scaled(pair: LoraPair, factor: float) -> LoraPair:
     return replace(
         pair, scale=pair.scale / factor, b=pair.b.map(lambda b: b.astype("float64") * factor)
     )
+
+
+def with_scale(pair: LoraPair, scale: float) -> LoraPair:
+    """Return the same update at another scale: what is left over goes into B.
+
+    Unless the leftover is a power of two, which rounds nothing in a type with float32's exponents,
+    that B becomes float32, so that folding costs nothing. A scale of 0 becomes a B of zeros.
+    """
+    factor = pair.scale / scale
+    if abs(factor - 1) < _SAME:
+        return replace(pair, scale=scale)
+    if not pair.scale:
+        return replace(pair, scale=scale, b=pair.b.map(lambda b: b * 0))
+    power_of_two = math.frexp(abs(factor))[0] == 0.5  # noqa: PLR2004  (the mantissa of one)
+    if power_of_two and pair.b.dtype is not DType.F16:
+        return replace(scaled(pair, factor), scale=scale)
+    widened = pair.b.map(lambda b: b.astype("float64") * factor, dtype=DType.F32)
+    return replace(pair, scale=scale, b=widened)
 
 
 def padded(pair: LoraPair, rank: int) -> LoraPair:
@@ -141,6 +163,39 @@ def join_heads(pair: LoraPair) -> LoraPair:
     heads, height, _ = pair.b.shape
     parts = unstack_experts(pair, [pair.module] * heads)
     return fuse_rows(parts, [height] * heads, pair.module)
+
+
+def concatenated(pairs: Sequence[LoraPair]) -> LoraPair:
+    """Return the sum of updates of one module: factors side by side, ranks add up, exactly.
+
+    Scales are brought to the first non-zero one, in B.
+    """
+    first = pairs[0]
+    scale = next((pair.scale for pair in pairs if pair.scale), 1.0)
+    ready = [with_scale(pair, scale) for pair in pairs]
+    rank = sum(pair.rank for pair in ready)
+    a_shape = (*first.a.shape[:-2], rank, first.a.shape[-1])
+    b_shape = (*first.b.shape[:-1], rank)
+    return replace(
+        first,
+        a=_joined([pair.a for pair in ready], a_shape, _dtype(ready, "a"), axis=-2),
+        b=_joined([pair.b for pair in ready], b_shape, _dtype(ready, "b"), axis=-1),
+        scale=scale,
+    )
+
+
+def _joined(
+    parts: Sequence[LazyTensor], shape: tuple[int, ...], dtype: DType, *, axis: int
+) -> LazyTensor:
+    def read() -> memoryview:
+        import numpy as np
+
+        from adapterkit.tensor import encode
+
+        arrays = [part.numpy().astype(dtype.numpy()) for part in parts]
+        return encode(np.concatenate(arrays, axis=axis), dtype)
+
+    return LazyTensor(dtype, shape, read)
 
 
 def transposed(pair: LoraPair) -> LoraPair:

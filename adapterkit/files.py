@@ -9,7 +9,7 @@ from adapterkit.base import open_base
 from adapterkit.convert import ProvenFile, load, stored_type, write_proven
 from adapterkit.errors import LossyConversionError
 from adapterkit.formats.protocol import Options
-from adapterkit.registry import destination_format, detect
+from adapterkit.registry import destination_format, source_format
 
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
@@ -44,7 +44,7 @@ def read(
         dialect=dialect,
         alpha=alpha,
     )
-    return load(path, detect(path), options)[0]
+    return load(path, source_format(path, dialect), options)[0]
 
 
 def write(

@@ -59,6 +59,7 @@ class TensorKey:
         return f"{self.module}.{self.role}"
 
 
+_CONVOLUTION = 4
 _FACTOR_ROLES = (Role.LORA_A, Role.LORA_B)
 _EMBEDDING_ROLES = (Role.EMBEDDING_A, Role.EMBEDDING_B)
 
@@ -90,7 +91,8 @@ class LoraPair:
     @property
     def rank(self) -> int:
         """Inner dimension, per expert."""
-        return self.b.shape[-1]
+        # A of a convolution is (r, in, *kernel); B ends in its 1 x 1 kernel.
+        return self.a.shape[0] if len(self.a.shape) >= _CONVOLUTION else self.b.shape[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ class FormatSpec:
         cannot_hold: what is lost in it, for the table that `adapterkit formats` prints.
         magic: first bytes of its files, if they are distinctive.
         config_keys: keys of adapter_config.json of which one marks a directory as this format.
+        config_match: fields of adapter_config.json and the values that mean this format, none
+            given for any value; the first such match is preferred to any format's `config_keys`.
         probe: `module:function` that looks into a path that neither magic nor config keys told;
             takes the path, returns whether it is this format, and raises nothing for strangers.
         suffixes: file suffixes that mean this format as a destination.
@@ -47,6 +50,7 @@ class FormatSpec:
     cannot_hold: str = ""
     magic: bytes = b""
     config_keys: tuple[str, ...] = ()
+    config_match: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     probe: str = ""
     suffixes: tuple[str, ...] = ()
     directory: bool = False
@@ -69,6 +73,7 @@ BUILTIN = (
         target="adapterkit.formats.peft:FORMAT",
         cannot_hold="DoRA or lora_bias on some modules only",
         config_keys=("peft_type", "lora_alpha", "target_modules"),
+        config_match={"peft_type": ("LORA",)},
         directory=True,
     ),
     FormatSpec(
@@ -78,6 +83,62 @@ BUILTIN = (
         cannot_hold="DoRA, biases, saved modules, token rows, embeddings and output of tied bases",
         magic=b"GGUF",
         suffixes=(".gguf",),
+    ),
+    FormatSpec(
+        name="tinylora",
+        title="TinyLoRA, self-contained safetensors",
+        target="adapterkit.formats.tinylora:FORMAT",
+        cannot_hold="any update that is no TinyLoRA, and tensors beside it",
+        probe="adapterkit.formats.tinylora:is_self_contained",
+    ),
+    FormatSpec(
+        name="tinylora-pack",
+        title="TinyLoRA checkpoint of the ANRGUSC pack (needs the base's weights)",
+        target="adapterkit.formats.tinylora_pack:FORMAT",
+        cannot_hold="anything but coefficients of its own projections; see `tinylora project`",
+        probe="adapterkit.formats.tinylora_pack:is_pack",
+        directory=True,
+    ),
+    FormatSpec(
+        name="tinylora-peft",
+        title="PEFT TinyLoRA directory",
+        target="adapterkit.formats.peft_tinylora:FORMAT",
+        cannot_hold="any update that is no TinyLoRA; token rows",
+        config_match={"peft_type": ("TINYLORA",)},
+        directory=True,
+    ),
+    FormatSpec(
+        name="mlx",
+        title="MLX-LM adapter directory",
+        target="adapterkit.formats.mlx:FORMAT",
+        cannot_hold="DoRA on some modules only, biases, saved modules, token rows",
+        config_keys=("fine_tune_type", "lora_parameters"),
+        probe="adapterkit.formats.mlx:is_mlx",
+        directory=True,
+    ),
+    FormatSpec(
+        name="lycoris",
+        title="LyCORIS LoHa and LoKr",
+        target="adapterkit.formats.lycoris:FORMAT",
+        writes=False,
+        probe="adapterkit.formats.lycoris:is_lycoris",
+    ),
+    # After every format of one peft_type: this one answers for all others, reading or refusing.
+    FormatSpec(
+        name="peft-tuners",
+        title="PEFT AdaLoRA, LoHa, LoKr, DeLoRA, MiSS, VeRA and VB-LoRA",
+        target="adapterkit.formats.peft_tuners:FORMAT",
+        writes=False,
+        config_match={"peft_type": ()},
+        directory=True,
+    ),
+    # Last: it claims whatever numpy or torch wrote and nobody else knows, to say what is wrong.
+    FormatSpec(
+        name="handwritten",
+        title="Hand-written LoRA in .pt, .npz or .safetensors, by dialect",
+        target="adapterkit.formats.handwritten:FORMAT",
+        writes=False,
+        probe="adapterkit.formats.handwritten:probe",
     ),
 )
 
@@ -130,16 +191,35 @@ def detect(path: Path) -> FormatSpec:
     )
 
 
+def source_format(path: Path, dialect: str | None) -> FormatSpec:
+    """Return the format to read: the hand-written one if a dialect was named, else by content.
+
+    Raises:
+        NotFoundError: if there is nothing at the path.
+        UnknownFormatError: if no format recognises it.
+    """
+    return detect(path) if dialect is None or not path.exists() else spec("handwritten")
+
+
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     start = _first_bytes(path)
     for known in specs:
         if known.magic and start.startswith(known.magic):
             return known
-    keys = _config_keys(path)
+    config = _config(path)
     for known in specs:
-        if not keys.isdisjoint(known.config_keys):
+        if known.config_match and _matches(config, known.config_match):
+            return known
+    for known in specs:
+        if not config.keys().isdisjoint(known.config_keys):
             return known
     return next((known for known in specs if known.probe and _imported(known.probe)(path)), None)
+
+
+def _matches(config: Mapping[str, Any], wanted: Mapping[str, tuple[str, ...]]) -> bool:
+    return all(
+        name in config and (not values or config[name] in values) for name, values in wanted.items()
+    )
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -152,14 +232,14 @@ def _first_bytes(path: Path) -> bytes:
         raise FormatError(f"could not be read ({error.strerror})", path=path) from None
 
 
-def _config_keys(path: Path) -> frozenset[str]:
-    """Return the keys of the adapter_config.json that describes a path, if there is one."""
+def _config(path: Path) -> Mapping[str, Any]:
+    """Return the adapter_config.json that describes a path; empty if there is none."""
     folder = path if path.is_dir() else path.parent
     config = folder / _CONFIG
     if not config.is_file() and path.is_dir():
         inner = sorted(path.glob(f"*/{_CONFIG}"))
         config = inner[0] if inner else config
-    return frozenset(read_json_object(config)) if config.is_file() else frozenset()
+    return read_json_object(config) if config.is_file() else {}
 
 
 def destination_format(path: Path, name: str | None) -> FormatSpec:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.base import open_base
 from adapterkit.formats.protocol import Options
 from adapterkit.model import Role
-from adapterkit.registry import detect
+from adapterkit.registry import source_format
 from adapterkit.structure import problems
 
 if TYPE_CHECKING:
@@ -70,15 +71,29 @@ class Summary:
     problems: tuple[str, ...]
 
 
-def inspect(path: Path | str) -> Summary:
+def inspect(
+    path: Path | str,
+    *,
+    base: Path | str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+) -> Summary:
     """Read an adapter of any format and summarise it; no tensor is decoded.
+
+    Args:
+        path: file or directory.
+        base: base model, for the few formats whose meaning depends on it.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
 
     Raises:
         FormatError: if there is no adapter at the path, or the file is malformed.
         UnsupportedError: if it is an adapter of a kind that has no neutral form.
     """
     path = Path(path)
-    return summarize(detect(path).format.read(path, Options()))
+    model = open_base(base) if base is not None else None
+    options = Options(base=model, dialect=dialect, alpha=alpha)
+    return summarize(source_format(path, dialect).format.read(path, options))
 
 
 def summarize(adapter: AdapterTensorSet) -> Summary:

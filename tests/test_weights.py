@@ -47,6 +47,8 @@ def family(*rules: Rule) -> Architecture:
         tied=False,
         verified="no",
         select=None,
+        inert=(),
+        inert_build="",
         rules=(EMBEDDING, *rules),
         parameters={},
     )
@@ -169,7 +171,7 @@ GATE_UP = Rule(
     (Target("blk.{i}.ffn_gate_exps"), Target("blk.{i}.ffn_up_exps")),
     kind="experts",
     rows=parse_call("interleaved(2)"),
-    conv1d=True,
+    stored_turned=True,
 )
 
 

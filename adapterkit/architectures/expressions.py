@@ -1,7 +1,7 @@
 """The small arithmetic that the tables are written in.
 
 `heads * head_dim`, `num_kv_heads if new_decoder_architecture else heads`: names, whole numbers,
-`+ - * //`, comparisons, `and or not` and a conditional. Parsed by Python's own grammar, evaluated
+`+ - * //`, comparisons, `in`, `and or not` and a conditional. Parsed by Python's own grammar, evaluated
 by an allow-list of nodes, so a table can compute and nothing more.
 """
 
@@ -27,6 +27,8 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.NotEq: operator.ne,
     ast.Gt: operator.gt,
     ast.Lt: operator.lt,
+    ast.In: lambda left, right: left in right,
+    ast.NotIn: lambda left, right: left not in right,
 }
 
 

@@ -122,7 +122,7 @@ def _present(match: Match | None, present: Collection[str]) -> Match | None:
 def _stack(
     rule: Rule, layer: int | None, members: Mapping[int, LoraPair], sizes: Sizes
 ) -> LoraPair:
-    count = sizes.value("experts", layer)
+    count = sizes.value(rule.count, layer)
     name = _named(rule.targets[0].name, layer)
     if max(members) >= count:
         raise IncompatibleBaseError(

@@ -10,17 +10,24 @@ rules), `inert` with `inert_build` (tensors that llama.cpp loads adapters for an
 A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the expert. Its fields:
 
     gguf      the tensor without `.weight`, or a list of tensors or tables {name, size, rows}
-    kind      linear (default), embedding, positions, experts (a 3-D parameter), norm, tensor
+    kind      linear (default), embedding, positions, experts (a 3-D parameter), norm, conv, tensor
     rows      row order of llama.cpp, a call of a function in transforms.py
     cols      column order, likewise
     scale     factor that llama.cpp's weight carries and Hugging Face's does not
     add       constant that llama.cpp's vector carries (Gemma's norms)
+    values    `minus_exp`: llama.cpp stores -exp(x)
+    folded    the shape of llama.cpp's tensor, as expressions, where it counts axes otherwise
+    squeezed  the base stores (channels, 1, width), llama.cpp (channels, width)
     conv1d    the base stores the weight as (in, out); factors are not affected
     shape     (out, in) as expressions, to check an adapter against a bare config
+    count     how many of `{e}` there are (`experts` if not given)
     per_head  rows are heads: split every head into the targets, one matrix per head
     layout    `experts` or `fused`, where a family has two spellings of the same experts
+    alias     another name of what the table has too, of other checkpoints; read, not written
     stored_turned    the 3-D parameter is (E, in, out); factors are not affected
     declares_turned  and its module says so (`is_transposed`), which PEFT's layout depends on
+    bare      PEFT adapts its weight through target_parameters only: transformers 5 holds it without
+              a Linear around it, or PEFT takes its name in target_modules for that of experts
     otherwise        fields that hold instead where a base GGUF lacks the targets (legacy layouts)
 """
 
@@ -69,12 +76,18 @@ class Rule:
     cols: Call | None = None
     scale: str | None = None
     add: float = 0.0
+    squeezed: bool = False
+    values: str | None = None
+    folded: tuple[str, ...] = ()
     conv1d: bool = False
     shape: tuple[str, ...] = ()
+    count: str = "experts"
     per_head: str | None = None
     layout: str | None = None
+    alias: bool = False
     stored_turned: bool = False
     declares_turned: bool = False
+    bare: bool = False
     alternative: Rule | None = None
 
     @property
@@ -195,6 +208,7 @@ def _spellings(path: str) -> list[tuple[str, int | None, int | None]]:
     if spans:
         a, b = spans[0]
         found.append((f"{path[:a]}{{i}}{path[b:]}", int(path[a:b]), None))
+        found.append((f"{path[:a]}{{e}}{path[b:]}", None, int(path[a:b])))
     return [*found, (path, None, None)]
 
 
@@ -287,6 +301,7 @@ def _rule(path: str, fields: Mapping[str, Any]) -> Rule:
         hf=path,
         targets=tuple(_target(t) for t in ([targets] if isinstance(targets, str) else targets)),
         shape=tuple(known.pop("shape", ())),
+        folded=tuple(known.pop("folded", ())),
         scale=_text_of(known.pop("scale", None)),
         alternative=_rule(path, {**_common(fields), **other}) if other else None,
         **calls,

@@ -53,6 +53,28 @@ def qkv(rows: int, heads: int, groups: int) -> Index:
     return np.concatenate([part.reshape(-1) for part in parts])
 
 
+def gathered(rows: int, groups: int, *heights: int) -> Index:
+    """Gather groups of unequal parts, [a, b, c] each, into [all a; all b; all c]."""
+    import numpy as np
+
+    grid = _grid(rows, groups, sum(heights))
+    starts = np.cumsum((0, *heights))
+    parts = zip(starts[:-1], starts[1:], strict=True)
+    return np.concatenate([grid[:, start:stop].reshape(-1) for start, stop in parts])
+
+
+def tiled(rows: int, groups: int, members: int, kept: int = 0) -> Index:
+    """Deal out the heads of groups in turn: [first of every group; second of every group; ...].
+
+    Hugging Face repeats a key head for the value heads of its group, which stand together; llama.cpp
+    repeats the row of key heads as a whole. The first `kept` rows stay.
+    """
+    import numpy as np
+
+    grid = _grid(rows - kept, groups, members, -1) + kept
+    return np.concatenate([np.arange(kept), grid.swapaxes(0, 1).reshape(-1)])
+
+
 def interleaved(rows: int, parts: int) -> Index:
     """Gather rows dealt out in turn (gate, up, gate, up, ...) into one block per part."""
     return _grid(rows, -1, parts).swapaxes(0, 1).reshape(-1)
@@ -67,5 +89,7 @@ def _grid(rows: int, *sizes: int) -> Index:
 TRANSFORMS: dict[str, Callable[..., Index]] = {
     "rope": rope,
     "qkv": qkv,
+    "gathered": gathered,
+    "tiled": tiled,
     "interleaved": interleaved,
 }

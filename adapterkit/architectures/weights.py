@@ -17,7 +17,7 @@ from adapterkit.architectures.table import Rule
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import numpy as np
 
@@ -138,10 +138,10 @@ def _add(engine: dict[str, Array], name: str, tensors: list[tuple[str, Array]]) 
 def _stacked(place: _Place, sizes: Sizes, members: Mapping[int, Array]) -> Array:
     import numpy as np
 
-    count = int(sizes.value("experts", place.layer))
+    count = int(sizes.value(place.rule.count, place.layer))
     if sorted(members) != list(range(count)):
         raise IncompatibleBaseError(
-            f"the base has {count} experts, the weights hold {sorted(members)}",
+            f"the base has {count} {place.rule.count}, the weights hold {sorted(members)}",
             where=place.names[0],
         )
     return np.stack([members[expert] for expert in range(count)])
@@ -153,7 +153,9 @@ def _moved(place: _Place, sizes: Sizes, name: str, array: Array) -> list[tuple[s
     # Rows are outputs: the last axis of a vector (stacked per expert or not), else the one before.
     vector = array.ndim == 1 or place.names[0].endswith(".bias")
     axis = -1 if vector else -2
-    if rule.conv1d and not vector:
+    if rule.squeezed and not vector:
+        array = array.squeeze(1)
+    if (rule.conv1d or rule.stored_turned) and not vector:
         array = array.swapaxes(-1, -2)
     if rule.rows:
         array = array.take(row_order(rule.rows, array.shape[axis], sizes, layer, name), axis)
@@ -166,7 +168,32 @@ def _moved(place: _Place, sizes: Sizes, name: str, array: Array) -> list[tuple[s
     if rule.per_head:
         heads = int(sizes.value(rule.per_head, layer))
         array = array.reshape(heads, -1, array.shape[-1])
+    if rule.values or (rule.folded and place.suffix != ".bias"):
+        array = _stored(rule, sizes, layer, array)
     return list(zip(place.names, _parts(place, sizes, name, array, axis), strict=True))
+
+
+def _stored(rule: Rule, sizes: Sizes, layer: int | None, array: Array) -> Array:
+    """Compute the values and take the shape that llama.cpp stores."""
+    import numpy as np
+
+    if rule.values:
+        array = _VALUES[rule.values](array.astype("float32"))
+    shape = tuple(int(sizes.value(size, layer)) for size in rule.folded) or array.shape
+    if np.prod(shape) != array.size:
+        raise IncompatibleBaseError(
+            f"holds {array.size} values, the base's sizes say {shape}", where=rule.hf
+        )
+    return array.reshape(shape)
+
+
+def _minus_exp(array: Array) -> Array:
+    import numpy as np
+
+    return -np.exp(array)
+
+
+_VALUES: dict[str, Callable[[Array], Array]] = {"minus_exp": _minus_exp}
 
 
 def _parts(place: _Place, sizes: Sizes, name: str, array: Array, axis: int) -> list[Array]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from adapterkit.model import LoraPair
     from adapterkit.tensor import LazyTensor
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Array = NDArray[np.float64]
 
 # Cholesky factors of a Gram matrix lose twice the digits that QR does: the ratio of the extreme
 # singular values from which QR takes over. Below it they are right to 1e-12 of the largest.
 _GRAM_CONDITION = 1e3
+# Squared norms between this and its inverse leave room for the products of two.
+_SMALL = 1e-60
 _MATRIX = 2
 _EXPERTS = 3
 
@@ -102,21 +105,31 @@ def matrix_shape(pair: LoraPair) -> tuple[int, int]:
 def factors(pair: LoraPair) -> Iterator[Factors]:
     """Yield the factors of each matrix of a pair, experts one by one."""
     rank, (out, inputs) = rank_of(pair), matrix_shape(pair)
-    a = decoded(pair.a).reshape(-1, rank, inputs)
-    b = decoded(pair.b).reshape(-1, out, rank)
+    # Stored values stay as they are until their expert's turn: float64 is four times as large.
+    a = _stored(pair.a).reshape(-1, rank, inputs)
+    b = _stored(pair.b).reshape(-1, out, rank)
     stacked = len(pair.a.shape) == _EXPERTS and not is_convolution(pair)
     for expert, (a_one, b_one) in enumerate(zip(a, b, strict=True)):
-        yield Factors(a_one, b_one, expert if stacked else None)
+        yield Factors(
+            _widened(a_one, pair.a.dtype),
+            _widened(b_one, pair.b.dtype),
+            expert if stacked else None,
+        )
 
 
-def decoded(tensor: LazyTensor) -> Array:
-    """Return the values of a tensor in float64."""
-    if tensor.dtype is not DType.BF16:
-        return tensor.numpy().astype(np.float64)
+def _stored(tensor: LazyTensor) -> np.ndarray[Any, Any]:
+    if tensor.dtype is DType.BF16:
+        return np.frombuffer(tensor.tobytes(), dtype="<u2")
+    return tensor.numpy()
+
+
+def _widened(values: np.ndarray[Any, Any], dtype: DType) -> Array:
+    if dtype is not DType.BF16:
+        return values.astype(np.float64)
     # bf16 is the upper half of float32; through ml_dtypes the same takes four times as long.
-    wide = np.frombuffer(tensor.tobytes(), dtype="<u2").astype(np.uint32)
+    wide = values.astype(np.uint32)
     wide <<= 16
-    return wide.view(np.float32).reshape(tensor.shape).astype(np.float64)
+    return wide.view(np.float32).astype(np.float64)
 
 
 def spectra(pair: LoraPair) -> list[Spectrum]:
@@ -135,7 +148,7 @@ def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
         raise not_finite(pair)
     r_a, r_b = triangular(a.T), triangular(b)
     core = r_b @ r_a.T
-    values = np.linalg.svd(core, compute_uv=False)
+    values: Array = np.asarray(np.linalg.svd(core, compute_uv=False), dtype=np.float64)
     top = float(values[0])
     # A zero update is one whose factors cancel to the last bit, not one that is merely small.
     zero = not pair.scale or not a_size or not b_size or top <= _rounding(r_a, r_b)
@@ -153,14 +166,19 @@ def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
 
 
 def _unit(matrix: Array) -> tuple[Array, float]:
-    """Return a matrix of entries up to 1 and what it was divided by; exact, a power of two."""
+    """Return a matrix whose squares neither overflow nor vanish, and the power of two divided by.
+
+    The second is 0 for a zero matrix, and not finite for a matrix that is not.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = float(np.vdot(matrix, matrix))
+    if _SMALL < squared < 1 / _SMALL:
+        return matrix, 1.0
     largest = float(max(matrix.max(), -matrix.min()))
     if not math.isfinite(largest) or not largest:
         return matrix, largest
-    # Only what could overflow or underflow when squared is worth a pass over the data.
-    exponent = math.frexp(largest)[1]
-    size = math.ldexp(1.0, exponent) if abs(exponent) > 64 else 1.0  # noqa: PLR2004
-    return (matrix / size if size != 1.0 else matrix), size
+    size = math.ldexp(1.0, math.frexp(largest)[1])
+    return matrix / size, size
 
 
 def _rounding(r_a: Array, r_b: Array) -> float:
@@ -181,8 +199,8 @@ def triangular(matrix: Array) -> Array:
         else:
             values = np.linalg.svd(lower, compute_uv=False)
             if values[-1] * _GRAM_CONDITION > values[0]:
-                return lower.T
-    return np.linalg.qr(matrix, mode="r")
+                return np.asarray(lower.T, dtype=np.float64)
+    return np.asarray(np.linalg.qr(matrix, mode="r"), dtype=np.float64)
 
 
 def not_finite(pair: LoraPair) -> FormatError:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, to_engine
+from adapterkit.base.weights import BaseWeights
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from adapterkit.architectures.table import Match
     from adapterkit.base.model import BaseModel
     from adapterkit.model import AdapterTensorSet, LoraPair
 
 _MATRIX = 2
+_STACK = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """One module that the base contradicts.
+
+    Attributes:
+        module: Hugging Face path.
+        message: what is wrong, with the sizes.
+        kind: `layer`, `expert`, `missing` or `shape`.
+    """
+
+    module: str
+    message: str
+    kind: str
 
 
 def check_fit(adapter: AdapterTensorSet, base: BaseModel) -> None:
@@ -24,48 +43,86 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel) -> None:
     """
     found = list(misfits(adapter, base))
     if found:
-        module, message = found[0]
         count = sum(1 for _ in adapter.pairs())
         raise IncompatibleBaseError(
-            f"{message}; {len(found)} of {count} modules do not fit the base {base.path}",
+            f"{found[0].message}; {len(found)} of {count} modules do not fit the base {base.path}",
             path=adapter.provenance.path if adapter.provenance else None,
-            where=module,
+            where=found[0].module,
         )
 
 
-def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[tuple[str, str]]:
-    """Yield (module, what is wrong) for modules that the family knows and the base contradicts."""
+def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
+    """Yield what is wrong with modules that the family knows and the base contradicts.
+
+    Pairs that are broken whatever the base is are left to `adapterkit.structure`.
+    """
     kept = adapter.traits.get("engine_layout", {})
-    pairs = [pair for pair in adapter.pairs() if pair.module not in kept]
-    layers = base.sizes.get("layers")
+    pairs = [pair for pair in adapter.pairs() if pair.module not in kept and sound(pair)]
+    weights = BaseWeights(base)
     fitting: list[LoraPair] = []
     for pair in pairs:
         match = find_rule(base.architecture, pair.module)
-        if match and match.layer is not None and layers is not None and match.layer >= layers:
-            yield pair.module, f"the base has {layers} layers"
-        elif base.kind == "hf" and (wrong := _wrong_shape(pair, base)):
-            yield pair.module, wrong
+        wrong = _beyond(pair, match, base)
+        if wrong is None and base.kind == "hf" and match:
+            wrong = _absent(pair, match, weights) or _wrong_shape(pair, match, base)
+        if wrong:
+            yield wrong
         else:
             fitting.append(pair)
     if base.kind == "gguf":
         yield from _engine_misfits(fitting, base)
 
 
-def _wrong_shape(pair: LoraPair, base: BaseModel) -> str | None:
-    expected, actual = _expected(pair, base), _oriented(pair)[-2:]
+def sound(pair: LoraPair) -> bool:
+    """Tell whether A and B are matrices, or stacks of them, that can be multiplied."""
+    a, b = pair.a.shape, pair.b.shape
+    return len(a) == len(b) >= _MATRIX and a[-2] == b[-1] > 0 and a[:-2] == b[:-2]
+
+
+def _beyond(pair: LoraPair, match: Match | None, base: BaseModel) -> Misfit | None:
+    """Compare the layer, the expert and the number of stacked experts with the base's."""
+    if match is None:
+        return None
+    layers = base.sizes.get("layers")
+    if match.layer is not None and layers is not None and match.layer >= layers:
+        return Misfit(pair.module, f"the base has {layers} layers", "layer")
+    experts = base.sizes.get(match.rule.count, match.layer)
+    if experts is None or base.kind != "hf":
+        return None
+    if match.expert is not None and match.expert >= experts:
+        return Misfit(pair.module, f"the base has {experts} experts", "expert")
+    stacked = len(pair.b.shape) == _STACK and match.rule.kind == "experts"
+    if stacked and pair.b.shape[0] != experts:
+        message = f"the base has {experts} experts, the adapter {pair.b.shape[0]}"
+        return Misfit(pair.module, message, "expert")
+    return None
+
+
+def _absent(pair: LoraPair, match: Match, weights: BaseWeights) -> Misfit | None:
+    """Look the module up among the names of the base's checkpoint, where those are known.
+
+    Experts have several spellings in checkpoints, and a tied output is in none.
+    """
+    exempt = match.rule.layout or match.rule.kind == "experts" or match.layer is None
+    if exempt or weights.names_place(pair.module) is not False:
+        return None
+    return Misfit(pair.module, "the base's checkpoint has no such module", "missing")
+
+
+def _wrong_shape(pair: LoraPair, match: Match, base: BaseModel) -> Misfit | None:
+    expected, actual = _expected(pair, match, base), _oriented(pair)[-2:]
     if expected is None or expected == actual:
         return None
-    return f"the base has {_shown(expected)} here, the adapter {_shown(actual)}"
+    message = f"the base has {_shown(expected)} here, the adapter {_shown(actual)}"
+    return Misfit(pair.module, message, "shape")
 
 
-def _expected(pair: LoraPair, base: BaseModel) -> tuple[int, ...] | None:
-    match = find_rule(base.architecture, pair.module)
+def _expected(pair: LoraPair, match: Match, base: BaseModel) -> tuple[int, ...] | None:
     stored = base.tensors.get(f"{pair.module}.weight")
     # Quantised checkpoints store packed shapes; their config tells the logical ones.
     if stored is not None and stored.dtype.floating and len(stored.shape) == _MATRIX:
-        turn = match is not None and match.rule.conv1d
-        return stored.shape[::-1] if turn else stored.shape
-    if match is None or not match.rule.shape:
+        return stored.shape[::-1] if match.rule.conv1d else stored.shape
+    if not match.rule.shape:
         return None
     try:
         return tuple(int(base.sizes.value(text, match.layer)) for text in match.rule.shape)
@@ -78,17 +135,34 @@ def _oriented(pair: LoraPair) -> tuple[int, ...]:
     return pair.shape[::-1] if pair.embedding else pair.shape
 
 
-def _engine_misfits(pairs: list[LoraPair], base: BaseModel) -> Iterator[tuple[str, str]]:
+def _engine_misfits(pairs: list[LoraPair], base: BaseModel) -> Iterator[Misfit]:
+    try:
+        yield from _compared(pairs, base)
+    except IncompatibleBaseError as error:
+        if len(pairs) == 1:
+            yield Misfit(pairs[0].module, error.message, "shape")
+            return
+        # Rows that are no heads of this base: which modules are it?
+        for pair in pairs:
+            yield from _engine_misfits([pair], base)
+
+
+def _compared(pairs: list[LoraPair], base: BaseModel) -> list[Misfit]:
     mapped = to_engine(base.architecture, base.sizes, pairs, base.tensors)
+    found: list[Misfit] = []
     for part in mapped.pairs:
         module = mapped.sources[part.module][0]
         stored = base.tensors.get(f"{part.module}.weight")
         if stored is None:
             if part.module != "output":  # a tied output is refused with its own reason
-                yield module, f"the base has no {part.module}.weight"
+                found.append(Misfit(module, f"the base has no {part.module}.weight", "missing"))
         elif stored.shape != _oriented(part):
             shapes = f"{_shown(stored.shape)} here, the adapter {_shown(_oriented(part))}"
-            yield module, f"the base has {shapes}"
+            same = stored.shape[-2:] == _oriented(part)[-2:]
+            found.append(
+                Misfit(module, f"the base has {shapes}", "expert" if same else "shape")
+            )
+    return found
 
 
 def _shown(shape: tuple[int, ...]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adapterkit.architectures import Architecture, Sizes
+from adapterkit.architectures.mapping import find_rule
 from adapterkit.tensor import LazyTensor
 
 
@@ -22,6 +23,7 @@ class BaseModel:
         candidates: families that it may be; several where they share a GGUF architecture.
         facts: config.json (text tower) or GGUF keys, as `Sizes` looks them up.
         tensors: stored tensors by Hugging Face or llama.cpp name; empty if only a config is known.
+        names: names of all stored tensors, also of shards that are not there; empty if unknown.
         identity: `general.*` keys that say what model this is, for `general.base_model.*`.
         tied: whether the output shares the embedding; None if neither config nor tensors tell.
         text_prefix: what a multimodal wrapper puts before its text tower's modules in place of
@@ -34,6 +36,7 @@ class BaseModel:
     candidates: Sequence[Architecture]
     facts: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, LazyTensor] = field(default_factory=dict[str, LazyTensor], repr=False)
+    names: Collection[str] = field(default=(), repr=False)
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
     tied: bool | None = None
     text_prefix: str = ""
@@ -62,3 +65,16 @@ class BaseModel:
     def has_tensors(self) -> bool:
         """Whether the tensor table is known, not only the configuration."""
         return bool(self.tensors)
+
+    def suited(self, modules: Collection[str]) -> BaseModel:
+        """Return this base as the family, of those it may be, that knows most of `modules`.
+
+        A GGUF file does not tell which Hugging Face class it was made from, an adapter does.
+        """
+        if len(self.candidates) == 1:
+            return self
+        known = {
+            family.name: sum(find_rule(family, module) is not None for module in modules)
+            for family in self.candidates
+        }
+        return replace(self, candidates=sorted(self.candidates, key=lambda f: -known[f.name]))

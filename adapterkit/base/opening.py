@@ -13,7 +13,7 @@ from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureErr
 from adapterkit.json_file import read_json_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from adapterkit.architectures import Architecture
     from adapterkit.tensor import LazyTensor
@@ -97,7 +97,7 @@ def _open_config(path: Path, name: str | None) -> BaseModel:
     config = read_json_object(path)
     architectures = _families(config, path)
     text = _text_config(config)
-    tensors = _safetensors(path.parent)
+    tensors, names = _safetensors(path.parent)
     recorded = name or config.get("_name_or_path")
     return BaseModel(
         path=path.parent if tensors else path,
@@ -106,7 +106,8 @@ def _open_config(path: Path, name: str | None) -> BaseModel:
         candidates=architectures,
         facts=text,
         tensors=tensors,
-        tied=_tied(config, text, architectures[0], tensors),
+        names=names,
+        tied=_tied(config, text, architectures[0], names),
         text_prefix=next((p for key, p in _TEXT_TOWERS.items() if _is_map(config, key)), ""),
     )
 
@@ -141,41 +142,47 @@ def _is_map(config: Mapping[str, Any], key: str) -> bool:
 def _selected(
     found: tuple[Architecture, ...], side: str, facts: Mapping[str, Any]
 ) -> tuple[Architecture, ...]:
-    """Put families whose `select` holds first, and leave out those whose does not."""
-    special = tuple(a for a in found if a.select and Sizes(a, side, facts).get(a.select))
-    return (*special, *(a for a in found if not a.select)) or found
+    """Put families whose `select` holds first, and leave out those whose does not.
+
+    Those of which the facts do not tell come last.
+    """
+    held = {a: a.select and Sizes(a, side, facts).get(a.select) for a in found}
+    special = tuple(a for a in found if a.select and held[a])
+    plain = tuple(a for a in found if not a.select)
+    return (*special, *plain, *(a for a in found if held[a] is None and a.select)) or found
 
 
 def _tied(
     config: Mapping[str, Any],
     text: Mapping[str, Any],
     architecture: Architecture,
-    tensors: Mapping[str, LazyTensor],
+    names: Collection[str],
 ) -> bool | None:
     for source in (config, text):
         if isinstance(value := source.get("tie_word_embeddings"), bool):
             return value
-    if tensors:
-        return not any(name.endswith("lm_head.weight") for name in tensors)
+    if names:
+        return not any(name.endswith("lm_head.weight") for name in names)
     return architecture.tied
 
 
-def _safetensors(folder: Path) -> dict[str, LazyTensor]:
-    """Read the headers of every shard that is there; shards that are missing leave gaps."""
+def _safetensors(folder: Path) -> tuple[dict[str, LazyTensor], frozenset[str]]:
+    """Read the headers of every shard that is there, and the names that the index lists."""
     from adapterkit.containers.safetensors import read_safetensors
 
+    names: set[str] = set()
+    files = [folder / "model.safetensors"]
     if (folder / _INDEX).is_file():
-        weights = read_json_object(folder / _INDEX).get("weight_map")
-        shards = cast("dict[str, Any]", weights).values() if isinstance(weights, dict) else ()
+        found = read_json_object(folder / _INDEX).get("weight_map")
+        weights = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+        names.update(weights)
         # Only plain file names: an index must not lead out of its directory.
-        files = [folder / Path(str(shard)).name for shard in dict.fromkeys(shards)]
-    else:
-        files = [folder / "model.safetensors"]
+        files = [folder / Path(str(shard)).name for shard in dict.fromkeys(weights.values())]
     tensors: dict[str, LazyTensor] = {}
     for file in files:
         if file.is_file():
             tensors.update(read_safetensors(file).tensors)
-    return tensors
+    return tensors, frozenset(names | tensors.keys())
 
 
 def _open_gguf(path: Path) -> BaseModel:

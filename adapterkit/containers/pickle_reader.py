@@ -11,9 +11,9 @@ from __future__ import annotations
 import io
 import pickletools
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from adapterkit.containers.pickle_names import PLAIN_NAMES, Constructor, checked_key
 from adapterkit.errors import FormatError, UnsafePickleError
 
 if TYPE_CHECKING:
@@ -26,21 +26,6 @@ RESAVE = (
     "with safetensors.torch.save_file"
 )
 _HIGHEST_PROTOCOL = 5
-_MAX_KEY_BITS = 60
-_SCALARS = (str, int, float, bool, bytes, type(None))
-
-
-@dataclass(frozen=True, slots=True)
-class Constructor:
-    """A name that a pickle may call; what it gets is data, and so is what it makes.
-
-    Attributes:
-        name: the dotted name.
-        build: makes the result of the arguments; raises ValueError if they make no sense.
-    """
-
-    name: str
-    build: Callable[[tuple[object, ...]], object]
 
 
 def read_pickle(
@@ -128,6 +113,9 @@ class _Machine:
             self._refuse(opcode.name, stream)
         elif opcode.name == "STOP":
             return True
+        elif opcode.name == "GLOBAL":
+            # pickletools takes backslashes here for escapes, Python's own loader does not.
+            self._ask(*_read_name(stream))
         else:
             operation(self, _argument(opcode, stream))
         return False
@@ -145,10 +133,6 @@ class _Machine:
             # A lone surrogate cannot be printed or written again; encode() is a ValueError.
             value.encode()
         self._stack.append(bytes(value) if isinstance(value, bytearray) else value)
-
-    def ask_for(self, text: str) -> None:
-        module, _, name = text.partition(" ")
-        self._ask(module, name)
 
     def ask_for_stacked(self, _: None) -> None:
         name, module = self._pop(), self._pop()
@@ -198,7 +182,7 @@ class _Machine:
         target = self._top()
         if type(target) is not set:
             raise ValueError("ADDITEMS to something that is no set")
-        cast("set[object]", target).update(map(_key, items))
+        cast("set[object]", target).update(map(checked_key, items))
 
     def mark(self, _: None) -> None:
         self._marks.append(self._stack)
@@ -206,7 +190,7 @@ class _Machine:
 
     def make_frozenset(self, _: None) -> None:
         items = self._pop_mark()
-        self._stack.append(frozenset(map(_key, items)))
+        self._stack.append(frozenset(map(checked_key, items)))
 
     def make_tuple(self, _: None) -> None:
         items = self._pop_mark()
@@ -245,8 +229,7 @@ class _Machine:
 
     def _refuse(self, opcode: str, stream: io.BytesIO) -> None:
         if opcode == "INST":
-            module, name = (stream.readline(200).strip().decode("ascii") for _ in range(2))
-            self._unsafe(f"asks for {_printable(f'{module}.{name}')}")
+            self._unsafe(f"asks for {_printable('.'.join(_read_name(stream)))}")
         if opcode in {"OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}:
             self._unsafe(f"makes an object with {opcode}")
         raise ValueError(f"opcode {opcode} is none that torch.save writes")
@@ -273,12 +256,20 @@ class _Machine:
         return items
 
 
+def _read_name(stream: io.BytesIO) -> tuple[str, str]:
+    lines = stream.readline(), stream.readline()
+    if not all(line.endswith(b"\n") for line in lines):
+        raise ValueError("a name without an end")
+    module, name = (line[:-1].decode() for line in lines)
+    return module, name
+
+
 def _insert(target: object, items: list[object]) -> None:
     if type(target) is not dict or len(items) % 2:
         raise ValueError("SETITEMS without a dict, or a key without a value")
     target = cast("dict[object, object]", target)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if _key(key) in target:
+        if checked_key(key) in target:
             raise ValueError(f"key {_printable(str(key))} is given twice")
         target[key] = value
 
@@ -289,18 +280,6 @@ def _extend(target: object, items: list[object]) -> None:
     cast("list[object]", target).extend(items)
 
 
-def _key(value: Any) -> object:
-    """Return a value that is quick to hash: nested tuples can take time exponential in length."""
-    items = cast("tuple[Any, ...]", value if type(value) is tuple else (value,))
-    for item in items:
-        # Large integers can be chosen to collide.
-        if type(item) not in _SCALARS or (
-            isinstance(item, int) and item.bit_length() > _MAX_KEY_BITS
-        ):
-            raise ValueError(f"a {type(item).__name__} in a key")
-    return cast("object", value)
-
-
 def _shown(value: object) -> str:
     return value.name if isinstance(value, Constructor) else f"a {type(value).__name__}"
 
@@ -309,61 +288,6 @@ def _printable(text: str) -> str:
     shown = text[:100].encode("unicode_escape").decode("ascii")
     return f"{shown}..." if len(text) > len(text[:100]) else shown
 
-
-def _empty_dict(arguments: tuple[object, ...]) -> dict[object, object]:
-    if arguments:
-        raise ValueError("OrderedDict with arguments")
-    return {}
-
-
-def _set(arguments: tuple[Any, ...]) -> set[object]:
-    match arguments:
-        case ([*items],):
-            return set(map(_key, items))
-        case ():
-            return set()
-        case _:
-            raise ValueError("set of something that is no list")
-
-
-def _bytes(arguments: tuple[object, ...]) -> bytes:
-    # Never bytes(number), which allocates.
-    match arguments:
-        case (bytes(data),):
-            return data
-        case ():
-            return b""
-        case _:
-            raise ValueError("bytes of something that is not bytes")
-
-
-def _encode(arguments: tuple[object, ...]) -> bytes:
-    # How protocols before 3 spell bytes.
-    match arguments:
-        case (str(text), "latin1"):
-            return text.encode("latin1")
-        case _:
-            raise ValueError("_codecs.encode with another encoding than latin1")
-
-
-def _plain_names() -> dict[tuple[str, str], object]:
-    names: dict[tuple[str, str], object] = {
-        ("collections", "OrderedDict"): Constructor("collections.OrderedDict", _empty_dict),
-        ("_codecs", "encode"): Constructor("_codecs.encode", _encode),
-    }
-    builtins: dict[str, Callable[[tuple[object, ...]], object]] = {
-        "set": _set,
-        "frozenset": lambda arguments: frozenset(_set(arguments)),
-        "bytes": _bytes,
-        "bytearray": _bytes,
-    }
-    for module in ("builtins", "__builtin__"):
-        for name, build in builtins.items():
-            names[module, name] = Constructor(f"builtins.{name}", build)
-    return names
-
-
-PLAIN_NAMES: Mapping[tuple[str, str], object] = _plain_names()
 
 _OPCODES = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
 _LITERALS = (
@@ -391,7 +315,7 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "MEMOIZE": _Machine.remember_next,
     "PROTO": _Machine.check_protocol,
     "FRAME": _Machine.ignore,
-    "GLOBAL": _Machine.ask_for,
+    "GLOBAL": _Machine.ignore,
     "STACK_GLOBAL": _Machine.ask_for_stacked,
     "REDUCE": _Machine.call,
     "BUILD": _Machine.set_state,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.containers.opening import check_shape
-from adapterkit.containers.pickle_reader import Constructor
+from adapterkit.containers.pickle_names import Constructor
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
 from adapterkit.storage import FileSlice
@@ -74,12 +74,9 @@ class PickledTensor:
     def resolve(self, where: str) -> LazyTensor:
         """Return the tensor, whose elements are known to lie inside the storage.
 
-        Args:
-            where: name of the tensor for messages.
-
         Raises:
-            FormatError: if an element lies outside, the tensor repeats elements so that it is
-                larger than its storage, or its type cannot be read.
+            FormatError: naming the tensor as `where`, if an element lies outside, elements repeat
+                so that it is larger than its storage, or its type cannot be read.
         """
         data = self.storage.data
         if self.dtype is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures import Architecture, Sizes, load
 from adapterkit.architectures.mapping import to_engine
-from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError
-from adapterkit.factors import scaled
+from adapterkit.factors import with_scale
 from adapterkit.model import LoraPair
 
 if TYPE_CHECKING:
@@ -20,9 +18,6 @@ if TYPE_CHECKING:
 
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
-
-# Two products alpha_i = scale * rank that differ by less are one number that was rounded twice.
-_SAME = 1e-12
 
 
 @dataclass(frozen=True)
@@ -95,21 +90,5 @@ def common_alpha(pairs: Iterable[LoraPair]) -> float:
 
 
 def folded(pair: LoraPair, alpha: float) -> LoraPair:
-    """Return the pair as it must be stored for `alpha / rank` to be its scale.
-
-    The rest of the scale goes into B. Unless it is a power of two, which no float rounds, that B
-    becomes float32 so that folding costs nothing.
-    """
-    scale = alpha / pair.rank
-    factor = pair.scale / scale
-    if abs(factor - 1) < _SAME:
-        return replace(pair, scale=scale)
-    if not pair.scale:
-        return replace(pair, scale=scale, b=pair.b.map(lambda b: b * 0))
-    if math.frexp(factor)[0] == 0.5:  # noqa: PLR2004  (a power of two has mantissa one half)
-        return replace(scaled(pair, factor), scale=scale)
-    return replace(
-        pair,
-        scale=scale,
-        b=pair.b.map(lambda b: b.astype("float64") * factor, dtype=DType.F32),
-    )
+    """Return the pair as it must be stored for `alpha / rank` to be its scale."""
+    return with_scale(pair, alpha / pair.rank)

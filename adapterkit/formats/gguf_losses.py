@@ -27,8 +27,9 @@ _TRAITS = {
     "init_lora_weights": (
         "base-changing-init",
         (
-            "this initialisation changed the base, so B · A is no update of the original one; save "
-            "it with PEFT's path_initial_model_for_weight_conversion"
+            "this initialisation changed the base, so B · A is no update of the original one; "
+            "PiSSA and OLoRA convert exactly with the base's weights (--base DIRECTORY), others "
+            "if you save it with PEFT's path_initial_model_for_weight_conversion"
         ),
     ),
     "layer_replication": (

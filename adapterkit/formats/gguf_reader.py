@@ -154,17 +154,16 @@ def _pairs(halves: Mapping[str, Mapping[str, LazyTensor]], alpha: float) -> list
 def _family(
     name: str, pairs: list[LoraPair], options: Options, path: Path
 ) -> tuple[Architecture | None, Sizes | None]:
-    if options.base:
-        for candidate in options.base.candidates:
-            if candidate.gguf == name:
-                return candidate, options.base.sizes
+    base = options.base
+    candidates = [a for a in (base.candidates if base else find(name)) if a.gguf == name]
+    if base and not candidates:
         raise IncompatibleBaseError(
-            f"is made for architecture {name!r}, the base is {options.base.architecture.gguf!r}",
-            path=path,
+            f"is made for architecture {name!r}, the base is {base.architecture.gguf!r}", path=path
         )
-    candidates = [a for a in find(name) if a.gguf == name]
     known = {pair.module for pair in pairs}
     candidates.sort(key=lambda a: -sum(bool(a.match_gguf(module)) for module in known))
+    if base:
+        return candidates[0], Sizes(candidates[0], base.kind, base.facts)
     return (candidates[0] if candidates else None), None
 
 

@@ -76,13 +76,26 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module: the first hit of rank_pattern, in file order, or `r`."""
-        return self._first_hit(self._ranks, module, self.rank)
+        return self._first_hit(self._ranks, self._looked_up(module), self.rank)
 
     def scale_of(self, module: str) -> float:
         """Return the effective scale of a module; rank and alpha patterns are looked up apart."""
         rank = self.rank_of(module)
-        alpha = self._first_hit(self._alphas, module, self.alpha)
+        alpha = self._first_hit(self._alphas, self._looked_up(module), self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def is_parameter(self, module: str) -> bool:
+        """Tell whether a module's weight is adapted through `target_parameters`."""
+        name = f".{module}.weight"
+        return any(name.endswith(f".{target}") for target in self._parameters)
+
+    @cached_property
+    def _parameters(self) -> tuple[str, ...]:
+        return self.names("target_parameters")
+
+    def _looked_up(self, module: str) -> str:
+        """Return the name that patterns are matched with: a bare parameter's own."""
+        return f"{module}.weight" if self.is_parameter(module) else module
 
     @cached_property
     def _ranks(self) -> tuple[tuple[re.Pattern[str], int], ...]:

@@ -5,6 +5,9 @@ k · E + e of B belong to expert e. Which of A and B holds the inputs changed: u
 parameter's second-last axis, 0.19.0 turned that around for modules that declare `is_transposed`,
 and from 0.19.1 it is turned around for all others. Where input and output widths differ, shapes
 tell; where they are equal, the version and the model class must.
+
+A router that is a bare matrix is reached the same way, as `...gate.weight`; its factors are those
+of a linear layer.
 """
 
 from __future__ import annotations
@@ -12,13 +15,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures import find
 from adapterkit.architectures.mapping import find_rule
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.factors import turned
-from adapterkit.model import Role, TensorKey
+from adapterkit.formats.peft_config import LoraConfig
+from adapterkit.model import AdapterTensorSet, Role, TensorKey
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -26,11 +31,11 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture, Rule
     from adapterkit.base import BaseModel
-    from adapterkit.formats.peft_config import LoraConfig
 
 # PEFT wraps the parameters of a module in the order in which the module declares them, the first
 # one innermost; these are the orders of transformers' expert modules.
 _DECLARED = ("gate_up_proj", "up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+_WEIGHT = "weight"
 _NESTED = re.compile(r"^(?P<module>.+?)(?P<depth>(?:\.base_layer)*)$")
 # The release whose layout is written, for readers that must know it.
 WRITTEN_VERSION = "0.21.2"
@@ -79,42 +84,58 @@ def unfold_experts(
     widths = _widths(rest)
     for module, members in wrapped.items():
         for member in members:
-            name = f"{module}.{member.parameter}"
-            swapped = _swapped(name, member, members, widths, config, base)
-            a, b = _unfolded(name, member, config)
-            if swapped:
-                a, b = turned(b), turned(a)
+            name = module if member.parameter == _WEIGHT else f"{module}.{member.parameter}"
+            a, b = member.a, member.b
+            if not _is_matrix(name, member, config):
+                swapped = _swapped(name, member, members, widths, config, base)
+                a, b = _unfolded(name, member, config)
+                a, b = (turned(b), turned(a)) if swapped else (a, b)
             rest[TensorKey(name, Role.LORA_A)] = a
             rest[TensorKey(name, Role.LORA_B)] = b
     return rest
 
 
 def fold_experts(
-    tensors: Mapping[TensorKey, LazyTensor], base: BaseModel | None
-) -> tuple[dict[TensorKey, LazyTensor], tuple[str, ...]]:
-    """Undo `unfold_experts` in the layout of PEFT 0.19.1 and later.
-
-    Returns:
-        The tensors under PEFT's nested names, and the `target_parameters` that they mean.
-    """
+    adapter: AdapterTensorSet, base: BaseModel | None
+) -> dict[TensorKey, LazyTensor]:
+    """Undo `unfold_experts`: name experts as PEFT nests them, in the layout of 0.19.1 and later."""
+    tensors = adapter.tensors
     groups: dict[str, list[str]] = defaultdict(list)
     for key, tensor in tensors.items():
         if key.role is Role.LORA_A and is_stack(tensor):
-            module, _, parameter = key.module.rpartition(".")
+            module, parameter = _owner(adapter, key.module, base)
             groups[module].append(parameter)
-    folded = {key: tensor for key, tensor in tensors.items() if not _in_groups(key, groups)}
+    stacks = {_joined(module, each) for module, names in groups.items() for each in names}
+    folded = {key: tensor for key, tensor in tensors.items() if key.module not in stacks}
     for module, parameters in groups.items():
         ordered = sorted(parameters, key=_declared_place)
         for place, parameter in enumerate(ordered):
             nesting = ".base_layer" * (len(ordered) - 1 - place)
-            name = f"{module}.{parameter}"
+            name = _joined(module, parameter)
             a, b = tensors[TensorKey(name, Role.LORA_A)], tensors[TensorKey(name, Role.LORA_B)]
-            if _stored_swapped(name, base):
+            if _stored_swapped(adapter, name, base):
                 a, b = turned(b), turned(a)
             folded[TensorKey(module + nesting, Role.LORA_A)] = _fold_a(a)
             folded[TensorKey(module + nesting, Role.LORA_B)] = _fold_b(b)
-    targets = {".".join([*m.split(".")[-2:], p]) for m, ps in groups.items() for p in ps}
-    return folded, tuple(sorted(targets))
+    return folded
+
+
+def wrapped_parameters(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, str]:
+    """Return module -> parameter path for what PEFT reaches through `target_parameters` only.
+
+    Those are stacks of experts, and matrices that transformers 5 holds without a Linear around
+    them, unless the adapter spells experts one by one, as transformers 4 did.
+    """
+    one_by_one = any(_has_layout(base, pair.module, "experts") for pair in adapter.pairs())
+    found: dict[str, str] = {}
+    for pair in adapter.pairs():
+        config = _source(adapter)
+        bare = config.is_parameter(pair.module) if config else _is_bare(base, pair.module)
+        if is_stack(pair.a):
+            found[pair.module] = ".".join(_owner(adapter, pair.module, base))
+        elif bare and not one_by_one:
+            found[pair.module] = f"{pair.module}.{_WEIGHT}"
+    return found
 
 
 def is_stack(tensor: LazyTensor) -> bool:
@@ -122,17 +143,51 @@ def is_stack(tensor: LazyTensor) -> bool:
     return len(tensor.shape) == 3  # noqa: PLR2004
 
 
-def _in_groups(key: TensorKey, groups: Mapping[str, list[str]]) -> bool:
-    module, _, parameter = key.module.rpartition(".")
-    return parameter in groups.get(module, ())
+def _joined(module: str, parameter: str) -> str:
+    return module if parameter == _WEIGHT else f"{module}.{parameter}"
+
+
+def _owner(adapter: AdapterTensorSet, name: str, base: BaseModel | None) -> tuple[str, str]:
+    """Split a stack's name into its module and the parameter there."""
+    config = _source(adapter)
+    if config.is_parameter(name) if config else _is_bare(base, name):
+        return name, _WEIGHT
+    module, _, parameter = name.rpartition(".")
+    return module, parameter
+
+
+def _source(adapter: AdapterTensorSet) -> LoraConfig | None:
+    """Return the settings that the adapter was read with, if it was read from PEFT."""
+    raw = adapter.extras.get("peft", {}).get("config")
+    return LoraConfig(raw, Path()) if raw else None
+
+
+def _is_bare(base: BaseModel | None, module: str) -> bool:
+    match = find_rule(base.architecture, module) if base else None
+    return bool(match and match.rule.bare and base and base.expert_layout == "fused")
+
+
+def _has_layout(base: BaseModel | None, module: str, layout: str) -> bool:
+    match = find_rule(base.architecture, module) if base else None
+    return bool(match and match.rule.layout == layout)
+
+
+def _is_matrix(name: str, member: _Wrapped, config: LoraConfig) -> bool:
+    return member.parameter == _WEIGHT and member.a.shape[0] == config.rank_of(name)
 
 
 def _targeted(module: str, patterns: Iterable[str]) -> bool:
-    return any(f"{module}.".endswith(f"{_parent(p)}.") for p in patterns if _parent(p))
+    return any(_names(pattern, module) for pattern in patterns)
 
 
-def _parent(pattern: str) -> str:
-    return pattern.rpartition(".")[0]
+def _names(pattern: str, module: str) -> bool:
+    """Tell whether a target parameter belongs to this module: whole components, from the end.
+
+    A name alone belongs to any module that has such a parameter. PEFT writes it when it finds
+    targets of transformers 4, and the module that it means is called `experts` everywhere.
+    """
+    parent = pattern.rpartition(".")[0] or "experts"
+    return f".{module}".endswith(f".{parent}")
 
 
 def _declared_place(parameter: str) -> tuple[int, str]:
@@ -144,7 +199,7 @@ def _parameters(
     module: str, patterns: tuple[str, ...], levels: int, config: LoraConfig
 ) -> list[str]:
     """Return the wrapped parameters of a module, innermost first."""
-    names = {p.rpartition(".")[2] for p in patterns if f"{module}.".endswith(f"{_parent(p)}.")}
+    names = {p.rpartition(".")[2] for p in patterns if _names(p, module)}
     unknown = sorted(names - set(_DECLARED))
     if len(names) != levels or (levels > 1 and unknown):
         shown = ", ".join(sorted(names))
@@ -257,16 +312,19 @@ def _version(config: LoraConfig) -> tuple[int, ...] | None:
 
 
 def _rule(name: str, config: LoraConfig, base: BaseModel | None) -> tuple[Rule | None, Any]:
-    architectures: tuple[Architecture, ...] = tuple(base.candidates) if base else ()
-    if not architectures:
-        recorded = config.mapping("auto_mapping").get("base_model_class")
-        architectures = find(recorded) if isinstance(recorded, str) else ()
-    for architecture in architectures:
+    for architecture in tuple(base.candidates) if base else _recorded(config):
         if match := find_rule(architecture, name):
             return match.rule, base.sizes if base else None
     return None, None
 
 
-def _stored_swapped(name: str, base: BaseModel | None) -> bool:
-    match = find_rule(base.architecture, name) if base else None
-    return bool(match and match.rule.stored_turned and not match.rule.declares_turned)
+def _recorded(config: LoraConfig) -> tuple[Architecture, ...]:
+    """Return the families of the model class that the adapter was trained on, if it says so."""
+    recorded = config.mapping("auto_mapping").get("base_model_class")
+    return find(recorded) if isinstance(recorded, str) else ()
+
+
+def _stored_swapped(adapter: AdapterTensorSet, name: str, base: BaseModel | None) -> bool:
+    config = _source(adapter) or LoraConfig({}, Path())
+    rule, _ = _rule(name, config, base)
+    return bool(rule and rule.stored_turned and not rule.declares_turned)

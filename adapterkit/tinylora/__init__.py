@@ -1,8 +1,8 @@
 """TinyLoRA: updates inside the leading singular subspaces of the base, steered by a few numbers.
 
-ΔW = scale · left · (Σᵢ vᵢ Pᵢ) · right, with frozen left (out, r) and right (r, in), fixed projections
-P (u, r, r) and coefficients v (u,) that a group of modules shares (arXiv 2602.04118). The forms
-differ in what left and right are, in the scale, in how P is drawn and in what they store.
+ΔW = scale · left · (Σᵢ vᵢ Pᵢ) · right, with frozen left (out, r) and right (r, in), fixed
+projections P (u, r, r) and coefficients v (u,) that a group of modules shares (arXiv 2602.04118).
+The forms differ in what left and right are, in the scale, in how P is drawn and in what they store.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule
 from adapterkit.tinylora.planner import BudgetPlan, PlanReport, plan
 from adapterkit.tinylora.projecting import ProjectionReport, project
-from adapterkit.tinylora.settings import TinySettings
+from adapterkit.tinylora.settings import TARGETS, TinySettings
 
 __all__ = [
+    "TARGETS",
     "BudgetPlan",
     "PlanReport",
     "ProjectionReport",

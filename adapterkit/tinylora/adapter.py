@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.dtype import DType
 from adapterkit.model import AdapterTensorSet, Role, TensorKey
 from adapterkit.tensor import LazyTensor, encode
+from adapterkit.tinylora.settings import TinySettings
+from adapterkit.tinylora.witness import Witness
 
 if TYPE_CHECKING:
     import numpy as np
 
     from adapterkit.model import BaseReference, Provenance
-    from adapterkit.tinylora.settings import TinySettings
-    from adapterkit.tinylora.witness import Witness
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
 EXTRAS = "tinylora"
+FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,10 +174,7 @@ def carried(adapter: AdapterTensorSet) -> TinyAdapter | None:
     if not extras:
         return None
     known: Mapping[TensorKey, LazyTensor] = extras["factors"]
-    mine = {key: tensor for key, tensor in adapter.tensors.items() if key.role not in _WHOLE}
+    mine = {key: tensor for key, tensor in adapter.tensors.items() if key.role in FACTORS}
     same = mine.keys() == known.keys() and all(mine[key] is known[key] for key in known)
     unit = all(adapter.scales.get(key.module) == 1.0 for key in known)
     return extras["adapter"] if same and unit else None
-
-
-_WHOLE = {Role.FULL, Role.TOKEN_ROWS}

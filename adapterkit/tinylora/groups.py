@@ -22,7 +22,7 @@ def layer_index(name: str) -> int:
 
 
 def pack_groups(names: Sequence[str], mode: str, factor: int) -> dict[str, int]:
-    """Return the tie group of every module as the ANRGUSC pack numbers it.
+    """Return the tie group of every module, in the order of `names`, as the ANRGUSC pack has it.
 
     `tiled` cuts the modules, sorted by layer and then by name, into runs of `factor`; `structured`
     does so for each last name component apart. So modules inside a layer follow the alphabet.
@@ -37,12 +37,12 @@ def pack_groups(names: Sequence[str], mode: str, factor: int) -> dict[str, int]:
         return {name: place for place, name in enumerate(names)}
     if mode == "all":
         return dict.fromkeys(names, 0)
-    if mode == "tiled":
-        return _chunked([sorted(names, key=_depth)], size)
     buckets: dict[str, list[str]] = {}
     for name in names:
-        buckets.setdefault(name.rpartition(".")[2], []).append(name)
-    return _chunked([sorted(buckets[kind], key=_depth) for kind in sorted(buckets)], size)
+        kind = name.rpartition(".")[2] if mode == "structured" else ""
+        buckets.setdefault(kind, []).append(name)
+    groups = _chunked([sorted(buckets[kind], key=_depth) for kind in sorted(buckets)], size)
+    return {name: groups[name] for name in names}
 
 
 def _depth(name: str) -> tuple[int, str]:

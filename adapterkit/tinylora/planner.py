@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
@@ -15,6 +14,7 @@ from adapterkit.tinylora.targets import target_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
 # What the pack's planner tries unless told otherwise; its scripts leave out 8.
 CANDIDATES = (1, 2, 4, 8)
@@ -71,7 +71,7 @@ def plan(
     """Find, for every tie mode, the projection size and ties nearest to a budget.
 
     Args:
-        base: Hugging Face directory, config.json, GGUF file or cached hub id; only headers are read.
+        base: Hugging Face directory, config.json, GGUF file or hub id; only headers are read.
         budget: trained numbers to aim at.
         targets: last name components of the linear layers to adapt.
         candidates: projection sizes to try, in this order.

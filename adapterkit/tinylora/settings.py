@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.dtype import DType
@@ -14,7 +12,8 @@ from adapterkit.json_file import read_json_object
 from adapterkit.tinylora.groups import PACK_MODES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
 
 SETTINGS_FILE = "tinylora.json"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
@@ -136,7 +135,7 @@ def _names(value: Any) -> bool:
     )
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[Any], bool]] = {
     "frozen_rank": lambda value: _whole(value, 1, 1 << 20),
     "projection_dim": lambda value: _whole(value, 1, 1 << 32),
     "alpha": _real,

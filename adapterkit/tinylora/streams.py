@@ -66,7 +66,9 @@ def peft_projection(index: int, seed: int, size: int, rank: int) -> Array:
 
 def _torch(size: int, rank: int) -> Any:
     if size * rank * rank > _MAX_ELEMENTS:
-        raise UnsupportedError(f"a projection of {size} x {rank} x {rank} elements is not plausible")
+        raise UnsupportedError(
+            f"a projection of {size} x {rank} x {rank} elements is not plausible"
+        )
     try:
         import torch
     except ImportError:

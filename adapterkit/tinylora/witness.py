@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError, IncompatibleBaseError, UncheckableError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from adapterkit.tensor import LazyTensor
@@ -38,6 +39,7 @@ class Witness:
         singular_values: the first r, and the next one where there is one.
         anchors: for each pair the row of U's largest entry.
         signs: 1 or -1, the sign of that entry.
+        precision: type in which the SVD was computed, `float32` or `float64`.
     """
 
     sha256: str
@@ -45,6 +47,7 @@ class Witness:
     singular_values: tuple[float, ...]
     anchors: tuple[int, ...]
     signs: tuple[int, ...]
+    precision: str
 
     def document(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -54,6 +57,7 @@ class Witness:
             "singular_values": list(self.singular_values),
             "anchors": list(self.anchors),
             "signs": list(self.signs),
+            "precision": self.precision,
         }
 
 
@@ -70,6 +74,7 @@ def parse_witness(document: Any, *, path: Path, where: str) -> Witness:
             "singular_values": [*values],
             "anchors": [*anchors],
             "signs": [*signs],
+            "precision": "float32" | "float64" as precision,
         }:
             real = all(type(value) in {int, float} for value in values)
             whole = all(type(row) is int and row >= 0 for row in anchors)
@@ -80,19 +85,21 @@ def parse_witness(document: Any, *, path: Path, where: str) -> Witness:
                     singular_values=tuple(map(float, values)),
                     anchors=tuple(anchors),
                     signs=tuple(signs),
+                    precision=precision,
                 )
         case _:
             pass
     raise FormatError("its witness is malformed", path=path, where=where)
 
 
-def testify(weight: LazyTensor, left: Array, values: tuple[float, ...]) -> Witness:
+def testify(weight: LazyTensor, left: Array, values: tuple[float, ...], precision: str) -> Witness:
     """Write down what identifies a base tensor and the frozen factors made from it.
 
     Args:
         weight: the base tensor, as stored.
         left: U, or U times anything positive on its columns, (out, r).
         values: singular values.
+        precision: type in which they were computed.
     """
     import numpy as np
 
@@ -104,6 +111,7 @@ def testify(weight: LazyTensor, left: Array, values: tuple[float, ...]) -> Witne
         singular_values=values,
         anchors=tuple(int(row) for row in rows),
         signs=tuple(int(sign) for sign in signs),
+        precision=precision,
     )
 
 

@@ -38,6 +38,15 @@ if TYPE_CHECKING:
     show_default=True,
     help="Stored type of the factors; auto keeps each one's.",
 )
+@click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE",
+    shell_complete=options.engine_names,
+    help="Make the exact changes that an engine needs, one of `adapterkit targets`.",
+)
+@options.dialect
+@options.alpha
 @click.option("--moe-layout", metavar="LAYOUT", help="Spelling of experts: `experts` or `fused`.")
 @click.option("--unverified", is_flag=True, help="Allow model families without an engine test.")
 @click.option("--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it.")
@@ -49,6 +58,9 @@ def command(
     to: str | None,
     base: str | None,
     outtype: str,
+    engine: str | None,
+    dialect: str | None,
+    alpha: float | None,
     moe_layout: str | None,
     *,
     unverified: bool,
@@ -63,10 +75,14 @@ def command(
     """
     import adapterkit
 
+    wanted, changes = _engine(engine)
     report = adapterkit.convert(
         source,
         destination,
-        to=to,
+        to=to or wanted,
+        prepare=changes,
+        dialect=dialect,
+        alpha=alpha,
         base=base,
         outtype=outtype,
         moe_layout=moe_layout,
@@ -82,6 +98,18 @@ def command(
         rendering.remark("note", note)
     for loss in report.losses:
         rendering.remark("dropped", f"{loss.subject}: {loss.message}")
+
+
+def _engine(name: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """Return the format and the exact changes that an engine needs."""
+    if name is None:
+        return None, ()
+    from adapterkit.serving import FORMATS, PREPARATIONS
+    from adapterkit.validation import load_target
+
+    steps = load_target(name).prepare
+    formats = [FORMATS[step] for step in steps if step in FORMATS]
+    return formats[0] if formats else None, tuple(step for step in steps if step in PREPARATIONS)
 
 
 def _text(report: ConversionReport) -> str:

@@ -24,6 +24,8 @@ _SHOWN = 10
     metavar="X",
     help="Largest relative error that counts as equal; by default what the stored types explain.",
 )
+@options.dialect
+@options.alpha
 @options.as_json
 @click.pass_context
 def command(
@@ -32,6 +34,8 @@ def command(
     second: str,
     base: str | None,
     tolerance: float | None,
+    dialect: str | None,
+    alpha: float | None,
     *,
     as_json: bool,
 ) -> None:
@@ -42,7 +46,9 @@ def command(
     """
     import adapterkit
 
-    report = adapterkit.diff(first, second, base=base, tolerance=tolerance)
+    report = adapterkit.diff(
+        first, second, base=base, tolerance=tolerance, dialect=dialect, alpha=alpha
+    )
     if as_json:
         rendering.emit_json(report)
     else:

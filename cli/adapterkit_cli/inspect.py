@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("source", metavar="SRC", type=options.PATH)
+@options.base
+@options.dialect
+@options.alpha
 @options.as_json
-def command(source: str, *, as_json: bool) -> None:
+def command(
+    source: str, base: str | None, dialect: str | None, alpha: float | None, *, as_json: bool
+) -> None:
     """Say what an adapter is: base, ranks, scales, targets.
 
     SRC is an adapter file or directory of any format. Broken adapters are shown too, with what is
@@ -28,7 +33,7 @@ def command(source: str, *, as_json: bool) -> None:
     """
     import adapterkit
 
-    summary = adapterkit.inspect(source)
+    summary = adapterkit.inspect(source, base=base, dialect=dialect, alpha=alpha)
     if as_json:
         rendering.emit_json(summary)
         return

@@ -13,7 +13,20 @@ from adapterkit_cli.signals import stopping_cleanly
 from adapterkit_cli.streams import harden
 
 # In the order of `--help`; each is the attribute `command` of the module of its name.
-COMMANDS = ("inspect", "convert", "diff", "formats", "architectures")
+COMMANDS = (
+    "inspect",
+    "convert",
+    "validate",
+    "diff",
+    "stack",
+    "audit",
+    "compress",
+    "merge",
+    "formats",
+    "architectures",
+    "targets",
+    "tinylora",
+)
 
 
 class Program(ErrorBoundary):

@@ -23,6 +23,26 @@ base = click.option(
 )
 
 
+dialect = click.option(
+    "--dialect",
+    metavar="NAME|FILE",
+    help="Key grammar of a hand-written adapter, if the file cannot tell.",
+)
+alpha = click.option(
+    "--alpha", type=float, metavar="X", help="Scale numerator, if the file does not hold it."
+)
+
+
+def engine_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Complete the names of engines."""
+    from adapterkit.validation import target_names
+
+    del ctx, param
+    return [name for name in target_names() if name.startswith(incomplete)]
+
+
 def format_names(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem | str]:

@@ -21,7 +21,7 @@ LAYERS = (
     {"tinylora", "tuners"},
     {"formats"},
     {"registry"},
-    {"proof"},
+    {"proof", "serving"},
     {"diagnosis"},
     {"convert", "summary", "state_dict"},
     {"files", "torch", "merge", "audit", "validation"},
@@ -115,6 +115,9 @@ def test_only_the_command_line_prints_reads_arguments_or_exits(path: Path) -> No
 @pytest.mark.parametrize("path", PROGRAM, ids=shown)
 def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
     public = {"adapterkit", "adapterkit.errors", "adapterkit.registry", "adapterkit.architectures"}
+    public |= {
+        f"adapterkit.{name}" for name in ("tinylora", "audit", "validation", "stack", "serving")
+    }
     used = {name for name in imports(path) if name.split(".")[0] == "adapterkit"}
     assert used <= public
 

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from adapterkit.architectures.mapping import in_tower
 from adapterkit.convert import ConversionReport, convert
 from engine.bases import BaseFixture
 from engine.distributions import logprobs, max_kl
@@ -45,7 +45,7 @@ def make_adapter(
     Every factor is drawn so that, with the row's own settings, its update is about as large as the
     weight it updates. The file holds the factors as `dtype`, and the live model their very values.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    model = type(base.model).from_pretrained(
         base.hf, attn_implementation="eager", dtype=torch.float32
     )
     settings = {"r": 4, "lora_alpha": 8, **base.row.lora, **lora}
@@ -86,6 +86,7 @@ def linear_layers(base: BaseFixture) -> list[str]:
             for name, module in base.model.named_modules()
             if isinstance(module, (torch.nn.Linear, Conv1D))
             and not (module is output and base.tied)
+            and not in_tower(name)
         }
     )
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from adapterkit.architectures import Sizes
+from adapterkit.architectures.mapping import in_tower
 from adapterkit.architectures.weights import model_to_engine
 from adapterkit.base import BaseModel, open_base
 from adapterkit.errors import BaseRequiredError
@@ -27,7 +28,7 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 # Hyper-parameters that llama.cpp reads as float32, whole numbers or not; it aborts on other types.
-_REAL = re.compile(r"epsilon|freq_base|softcapping|scale|factor|theta|clamp|eps$|bias$")
+_REAL = re.compile(r"epsilon|freq_base|softcapping|scale|factor|theta|clamp|eps$|bias$|yarn")
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 
@@ -90,8 +91,16 @@ def random_model(row: FamilyRow, seed: int) -> Any:
 def _config(row: FamilyRow) -> Any:
     kind = getattr(transformers, row.config_class)
     plain = kind()
-    shared = {name: value for name, value in row.optional.items() if hasattr(plain, name)}
-    return kind(**{**shared, **row.config})
+    given = {**_shared(row, plain), **row.config}
+    text = plain.get_text_config()
+    if text is not plain:
+        given["text_config"] = {**_shared(row, text), **given.get("text_config", {})}
+    return kind(**given)
+
+
+def _shared(row: FamilyRow, config: Any) -> dict[str, Any]:
+    known = config.to_dict().keys() | config.attribute_map.keys()
+    return {name: value for name, value in row.optional.items() if name in known}
 
 
 def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
@@ -99,8 +108,9 @@ def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
     writer = gguf.GGUFWriter(path, base.architecture.gguf)
     for key, value in _hyperparameters(row, base).items():
         _add(writer, f"{base.architecture.gguf}.{key}", value)
-    state = {name: tensor.numpy() for name, tensor in base.tensors.items()}
-    tensors = model_to_engine(base.architecture, base.sizes, state)
+    # llama.cpp keeps vision and audio towers in another file.
+    state = {name: tensor.numpy() for name, tensor in base.tensors.items() if not in_tower(name)}
+    tensors = model_to_engine(base.architecture, base.sizes, state) | row.tensors
     vocabulary = tensors["token_embd.weight"].shape[0]
     _add_vocabulary(writer, vocabulary)
     for name, array in tensors.items():

@@ -24,6 +24,7 @@ class FamilyRow:
     optional: Mapping[str, Any]
     gguf: Mapping[str, Any]
     lora: Mapping[str, Any]
+    tensors: Mapping[str, Any]
     gelu: bool
 
 
@@ -47,6 +48,7 @@ def family_row(name: str) -> FamilyRow:
         optional=common["config"],
         gguf=common["gguf"] | row.pop("gguf", {}),
         lora=row.pop("lora", {}),
+        tensors=row.pop("tensors", {}),
         gelu=row.pop("gelu", False),
     )
     if row:

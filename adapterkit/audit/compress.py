@@ -1,0 +1,352 @@
+"""Exact truncation: the best factors of a smaller rank, and a proof of what that costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapterkit.audit.measure import audit_one, loaded_adapter
+from adapterkit.audit.parallel import in_parallel
+from adapterkit.audit.plan import ModuleRank, suggest
+from adapterkit.audit.spectrum import factors, is_convolution, rank_of, triangular
+from adapterkit.dtype import DType
+from adapterkit.errors import ProofError
+from adapterkit.model import AdapterTensorSet, LoraPair, Role, TensorKey
+from adapterkit.proof import tolerance_for
+from adapterkit.tensor import LazyTensor, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.audit.spectrum import Array, Factors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressReport:
+    """What a compression did.
+
+    Attributes:
+        policy: how the ranks were chosen, in words.
+        parameters_before: elements of all factors of the source.
+        parameters: elements of all factors that are left.
+        predicted_error: ‖ΔW - ΔW_k‖ / ‖ΔW‖ of all modules together, from the spectra.
+        measured_error: the same, computed from the new factors as they are stored.
+        max_module_error: largest predicted error of a single module.
+        modules: the ranks, in file order.
+        notes: what to know of the result, one sentence each.
+    """
+
+    policy: str
+    parameters_before: int
+    parameters: int
+    predicted_error: float
+    measured_error: float
+    max_module_error: float
+    modules: tuple[ModuleRank, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompressResult:
+    """A compressed adapter.
+
+    Attributes:
+        adapter: the same modules and scales, with smaller factors.
+        report: what that cost.
+    """
+
+    adapter: AdapterTensorSet
+    report: CompressReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedFile:
+    """A compressed adapter on disk.
+
+    Attributes:
+        source: path that was read.
+        destination: path that was written.
+        format: name of the format that was written.
+        bytes_before: size of the source's tensors.
+        bytes: size of the file, or of all files of the directory.
+        max_relative_error: largest relative error of a single update of the written file against
+            the compressed adapter: storage alone.
+        worst_module: where that is.
+        report: what the compression cost.
+        notes: what was normalised on the way.
+    """
+
+    source: str
+    destination: str
+    format: str
+    bytes_before: int
+    bytes: int
+    max_relative_error: float
+    worst_module: str | None
+    report: CompressReport
+    notes: tuple[str, ...] = ()
+
+
+def compress(
+    adapter: AdapterTensorSet | Path | str,
+    *,
+    rank: int | None = None,
+    tol: float | None = None,
+    budget: int | None = None,
+    policy: str | None = None,
+    threshold: float | None = None,
+    dtype: DType | None = None,
+) -> CompressResult:
+    """Cut every module to the rank that a plan gives it; no other factors of that rank are closer.
+
+    Modules and scales stay; a module that keeps its rank keeps its bits. The new factors are
+    B = U√Σ and A = √ΣVᵀ of the truncated singular value decomposition (Eckart and Young 1936).
+
+    Args:
+        adapter: an adapter in memory, or a file or directory of any format.
+        rank: the largest rank of any module.
+        tol: largest relative Frobenius error of all updates together; 0.1 without any wish.
+        budget: largest number of parameters of all factors together.
+        policy: `sv_ratio`, `sv_cumulative` or `sv_fro`, as kohya's resize_lora names them.
+        threshold: the number that `policy` needs.
+        dtype: stored type of the new factors; None keeps each one's, float32 for quantised ones.
+
+    Raises:
+        FormatError: if the adapter is malformed, unpaired or not finite.
+        ProofError: if the stored type cannot hold the new factors as precisely as predicted.
+        UsageError: if the wishes contradict each other.
+    """
+    whole = loaded_adapter(adapter)
+    plan = suggest(
+        audit_one(whole), rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold
+    )
+    pairs = list(whole.pairs())
+    ranks = plan.ranks
+    cut = in_parallel(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
+    result = _replaced(whole, cut)
+    measured = distance(pairs, cut)
+    changed = [new for old, new in zip(pairs, cut, strict=True) if new is not old]
+    _check(plan.relative_error, measured, changed, whole)
+    return CompressResult(
+        result,
+        CompressReport(
+            policy=plan.policy,
+            parameters_before=plan.parameters_before,
+            parameters=plan.parameters,
+            predicted_error=plan.relative_error,
+            measured_error=measured,
+            max_module_error=plan.max_module_error,
+            modules=plan.modules,
+            notes=tuple(_notes(whole)),
+        ),
+    )
+
+
+def compress_file(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    rank: int | None = None,
+    tol: float | None = None,
+    budget: int | None = None,
+    policy: str | None = None,
+    threshold: float | None = None,
+    to: str | None = None,
+    base: Path | str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    outtype: str = "auto",
+    force: bool = False,
+) -> CompressedFile:
+    """Compress an adapter into a file of any format, proven as a conversion is.
+
+    Args:
+        source: adapter of any format that is read.
+        destination: file or directory to create.
+        rank: as `compress`, like the next four.
+        tol: see above.
+        budget: see above.
+        policy: see above.
+        threshold: see above.
+        to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
+        base: base model, where a format needs it.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
+        outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
+        force: replace an existing destination.
+
+    Raises:
+        FormatError: if the source is malformed, unpaired or not finite.
+        LossyConversionError: if the target cannot hold something; lists every reason.
+        UsageError: if the wishes contradict each other.
+        UnsupportedError: if the base is unknown, missing or another model, or the proof fails.
+        DestinationExistsError: if the destination exists and `force` is false.
+        WriteError: if the output cannot be written.
+    """
+    from adapterkit.base import open_base
+    from adapterkit.base.vocabulary import matched
+    from adapterkit.convert import admitted, load, stored_type, write_proven
+    from adapterkit.formats.protocol import Options
+    from adapterkit.registry import destination_format, detect
+
+    source, destination = Path(source), Path(destination)
+    target = destination_format(destination, to)
+    dtype = stored_type(outtype)
+    options = Options(
+        base=open_base(base) if base is not None else None,
+        dtype=dtype,
+        dialect=dialect,
+        alpha=alpha,
+    )
+    adapter, options = load(source, detect(source), options)
+    notes = list(adapter.provenance.notes if adapter.provenance else ())
+    if options.base:
+        adapter, changes = matched(adapter, options.base)
+        notes += changes
+    # What the target cannot hold is refused before any work.
+    adapter, _, warnings = admitted(adapter, target, options, allow_lossy=False)
+    result = compress(
+        adapter,
+        rank=rank,
+        tol=tol,
+        budget=budget,
+        policy=policy,
+        threshold=threshold,
+        dtype=None if dtype is None or dtype.quantised else dtype,
+    )
+    proven = write_proven(result.adapter, destination, target, options, force=force)
+    return CompressedFile(
+        source=str(source),
+        destination=str(destination),
+        format=target.name,
+        bytes_before=sum(tensor.nbytes for tensor in adapter.tensors.values()),
+        bytes=proven.bytes,
+        max_relative_error=proven.max_relative_error,
+        worst_module=proven.worst_module,
+        report=result.report,
+        notes=(*notes, *warnings),
+    )
+
+
+def truncated(pair: LoraPair, rank: int, dtype: DType | None = None) -> LoraPair:
+    """Return the pair with the best factors of a rank; itself if it has no more than that rank.
+
+    Args:
+        pair: the update; experts are cut one by one.
+        rank: new inner dimension.
+        dtype: stored type of the new factors; None keeps each one's.
+    """
+    if rank >= rank_of(pair):
+        return pair
+    cut = [_cut(each, rank) for each in factors(pair)]
+    a, b = (np.stack(parts) for parts in zip(*cut, strict=True))
+    return replace(
+        pair,
+        a=_stored(a, pair, pair.a, dtype),
+        b=_stored(b, pair, pair.b, dtype),
+    )
+
+
+def _rank_axis(pair: LoraPair, tensor: LazyTensor) -> int:
+    if is_convolution(pair):
+        return 0 if tensor is pair.a else 1
+    return len(tensor.shape) - (2 if tensor is pair.a else 1)
+
+
+def _stored(values: Array, pair: LoraPair, like: LazyTensor, dtype: DType | None) -> LazyTensor:
+    """Return a new factor (experts, ...) in the layout of the old one, its rank axis resized.
+
+    Raises:
+        ProofError: if the stored type loses more of it than its rounding explains.
+    """
+    kind = dtype or (DType.F32 if like.dtype.quantised else like.dtype)
+    axis = _rank_axis(pair, like)
+    rest = values.size // math.prod(size for at, size in enumerate(like.shape) if at != axis)
+    shape = (*like.shape[:axis], rest, *like.shape[axis + 1 :])
+    data = encode(values, kind)
+    stored = LazyTensor(kind, shape, lambda: data)
+    apart = float(np.linalg.norm(stored.numpy().astype(np.float64).reshape(values.shape) - values))
+    # The factors are balanced, so what a factor loses the update loses.
+    if not apart <= tolerance_for([kind]) * float(np.linalg.norm(values)):
+        message = f"the new factors do not fit into {kind} (too small or too large); "
+        raise ProofError(message + "try --outtype f32", where=pair.module)
+    return stored
+
+
+def _cut(each: Factors, rank: int) -> tuple[Array, Array]:
+    """Return A (rank, in) and B (out, rank) of the truncated B·A."""
+    q_b, r_b = np.linalg.qr(each.b)
+    q_a, r_a = np.linalg.qr(each.a.T)
+    u, values, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    kept = min(rank, values.size)
+    a, b = np.zeros((rank, each.a.shape[1])), np.zeros((each.b.shape[0], rank))
+    if not values[0]:
+        # A zero update keeps rows of A: with both factors zero it could never be trained.
+        a[:] = each.a[:rank]
+        return a, b
+    root = np.sqrt(values[:kept])
+    b[:, :kept] = q_b @ (u[:, :kept] * root)
+    a[:kept] = (root[:, None] * vt[:kept]) @ q_a.T
+    return a, b
+
+
+def _replaced(whole: AdapterTensorSet, cut: Sequence[LoraPair]) -> AdapterTensorSet:
+    tensors = dict(whole.tensors)
+    for pair in cut:
+        roles = (
+            (Role.EMBEDDING_A, Role.EMBEDDING_B) if pair.embedding else (Role.LORA_A, Role.LORA_B)
+        )
+        for role, tensor in zip(roles, (pair.a, pair.b), strict=True):
+            tensors[TensorKey(pair.module, role)] = tensor
+    return whole.replace(tensors=tensors)
+
+
+def distance(first: Sequence[LoraPair], second: Sequence[LoraPair]) -> float:
+    """Return ‖ΔW₁ - ΔW₂‖ / ‖ΔW₁‖, Frobenius, over all modules; 0 for two zero updates.
+
+    The difference is taken as one product [B₁, -B₂]·[A₁; A₂], whose norm comes from orthogonal
+    decompositions: nothing is lost to cancellation.
+    """
+    parts = in_parallel(lambda pair: _apart(*pair), list(zip(first, second, strict=True)))
+    total = sum(norm for _, norm in parts)
+    return (sum(apart for apart, _ in parts) / total) ** 0.5 if total else 0.0
+
+
+def _apart(first: LoraPair, second: LoraPair) -> tuple[float, float]:
+    apart = whole = 0.0
+    same = first is second
+    for one, other in zip(factors(first), factors(second), strict=True):
+        whole += _squared(one.b * first.scale, one.a)
+        if not same:
+            b = np.concatenate([one.b * first.scale, other.b * -second.scale], axis=1)
+            apart += _squared(b, np.concatenate([one.a, other.a]))
+    return apart, whole
+
+
+def _squared(b: Array, a: Array) -> float:
+    return float(np.linalg.norm(triangular(b) @ triangular(a.T).T)) ** 2
+
+
+def _check(
+    predicted: float, measured: float, changed: Sequence[LoraPair], whole: AdapterTensorSet
+) -> None:
+    if not changed:
+        return
+    allowed = tolerance_for(tensor.dtype for pair in changed for tensor in (pair.a, pair.b))
+    if not abs(measured - predicted) <= allowed:
+        raise ProofError(
+            f"relative error {measured:.4g} after truncation, predicted {predicted:.4g}: more than "
+            f"{allowed:g} that rounding to the stored dtype explains; try --outtype f32",
+            path=whole.provenance.path if whole.provenance else None,
+        )
+
+
+def _notes(whole: AdapterTensorSet) -> list[str]:
+    notes: list[str] = []
+    if any(key.role is Role.MAGNITUDE for key in whole.tensors):
+        notes.append("DoRA: the error is that of B · A; magnitudes are kept as they are")
+    return notes

@@ -1,0 +1,213 @@
+"""Audit adapters: every module's spectrum, the adapter as a whole, one against another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.audit.aggregate import families_of, layer_shares, summarise
+from adapterkit.audit.metrics import Shape, hoyer, shape_of, storage_epsilon, top_share
+from adapterkit.audit.null_model import null_model
+from adapterkit.audit.outliers import with_scores
+from adapterkit.audit.parallel import in_parallel
+from adapterkit.audit.places import place_of
+from adapterkit.audit.report import AdapterAudit, AuditReport, ModuleAudit, Unaudited
+from adapterkit.audit.spectrum import Spectrum, experts_of, matrix_shape, rank_of, spectra
+from adapterkit.base import open_base
+from adapterkit.convert import load
+from adapterkit.errors import FormatError, UncheckableError, UsageError
+from adapterkit.formats.protocol import Options
+from adapterkit.model import AdapterTensorSet, Role
+from adapterkit.registry import detect
+from adapterkit.structure import problems
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from adapterkit.model import LoraPair, TensorKey
+
+_FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
+_REASONS = {
+    Role.MAGNITUDE: "DoRA's magnitude acts on base and update together; the base is needed",
+    Role.LORA_BIAS: "a bias is no part of the weight's update",
+    Role.FULL: "stored whole; what it changes depends on the base",
+    Role.TOKEN_ROWS: "rows stored whole; what they change depends on the base",
+}
+
+
+def audit(
+    *adapters: AdapterTensorSet | Path | str,
+    suggest: bool = False,
+    budget: int | None = None,
+    tol: float | None = None,
+    base: Path | str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+) -> AuditReport:
+    """Measure adapters from their factors alone; several are also held against each other.
+
+    Args:
+        adapters: files or directories of any format that is read, or adapters in memory.
+        suggest: whether to advise ranks.
+        budget: parameters that the advised ranks may cost.
+        tol: relative error that the advised ranks may make.
+        base: base model, for formats that cannot be read, or compared, without; by default the one
+            that an adapter names, if it is in the local hub cache.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
+
+    Raises:
+        FormatError: if there is no adapter, or it is malformed, unpaired or not finite.
+        UncheckableError: if it holds no factors, or two adapters cannot be compared.
+        UsageError: if no adapter is given, or `budget` and `tol` both are.
+    """
+    from adapterkit.audit.pairwise import interference
+    from adapterkit.audit.plan import suggestion
+
+    if not adapters:
+        raise UsageError("no adapter was given")
+    options = Options(
+        base=open_base(base) if base is not None else None, dialect=dialect, alpha=alpha
+    )
+    loaded = [loaded_adapter(each, options) for each in adapters]
+    audits = tuple(audit_one(each) for each in loaded)
+    return AuditReport(
+        adapters=audits,
+        suggestions=tuple(suggestion(each, budget=budget, tol=tol) for each in audits)
+        if suggest
+        else (),
+        interference=interference(loaded, audits) if len(loaded) > 1 else None,
+    )
+
+
+def loaded_adapter(
+    source: AdapterTensorSet | Path | str, options: Options | None = None
+) -> AdapterTensorSet:
+    """Return an adapter that is whole: every factor paired, ranks in agreement.
+
+    Raises:
+        FormatError: if there is none, or it is malformed; names the first defect.
+    """
+    if isinstance(source, AdapterTensorSet):
+        adapter, path = source, None
+    else:
+        path = Path(source)
+        adapter, _ = load(path, detect(path), options or Options())
+    if broken := problems(adapter):
+        more = f" (and {len(broken) - 1} more defects)" if len(broken) > 1 else ""
+        raise FormatError(f"{broken[0]}{more}", path=path)
+    return adapter
+
+
+def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
+    """Measure one adapter; tensors are read once, a few modules at a time.
+
+    Raises:
+        FormatError: if a factor is not finite.
+        UncheckableError: if there are no factors.
+    """
+    path = adapter.provenance.path if adapter.provenance else None
+    pairs = list(adapter.pairs())
+    if not pairs:
+        message = "holds no low-rank factors to audit; `adapterkit inspect` shows what it holds"
+        raise UncheckableError(message, path=path)
+    magnitudes = {key.module for key in adapter.tensors if key.role is Role.MAGNITUDE}
+
+    def measured(pair: LoraPair) -> list[ModuleAudit]:
+        return _measured(pair, low_rank_only=pair.module in magnitudes)
+
+    try:
+        rows = [row for group in in_parallel(measured, pairs) for row in group]
+    except FormatError as error:
+        if path is None or error.path is not None:
+            raise
+        raise FormatError(error.message, path=path, where=error.where) from None
+    modules = tuple(with_scores(rows))
+    layers = layer_shares(modules)
+    return AdapterAudit(
+        source=str(path) if path else None,
+        format=adapter.provenance.format if adapter.provenance else None,
+        base_model=adapter.base.name,
+        dtypes=tuple(sorted({t.dtype.value for pair in pairs for t in (pair.a, pair.b)})),
+        bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
+        tensors=len(adapter.tensors),
+        unaudited=tuple(_unaudited(adapter.tensors)),
+        notes=adapter.provenance.notes if adapter.provenance else (),
+        health=tuple(_health(modules, adapter)),
+        summary=summarise(modules, layers),
+        families=families_of(modules),
+        layers=layers,
+        modules=modules,
+    )
+
+
+def _measured(pair: LoraPair, *, low_rank_only: bool) -> list[ModuleAudit]:
+    return [_module(pair, each, low_rank_only=low_rank_only) for each in spectra(pair)]
+
+
+def _module(pair: LoraPair, spectrum: Spectrum, *, low_rank_only: bool) -> ModuleAudit:
+    place, rank, size = place_of(pair.module), rank_of(pair), matrix_shape(pair)
+    epsilon = storage_epsilon(pair.a.dtype, pair.b.dtype)
+    shape = shape_of(spectrum.relative, rank=rank, size=size, epsilon=epsilon)
+    values = spectrum.values
+    frobenius = spectrum.largest * float((spectrum.relative**2).sum()) ** 0.5
+    null = null_model(*size, rank).stable_rank if shape else 0.0
+    kinds = dict.fromkeys((pair.a.dtype.value, pair.b.dtype.value))
+    return ModuleAudit(
+        module=pair.module,
+        expert=spectrum.expert,
+        family=place.family,
+        stack=place.stack,
+        layer=place.layer,
+        shape=size,
+        rank=rank,
+        scale=pair.scale,
+        parameters=(pair.a.size + pair.b.size) // experts_of(pair),
+        dtype="/".join(kinds),
+        state="trained" if shape else "untrained",
+        low_rank_only=low_rank_only,
+        singular_values=tuple(values.tolist()),
+        spectral_norm=spectrum.largest,
+        frobenius_norm=frobenius,
+        nuclear_norm=float(values.sum()),
+        rms=frobenius / (size[0] * size[1]) ** 0.5,
+        null_ratio=shape.stable_rank / null if shape else None,
+        row_hoyer=hoyer(spectrum.rows),
+        row_top8=top_share(spectrum.rows),
+        column_hoyer=hoyer(spectrum.columns),
+        column_top8=top_share(spectrum.columns),
+        balance=spectrum.balance,
+        **_fields(shape),
+    )
+
+
+def _fields(shape: Shape | None) -> dict[str, Any]:
+    return {name: getattr(shape, name) if shape else None for name in Shape.__slots__}
+
+
+def _unaudited(keys: Iterable[TensorKey]) -> Iterable[Unaudited]:
+    for key in keys:
+        if key.role not in _FACTORS:
+            yield Unaudited(str(key), _REASONS.get(key.role, "is no factor of a low-rank update"))
+
+
+def _health(modules: tuple[ModuleAudit, ...], adapter: AdapterTensorSet) -> Iterable[str]:
+    count = len(modules)
+    untrained = sum(module.state == "untrained" for module in modules)
+    if untrained == count:
+        yield f"untrained: all {count} updates are zero"
+    elif untrained:
+        first = next(module.name for module in modules if module.state == "untrained")
+        yield f"untrained: {untrained} of {count} updates are zero, the first is {first}"
+    deficient = [m for m in modules if m.numerical_rank and m.numerical_rank < m.rank]
+    if deficient:
+        low = deficient[0]
+        yield (
+            f"rank-deficient: {len(deficient)} of {count} updates, such as {low.name} of rank "
+            f"{low.numerical_rank} in factors of {low.rank}; compress loses nothing there"
+        )
+    partly = sum(module.low_rank_only for module in modules)
+    if partly:
+        yield f"DoRA: {partly} of {count} updates are audited without their magnitude"
+    if init := adapter.traits.get("init_lora_weights"):
+        yield f"init_lora_weights is {init}: the base changed too, B · A alone is not the update"

@@ -1,0 +1,265 @@
+"""Adapters whose initialisation changed the base, as plain LoRA on the original base.
+
+PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start from a part B0 · A0 of the weight W and
+train on W - s · B0 · A0, so the update of W is s · (B · A - B0 · A0): a LoRA of twice the rank at
+the same scale s. B0 · A0 follows from W alone. Definitions are those of PEFT 0.21.2
+(`pissa_init`, `olora_init`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from adapterkit.base.weights import BaseWeights
+from adapterkit.delta import norm
+from adapterkit.dtype import DType
+from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
+from adapterkit.model import AdapterTensorSet, Role, TensorKey
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+
+    from adapterkit.base.model import BaseModel
+    from adapterkit.model import LoraPair
+    from adapterkit.tensor import LazyTensor
+
+    Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_TRAIT = "init_lora_weights"
+_MATRIX = 2
+# Training computed the initial factors in float32.
+_ROUNDING = 2.0**-24
+# Errors of the result, predicted from the base, that are worth a note, and that are too much.
+_NOTED, _REFUSED = 1e-3, 1e-1
+_AGAIN = (
+    "save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) where the "
+    "initial adapter still is, or merge it there"
+)
+_IRREPRODUCIBLE = {
+    "pissa_niter": "a randomised singular value decomposition, which no one can repeat",
+    "corda": "the training data's covariance",
+    "lora_ga": "gradients on the training data",
+    "loftq": "an alternating quantisation of the base",
+}
+
+
+@dataclass(frozen=True)
+class _Initial:
+    """The part s · B0 · A0 of a weight that an adapter started from, as left · right.
+
+    Attributes:
+        left: (out, r).
+        right: (r, in).
+        doubt: largest error that rounding in training may have made, ‖·‖ as that of the weight.
+    """
+
+    left: Array
+    right: Array
+    doubt: float
+
+
+class _Start(Protocol):
+    def __call__(self, stored: Array, pair: LoraPair, *, turned: bool) -> _Initial: ...
+
+
+def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> AdapterTensorSet:
+    """Return the same model as an adapter of the original base: [A; A0], [B, -B0], same scales.
+
+    Adapters without such an initialisation come back as they are. Embeddings keep their factors:
+    PEFT initialises them as ever. DoRA magnitudes stay right, since the direction that they
+    normalise, W - s · B0 · A0 + s · B · A, stays the same.
+
+    Args:
+        adapter: with or without a trait `init_lora_weights`.
+        base: the original base with its weights, a Hugging Face directory.
+
+    Returns:
+        An adapter whose factors are float32 and of twice the rank, without the trait.
+
+    Raises:
+        UnsupportedError: if the initial factors do not follow from the base, or its singular values
+            lie too close together to tell which were taken.
+        BaseRequiredError: if the base or its weights are missing.
+        IncompatibleBaseError: if a module is not in the base, or has another shape.
+    """
+    setting = adapter.traits.get(_TRAIT)
+    if not setting:
+        return adapter
+    path = adapter.provenance.path if adapter.provenance else None
+    initial = _initialisation(str(setting), path)
+    weights = _weights(base, str(setting), path)
+    tensors = dict(adapter.tensors)
+    worst = 0.0, ""
+    rounded: set[DType] = set()
+    for pair in adapter.pairs():
+        if pair.embedding:
+            continue
+        weight = _weight(pair, weights)
+        rounded.add(weight.dtype)
+        start = initial(_wide(weight), pair, turned=weights.turned(pair.module))
+        a, b = _joined(pair, start)
+        tensors |= {TensorKey(pair.module, Role.LORA_A): a, TensorKey(pair.module, Role.LORA_B): b}
+        size = norm(replace(pair, a=a, b=b))
+        worst = max(worst, (start.doubt / size if size else 0.0, pair.module))
+    return _plain(adapter, tensors, _notes(str(setting), worst, rounded, path))
+
+
+def _initialisation(setting: str, path: Path | None) -> _Start:
+    """Return what computes the initial factors from the stored weight."""
+    if setting == "pissa":
+        return _pissa
+    if setting.lower() == "olora":
+        return _olora
+    kind = next((name for name in _IRREPRODUCIBLE if setting.lower().startswith(name)), "")
+    source = _IRREPRODUCIBLE.get(kind, "something that adapterkit does not know")
+    raise UnsupportedError(
+        f"{_TRAIT} = {setting!r} changed the base by what it took from {source}; {_AGAIN}",
+        path=path,
+    )
+
+
+def _weights(base: BaseModel | None, setting: str, path: Path | None) -> BaseWeights:
+    if base is None or base.kind != "hf" or not base.has_tensors:
+        given = "" if base is None else f"; {base.path} has no Hugging Face weights"
+        raise BaseRequiredError(
+            f"{_TRAIT} = {setting!r} changed the base, and what it changed follows from the "
+            f"original weights: give the model's directory with --base{given}",
+            path=path,
+        )
+    return BaseWeights(base)
+
+
+def _weight(pair: LoraPair, weights: BaseWeights) -> LazyTensor:
+    weight = weights.stored(pair.module)
+    if weight is None:
+        message = f"is not in {weights.base.path}; is it the right base?"
+        raise IncompatibleBaseError(message, where=pair.module)
+    if len(pair.shape) != _MATRIX or len(weight.shape) != _MATRIX:
+        message = "is no linear layer; what its initialisation changed is not known"
+        raise UnsupportedError(message, where=pair.module)
+    if not weight.dtype.floating or weight.dtype.quantised:
+        raise BaseRequiredError(
+            f"is stored as {weight.dtype} in {weights.base.path}; give the model before it was "
+            "quantised",
+            where=pair.module,
+        )
+    shape = weight.shape[::-1] if weights.turned(pair.module) else weight.shape
+    if shape != pair.shape:
+        raise IncompatibleBaseError(
+            f"the base has {shape[0]} x {shape[1]} here, the adapter "
+            f"{pair.shape[0]} x {pair.shape[1]}",
+            where=pair.module,
+        )
+    return weight
+
+
+def _wide(tensor: LazyTensor) -> Array:
+    import numpy as np
+
+    return np.asarray(tensor.numpy(), dtype=np.float64)
+
+
+def _pissa(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
+    """Return the r largest singular triples of W, as the projection of W on their vectors.
+
+    U_r · U_rᵀ · W needs only the eigenvectors of the smaller Gram matrix, and no sign or basis of
+    theirs changes it. It is certain only as far as singular value r stands off r + 1.
+    """
+    import numpy as np
+
+    weight = stored.T if turned else stored
+    tall = weight.shape[0] > weight.shape[1]
+    values, vectors = np.linalg.eigh(weight.T @ weight if tall else weight @ weight.T)
+    basis = vectors[:, ::-1][:, : pair.rank]
+    spectrum = np.sqrt(np.maximum(values[::-1], 0.0))
+    left, right = (weight @ basis, basis.T) if tall else (basis, basis.T @ weight)
+    doubt = 0.0
+    if len(spectrum) > pair.rank:
+        gap = max(spectrum[pair.rank - 1] - spectrum[pair.rank], 0.0)
+        angle = min(1.0, _ROUNDING * spectrum[0] / gap) if gap else 1.0
+        doubt = float(angle * spectrum[pair.rank - 1] * 2**0.5)
+    return _Initial(left, right, doubt)
+
+
+def _olora(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
+    """Return s · Q_r · R_r of the QR decomposition of the stored weight.
+
+    The first r columns of Q span the first r columns of the weight, and R_r = Q_rᵀ · W, so a QR of
+    those columns is enough; signs cancel. PEFT decomposes a Conv1D as it is stored, (in, out), and
+    adds the product of the factors turned.
+    """
+    import numpy as np
+
+    first = stored[:, : pair.rank]
+    basis, triangle = np.linalg.qr(first)
+    left, right = basis, pair.scale * (basis.T @ stored)
+    values = np.linalg.svd(triangle, compute_uv=False)
+    angle = min(1.0, _ROUNDING * values[0] / values[-1]) if values[-1] else 1.0
+    doubt = float(angle * np.linalg.norm(right))
+    return _Initial(right.T, left.T, doubt) if turned else _Initial(left, right, doubt)
+
+
+def _joined(pair: LoraPair, start: _Initial) -> tuple[LazyTensor, LazyTensor]:
+    """Return [A; A0] and [B, -B0] in float32; row i of A0 and column i of B0 have equal norms."""
+    import numpy as np
+
+    if not pair.scale:
+        raise UnsupportedError("has scale 0, with which PEFT cannot initialise", where=pair.module)
+    size = np.linalg.norm(start.right, axis=1) * np.linalg.norm(start.left, axis=0)
+    lefts = np.linalg.norm(start.left, axis=0)
+    balance = np.sqrt(size / abs(pair.scale)) / np.where(lefts, lefts, 1.0)
+    b0 = start.left * balance
+    a0 = start.right / np.where(balance, balance * pair.scale, 1.0)[:, None]
+
+    def stacked_a(a: Array) -> Array:
+        return np.concatenate([a.astype(np.float64), a0], axis=0)
+
+    def stacked_b(b: Array) -> Array:
+        return np.concatenate([b.astype(np.float64), -b0], axis=1)
+
+    a_shape = (pair.a.shape[0] + len(a0), pair.a.shape[1])
+    b_shape = (pair.b.shape[0], pair.b.shape[1] + b0.shape[1])
+    return (
+        pair.a.map(stacked_a, shape=a_shape, dtype=DType.F32),
+        pair.b.map(stacked_b, shape=b_shape, dtype=DType.F32),
+    )
+
+
+def _notes(
+    setting: str, worst: tuple[float, str], rounded: set[DType], path: Path | None
+) -> list[str]:
+    error, module = worst
+    if error > _REFUSED:
+        raise UnsupportedError(
+            f"its first singular values lie so close together that {setting} in float32 may have "
+            f"taken others (error up to {error:.2g} of the update); {_AGAIN}",
+            path=path,
+            where=module,
+        )
+    notes = [f"{setting}: what it took from the base is taken back, which doubles the rank"]
+    if error > _NOTED:
+        notes.append(f"{module}: rounding in training may amount to {error:.2g} of the update")
+    if lossy := sorted(kind.value for kind in rounded - {DType.F32, DType.F64}):
+        kinds = " and ".join(lossy)
+        notes.append(f"training ran on weights rounded to {kinds} after that; the rounding is left")
+    return notes
+
+
+def _plain(
+    adapter: AdapterTensorSet, tensors: Mapping[TensorKey, LazyTensor], notes: list[str]
+) -> AdapterTensorSet:
+    extras = dict(adapter.extras)
+    if "peft" in extras:
+        config = {**extras["peft"]["config"], _TRAIT: True}
+        extras["peft"] = {**extras["peft"], "config": config}
+    source = adapter.provenance
+    return adapter.replace(
+        tensors=tensors,
+        traits={name: value for name, value in adapter.traits.items() if name != _TRAIT},
+        extras=extras,
+        provenance=source and replace(source, notes=(*source.notes, *notes)),
+    )

@@ -1,0 +1,305 @@
+"""The zip of arrays that `numpy.savez` writes, read without pickle and within bounds.
+
+Every member is one `.npy` file: a header that states type, order and shape, then the values. What
+the header states must be what the zip states, before anything is expanded.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
+
+from adapterkit.containers.opening import check_shape, file_size, unreadable
+from adapterkit.dtype import DType
+from adapterkit.errors import FormatError, TruncatedFileError
+from adapterkit.storage import FileSlice
+from adapterkit.tensor import LazyTensor, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+
+# Trained factors are noise to deflate, about 1:1, and 2:1 where float32 was saved as float64.
+# Only half of an adapter can be zeros. So a sound file stays far below FREE + RATIO * size, while a
+# zip bomb, at up to 1032:1, does not.
+FREE_BYTES = 64 << 20
+MAX_RATIO = 20
+MAX_MEMBERS = 100_000
+# numpy's own limit for a header that it is willing to parse.
+MAX_HEADER = 10_000
+_SUFFIX = ".npy"
+_MAGIC = b"\x93NUMPY"
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_LOCAL_MAGIC = b"PK\x03\x04"
+_ENCRYPTED = 0x1
+_RAW_DEFLATE = -15
+_RESAVE = "save it again with numpy.savez as float32 or float64"
+# The longest prefix before a header's text: magic, version, and a length of four bytes.
+_PREFIX = 12
+_LENGTHS = {1: 2, 2: 4, 3: 4}
+# The header is a Python literal; its three fields are plain enough to be read without Python.
+_NAMES = ["descr", "fortran_order", "shape"]
+# Possessive quantifiers: a hostile header must not be tried in more than one way.
+_VALUE = r"(?:'[^'\\]*+'|\[[^\]]*+\]|True|False|\([\d,\sL]*+\))"
+_FIELD = re.compile(rf"'(\w++)'\s*+:\s*+({_VALUE})")
+_HEADER = re.compile(rf"\s*+\{{(?:\s*+'\w++'\s*+:\s*+{_VALUE}\s*+,?+)*+\s*+\}}\s*+")
+_SHAPE = re.compile(r"\((?:\s*+\d{1,19}+L?+\s*+(?:,|(?=\))))*+\s*+\)")
+_TYPES = {
+    "f8": DType.F64,
+    "f4": DType.F32,
+    "f2": DType.F16,
+    "i8": DType.I64,
+    "i4": DType.I32,
+    "i2": DType.I16,
+    "i1": DType.I8,
+    "u8": DType.U64,
+    "u4": DType.U32,
+    "u2": DType.U16,
+    "u1": DType.U8,
+    "b1": DType.BOOL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One member of the zip.
+
+    Attributes:
+        name: as the zip spells it.
+        data: its bytes in the file, compressed or not.
+        size: bytes after expanding.
+        crc: checksum of the expanded bytes.
+        deflated: whether it is compressed.
+    """
+
+    name: str
+    data: FileSlice
+    size: int
+    crc: int
+    deflated: bool
+
+    def start(self, length: int) -> bytes:
+        """Return the first bytes, at most `length`, expanding no more than that."""
+        if not self.deflated:
+            return FileSlice(self.data.path, self.data.offset, min(length, self.data.length))()
+        # 1032:1 is the most that deflate can do, and its own blocks need some room.
+        packed = FileSlice(self.data.path, self.data.offset, min(length + 512, self.data.length))()
+        try:
+            return zlib.decompressobj(_RAW_DEFLATE).decompress(packed, length)
+        except zlib.error as error:
+            raise self._error(f"its compressed data is broken ({error})") from error
+
+    def whole(self) -> bytes:
+        """Return all bytes, exactly `size` of them, their checksum verified."""
+        data = self.data()
+        if self.deflated:
+            machine = zlib.decompressobj(_RAW_DEFLATE)
+            try:
+                data = machine.decompress(data, self.size + 1)
+            except zlib.error as error:
+                raise self._error(f"its compressed data is broken ({error})") from error
+        if len(data) != self.size:
+            raise self._error(f"expands to other than the {self.size} bytes that the zip states")
+        if zlib.crc32(data) != self.crc:
+            raise self._error("its checksum is wrong; download or copy the file again")
+        return data
+
+    def _error(self, message: str) -> FormatError:
+        return FormatError(message, path=self.data.path, where=self.name)
+
+
+def read_npz(path: Path) -> Mapping[str, LazyTensor]:
+    """Return every array by its name without `.npy`; nothing is expanded but the headers.
+
+    Stored and deflated members are read, in C and in Fortran order, little- and big-endian; the
+    tensors are little-endian and in C order. Reading a tensor holds that one member in memory.
+
+    Raises:
+        NotFoundError: if there is no file.
+        TruncatedFileError: if the file ends before its directory or before a member's data.
+        FormatError: for every other defect, such as an array of objects, a type without a plain
+            counterpart, a header that contradicts the zip, or a file that expands too far.
+    """
+    size = file_size(path)
+    try:
+        members = _members(path, size)
+        _check_expansion(members, size, path)
+        tensors: dict[str, LazyTensor] = {}
+        for member in members:
+            tensors[member.name.removesuffix(_SUFFIX)] = _tensor(member, path)
+    except OSError as error:
+        raise unreadable(error, path) from error
+    return MappingProxyType(tensors)
+
+
+def _members(path: Path, size: int) -> list[_Member]:
+    with path.open("rb") as file:
+        if file.read(len(_LOCAL_MAGIC)) != _LOCAL_MAGIC:
+            raise FormatError("is not a zip of numpy.savez, or holds no arrays", path=path)
+        infos = _directory(file, path)
+        found = [_member(file, info, path) for info in sorted(infos, key=_place)]
+    end = 0
+    for info, member in zip(sorted(infos, key=_place), found, strict=True):
+        if member.data.offset + member.data.length > size:
+            raise TruncatedFileError(
+                f"its data ends at byte {member.data.offset + member.data.length}, the file at "
+                f"{size}; download or copy it again",
+                path=path,
+                where=member.name,
+            )
+        if info.header_offset < end:
+            raise FormatError("overlaps the member before it", path=path, where=member.name)
+        end = member.data.offset + member.data.length
+    order = {info.filename: place for place, info in enumerate(infos)}
+    return sorted(found, key=lambda member: order[member.name])
+
+
+def _place(info: zipfile.ZipInfo) -> int:
+    return info.header_offset
+
+
+def _directory(file: IO[bytes], path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OSError) as error:
+        raise TruncatedFileError(
+            f"the directory at the end of the zip is missing or broken ({error}); "
+            "download or copy the file again",
+            path=path,
+        ) from error
+    if len(infos) > MAX_MEMBERS:
+        raise FormatError(f"has {len(infos)} members, the most is {MAX_MEMBERS}", path=path)
+    names: set[str] = set()
+    for info in infos:
+        if info.filename in names:
+            raise FormatError("the zip has this member twice", path=path, where=info.filename)
+        names.add(info.filename)
+        if not info.filename.endswith(_SUFFIX):
+            raise FormatError(
+                "is no .npy array: this is no file of numpy.savez", path=path, where=info.filename
+            )
+    return infos
+
+
+def _member(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> _Member:
+    """Find where a member's data begins, which only its local header says."""
+    if info.flag_bits & _ENCRYPTED:
+        raise FormatError("is encrypted", path=path, where=info.filename)
+    if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise FormatError(
+            f"is compressed by method {info.compress_type}, which numpy does not write",
+            path=path,
+            where=info.filename,
+        )
+    deflated = info.compress_type == zipfile.ZIP_DEFLATED
+    if not deflated and info.compress_size != info.file_size:
+        raise FormatError("is stored, and yet has two sizes", path=path, where=info.filename)
+    if info.header_offset < 0:
+        raise FormatError("lies before the file", path=path, where=info.filename)
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_HEADER.size)
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_MAGIC):
+        raise FormatError("has no local header", path=path, where=info.filename)
+    *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    data = FileSlice(path, file.tell() + name_length + extra_length, info.compress_size)
+    return _Member(info.filename, data, info.file_size, info.CRC, deflated)
+
+
+def _check_expansion(members: list[_Member], size: int, path: Path) -> None:
+    expanded = sum(member.size for member in members)
+    if expanded > FREE_BYTES + MAX_RATIO * size:
+        raise FormatError(
+            f"its {size} bytes expand to {expanded}, more than {MAX_RATIO} times as many: not "
+            "trained weights; if you trust the file, save it again with numpy.savez, uncompressed",
+            path=path,
+            where=max(members, key=lambda member: member.size).name,
+        )
+
+
+def _tensor(member: _Member, path: Path) -> LazyTensor:
+    where = member.name
+    offset, fields = _header(member, path)
+    code, fortran = fields["descr"].strip("'"), fields["fortran_order"] == "True"
+    if fields["descr"].startswith("["):
+        raise FormatError(f"holds records, not numbers; {_RESAVE}", path=path, where=where)
+    if not _SHAPE.fullmatch(fields["shape"]):
+        raise FormatError("its shape is not of whole numbers", path=path, where=where)
+    shape = tuple(int(size) for size in re.findall(r"\d+", fields["shape"]))
+    dtype = _dtype(code, path, where)
+    check_shape(dtype, shape, path=path, where=where)
+    needed = offset + dtype.nbytes(shape)
+    if member.size != needed:
+        raise FormatError(
+            f"{dtype} {list(shape)} needs {needed} bytes with its header, the zip states "
+            f"{member.size}",
+            path=path,
+            where=where,
+        )
+    read = _Reader(member, offset, code, dtype, shape, fortran)
+    return LazyTensor(dtype, shape, read)
+
+
+def _dtype(code: str, path: Path, where: str) -> DType:
+    if code[1:] == "O":
+        raise FormatError(
+            f"holds Python objects (type {code}), which only a pickle can rebuild; nothing was "
+            f"executed; {_RESAVE}",
+            path=path,
+            where=where,
+        )
+    dtype = _TYPES.get(code[1:])
+    if dtype is None or code[0] not in "<>|" or (code[0] == "|") != (dtype.block_bytes == 1):
+        raise FormatError(f"type {code!r} cannot be read; {_RESAVE}", path=path, where=where)
+    return dtype
+
+
+def _header(member: _Member, path: Path) -> tuple[int, dict[str, str]]:
+    """Return where the values begin, and the text of the header's three fields."""
+    start = member.start(_PREFIX + MAX_HEADER)
+    version = start[6] if len(start) >= _PREFIX else 0
+    if not start.startswith(_MAGIC) or version not in _LENGTHS:
+        raise FormatError("is no .npy array", path=path, where=member.name)
+    begin = 8 + _LENGTHS[version]
+    length = int.from_bytes(start[8:begin], "little")
+    if length > MAX_HEADER:
+        raise FormatError(
+            f"its header has {length} bytes, numpy reads {MAX_HEADER}", path=path, where=member.name
+        )
+    # Latin-1 gives every byte a letter: what is no ASCII here is no header either.
+    text = start[begin : begin + length].decode("latin-1")
+    found = _FIELD.findall(text) if _HEADER.fullmatch(text) else []
+    if len(text) < length or sorted(name for name, _ in found) != _NAMES:
+        raise FormatError("its header is malformed", path=path, where=member.name)
+    return begin + length, dict(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads the values of one member as little-endian bytes in C order."""
+
+    member: _Member
+    offset: int
+    code: str
+    dtype: DType
+    shape: tuple[int, ...]
+    fortran: bool
+
+    def __call__(self) -> memoryview:
+        data = memoryview(self.member.whole())[self.offset :]
+        if self.code[0] != ">" and not self.fortran:
+            return data
+        return encode(self._reordered(data), self.dtype)
+
+    def _reordered(self, data: memoryview) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        array = np.frombuffer(data, dtype=np.dtype(self.code))
+        return array.reshape(self.shape, order="F" if self.fortran else "C")

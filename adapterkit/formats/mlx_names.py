@@ -1,0 +1,183 @@
+"""Module names of MLX-LM's models beside Hugging Face's, as data.
+
+Most modules are called alike. Those that are not are spelled here as the `sanitize` methods of
+mlx_lm/models rename them when they load a Hugging Face checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapterkit.architectures.mapping import find_rule
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from adapterkit.base import BaseModel
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+FUSED = "gate_up_proj"
+# Last components of the modules that mlx-lm makes of nn.Embedding.
+_TABLES = {"embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings"}
+_LAYER = re.compile(r"^(?:.+\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<name>.+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """A module that the two call differently.
+
+    Attributes:
+        hf: pattern of the Hugging Face path.
+        mlx: pattern of the MLX path.
+        to_mlx: replacement that turns the first into the second.
+        to_hf: replacement back.
+        family: GGUF architecture for which alone it holds, where others share the name.
+    """
+
+    hf: re.Pattern[str]
+    mlx: re.Pattern[str]
+    to_mlx: str
+    to_hf: str
+    family: str | None = None
+
+
+RENAMED = (
+    Renamed(
+        re.compile(r"^transformer\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)$"),
+        re.compile(r"^model\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)$"),
+        r"model.\1",
+        r"transformer.\1",
+        "gpt2",
+    ),
+    Renamed(
+        re.compile(r"^gpt_neox\.layers\.(\d+\.(?:attention\.|mlp\.dense_).+)$"),
+        re.compile(r"^model\.h\.(\d+\.(?:attention\.|mlp\.dense_).+)$"),
+        r"model.h.\1",
+        r"gpt_neox.layers.\1",
+    ),
+    # Multimodal classes of transformers from 4.52 on; the prefix before that was MLX's.
+    Renamed(
+        re.compile(r"^model\.language_model\.(.+)$"),
+        re.compile(r"^language_model\.model\.(.+)$"),
+        r"language_model.model.\1",
+        r"model.language_model.\1",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """Where a family keeps its experts.
+
+    Attributes:
+        mlx: the SwitchGLU, relative to its block.
+        single: one expert in Hugging Face checkpoints, `{e}` for its number.
+        fused: the module of fused parameters in transformers 5.
+        leaves: SwitchGLU's projection -> Hugging Face's.
+        router: the router's module in MLX, and where experts are fused in transformers 5.
+    """
+
+    mlx: str
+    single: str
+    fused: str
+    leaves: Mapping[str, str]
+    router: tuple[str, str]
+
+
+EXPERTS = (
+    ExpertNames(
+        "block_sparse_moe.switch_mlp",
+        "block_sparse_moe.experts.{e}",
+        "mlp.experts",
+        {GATE: "w1", UP: "w3", DOWN: "w2"},
+        ("block_sparse_moe.gate", "mlp.gate"),
+    ),
+    ExpertNames(
+        "mlp.switch_mlp",
+        "mlp.experts.{e}",
+        "mlp.experts",
+        {GATE: GATE, UP: UP, DOWN: DOWN},
+        ("mlp.gate", "mlp.gate"),
+    ),
+)
+
+
+def in_block(module: str) -> tuple[str, int, str] | None:
+    """Split a path into what precedes its block, the block's number and the name in the block."""
+    match = _LAYER.match(module)
+    if match is None:
+        return None
+    return module[: match.start("layer")], int(match["layer"]), match["name"]
+
+
+def is_table(module: str) -> bool:
+    """Tell whether a module is an embedding table, whose factors are stored (vocabulary, r)."""
+    return module.rpartition(".")[2] in _TABLES
+
+
+def hugging_face(module: str, like: Collection[str], *, fused: bool) -> str:
+    """Return the Hugging Face path of an MLX module that is not a stack of experts.
+
+    Args:
+        module: MLX path.
+        like: paths to prefer where there are several spellings.
+        fused: whether the model's experts are one parameter, which moves Mixtral's router.
+    """
+    spellings = [rule.mlx.sub(rule.to_hf, module) for rule in RENAMED if rule.mlx.match(module)]
+    for names in EXPERTS:
+        old, new = names.router
+        if module.endswith(f".{old}"):
+            moved = f"{module.removesuffix(old)}{new}"
+            spellings += [moved, module] if fused else [module, moved]
+    spellings.append(module)
+    return next((name for name in spellings if name in like), spellings[0])
+
+
+def mlx(module: str, base: BaseModel | None) -> str | None:
+    """Return the MLX path of a Hugging Face module; None if only the base could tell."""
+    for rule in RENAMED:
+        if not rule.hf.match(module):
+            continue
+        if rule.family and base is None:
+            return None
+        if rule.family in {None, base and base.architecture.gguf}:
+            return rule.hf.sub(rule.to_mlx, module)
+    place = in_block(module)
+    if place and place[2] == "mlp.gate" and base and expert_names(base, place[0]) is EXPERTS[0]:
+        return f"{place[0]}{place[1]}.{EXPERTS[0].router[0]}"
+    return module
+
+
+def expert_names(base: BaseModel, blocks: str) -> ExpertNames | None:
+    """Return how the base's family spells experts, or None if it has none that MLX-LM stacks."""
+    for names in EXPERTS:
+        leaf = names.leaves[GATE]
+        if find_rule(base.architecture, f"{blocks}0.{names.single.replace('{e}', '0')}.{leaf}"):
+            return names
+    return None
+
+
+def stack_of(module: str) -> tuple[ExpertNames, str, str] | None:
+    """Take apart the path of an MLX stack: its names, the block's path, the projection."""
+    place = in_block(module)
+    for names in EXPERTS:
+        container, _, leaf = place[2].rpartition(".") if place else ("", "", "")
+        if place and container == names.mlx and leaf in names.leaves:
+            return names, f"{place[0]}{place[1]}.", leaf
+    return None
+
+
+def expert_of(module: str) -> tuple[str, int] | None:
+    """Return the MLX stack and the number of one Hugging Face expert's module."""
+    place = in_block(module)
+    for names in EXPERTS:
+        pattern = re.escape(names.single).replace(r"\{e\}", r"(\d+)") + r"\.(\w+)"
+        found = re.fullmatch(pattern, place[2]) if place else None
+        if place and found:
+            for leaf, hf_leaf in names.leaves.items():
+                if hf_leaf == found[2]:
+                    return f"{place[0]}{place[1]}.{names.mlx}.{leaf}", int(found[1])
+    return None

@@ -1,0 +1,315 @@
+"""Read MLX adapters into Hugging Face names and orientation.
+
+Stored is ΔW = scale · (a · b)ᵀ with a (in, r) and b (r, out); of embeddings ΔE = scale · a · b with
+a (vocabulary, r) and b (r, width); of experts ΔW = scale · b · a with a (E, r, in) and
+b (E, out, r) (mlx_lm/tuner/lora.py). Before mlx-lm 0.28.3 the a of experts was (E · r, in).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base import BaseModel, find_base
+from adapterkit.containers.safetensors import read_safetensors
+from adapterkit.errors import (
+    BaseRequiredError,
+    FormatError,
+    NotFoundError,
+    UnknownArchitectureError,
+    UnsupportedError,
+)
+from adapterkit.factors import fuse_rows, turned, unstack_experts
+from adapterkit.formats import mlx_names
+from adapterkit.formats.mlx_config import MLXConfig
+from adapterkit.formats.protocol import Options
+from adapterkit.json_file import read_json_object
+from adapterkit.model import (
+    AdapterTensorSet,
+    BaseReference,
+    LoraPair,
+    Provenance,
+    Role,
+    TensorKey,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from adapterkit.tensor import LazyTensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapters.safetensors"
+# mlx-lm; Unsloth, whose factors are the weights of linear layers; mlx-vlm.
+LEAF = re.compile(r"^(?P<module>.+)\.(?P<leaf>lora_[ab](?:\.weight)?|m|[AB])$")
+_STACK, _MATRIX = 3, 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Everything that reading one adapter needs.
+
+    Attributes:
+        config: what the file says of itself.
+        weights: the tensors' file.
+        options: as given.
+        base: as given, or as found in the local hub cache.
+    """
+
+    config: MLXConfig
+    weights: Path
+    options: Options
+    base: BaseModel | None
+
+    @property
+    def fused(self) -> bool:
+        """Whether experts are one parameter in the Hugging Face class."""
+        known = self.base.expert_layout if self.base else "fused"
+        return (self.options.moe_layout or known) == "fused"
+
+
+def locate(path: Path) -> tuple[Path | None, Path]:
+    """Return the config, if there is one, and the weights file that a path means.
+
+    Raises:
+        NotFoundError: if there is no adapter.
+    """
+    if path.is_file():
+        weights = path.parent / WEIGHTS if path.name == CONFIG else path
+    else:
+        weights = path / WEIGHTS
+    if not weights.is_file():
+        checkpoints = (
+            sorted(file.name for file in path.glob(f"*_{WEIGHTS}")) if path.is_dir() else []
+        )
+        hint = f"; name one of its checkpoints ({', '.join(checkpoints)})" if checkpoints else ""
+        raise NotFoundError(f"has no {WEIGHTS}{hint}", path=path)
+    config = weights.parent / CONFIG
+    return (config if config.is_file() else None), weights
+
+
+def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
+    """Read an MLX adapter; tensors stay on disk until they are asked for.
+
+    Args:
+        path: directory, a checkpoint in it, or its config.
+        options: `alpha` where the file does not settle the scale, `moe_layout` and `like` for the
+            spelling of experts, `base` for embeddings, which a tied base applies twice.
+
+    Raises:
+        NotFoundError: if there is no adapter at the path.
+        FormatError: if a file is malformed, or holds a tensor that mlx-lm would not load.
+        UnsupportedError: if it is a full fine-tune, or its scale is not settled.
+        BaseRequiredError: if it adapts an embedding and the base is unknown.
+    """
+    config_path, weights_path = locate(path)
+    raw = read_json_object(config_path) if config_path else {}
+    config = MLXConfig(raw, config_path or weights_path)
+    name = raw.get("model") if isinstance(raw.get("model"), str) else None
+    source = _Source(config, weights_path, options, options.base or _cached(name))
+    file = read_safetensors(weights_path)
+    groups = _grouped(file.tensors, weights_path)
+    pairs = [pair for module, parts in groups.items() for pair in _pair(module, parts, source)]
+    spelled = _spelled(pairs, source)
+    return AdapterTensorSet(
+        tensors={**_factors(spelled), **_others(groups, source)},
+        scales={pair.module: pair.scale for pair in spelled},
+        base=BaseReference(name=name),
+        traits=_conflicts(config, pairs),
+        extras={"mlx": {"config": dict(raw), "metadata": dict(file.metadata)}},
+        provenance=Provenance(path, "mlx", _notes(groups, pairs)),
+    )
+
+
+def _factors(pairs: list[LoraPair]) -> dict[TensorKey, LazyTensor]:
+    tensors: dict[TensorKey, LazyTensor] = {}
+    for pair in pairs:
+        embedding = pair.embedding
+        tensors[TensorKey(pair.module, Role.EMBEDDING_A if embedding else Role.LORA_A)] = pair.a
+        tensors[TensorKey(pair.module, Role.EMBEDDING_B if embedding else Role.LORA_B)] = pair.b
+    return tensors
+
+
+def _cached(name: str | None) -> BaseModel | None:
+    try:
+        return find_base(name)
+    except UnknownArchitectureError:
+        return None
+
+
+def _grouped(stored: Mapping[str, LazyTensor], path: Path) -> dict[str, dict[str, LazyTensor]]:
+    groups: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
+    for name, tensor in stored.items():
+        match = LEAF.match(name)
+        if match is None:
+            raise FormatError(
+                "is no tensor of an adapter (.lora_a, .lora_b or .m); mlx-lm would not load it",
+                path=path,
+                where=name,
+            )
+        groups[match["module"]][match["leaf"]] = tensor
+    if not groups:
+        raise FormatError("holds no tensors", path=path)
+    return dict(groups)
+
+
+def _pair(module: str, parts: Mapping[str, LazyTensor], source: _Source) -> list[LoraPair]:
+    """Return the factors of a module in canonical orientation, none if a half is missing."""
+    spelling = next((s for s in _SPELLINGS if s[0] in parts and s[1] in parts), None)
+    if spelling is None:
+        return []
+    a, b = parts[spelling[0]], parts[spelling[1]]
+    if len(b.shape) == _STACK and len(a.shape) in {_MATRIX, _STACK}:
+        a = _unflattened(module, a, b, source.weights)
+    elif len(a.shape) == len(b.shape) == _MATRIX:
+        a, b = (a, b) if spelling[2] else (turned(a), turned(b))
+    else:
+        raise FormatError(
+            f"a has shape {list(a.shape)}, b {list(b.shape)}; no layer of mlx-lm has these",
+            path=source.weights,
+            where=module,
+        )
+    scale = source.config.scale(b.shape[-1] or 1, source.options.alpha)
+    return [LoraPair(module, a, b, scale, embedding=mlx_names.is_table(module))]
+
+
+# names of a and b, and whether they are stored as (r, in) and (out, r) already
+_SPELLINGS = (
+    ("lora_a", "lora_b", False),
+    ("lora_a.weight", "lora_b.weight", True),
+    ("A", "B", False),
+)
+
+
+def _unflattened(module: str, a: LazyTensor, b: LazyTensor, path: Path) -> LazyTensor:
+    """Return the a of experts as (E, r, in); older files hold it as (E · r, in), expert-major."""
+    experts, _, rank = b.shape
+    if len(a.shape) == _STACK:
+        return a
+    if a.shape[0] != experts * rank:
+        raise FormatError(
+            f"a has {a.shape[0]} rows, not {experts} experts times rank {rank}",
+            path=path,
+            where=module,
+        )
+    shape = (experts, rank, a.shape[1])
+    return a.map(lambda x: x.reshape(shape), shape=shape)
+
+
+def _spelled(pairs: list[LoraPair], source: _Source) -> list[LoraPair]:
+    """Return the pairs under Hugging Face names, experts regrouped and tied outputs added."""
+    found: list[LoraPair] = []
+    halves: dict[str, dict[str, LoraPair]] = defaultdict(dict)
+    like = set(source.options.like)
+    for pair in pairs:
+        stack = mlx_names.stack_of(pair.module) if len(pair.b.shape) == _STACK else None
+        if stack is None:
+            name = mlx_names.hugging_face(pair.module, like, fused=source.fused)
+            found += _tied(replace(pair, module=name), source)
+            continue
+        names, block, leaf = stack
+        block = _block(block, source)
+        if _one_by_one(names, block, leaf, source):
+            single = f"{block}{names.single}.{names.leaves[leaf]}"
+            count = pair.b.shape[0]
+            found += unstack_experts(pair, [single.replace("{e}", str(e)) for e in range(count)])
+        elif leaf == mlx_names.DOWN:
+            found.append(replace(pair, module=f"{block}{names.fused}.{leaf}"))
+        else:
+            halves[f"{block}{names.fused}.{mlx_names.FUSED}"][leaf] = pair
+    for module, members in halves.items():
+        parts = [members.get(mlx_names.GATE), members.get(mlx_names.UP)]
+        height = next(iter(members.values())).b.shape[1]
+        found.append(fuse_rows(parts, [height, height], module))
+    return found
+
+
+def _block(block: str, source: _Source) -> str:
+    """Return the path of a block as the adapter that was written spells it, if there is one."""
+    usual = mlx_names.hugging_face(block, (), fused=source.fused)
+    told = any(name.startswith(block) for name in source.options.like)
+    return block if told else usual
+
+
+def _one_by_one(names: mlx_names.ExpertNames, block: str, leaf: str, source: _Source) -> bool:
+    """Tell whether experts are modules of their own: as in the adapter that was written, if any."""
+    like = source.options.like
+    stack = f"{block}{names.mlx}.{leaf}"
+    if any((mlx_names.expert_of(name) or ("", 0))[0] == stack for name in like):
+        return True
+    fused = f"{block}{names.fused}.{leaf if leaf == mlx_names.DOWN else mlx_names.FUSED}"
+    return fused not in like and not source.fused
+
+
+def _tied(pair: LoraPair, source: _Source) -> list[LoraPair]:
+    """Return an embedding's update, and that of a tied output, which MLX applies it to as well."""
+    if not pair.embedding:
+        return [pair]
+    tied = source.base.tied if source.base else None
+    if tied is None:
+        raise BaseRequiredError(
+            "MLX applies the update of an embedding to the output too if the two are tied; give "
+            "the base model with --base",
+            path=source.weights,
+            where=pair.module,
+        )
+    if not tied:
+        return [pair]
+    output = LoraPair("lm_head", turned(pair.b), turned(pair.a), pair.scale)
+    return [pair, output]
+
+
+def _others(
+    groups: Mapping[str, Mapping[str, LazyTensor]], source: _Source
+) -> dict[TensorKey, LazyTensor]:
+    """Return DoRA magnitudes, and halves without a partner in canonical orientation."""
+    found: dict[TensorKey, LazyTensor] = {}
+    like = set(source.options.like)
+    for module, parts in groups.items():
+        name = mlx_names.hugging_face(module, like, fused=source.fused)
+        if "m" in parts:
+            if mlx_names.is_table(module):
+                raise UnsupportedError(
+                    "is the DoRA of an embedding, which MLX normalises for every token and PEFT "
+                    "for every dimension; fuse it in mlx-lm",
+                    path=source.weights,
+                    where=module,
+                )
+            found[TensorKey(name, Role.MAGNITUDE)] = parts["m"]
+        for first, second, canonical in _SPELLINGS:
+            for leaf, other, role in (
+                (first, second, Role.LORA_A),
+                (second, first, Role.LORA_B),
+            ):
+                if leaf in parts and other not in parts:
+                    tensor = parts[leaf]
+                    turn = not canonical and len(tensor.shape) == _MATRIX
+                    found[TensorKey(name, role)] = turned(tensor) if turn else tensor
+    return found
+
+
+def _conflicts(config: MLXConfig, pairs: list[LoraPair]) -> dict[str, dict[str, list[int]]]:
+    """Note modules of another rank than the config's: mlx-lm would not load them."""
+    declared = config.rank
+    conflicts = {
+        pair.module: [declared, pair.a.shape[-2]]
+        for pair in pairs
+        if declared is not None and pair.a.shape[-2] != declared
+    }
+    return {"rank_conflicts": conflicts} if conflicts else {}
+
+
+def _notes(
+    groups: Mapping[str, Mapping[str, LazyTensor]], pairs: list[LoraPair]
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    if any("lora_a.weight" in parts for parts in groups.values()):
+        notes.append("factors are weights of linear layers (.lora_a.weight), stored (r, in)")
+    stacks = {pair.module for pair in pairs if len(pair.b.shape) == _STACK}
+    flat = [name for name in stacks if len(groups[name].get("lora_a", pairs[0].a).shape) == _MATRIX]
+    if flat:
+        notes.append("expert factors are in the layout before mlx-lm 0.28.3")
+    return tuple(notes)

@@ -1,0 +1,125 @@
+"""Methods whose result is a combination Σ aᵢ ΔWᵢ, with coefficients from inner products alone.
+
+Each takes the Gram matrix (T, T) of the updates, the weights (T,) and its parameters, and returns
+the coefficients (T,). An update that is not there has zeros in the Gram matrix.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from adapterkit.merge.lowrank import Array
+
+    Parameters = Mapping[str, float | None]
+
+# Below this sine two directions span no circle; between them the straight line is as good.
+_PARALLEL = 1e-6
+_STEPS = 200
+_STILL = 1e-14
+# A mean this short, against unit vectors, points nowhere: the directions cancel.
+_CANCELLED = 1e-9
+
+
+def linear(gram: Array, weights: Array, parameters: Parameters) -> Array:
+    """The coefficients are the weights: the weighted sum."""
+    del gram, parameters
+    return weights
+
+
+def slerp(gram: Array, weights: Array, parameters: Parameters) -> Array:
+    """Two updates are met at t = w₂ / (w₁ + w₂) of the angle between them (Shoemake 1985).
+
+    The result is (w₁ + w₂) · (sin((1 - t)θ) ΔW₁ + sin(tθ) ΔW₂) / sin θ: weights that sum to 1 are
+    the usual slerp. Parallel and missing updates are added on the straight line.
+    """
+    del parameters
+    strength = float(weights.sum())
+    lengths = np.sqrt(np.diag(gram))
+    if not lengths.all() or not strength:
+        return weights
+    return strength * _between(gram / np.outer(lengths, lengths), weights / strength)
+
+
+def nuslerp(gram: Array, weights: Array, parameters: Parameters) -> Array:
+    """The direction is the slerp of the two directions, the norm the weighted mean of the norms."""
+    del parameters
+    lengths = np.sqrt(np.diag(gram))
+    if not lengths.all() or not weights.sum():
+        return weights
+    cosines = gram / np.outer(lengths, lengths)
+    direction = _between(cosines, weights / weights.sum())
+    length = float(direction @ cosines @ direction) ** 0.5
+    if length < _CANCELLED:
+        return weights
+    return direction / length * float(weights @ lengths) / lengths
+
+
+def _between(cosines: Array, shares: Array) -> Array:
+    """Return the slerp coefficients of two vectors at the angle that `cosines` gives."""
+    angle = float(np.arccos(np.clip(cosines[0, 1], -1.0, 1.0)))
+    if np.sin(angle) < _PARALLEL:
+        return shares
+    return np.sin(shares * angle) / np.sin(angle)
+
+
+def karcher(gram: Array, weights: Array, parameters: Parameters) -> Array:
+    """The direction is the Riemannian mean of the directions (Karcher 1977), the norm their mean.
+
+    The weighted mean is found by gradient steps on the sphere, in coefficients of the updates: no
+    step leaves their span. Directions that cancel have no mean and are summed.
+    """
+    del parameters
+    lengths = np.sqrt(np.diag(gram))
+    there = np.flatnonzero(lengths)
+    shares = weights[there]
+    if not shares.sum():
+        return weights
+    shares = shares / shares.sum()
+    cosines = gram[np.ix_(there, there)] / np.outer(lengths[there], lengths[there])
+    mean = shares.copy()
+    if float(mean @ cosines @ mean) < _CANCELLED**2:
+        return weights
+    for _ in range(_STEPS):
+        mean, moved = _step(mean, cosines, shares)
+        if moved < _STILL:
+            break
+    coefficients = np.zeros_like(weights)
+    coefficients[there] = mean * float(weights @ lengths) / lengths[there]
+    return coefficients
+
+
+def _step(mean: Array, cosines: Array, shares: Array) -> tuple[Array, float]:
+    """Move a point of the sphere by the mean of its logarithms to the others."""
+    mean = mean / float(mean @ cosines @ mean) ** 0.5
+    towards = np.clip(cosines @ mean, -1.0, 1.0)
+    angles = np.arccos(towards)
+    sines = np.sin(angles)
+    # θ / sin θ tends to 1 for the point itself.
+    pulls = shares * np.where(sines > _STILL, angles / np.where(sines > _STILL, sines, 1.0), 1.0)
+    tangent = pulls - mean * float(pulls @ towards)
+    length = max(float(tangent @ cosines @ tangent), 0.0) ** 0.5
+    if length < _STILL:
+        return mean, length
+    return np.cos(length) * mean + np.sin(length) / length * tangent, length
+
+
+def model_stock(gram: Array, weights: Array, parameters: Parameters) -> Array:
+    """The mean is shrunk by T cos θ / ((T - 1) cos θ + 1) (Jang et al. 2024, "Model Stock").
+
+    cos θ is the mean cosine of all pairs, and no less than 0; T counts the updates that are there.
+    One alone is kept.
+    """
+    del parameters
+    lengths = np.sqrt(np.diag(gram))
+    there = np.flatnonzero(lengths)
+    count = there.size
+    if count < 2:  # noqa: PLR2004  (no pair)
+        return weights
+    cosines = gram[np.ix_(there, there)] / np.outer(lengths[there], lengths[there])
+    cosine = max(float(cosines.sum() - np.trace(cosines)) / (count * (count - 1)), 0.0)
+    return weights * (count * cosine / ((count - 1) * cosine + 1))

@@ -1,0 +1,57 @@
+"""Exact changes that make an adapter fit a serving engine: nothing here alters an update."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.factors import padded, with_scale
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from adapterkit.model import AdapterTensorSet
+
+# LoraConfig fields that some engines do not read, and what stands for plain LoRA.
+_PLAIN: Mapping[str, Any] = {
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "target_modules": None,
+}
+
+
+def uniform(adapter: AdapterTensorSet) -> AdapterTensorSet:
+    """Return the same updates with one rank and one scale, for engines that read one of each.
+
+    Smaller ranks are padded with zeros; the rest of a module's scale goes into its B, which becomes
+    float32 unless the factor is a power of two.
+    """
+    pairs = list(adapter.pairs())
+    if not pairs:
+        return adapter
+    rank = max(pair.rank for pair in pairs)
+    scales = Counter(pair.scale for pair in pairs if pair.scale)
+    scale = scales.most_common(1)[0][0] if scales else 1.0
+    tensors = dict(adapter.tensors)
+    for pair in pairs:
+        ready = padded(with_scale(pair, scale), rank)
+        tensors.update(zip(pair.keys, (ready.a, ready.b), strict=True))
+    return adapter.replace(
+        tensors=tensors,
+        scales={**adapter.scales, **{pair.module: scale for pair in pairs}},
+        extras=_without_patterns(adapter),
+    )
+
+
+def _without_patterns(adapter: AdapterTensorSet) -> dict[str, Mapping[str, Any]]:
+    extras = dict(adapter.extras)
+    if source := extras.get("peft"):
+        extras["peft"] = {"config": {**source["config"], **_PLAIN}, "modules": ()}
+    return extras
+
+
+# name in a target's `prepare` -> the change
+PREPARATIONS: Mapping[str, Callable[[AdapterTensorSet], AdapterTensorSet]] = {"uniform": uniform}
+# name in a target's `prepare` -> the format that it means
+FORMATS: Mapping[str, str] = {"to-gguf": "gguf", "to-peft": "peft", "to-mlx": "mlx"}

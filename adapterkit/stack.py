@@ -1,0 +1,249 @@
+"""Several adapters with scales, as an engine holds them at run time.
+
+Engines add the adapters of a stack: y = W x + Σ scale_i ΔW_i x. A sum has no order; loading order,
+priorities and the like change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base import open_base
+from adapterkit.base.fit import misfits
+from adapterkit.convert import load
+from adapterkit.delta import difference
+from adapterkit.errors import AdapterKitError, UnsupportedError
+from adapterkit.factors import concatenated
+from adapterkit.formats.protocol import Options
+from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.registry import detect
+from adapterkit.structure import check_structure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Two updates whose sum is smaller than this share of either cancel.
+_CANCELLED = 0.05
+
+
+class StackError(AdapterKitError):
+    """An adapter could not be put on the stack; `code` is stable, for programs to switch on."""
+
+    code = "load-failed"
+
+
+class AdapterNotFoundError(StackError):
+    """There is no such file, or no adapter of that name on the stack."""
+
+    code = "not-found"
+    exit_code = 3
+
+
+class AdapterIncompatibleError(StackError):
+    """The adapter does not fit the base of the stack."""
+
+    code = "incompatible"
+    exit_code = 4
+
+
+class AdapterLoadFailedError(StackError):
+    """The adapter is malformed, or is something that no stack can hold."""
+
+    code = "load-failed"
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StackedAdapter:
+    """One adapter on a stack.
+
+    Attributes:
+        name: its name there.
+        path: where it was read from.
+        scale: multiplier of its update; 0 keeps it loaded and inactive.
+        adapter: what it holds.
+    """
+
+    name: str
+    path: Path
+    scale: float
+    adapter: AdapterTensorSet
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its tensors as stored."""
+        return sum(tensor.nbytes for tensor in self.adapter.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Two adapters that meet on a module.
+
+    Attributes:
+        module: where.
+        first: name of one adapter.
+        second: name of the other.
+        cosine: of the two scaled updates; None if one is zero.
+        cancels: whether nearly nothing is left of them together.
+    """
+
+    module: str
+    first: str
+    second: str
+    cosine: float | None
+    cancels: bool
+
+
+class AdapterStack:
+    """Adapters by name, each with a scale, on one base.
+
+    Args:
+        base: base model that every adapter is checked against as it is loaded; None for no check.
+    """
+
+    def __init__(self, base: Path | str | None = None) -> None:
+        self._options = Options(base=open_base(base) if base is not None else None)
+        self._members: dict[str, StackedAdapter] = {}
+
+    def load(self, path: Path | str, *, name: str | None = None, scale: float = 1.0) -> str:
+        """Read an adapter, check it, and add it; return its name.
+
+        Raises:
+            AdapterNotFoundError: if there is nothing at the path.
+            AdapterLoadFailedError: if it is malformed, not finite in its scale, or its name taken.
+            AdapterIncompatibleError: if it does not fit the base.
+        """
+        path = Path(path)
+        chosen = name or path.stem
+        if chosen in self._members:
+            raise AdapterLoadFailedError("is loaded already; give it another name", where=chosen)
+        if not path.exists():
+            raise AdapterNotFoundError("no such file or directory", path=path)
+        try:
+            adapter, _ = load(path, detect(path), self._options)
+            check_structure(adapter)
+        except UnsupportedError as error:
+            raise AdapterIncompatibleError(error.message, path=path, where=error.where) from error
+        except AdapterKitError as error:
+            raise AdapterLoadFailedError(error.message, path=path, where=error.where) from error
+        self._check_base(adapter, path)
+        self._members[chosen] = StackedAdapter(chosen, path, _finite(scale, chosen), adapter)
+        return chosen
+
+    def _check_base(self, adapter: AdapterTensorSet, path: Path) -> None:
+        base = self._options.base
+        if base is None:
+            return
+        for module, message in misfits(adapter, base):
+            raise AdapterIncompatibleError(message, path=path, where=module)
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Change the scale of one adapter.
+
+        Raises:
+            AdapterNotFoundError: if there is none of that name.
+        """
+        self._members[name] = replace(self._get(name), scale=_finite(scale, name))
+
+    def unload(self, name: str) -> None:
+        """Take one adapter off the stack.
+
+        Raises:
+            AdapterNotFoundError: if there is none of that name.
+        """
+        del self._members[self._get(name).name]
+
+    def clear(self) -> None:
+        """Take every adapter off the stack."""
+        self._members.clear()
+
+    def list(self) -> tuple[StackedAdapter, ...]:
+        """Return what is on the stack."""
+        return tuple(self._members.values())
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors on the stack as stored."""
+        return sum(member.bytes for member in self._members.values())
+
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """Return every module that two active adapters change, and how much of it is left."""
+        return tuple(self._conflicts())
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        active = [member for member in self._members.values() if member.scale]
+        for place, first in enumerate(active):
+            mine = {pair.module: pair for pair in _scaled_pairs(first)}
+            for second in active[place + 1 :]:
+                for pair in _scaled_pairs(second):
+                    if pair.module in mine and mine[pair.module].shape == pair.shape:
+                        yield _conflict(mine[pair.module], pair, first.name, second.name)
+
+    def combined(self) -> AdapterTensorSet:
+        """Return the whole stack as one adapter: ranks add up, the update is the exact sum.
+
+        Raises:
+            AdapterLoadFailedError: if an adapter holds more than pairs of factors, or the stack is
+                empty.
+        """
+        members = [member for member in self._members.values() if member.scale]
+        if not members:
+            raise AdapterLoadFailedError("the stack holds no active adapter")
+        groups: dict[str, list[LoraPair]] = {}
+        for member in members:
+            _check_summable(member)
+            for pair in _scaled_pairs(member):
+                groups.setdefault(pair.module, []).append(pair)
+        pairs = [concatenated(group) for group in groups.values()]
+        return AdapterTensorSet(
+            tensors={k: t for p in pairs for k, t in zip(p.keys, (p.a, p.b), strict=True)},
+            scales={pair.module: pair.scale for pair in pairs},
+            base=members[0].adapter.base,
+        )
+
+    def _get(self, name: str) -> StackedAdapter:
+        if name not in self._members:
+            known = ", ".join(self._members) or "none"
+            raise AdapterNotFoundError(f"is not on the stack; loaded: {known}", where=name)
+        return self._members[name]
+
+
+def _finite(scale: float, name: str) -> float:
+    if not math.isfinite(scale):
+        raise AdapterLoadFailedError(f"scale {scale} is no finite number", where=name)
+    return float(scale)
+
+
+def _scaled_pairs(member: StackedAdapter) -> Iterator[LoraPair]:
+    for pair in member.adapter.pairs():
+        yield replace(pair, scale=pair.scale * member.scale)
+
+
+def _conflict(one: LoraPair, other: LoraPair, first: str, second: str) -> Conflict:
+    # ‖ΔW₁ + ΔW₂‖ is the distance of ΔW₁ from -ΔW₂.
+    opposite = difference(one, replace(other, scale=-other.scale))
+    cosine = None if opposite.cosine is None else -opposite.cosine
+    return Conflict(one.module, first, second, cosine, opposite.relative_error < _CANCELLED)
+
+
+def _check_summable(member: StackedAdapter) -> None:
+    adapter = member.adapter
+    factors = {key for pair in adapter.pairs() for key in pair.keys}
+    for key in adapter.tensors:
+        if key not in factors:
+            raise AdapterLoadFailedError(
+                "is no pair of factors and cannot be added up", path=member.path, where=str(key)
+            )
+    if adapter.traits:
+        raise AdapterLoadFailedError(
+            f"{next(iter(adapter.traits))} makes it more than a sum of updates", path=member.path
+        )

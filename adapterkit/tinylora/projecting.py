@@ -1,0 +1,120 @@
+"""`adapterkit tinylora project`: the pack's TinyLoRA that comes nearest to any adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base import BaseModel, open_base
+from adapterkit.delta import finite
+from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.model import Provenance
+from adapterkit.tinylora.adapter import TinyAdapter, neutral
+from adapterkit.tinylora.fitting import Fit, ModuleResidual, fit
+from adapterkit.tinylora.pack import doubts, grouping, pack_targets, rebuild
+from adapterkit.tinylora.settings import TinySettings
+from adapterkit.tinylora.targets import require_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.model import AdapterTensorSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionReport:
+    """What was projected, and what is lost.
+
+    Attributes:
+        settings: how the TinyLoRA was set up.
+        groups: vectors.
+        parameters: numbers that are left of the adapter.
+        residual: ‖ΔW' - ΔW‖ / ‖ΔW‖ over all modules; no other coefficients come nearer.
+        out_of_reach: the least that any matrices between the same singular vectors could leave.
+        modules: both numbers for each module.
+        notes: what is to be known of the frozen parts.
+    """
+
+    settings: TinySettings
+    groups: int
+    parameters: int
+    residual: float
+    out_of_reach: float
+    modules: tuple[ModuleResidual, ...]
+    notes: tuple[str, ...]
+
+
+def project(
+    adapter: AdapterTensorSet, *, base: BaseModel | Path | str, settings: TinySettings
+) -> tuple[AdapterTensorSet, ProjectionReport]:
+    """Return the TinyLoRA nearest to an adapter, by least squares for each tie group.
+
+    Args:
+        adapter: any update of linear layers that are among the targets.
+        base: its base, opened or where it is: a Hugging Face directory with weights.
+        settings: `projection_dim` is needed; rank 2, `alpha` 1, `seed` 0 and no ties by default.
+
+    Returns:
+        The projection as an adapter, to be written in any form, and what it lost: the source is not
+        what it holds.
+
+    Raises:
+        BaseRequiredError: if the base has no Hugging Face weights.
+        UnsupportedError: if the adapter changes something that is no target.
+        FormatError: if it is not finite.
+        UncheckableError: if torch is not installed.
+    """
+    path = adapter.provenance.path if adapter.provenance else Path()
+    settings = _completed(settings, path)
+    known = require_weights(base if isinstance(base, BaseModel) else open_base(base), path=path)
+    names = pack_targets(known, settings)
+    _check_source(adapter, names, path)
+    groups = grouping(names, settings)
+    # Nothing was trained with these factors, so they may be the ones that every machine finds.
+    rebuilt = rebuild(known, settings, groups, path=path, precision="float64")
+    modules = tuple(each.module for each in rebuilt)
+    found = fit(adapter, modules)
+    tiny = TinyAdapter(modules=modules, vectors=found.vectors, form="pack", settings=settings)
+    # Signs are no doubt here: the witness that is written settles them.
+    notes = tuple(doubts(rebuilt, found.vectors, witnessed=True))
+    result = neutral(tiny, base=adapter.base, provenance=Provenance(path, "tinylora", notes))
+    return result, _report(tiny, found, settings, notes)
+
+
+def _completed(settings: TinySettings, path: Path) -> TinySettings:
+    usual = {"alpha": 1.0, "seed": 0, "tie_mode": "none", "frozen_rank": 2}
+    missing = {name: value for name, value in usual.items() if getattr(settings, name) is None}
+    settings.require(("projection_dim",), path=path)
+    return replace(settings, **missing)
+
+
+def _report(
+    tiny: TinyAdapter, found: Fit, settings: TinySettings, notes: tuple[str, ...]
+) -> ProjectionReport:
+    return ProjectionReport(
+        settings=settings,
+        groups=len(found.vectors),
+        parameters=tiny.coefficients,
+        residual=found.residual,
+        out_of_reach=found.out_of_reach,
+        modules=found.modules,
+        notes=notes,
+    )
+
+
+def _check_source(adapter: AdapterTensorSet, names: Sequence[str], path: Path) -> None:
+    known = set(names)
+    beyond = [key for key in adapter.tensors if key.module not in known]
+    beyond += [key for key in adapter.tensors if key.role.value not in {"lora_A", "lora_B"}]
+    if beyond:
+        more = f" and {len(set(beyond)) - 1} more" if len(set(beyond)) > 1 else ""
+        raise UnsupportedError(
+            f"is no low-rank update of a target module{more}; name the module in target_modules, "
+            "or merge it into the base first (adapterkit merge --into)",
+            where=str(beyond[0]),
+        )
+    if broken := next((pair for pair in adapter.pairs() if not finite(pair)), None):
+        raise FormatError(
+            "holds NaN or infinity; this adapter is broken", path=path, where=broken.module
+        )

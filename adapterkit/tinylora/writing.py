@@ -1,0 +1,47 @@
+"""What every TinyLoRA writer asks of an adapter first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import UnsupportedError
+from adapterkit.model import AdapterTensorSet, Loss, Role
+from adapterkit.tinylora.adapter import FACTORS, TinyAdapter, carried
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+_PROJECT = (
+    "is a plain LoRA: its factors are no singular vectors of a base; `adapterkit tinylora project` "
+    "fits coefficients to it and reports what they cannot reach"
+)
+
+
+def losses(adapter: AdapterTensorSet, *, holds: Container[Role] = ()) -> list[Loss]:
+    """List what a TinyLoRA file cannot hold: tensors beside the update, and any other update.
+
+    Args:
+        adapter: the adapter.
+        holds: roles beside the factors for which the form has a place.
+    """
+    found: list[Loss] = []
+    others = [key for key in adapter.tensors if key.role not in FACTORS and key.role not in holds]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        message = "TinyLoRA has no place for it; merge it into the base (adapterkit merge --into)"
+        found.append(Loss("not-an-update", f"{others[0]}{more}", message, tuple(others)))
+    if carried(adapter) is None:
+        found.append(Loss("not-tinylora", "the update", _PROJECT))
+    return found
+
+
+def tiny_of(adapter: AdapterTensorSet) -> TinyAdapter:
+    """Return the TinyLoRA that an adapter is.
+
+    Raises:
+        UnsupportedError: if it is another kind of adapter.
+    """
+    tiny = carried(adapter)
+    if tiny is None:
+        raise UnsupportedError(_PROJECT)
+    return tiny

@@ -1,0 +1,145 @@
+"""Will it work? An adapter checked alone, against its base, and against the engine it is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base import open_base
+from adapterkit.convert import load
+from adapterkit.formats.protocol import Options
+from adapterkit.registry import detect
+from adapterkit.validation.coverage import cover, silent_no_ops
+from adapterkit.validation.engines import load_target, target_names
+from adapterkit.validation.facts import facts
+from adapterkit.validation.findings import (
+    CoveredModule,
+    Explanation,
+    Finding,
+    Outcome,
+    Severity,
+    explanations,
+)
+from adapterkit.validation.fitting import check_fit
+from adapterkit.validation.security import check_security
+from adapterkit.validation.structure import check_structure
+from adapterkit.validation.values import check_values
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
+
+__all__ = [
+    "CoveredModule",
+    "EngineCoverage",
+    "Explanation",
+    "Finding",
+    "Outcome",
+    "Severity",
+    "ValidationReport",
+    "check",
+    "explanations",
+    "load_target",
+    "target_names",
+    "validate",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCoverage:
+    """What one engine does with every module.
+
+    Attributes:
+        target: the engine, `name` or `name@version`.
+        modules: one entry for each pair; empty if no base is known.
+    """
+
+    target: str
+    modules: tuple[CoveredModule, ...]
+
+    def count(self, outcome: Outcome) -> int:
+        """Return how many modules end that way."""
+        return sum(module.outcome is outcome for module in self.modules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationReport:
+    """Everything that was found.
+
+    Attributes:
+        path: what was read.
+        format: its format.
+        base: the base model that it was held against, None if none was known.
+        findings: errors first.
+        coverage: one entry for each engine asked for.
+    """
+
+    path: str
+    format: str
+    base: str | None
+    findings: tuple[Finding, ...]
+    coverage: tuple[EngineCoverage, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """1 for an error, 5 where something could not be checked, else 0."""
+        severities = {finding.severity for finding in self.findings}
+        if Severity.ERROR in severities:
+            return 1
+        return 5 if Severity.UNCHECKED in severities else 0
+
+
+def validate(
+    source: Path | str,
+    *,
+    base: Path | str | None = None,
+    targets: Sequence[str] = (),
+    values: bool = True,
+) -> ValidationReport:
+    """Check an adapter file alone, against a base and against engines.
+
+    Args:
+        source: adapter of any format that is read.
+        base: Hugging Face directory, config.json, GGUF file or cached hub id; by default the model
+            that the adapter names, if it is in the local hub cache.
+        targets: engines, each `name` or `name@version`.
+        values: whether to read the tensors; without, only headers are looked at.
+
+    Raises:
+        FormatError: if the source or the base cannot be read at all.
+        UsageError: if an engine is unknown.
+    """
+    path = Path(source)
+    engines = [load_target(reference) for reference in targets]
+    options = Options(base=open_base(base) if base is not None else None)
+    adapter, options = load(path, detect(path), options)
+    found = list(check_security(path))
+    found += check(adapter, options.base, values=values)
+    coverage: list[EngineCoverage] = []
+    for engine, reference in zip(engines, targets, strict=True):
+        found += engine.findings(facts(adapter, options.base))
+        modules, more = cover(adapter, options.base, engine)
+        found += [*more, *silent_no_ops(modules, engine)]
+        coverage.append(EngineCoverage(target=reference, modules=tuple(modules)))
+    order = list(Severity)
+    unique = dict.fromkeys(sorted(found, key=lambda finding: order.index(finding.severity)))
+    return ValidationReport(
+        path=str(path),
+        format=adapter.provenance.format if adapter.provenance else "",
+        base=str(options.base.path) if options.base else None,
+        findings=tuple(unique),
+        coverage=tuple(coverage),
+    )
+
+
+def check(
+    adapter: AdapterTensorSet, base: BaseModel | None, *, values: bool = True
+) -> list[Finding]:
+    """Return the findings about an adapter in memory, alone and on a base."""
+    found = list(check_structure(adapter))
+    if values:
+        found += check_values(adapter)
+    return [*found, *check_fit(adapter, base)]

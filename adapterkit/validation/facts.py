@@ -1,0 +1,73 @@
+"""What engine rules speak of: an adapter and its base as plain values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.model import AdapterTensorSet, Role
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from adapterkit.base import BaseModel
+
+_STACK = 3
+_PICKLES = {".bin", ".pt", ".pth"}
+
+
+def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
+    """Return the words of `when` in adapterkit/validation/targets/*.toml, with their values.
+
+    Numbers and truth values are of the adapter: `max_rank`, `ranks_differ`, `scales_differ`,
+    `dora`, `lora_bias`, `saved_biases`, `saved_modules`, `token_rows`, `embedding`, `output`,
+    `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`, `alpha_whole`,
+    `alpha_zero`, `regex_targets`, `base_changing_init`, `layer_replication`, `invocation_tokens`,
+    `bdlora`, `qalora`, `pickled`; texts: `format`, `architecture` (of the base, empty if unknown).
+    """
+    pairs = list(adapter.pairs())
+    ranks = {pair.rank for pair in pairs}
+    full = [key.module for key in adapter.tensors if key.role is Role.FULL]
+    roles = {key.role for key in adapter.tensors}
+    config: dict[str, Any] = adapter.extras.get("peft", {}).get("config", {})
+    alpha = config.get("lora_alpha", 0)
+    return {
+        "format": adapter.provenance.format if adapter.provenance else "",
+        "architecture": base.architecture.gguf if base else "",
+        "max_rank": max(ranks, default=0),
+        "ranks_differ": len(ranks) > 1,
+        "scales_differ": len({pair.scale for pair in pairs}) > 1,
+        "dora": Role.MAGNITUDE in roles,
+        "lora_bias": Role.LORA_BIAS in roles,
+        "saved_biases": sum(name.endswith(".bias") for name in full),
+        "saved_modules": sum(not name.endswith(".bias") for name in full),
+        "token_rows": Role.TOKEN_ROWS in roles,
+        "embedding": any(pair.embedding for pair in pairs),
+        "output": any(_is_output(pair.module, base) for pair in pairs),
+        "experts_fused": any(len(pair.a.shape) == _STACK for pair in pairs),
+        "tower": any(in_tower(pair.module) for pair in pairs),
+        "rslora": bool(config.get("use_rslora")),
+        "rank_pattern": bool(config.get("rank_pattern")),
+        "alpha_pattern": bool(config.get("alpha_pattern")),
+        "alpha_whole": isinstance(alpha, int),
+        "alpha_zero": bool(config) and alpha == 0,
+        "regex_targets": isinstance(config.get("target_modules"), str),
+        "base_changing_init": "init_lora_weights" in adapter.traits,
+        "layer_replication": "layer_replication" in adapter.traits,
+        "invocation_tokens": "alora_invocation_tokens" in adapter.traits,
+        "bdlora": bool(config.get("use_bdlora")),
+        "qalora": bool(config.get("use_qalora")),
+        "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
+    }
+
+
+def _is_output(module: str, base: BaseModel | None) -> bool:
+    match = find_rule(base.architecture, module) if base else None
+    return match.rule.targets[0].name == "output" if match else module.endswith("lm_head")
+
+
+def _pickled(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix in _PICKLES
+    names = {file.suffix for file in path.iterdir() if file.name.startswith("adapter_model")}
+    return bool(names) and names <= _PICKLES

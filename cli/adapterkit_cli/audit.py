@@ -1,0 +1,103 @@
+"""`adapterkit audit`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit_cli import options, rendering
+from adapterkit_cli.threads import single_threaded_blas
+
+if TYPE_CHECKING:
+    from adapterkit.audit import AuditReport
+
+
+@click.command("audit")
+@click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1, required=True)
+@options.base
+@click.option("--dialect", metavar="NAME|FILE", help="Key grammar of a hand-written adapter.")
+@click.option("--alpha", type=float, metavar="X", help="Scale numerator, if the file has none.")
+@click.option("--suggest", is_flag=True, help="Advise ranks, with the error that they would make.")
+@click.option(
+    "--tol",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    metavar="X",
+    help="With --suggest: relative error of the whole update to stay within; 0.1 by default.",
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(min=1),
+    metavar="PARAMS",
+    help="With --suggest: parameters to stay within.",
+)
+@options.as_json
+@click.option("--csv", "as_csv", is_flag=True, help="Print one row of CSV for each module.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print a section for a model card.")
+@click.option(
+    "--html",
+    "html",
+    metavar="FILE",
+    type=options.PATH,
+    help="Write a report with charts as one self-contained file.",
+)
+def command(
+    sources: tuple[str, ...],
+    base: str | None,
+    dialect: str | None,
+    alpha: float | None,
+    tol: float | None,
+    budget: int | None,
+    html: str | None,
+    *,
+    suggest: bool,
+    as_json: bool,
+    as_csv: bool,
+    as_markdown: bool,
+) -> None:
+    """Measure updates, advise ranks, find what clashes.
+
+    SRC is an adapter file or directory of any format. Every number comes from the singular values
+    of ΔW, scale included, computed from the factors alone. Several adapters are also held against
+    each other.
+    """
+    if sum((as_json, as_csv, as_markdown)) > 1:
+        raise click.UsageError("--json, --csv and --markdown exclude each other")
+    if not suggest and (tol is not None or budget is not None):
+        raise click.UsageError("--tol and --budget say what to --suggest")
+    single_threaded_blas()
+    from adapterkit.audit import audit, write_html
+
+    report = audit(
+        *sources,
+        suggest=suggest,
+        budget=budget,
+        tol=tol,
+        base=base,
+        dialect=dialect,
+        alpha=alpha,
+    )
+    if html is not None:
+        write_html(report, html)
+        rendering.remark("report", html)
+    _show(report, as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)
+
+
+def _show(report: AuditReport, *, as_json: bool, as_csv: bool, as_markdown: bool) -> None:
+    if as_json:
+        from adapterkit.audit import document
+
+        rendering.emit_json(document(report))
+        return
+    if as_csv or as_markdown:
+        from adapterkit.audit import csv_table, markdown
+
+        text = csv_table(report) if as_csv else markdown(report)
+        rendering.emit(text.rstrip("\n"))
+        return
+    from adapterkit_cli.audit_view import view
+
+    rendering.emit(view(report))
+    for audited in report.adapters:
+        for note in audited.notes:
+            rendering.remark("note", note)

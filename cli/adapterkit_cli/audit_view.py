@@ -1,0 +1,190 @@
+"""An audit on a terminal: at most forty lines for any adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.audit import notable, number, short_names, span
+from adapterkit_cli import rendering
+
+if TYPE_CHECKING:
+    from adapterkit.audit import AdapterAudit, AuditReport, Interference, Suggestion
+
+_LINES = 40
+_FAMILIES = 12
+_HEALTH = 3
+_CLASHES = 4
+_MANY = 1e6
+
+
+def view(report: AuditReport) -> str:
+    """Return the whole view of one adapter, or one line for each of several and what clashes."""
+    if report.interference is None:
+        lines = _single(report.adapters[0], next(iter(report.suggestions), None))
+    else:
+        lines = _several(report, report.interference)
+    if len(lines) > _LINES:
+        lines = [*lines[: _LINES - 1], f"and {len(lines) - _LINES + 1} more lines; --json has all"]
+    return "\n".join(lines)
+
+
+def _single(audited: AdapterAudit, suggestion: Suggestion | None) -> list[str]:
+    lines = rendering.sheet(_header(audited)).split("\n")
+    lines += ["", *_families(audited)]
+    if standing := notable(audited.modules):
+        lines += ["", "stands out of its family (robust z):"]
+        rows = [(f"  {module.name}", metric, f"{z:+.1f}") for module, metric, z in standing]
+        lines += rendering.columns(rows).split("\n")
+    if suggestion:
+        lines += ["", *_advice(audited, suggestion)]
+    return lines
+
+
+def _header(audited: AdapterAudit) -> list[tuple[str, str]]:
+    whole = audited.summary
+    updates = f", {whole.updates:,} matrices" if whole.updates != whole.modules else ""
+    covered = audited.tensors - len(audited.unaudited)
+    reasons = sorted({each.reason for each in audited.unaudited})
+    return [
+        ("adapter", f"{audited.source or 'in memory'} ({audited.format or 'no file'})"),
+        ("base model", audited.base_model or "not recorded"),
+        (
+            "factors",
+            (
+                f"{rendering.count(whole.modules, 'module')}{updates}, "
+                f"{rendering.count(whole.parameters, 'parameter')}, rank {span(whole.ranks)}, "
+                f"scale {span(whole.scales)}, {', '.join(audited.dtypes)}, "
+                f"{rendering.size(audited.bytes)}"
+            ),
+        ),
+        ("coverage", f"{covered:,} of {rendering.count(audited.tensors, 'tensor')} measured"),
+        *(("not measured", reason) for reason in reasons[:_HEALTH]),
+        *(("health", sentence) for sentence in _health(audited)),
+        (
+            "spectrum",
+            (
+                f"stable rank {number(whole.stable_rank_mean)} "
+                f"(utilization {number(whole.utilization_mean)}), "
+                f"effective rank {number(whole.effective_rank_mean)}; rank for 90 % of the energy "
+                f"{number(whole.energy_rank_90_p50)}, for 99 % {number(whole.energy_rank_99_p50)}"
+            ),
+        ),
+        (
+            "size",
+            (
+                f"‖ΔW‖ {number(whole.frobenius_norm)}, largest σ₁ {number(whole.spectral_norm_max)}"
+                f"; layers: concentration {number(whole.concentration_index_by_size)} "
+                f"(even {number(1 / len(audited.layers))})"
+            ),
+        ),
+    ]
+
+
+def _health(audited: AdapterAudit) -> list[str]:
+    shown = list(audited.health[:_HEALTH])
+    if len(audited.health) > _HEALTH:
+        shown.append(f"and {len(audited.health) - _HEALTH} more; --json has all")
+    return shown or ["every factor is finite, every update is trained and of full rank"]
+
+
+def _families(audited: AdapterAudit) -> list[str]:
+    short = short_names(row.family for row in audited.families)
+    rows = [
+        (
+            short[row.family],
+            f"{row.updates:,}",
+            span(row.ranks),
+            number(row.stable_rank_median),
+            number(row.effective_rank_median),
+            number(row.energy_rank_90_median),
+            number(row.energy_rank_99_median),
+            number(row.rms_median),
+            number(row.spectral_norm_max),
+            "-" if row.energy_share is None else f"{row.energy_share:.0%}",
+        )
+        for row in audited.families[:_FAMILIES]
+    ]
+    header = ("family", "n", "rank", "stable", "eff.", "k90", "k99", "rms", "σ₁ max", "energy")
+    lines = rendering.columns(rows, header=header).split("\n")
+    if len(audited.families) > _FAMILIES:
+        lines.append(f"and {len(audited.families) - _FAMILIES:,} more families; --json has all")
+    return lines
+
+
+def _advice(audited: AdapterAudit, suggestion: Suggestion) -> list[str]:
+    plan, before = suggestion.plan, audited.summary.parameters
+    rows = [
+        (f"  error {row.limit:.2g}", _millions(row.parameters), f"{row.parameters / before:.0%}")
+        for row in suggestion.bounds
+    ]
+    energy = suggestion.energy_90
+    different = len(plan.peft["rank_pattern"])
+    others = f", {rendering.count(different, 'module')} by rank_pattern" if different else ""
+    return [
+        "ranks by energy per parameter, for a relative error of the whole update:",
+        *rendering.columns(rows, header=("  at most", "parameters", "of now")).split("\n"),
+        (
+            f"90 % of every module's energy: {_millions(energy.parameters)} parameters, but "
+            f"{energy.relative_error:.0%} relative error"
+        ),
+        (
+            f"advice ({plan.policy}): r {plan.peft['r']}{others}; "
+            f"{_millions(plan.parameters)} parameters, relative error {plan.relative_error:.3f}"
+        ),
+        "--json has rank_pattern and alpha_pattern for PEFT; `adapterkit compress` carries it out",
+    ]
+
+
+def _several(report: AuditReport, found: Interference) -> list[str]:
+    rows = [
+        (
+            f"{index + 1}",
+            audited.source or "in memory",
+            f"{audited.summary.modules:,}",
+            span(audited.summary.ranks),
+            number(audited.summary.stable_rank_mean),
+            number(audited.summary.frobenius_norm),
+            "; ".join(audited.health) or "sound",
+        )
+        for index, audited in enumerate(report.adapters)
+    ]
+    header = ("", "adapter", "modules", "rank", "stable", "‖ΔW‖", "health")
+    lines = [*rendering.columns(rows, header=header).split("\n"), ""]
+    lines += _pairs(found)
+    lines += ["", f"added together: {number(found.merge_energy_ratio)} of the sum of energies"]
+    for pair in found.pairs:
+        if pair.clashes:
+            shown = ", ".join(map(rendering.printable, pair.clashes[:_CLASHES]))
+            more = len(pair.clashes) - _CLASHES
+            rest = f" and {more:,} more" if more > 0 else ""
+            lines.append(f"clash of {pair.a + 1} and {pair.b + 1}: {shown}{rest}")
+        if pair.mismatched:
+            lines.append(
+                f"{pair.a + 1} and {pair.b + 1}: {len(pair.mismatched):,} modules have other "
+                f"shapes, such as {rendering.printable(pair.mismatched[0])}: another base?"
+            )
+    return lines
+
+
+def _pairs(found: Interference) -> list[str]:
+    """Return the table of every two adapters."""
+    rows = [
+        (
+            f"{pair.a + 1} {pair.b + 1}",
+            f"{pair.shared:,}",
+            number(pair.cosine),
+            number(pair.merge_energy_ratio),
+            number(pair.left_overlap),
+            number(pair.right_overlap),
+            number(pair.interference),
+            number(pair.sign_conflict),
+            pair.verdict or "nothing shared",
+        )
+        for pair in found.pairs
+    ]
+    header = ("pair", "shared", "cosine", "energy", "left", "right", "STI", "signs", "verdict")
+    return rendering.columns(rows, header=header).split("\n")
+
+
+def _millions(value: int) -> str:
+    return f"{value / _MANY:.2f} M" if value >= _MANY else f"{value:,}"

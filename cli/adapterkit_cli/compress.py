@@ -1,0 +1,142 @@
+"""`adapterkit compress`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit_cli import options, rendering
+from adapterkit_cli.threads import single_threaded_blas
+
+if TYPE_CHECKING:
+    from adapterkit.audit import CompressedFile
+
+
+@click.command("compress")
+@click.argument("source", metavar="SRC", type=options.PATH)
+@click.option(
+    "-o",
+    "--output",
+    "--outfile",
+    "destination",
+    metavar="DST",
+    type=options.PATH,
+    required=True,
+    help="File or directory to create; *.gguf means gguf, a directory means peft.",
+)
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Largest rank of a module.")
+@click.option(
+    "--tol",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    metavar="X",
+    help="Largest relative error of the whole update; 0 removes only what is no part of it.",
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(min=1),
+    metavar="PARAMS",
+    help="Largest number of parameters of all factors.",
+)
+@click.option("--sv-ratio", type=float, metavar="T", help="For each module: keep σ > σ₁ / T.")
+@click.option("--sv-cumulative", type=float, metavar="T", help="Keep the share T of Σσ.")
+@click.option("--sv-fro", type=float, metavar="T", help="Keep the share T of the Frobenius norm.")
+@click.option(
+    "--to",
+    metavar="FORMAT",
+    shell_complete=options.format_names,
+    help="Format to write, one of `adapterkit formats`.",
+)
+@options.base
+@click.option("--dialect", metavar="NAME|FILE", help="Key grammar of a hand-written adapter.")
+@click.option("--alpha", type=float, metavar="X", help="Scale numerator, if the file has none.")
+@click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
+    default="auto",
+    show_default=True,
+    help="Stored type of the factors; auto keeps each one's.",
+)
+@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@options.as_json
+def command(
+    source: str,
+    destination: str,
+    rank: int | None,
+    tol: float | None,
+    budget: int | None,
+    to: str | None,
+    base: str | None,
+    dialect: str | None,
+    alpha: float | None,
+    outtype: str,
+    *,
+    force: bool,
+    as_json: bool,
+    **thresholds: float | None,
+) -> None:
+    """Write an adapter with smaller ranks, at a stated cost.
+
+    Each module is cut to the best factors of its new rank. --tol and --budget choose ranks for all
+    modules together; --sv-ratio, --sv-cumulative and --sv-fro for each alone, as kohya's
+    resize_lora does, with --rank as a cap.
+    """
+    policies = {name: value for name, value in thresholds.items() if value is not None}
+    wishes = [name for name, value in (("--tol", tol), ("--budget", budget)) if value is not None]
+    wishes += ["--" + name.replace("_", "-") for name in policies]
+    if rank is None and not wishes:
+        raise click.UsageError("give one of --rank, --tol, --budget, --sv-ratio, ... to cut by")
+    if len(wishes) > 1:
+        raise click.UsageError(f"{' and '.join(wishes)} exclude each other")
+    policy, threshold = next(iter(policies.items()), (None, None))
+    single_threaded_blas()
+    from adapterkit.audit import compress_file
+
+    written = compress_file(
+        source,
+        destination,
+        rank=rank,
+        tol=tol,
+        budget=budget,
+        policy=policy,
+        threshold=threshold,
+        to=to,
+        base=base,
+        dialect=dialect,
+        alpha=alpha,
+        outtype=outtype,
+        force=force,
+    )
+    if as_json:
+        rendering.emit_json(written)
+        return
+    rendering.emit(_text(written))
+    for note in (*written.notes, *written.report.notes):
+        rendering.remark("note", note)
+
+
+def _text(written: CompressedFile) -> str:
+    report = written.report
+    share = report.parameters / report.parameters_before
+    ranks = sorted({module.rank for module in report.modules})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    head = "  ".join(
+        [
+            rendering.printable(written.destination),
+            written.format,
+            rendering.count(len(report.modules), "module"),
+            span,
+            (
+                f"{rendering.count(report.parameters, 'parameter')} ({share:.0%} of "
+                f"{report.parameters_before:,})"
+            ),
+            rendering.size(written.bytes),
+        ]
+    )
+    cost = (
+        f"cost: relative error {rendering.short(report.measured_error)} of ΔW, "
+        f"predicted {rendering.short(report.predicted_error)} ({report.policy})"
+    )
+    return f"{head}\n{cost}\nproof: written as computed, largest relative error " + (
+        rendering.short(written.max_relative_error)
+    )

@@ -1,0 +1,202 @@
+"""`adapterkit merge`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterkit_cli import options, rendering
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from click.shell_completion import CompletionItem
+
+    from adapterkit import MergeFilesReport, MergeReport
+
+# A pool works on many modules, so a thread of numpy's own for each would only be in its way.
+_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def _method_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Complete the names of methods."""
+    import adapterkit
+
+    del ctx, param
+    names = (known.name for known in adapterkit.merge_methods())
+    return [name for name in names if name.startswith(incomplete)]
+
+
+@click.command("merge")
+@click.argument("sources", metavar="SRC...", nargs=-1, type=options.PATH)
+@click.option(
+    "-o",
+    "--output",
+    "--outfile",
+    "destination",
+    metavar="DST",
+    type=options.PATH,
+    help="File or directory to create; *.gguf means gguf, a directory means peft.",
+)
+@click.option("--weights", metavar="W,W...", help="One for each SRC; used as they are.")
+@click.option(
+    "--method",
+    metavar="METHOD",
+    shell_complete=_method_names,
+    help="svd (the weighted sum), cat, slerp, ties, dare, knots, ...; a wrong name lists all.",
+)
+@click.option("--rank", metavar="N|auto", help="Rank of every module; by default nothing is lost.")
+@click.option("--tol", type=float, metavar="X", help="Largest relative error; gives the rank.")
+@click.option("--energy", type=float, metavar="E", help="Smallest share of ‖ΔW‖² to keep.")
+@click.option("--density", type=float, metavar="D", help="Share of the entries that a rule keeps.")
+@click.option("--param", "params", metavar="NAME=X", multiple=True, help="The method's own number.")
+@click.option("--seed", type=int, metavar="N", help="For the random rules; 0 by default.")
+@click.option("--space", metavar="S", help="Where a rule looks: delta, knots or core.")
+@click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
+@click.option("--any-base", is_flag=True, help="Merge adapters that name different bases.")
+@click.option("--recipe", metavar="FILE", type=options.PATH, help="All of this from a YAML file.")
+@click.option("--to", metavar="FORMAT", shell_complete=options.format_names, help="Format of DST.")
+@options.base
+@click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
+    help="Stored type; auto, the default, is the widest of each module's sources.",
+)
+@click.option("--moe-layout", metavar="LAYOUT", help="Spelling of experts: `experts` or `fused`.")
+@click.option("--unverified", is_flag=True, help="Allow model families without an engine test.")
+@click.option("--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it.")
+@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@options.as_json
+def command(
+    sources: tuple[str, ...],
+    destination: str | None,
+    weights: str | None,
+    rank: str | None,
+    params: tuple[str, ...],
+    recipe: str | None,
+    *,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Merge adapters into one, exactly and without the base model.
+
+    SRC may be of any formats, ranks and targets. Weights multiply the updates ΔW; they are never
+    normalised unless asked. DST appears only if it holds the merged updates, to the rounding of the
+    stored type.
+    """
+    for name in _THREADS:
+        os.environ.setdefault(name, "1")
+    import adapterkit
+
+    # What is not given is left to the library, and to the recipe.
+    arguments = {n: value for n, value in given.items() if value is not None and value is not False}
+    arguments |= _numeric(weights, rank, params)
+    if recipe is not None:
+        sources, destination = _with_recipe(recipe, sources, destination, arguments)
+    if not sources:
+        raise click.UsageError("name the adapters to merge, or a --recipe")
+    if destination is None:
+        raise click.UsageError("name the file or directory to create with -o")
+    report = adapterkit.merge_files(sources, destination, **arguments)
+    if as_json:
+        rendering.emit_json(report)
+        return
+    rendering.emit(_text(report))
+    _remarks(report)
+
+
+def _remarks(report: MergeFilesReport) -> None:
+    for warning in report.merge.warnings:
+        rendering.remark("warning", warning)
+    for key, how in report.merge.beside.items():
+        rendering.remark("note", f"{key}: {how}")
+    for note in report.notes:
+        rendering.remark("note", note)
+    for loss in report.losses:
+        rendering.remark("dropped", f"{loss.subject}: {loss.message}")
+
+
+def _numeric(weights: str | None, rank: str | None, params: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that click leaves as text."""
+    found: dict[str, Any] = {}
+    if weights is not None:
+        found["weights"] = [_number(part, "--weights") for part in weights.split(",")]
+    if rank is not None:
+        found["rank"] = int(rank) if rank.isdecimal() else rank
+    if params:
+        found["params"] = _named(params)
+    return found
+
+
+def _with_recipe(
+    recipe: str, sources: Sequence[str], destination: str | None, arguments: dict[str, Any]
+) -> tuple[tuple[str, ...], str | None]:
+    """Add what a recipe says; what is said twice is an error, whichever was meant."""
+    import adapterkit
+
+    read = adapterkit.read_recipe(recipe)
+    if sources:
+        raise click.UsageError("the recipe names the adapters; leave out SRC")
+    said: Mapping[str, Any] = {**read.settings, **read.files}
+    out = said.get("out")
+    if out is not None and destination is not None:
+        raise click.UsageError("the recipe has out; leave out -o")
+    for name, value in said.items():
+        if name in arguments:
+            raise click.UsageError(f"the recipe has {name}; leave out the option")
+        if name != "out":
+            arguments[name] = value
+    return read.sources, destination or out
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a number", param_hint=option) from None
+
+
+def _named(params: Sequence[str]) -> dict[str, float]:
+    named: dict[str, float] = {}
+    for param in params:
+        name, separator, value = param.partition("=")
+        if not separator:
+            raise click.BadParameter(f"{param!r} is not NAME=X", param_hint="--param")
+        named[name] = _number(value, f"--param {name}")
+    return named
+
+
+def _text(report: MergeFilesReport) -> str:
+    facts = [
+        rendering.printable(report.destination),
+        report.format,
+        rendering.count(report.modules, "module"),
+        rendering.count(report.parameters, "parameter"),
+        rendering.size(report.bytes),
+    ]
+    return "\n".join(["  ".join(facts), _cost(report.merge), _proof(report)])
+
+
+def _cost(merge: MergeReport) -> str:
+    ranks = sorted({module.rank for module in merge.modules})
+    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
+    what = merge.method + (f" in the {merge.space} space" if merge.space else "")
+    adapters = rendering.count(len(merge.adapters), "adapter")
+    error = rendering.short(merge.max_measured_error)
+    worst = max(merge.modules, key=lambda m: m.measured_error, default=None)
+    if worst is not None and worst.measured_error:
+        error += f" ({rendering.printable(worst.module)})"
+    return (
+        f"{what} of {adapters}: rank {shown}, {merge.retained_energy:.2%} of the energy, "
+        f"largest relative error {error}"
+    )
+
+
+def _proof(report: MergeFilesReport) -> str:
+    where = f"in all {report.modules:,} modules" if report.modules != 1 else "in the one module"
+    error = rendering.short(report.max_relative_error)
+    return f"proof: ΔW of the file is the merged one {where}, largest relative error {error}"

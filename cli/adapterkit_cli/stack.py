@@ -1,0 +1,157 @@
+"""`adapterkit stack`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit_cli import options, rendering
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from adapterkit.stack import StackedAdapter
+
+# vLLM's --max-lora-rank takes these and no other.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@click.command("stack")
+@click.argument("adapters", metavar="A[@SCALE]...", nargs=-1, required=True)
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(["llama.cpp", "llama-server", "ollama", "vllm", "sglang"]),
+    required=True,
+    help="Engine to print the settings for.",
+)
+@options.base
+@options.as_json
+def command(adapters: tuple[str, ...], engine: str, base: str | None, *, as_json: bool) -> None:
+    """Print the exact settings that load adapters with scales.
+
+    Engines add the adapters of a stack; their order does not matter.
+    """
+    from adapterkit.stack import AdapterStack
+
+    stack = AdapterStack(base)
+    for text in adapters:
+        path, scale = _parsed(text)
+        stack.load(path, scale=scale)
+    members = stack.list()
+    settings = _ENGINES[engine](members)
+    conflicts = stack.conflicts()
+    if as_json:
+        shown = [{"name": m.name, "path": str(m.path), "scale": m.scale} for m in members]
+        rendering.emit_json(
+            {"engine": engine, "adapters": shown, "settings": settings, "conflicts": conflicts}
+        )
+        return
+    rendering.emit(settings)
+    for conflict in conflicts:
+        if conflict.cancels:
+            pair = f"{conflict.first} and {conflict.second}"
+            rendering.remark("warning", f"{conflict.module}: {pair} cancel each other")
+
+
+def _parsed(text: str) -> tuple[str, float]:
+    """Split `A@SCALE`; a path may hold an @ of its own, if no number follows."""
+    path, at, number = text.rpartition("@")
+    try:
+        return (path, float(number)) if at and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _llama_cpp(members: tuple[StackedAdapter, ...]) -> str:
+    from adapterkit.errors import UnsupportedError
+
+    _need_gguf(members)
+    for member in members:
+        if set(str(member.path)) & {",", ":"}:
+            raise UnsupportedError(
+                "llama.cpp splits its list of adapters at commas and colons; rename it or give a "
+                "relative path",
+                path=member.path,
+            )
+    if all(member.scale == 1 for member in members):
+        return "--lora " + shlex.quote(",".join(str(member.path) for member in members))
+    pairs = ",".join(f"{member.path}:{member.scale:g}" for member in members)
+    return "--lora-scaled " + shlex.quote(pairs)
+
+
+def _llama_server(members: tuple[StackedAdapter, ...]) -> str:
+    _need_gguf(members)
+    paths = " ".join(f"--lora {shlex.quote(str(member.path))}" for member in members)
+    scales = [{"id": place, "scale": member.scale} for place, member in enumerate(members)]
+    return "\n".join(
+        [
+            f"llama-server {paths} --lora-init-without-apply",
+            f"POST /lora-adapters {json.dumps(scales)}",
+            f'or in a request: "lora": {json.dumps(scales)}',
+        ]
+    )
+
+
+def _ollama(members: tuple[StackedAdapter, ...]) -> str:
+    from adapterkit.errors import UnsupportedError
+
+    _need_gguf(members)
+    if len(members) > 1 or members[0].scale != 1:
+        raise UnsupportedError(
+            "Ollama takes one adapter at scale 1; combine the stack into one first "
+            "(adapterkit merge --method cat --weights ... -o combined.gguf)"
+        )
+    return f"FROM <base>\nADAPTER {members[0].path}"
+
+
+def _vllm(members: tuple[StackedAdapter, ...]) -> str:
+    member = _only(members, "vLLM")
+    rank = max(pair.rank for pair in member.adapter.pairs())
+    allowed = next((size for size in _VLLM_RANKS if size >= rank), rank)
+    path = shlex.quote(f"{member.name}={member.path}")
+    return f"--enable-lora --max-lora-rank {allowed} --lora-modules {path}"
+
+
+def _sglang(members: tuple[StackedAdapter, ...]) -> str:
+    member = _only(members, "SGLang")
+    return f"--lora-paths {shlex.quote(f'{member.name}={member.path}')} --lora-strict-loading"
+
+
+def _only(members: tuple[StackedAdapter, ...], engine: str) -> StackedAdapter:
+    from adapterkit.errors import UnsupportedError
+
+    if len(members) > 1 or members[0].scale != 1:
+        raise UnsupportedError(
+            f"{engine} serves one adapter a request, at scale 1; combine the stack into one first "
+            "(adapterkit merge --method cat --weights ... -o combined)"
+        )
+    if members[0].path.suffix == ".gguf":
+        raise UnsupportedError(
+            f"{engine} loads PEFT directories; adapterkit convert it first", path=members[0].path
+        )
+    return members[0]
+
+
+def _need_gguf(members: tuple[StackedAdapter, ...]) -> None:
+    from adapterkit.errors import UnsupportedError
+
+    for member in members:
+        if member.path.suffix != ".gguf":
+            raise UnsupportedError(
+                "the engine loads GGUF adapters; convert it first "
+                "(adapterkit convert -o adapter.gguf --base BASE)",
+                path=member.path,
+            )
+
+
+_ENGINES: dict[str, Callable[[tuple[StackedAdapter, ...]], str]] = {
+    "llama.cpp": _llama_cpp,
+    "llama-server": _llama_server,
+    "ollama": _ollama,
+    "vllm": _vllm,
+    "sglang": _sglang,
+}

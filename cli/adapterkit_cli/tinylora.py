@@ -1,0 +1,221 @@
+"""`adapterkit tinylora`: plan a budget, and project an adapter onto it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from adapterkit_cli import options, rendering
+
+if TYPE_CHECKING:
+    from adapterkit.tinylora import BudgetPlan, PlanReport, ProjectionReport
+
+_MODES = ("none", "all", "tiled", "structured")
+_SHOWN = 10
+_LAST_SEED = 1 << 62
+
+_base = click.option(
+    "--base",
+    "--base-model-id",
+    metavar="BASE",
+    type=options.PATH,
+    required=True,
+    help="Base model: directory, config.json, GGUF file or cached hub id.",
+)
+_targets = click.option(
+    "--targets",
+    metavar="NAME,NAME",
+    help="Last name components of the layers to adapt; by default the seven of a decoder.",
+)
+
+
+@click.group("tinylora")
+def command() -> None:
+    """Plan a TinyLoRA, or project an adapter onto one."""
+
+
+@command.command("plan")
+@_base
+@click.option("--budget", metavar="PARAMS", type=int, required=True, help="Numbers to train.")
+@_targets
+@click.option(
+    "--sizes",
+    metavar="U,U",
+    default="1,2,4,8",
+    show_default=True,
+    help="Projection sizes to try, in this order.",
+)
+@options.as_json
+def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bool) -> None:
+    """Find the projection size and the ties that train PARAMS numbers.
+
+    One line for each way to tie modules: those of the ANRGUSC pack (tiled, structured, all, none),
+    and PEFT's weight_tying. Nothing but headers is read.
+    """
+    from adapterkit import tinylora
+
+    report = tinylora.plan(
+        base,
+        budget=budget,
+        targets=_words(targets) or tinylora.TARGETS,
+        candidates=[_whole(size) for size in _words(sizes)],
+    )
+    if as_json:
+        rendering.emit_json(report)
+    else:
+        rendering.emit(_plan_text(report))
+
+
+@command.command("project")
+@click.argument("source", metavar="SRC", type=options.PATH)
+@click.option(
+    "-o",
+    "--output",
+    "--outfile",
+    "destination",
+    metavar="DST",
+    type=options.PATH,
+    required=True,
+    help="File or directory to create.",
+)
+@_base
+@click.option(
+    "--to",
+    metavar="FORMAT",
+    default="tinylora-pack",
+    show_default=True,
+    shell_complete=options.format_names,
+    help="Format to write.",
+)
+@click.option(
+    "--size",
+    "projection_dim",
+    metavar="U",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Coefficients of each group of modules.",
+)
+@click.option(
+    "--rank",
+    "frozen_rank",
+    metavar="R",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Singular triplets kept of each weight.",
+)
+@click.option(
+    "--tie",
+    "tie_mode",
+    type=click.Choice(_MODES),
+    default="none",
+    show_default=True,
+    help="Which modules share coefficients.",
+)
+@click.option(
+    "--tie-factor",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Modules in a group, for tiled and structured.",
+)
+@click.option(
+    "--alpha",
+    metavar="X",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Numerator of the scale, X / U.",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(0, _LAST_SEED),
+    default=0,
+    help="Seed of the projections.",
+)
+@_targets
+@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@options.as_json
+def project(
+    source: str,
+    destination: str,
+    base: str,
+    to: str,
+    targets: str | None,
+    *,
+    force: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Write the TinyLoRA that comes nearest to an adapter.
+
+    Lossy: what U numbers in each group of modules cannot reach is gone. The answer says how much
+    that is, and how much any TinyLoRA of this rank would lose at least.
+    """
+    import adapterkit
+    from adapterkit import tinylora
+
+    chosen = tinylora.TinySettings(**settings, target_modules=_words(targets) or tinylora.TARGETS)
+    adapter = adapterkit.read(source, base=base)
+    result, report = tinylora.project(adapter, base=base, settings=chosen)
+    adapterkit.write(result, destination, format=to, base=base, force=force)
+    if as_json:
+        written = {"source": source, "destination": destination, "format": to}
+        rendering.emit_json({**written, **cast("dict[str, object]", rendering.plain(report))})
+        return
+    rendering.emit(_project_text(report, destination, to))
+    for note in report.notes:
+        rendering.remark("note", note)
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no whole number", param_hint="--sizes") from None
+
+
+def _plan_text(report: PlanReport) -> str:
+    layers = rendering.count(report.modules, "module")
+    head = f"{layers} ({', '.join(report.target_modules)}), {report.budget:,} numbers wanted"
+    header = ("ties", "projection size", "tied by", "vectors", "numbers")
+    rows = [_plan_row(plan) for plan in report.plans]
+    return f"{rendering.printable(head)}\n\n{rendering.columns(rows, header=header)}"
+
+
+def _plan_row(plan: BudgetPlan) -> tuple[str, ...]:
+    if plan.weight_tying is not None:
+        tied = f"weight_tying {plan.weight_tying:.6g}"
+    elif plan.mode in {"tiled", "structured"}:
+        tied = f"tie_factor {plan.tie_factor}"
+    else:
+        tied = "-"
+    counts = (f"{plan.groups:,}", f"{plan.parameters:,}")
+    return (plan.mode, str(plan.projection_dim), tied, *counts)
+
+
+def _project_text(report: ProjectionReport, destination: str, to: str) -> str:
+    facts = [
+        rendering.printable(destination),
+        to,
+        rendering.count(len(report.modules), "module"),
+        rendering.count(report.parameters, "number"),
+    ]
+    short = rendering.short
+    least = f"no TinyLoRA of rank {report.settings.frozen_rank} loses less than"
+    lost = f"lost {short(report.residual)} of the update; {least} {short(report.out_of_reach)}"
+    lines = ["  ".join(facts), lost, ""]
+    worst = sorted(report.modules, key=lambda each: -(each.residual or 0.0))
+    rows = [
+        (each.module, short(each.norm), short(each.residual), short(each.out_of_reach))
+        for each in worst[:_SHOWN]
+    ]
+    lines.append(rendering.columns(rows, header=("module", "norm", "lost", "at least")))
+    if len(worst) > _SHOWN:
+        lines.append(f"and {len(worst) - _SHOWN:,} more; --json lists all")
+    return "\n".join(lines)

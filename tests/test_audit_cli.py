@@ -1,0 +1,368 @@
+"""`audit` and `compress` as people and programs call them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from audit_adapters import adapter, gaussian, layered, written
+from terminal import BASE, PEFT, TINY, invoke
+
+from adapterkit import BaseReference, convert, read
+from adapterkit.audit import ModuleAudit, audit
+from adapterkit.delta import norm
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def answer(*arguments: str | Path) -> dict[str, Any]:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def many(layers: int = 32) -> dict[str, tuple[Any, Any]]:
+    """Return pairs of as many modules as an 8B llama has, small."""
+    names = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj"
+    return {
+        f"model.layers.{layer}.{name}": gaussian(12, 10, 3, seed=17 * layer + place)
+        for layer in range(layers)
+        for place, name in enumerate([*names.split(), "mlp.up_proj", "mlp.down_proj"])
+    }
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(adapter(many()), tmp_path_factory.mktemp("large") / "adapter")
+
+
+def test_json_holds_the_names_that_others_rely_on() -> None:
+    found = answer("audit", TINY)
+    assert next(iter(found.items())) == ("schema", 1)
+    summary = "modules parameters stable_rank_mean stable_rank_median stable_rank_weighted_mean"
+    more = "effective_rank_mean utilization_mean energy_rank_90_p50 energy_rank_90_p90"
+    assert {*summary.split(), *more.split()} <= found["summary"].keys()
+    module = "module rank scale singular_values spectral_norm frobenius_norm stable_rank"
+    shape = "effective_rank utilization energy_rank_90 energy_rank_95 energy_rank_99"
+    assert {*module.split(), *shape.split()} <= found["modules"][0].keys()
+    report = audit(TINY)
+    assert found["summary"]["stable_rank_mean"] == report.summary.stable_rank_mean
+    assert [m["module"] for m in found["modules"]] == [m.module for m in report.modules]
+
+
+def test_json_of_224_modules_is_one_object_with_null_for_what_is_not_there(large: Path) -> None:
+    found = answer("audit", large, "--suggest")
+    assert len(found["modules"]) == 224
+    assert found["suggestion"]["plan"]["peft"].keys() >= {"r", "rank_pattern", "alpha_pattern"}
+    several = answer("audit", large, TINY, large)
+    assert [len(a["modules"]) for a in several["adapters"]] == [224, found_modules(TINY), 224]
+    assert [p["cosine"] for p in several["interference"]["pairs"]] == [
+        None,
+        pytest.approx(1.0),
+        None,
+    ]
+
+
+def found_modules(path: Path) -> int:
+    return len(audit(path).modules)
+
+
+def test_the_view_fits_on_a_screen(large: Path, tmp_path: Path) -> None:
+    for arguments in ((large, "--suggest"), (large, TINY), (TINY,), (large, large, TINY, large)):
+        result = invoke("audit", *arguments)
+        assert result.exit_code == 0
+        assert len(result.stdout.splitlines()) <= 40
+    names = {f"model.layers.{i}.part{i}.x{i}": gaussian(8, 8, 2, seed=i) for i in range(60)}
+    crowded = written(adapter(names), tmp_path / "crowded")
+    result = invoke("audit", crowded, "--suggest")
+    assert len(result.stdout.splitlines()) <= 40
+    assert "48 more families" in result.stdout
+
+
+def test_the_view_says_what_matters(tmp_path: Path) -> None:
+    pairs = layered(2)
+    a, b = pairs["model.layers.0.self_attn.q_proj"]
+    pairs["model.layers.0.self_attn.q_proj"] = (a, b * 0)
+    shown = invoke("audit", written(adapter(pairs), tmp_path / "a"), "--suggest").stdout
+    assert "untrained: 1 of 4 updates are zero" in shown
+    assert "8 of 8 tensors measured" in shown
+    assert re.search(r"90 % of every module's energy: .* but \d+% relative error", shown)
+    clean = invoke("audit", TINY).stdout
+    assert "every update is trained and of full rank" in clean
+
+
+def test_what_clashes_is_named(tmp_path: Path) -> None:
+    pairs = layered(2)
+    turned = {n: (a, -b if "q_proj" in n else b) for n, (a, b) in pairs.items()}
+    paths = [written(adapter(p), tmp_path / name) for name, p in (("one", pairs), ("two", turned))]
+    shown = invoke("audit", *paths).stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("clash of 1 and 2: ")]
+    named = line.removeprefix("clash of 1 and 2: ").split(", ")
+    assert set(named) == {name for name in pairs if "q_proj" in name}
+
+
+def test_csv_has_one_row_for_each_matrix(large: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(invoke("audit", large, TINY, "--csv").stdout)))
+    report = audit(large)
+    assert len(rows) == 224 + found_modules(TINY)
+    assert rows[0].keys() == {"adapter", *ModuleAudit.__slots__}
+    first = report.modules[0]
+    assert float(rows[0]["stable_rank"]) == first.stable_rank
+    values = tuple(float(v) for v in rows[0]["singular_values"].split())
+    assert values == first.singular_values
+    assert rows[0]["expert"] == ""
+
+
+def test_markdown_is_safe_to_paste(tmp_path: Path) -> None:
+    whole = adapter(layered(2)).replace(base=BaseReference(name="org/<b>|`x`\n# y"))
+    path = written(whole, tmp_path / "a")
+    text = invoke("audit", path, "--markdown", "--suggest").stdout
+    assert r"org/\<b\>\|\`x\` \# y" in text
+    widths = {line.count("|") - line.count(r"\|") for line in text.splitlines() if "| " in line}
+    assert widths == {3, 4, 10}
+    assert "### Interference" in invoke("audit", path, path, "--markdown").stdout
+
+
+class Page(HTMLParser):
+    """A page taken apart: what is open and not closed, where it points, how many of each tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attrs if k in {"src", "href", "action", "srcset"}]
+        if tag not in {"meta", "path", "polyline", "polygon", "circle"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in {"path", "polyline", "polygon", "circle"}:
+            return
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(folder: Path, *sources: Path) -> tuple[Page, str]:
+    file = folder / "report.html"
+    result = invoke("audit", *sources, "--html", file)
+    assert result.exit_code == 0
+    assert str(file) in result.stderr
+    text = file.read_text(encoding="utf-8")
+    return Page(text), text
+
+
+def test_the_page_is_whole_small_and_needs_no_network(large: Path, tmp_path: Path) -> None:
+    page, text = page_of(tmp_path, large)
+    assert len(text.encode()) < 1_000_000
+    assert page.open == []
+    assert page.links == []
+    assert "default-src 'none'" in text
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(", text)
+    assert page.tags.count("svg") == 7 + 1
+    assert text.count("<td data-v='") + text.count('<td data-v="[') == 224
+    for heading in ("Layer by module", "Decay", "Where the update is", "Size against", "Every"):
+        assert heading in page.text
+    assert "prefers-color-scheme: dark" in text
+    assert "width=device-width" in text
+
+
+def test_the_page_shows_the_numbers_that_were_measured(large: Path, tmp_path: Path) -> None:
+    _, text = page_of(tmp_path, large)
+    first = audit(large).modules[0]
+    cells = [json.loads(v.replace("&quot;", '"')) for v in re.findall(r'data-v="(\[.*?\])"', text)]
+    assert cells[0][0] == pytest.approx(first.utilization, rel=1e-4)
+    row = re.search(rf"<td>{re.escape(first.module)}</td>(.*?)</tr>", text)
+    assert row is not None
+    values = re.findall(r'data-v="([^"]*)"', row.group(1))
+    assert float(values[2]) == pytest.approx(first.stable_rank, rel=1e-5)
+
+
+def test_the_page_holds_several_adapters_against_each_other(large: Path, tmp_path: Path) -> None:
+    page, text = page_of(tmp_path, large, large, TINY)
+    assert page.open == []
+    assert "Interference" in page.text
+    assert "redundant" in page.text
+    assert "nothing shared" in page.text
+    assert len(text.encode()) < 1_000_000
+
+
+def test_names_from_files_are_text_on_the_page(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>\u202e\"'&"
+    whole = adapter({f"layers.0.{evil}": gaussian(8, 8, 2)}).replace(base=BaseReference(name=evil))
+    page, text = page_of(tmp_path, written(whole, tmp_path / "a"))
+    assert page.open == []
+    assert page.tags.count("script") == 2
+    assert "\u202e" not in text
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_an_untrained_adapter_has_a_page_too(tmp_path: Path) -> None:
+    pairs = {name: (a, b * 0) for name, (a, b) in layered(2).items()}
+    page, _ = page_of(tmp_path, written(adapter(pairs), tmp_path / "a"))
+    assert page.open == []
+    assert "untrained: all 4" in page.text
+
+
+def test_the_same_adapter_in_another_format_measures_the_same(tmp_path: Path) -> None:
+    convert(TINY, tmp_path / "a.gguf", base=BASE, outtype="f16")
+    convert(TINY, tmp_path / "b.gguf", base=BASE, outtype="f32")
+    convert(TINY, tmp_path / "mlx", base=BASE, to="mlx")
+    known = {m.module: m for m in audit(TINY).modules}
+    for name, allowed in (("a.gguf", 1e-3), ("b.gguf", 1e-6), ("mlx", 1e-6)):
+        for base in (None, BASE):
+            found = audit(tmp_path / name, base=base)
+            assert {m.module for m in found.modules} == known.keys()
+            for module in found.modules:
+                wanted = known[module.module]
+                top = wanted.spectral_norm
+                assert np.array(module.singular_values) == pytest.approx(
+                    np.array(wanted.singular_values), abs=allowed * top
+                )
+                assert module.stable_rank == pytest.approx(wanted.stable_rank, rel=4 * allowed)
+    both = audit(TINY, tmp_path / "b.gguf", base=BASE).interference
+    assert both is not None
+    assert both.pairs[0].cosine == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha"),
+    [
+        ("peft/patterns", None),
+        ("peft/dora", None),
+        ("mlx/lora", None),
+        ("mlx/experts", None),
+        ("handwritten/numpy-gpt2.npz", 8.0),
+        ("handwritten/loralib.safetensors", 2.0),
+        ("tinylora/self-contained.safetensors", None),
+        ("tuners/lokr", None),
+        ("tuners/loha", None),
+        ("pirate/adapter", None),
+    ],
+)
+def test_every_format_is_measured_as_its_factors_say(name: str, alpha: float | None) -> None:
+    path = PEFT.parent / name
+    norms = {pair.module: norm(pair) for pair in read(path, alpha=alpha).pairs()}
+    found: dict[str, float] = dict.fromkeys(norms, 0.0)
+    more = [] if alpha is None else ["--alpha", str(alpha)]
+    for module in answer("audit", path, *more)["modules"]:
+        found[module["module"]] += module["frobenius_norm"] ** 2
+    assert norms
+    for module, squared in found.items():
+        assert squared**0.5 == pytest.approx(norms[module], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing", "no such file or directory"),
+        ("nan", "holds NaN or infinity"),
+        ("infinity", "holds NaN or infinity"),
+        ("a-without-b", "has no lora_B beside it"),
+        ("b-without-a", "has no lora_A beside it"),
+        ("ranks-disagree", "rank"),
+        ("weights-cut", "bytes of data are missing"),
+        ("config-not-json", "JSON"),
+        ("empty-tensor", "is empty"),
+    ],
+)
+@pytest.mark.parametrize("command", ["audit", "compress"])
+def test_bad_input_is_exit_3_and_no_number(
+    command: str, name: str, reason: str, tmp_path: Path
+) -> None:
+    source = PEFT.parent / "hostile" / "peft" / name
+    more = ["-o", tmp_path / "out", "--rank", "1"] if command == "compress" else ["--suggest"]
+    result = invoke(command, source, "--json", *more)
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    assert reason in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_something_that_is_no_adapter_is_exit_3(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"")
+    (tmp_path / "y.txt").write_bytes(b"hello")
+    (tmp_path / "empty").mkdir()
+    for name in ("x.gguf", "y.txt", "empty"):
+        result = invoke("audit", tmp_path / name)
+        assert (result.exit_code, result.stdout) == (3, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["audit"],
+        ["audit", TINY, "--json", "--csv"],
+        ["audit", TINY, "--tol", "0.1"],
+        ["audit", TINY, "--suggest", "--tol", "0.1", "--budget", "100"],
+        ["audit", TINY, "--suggest", "--tol", "1"],
+        ["compress", TINY, "--rank", "1"],
+        ["compress", TINY, "-o", "x"],
+        ["compress", TINY, "-o", "x", "--tol", "0.1", "--budget", "5"],
+        ["compress", TINY, "-o", "x", "--sv-fro", "0.9", "--sv-ratio", "5"],
+        ["compress", TINY, "-o", "x", "--sv-fro", "1.9"],
+        ["compress", TINY, "-o", "x", "--budget", "5"],
+    ],
+)
+def test_a_wrong_call_is_exit_2(arguments: list[Any]) -> None:
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_compress_says_what_it_cost(tmp_path: Path) -> None:
+    source = written(adapter(layered(3, rank=6)), tmp_path / "source")
+    shown = invoke("compress", source, "-o", tmp_path / "small", "--rank", "2").stdout
+    assert "rank 2" in shown
+    error = audit(source, suggest=True, tol=0.5)
+    assert error.plans
+    found = answer("compress", source, "-o", tmp_path / "other", "--sv-fro", "0.9", "--rank", "4")
+    assert found["report"]["policy"] == "sv_fro 0.9, rank up to 4"
+    assert found["report"]["measured_error"] == pytest.approx(
+        found["report"]["predicted_error"], abs=1e-6
+    )
+    assert f"relative error {float(shown.split('relative error ')[1].split()[0]):.3g}" in shown
+    assert invoke("compress", source, "-o", tmp_path / "small", "--rank", "2").exit_code == 2
+    again = invoke("compress", source, "-o", tmp_path / "small", "--tol", "0.2", "--force")
+    assert again.exit_code == 0
+
+
+def test_neither_command_imports_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from adapterkit_cli.main import cli; "
+        "cli.main(sys.argv[1:], standalone_mode=False); "
+        "assert 'numpy' in sys.modules; "
+        "print(sorted({'torch', 'safetensors.torch', 'scipy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    for arguments in (
+        ("audit", TINY, "--html", tmp_path / "x.html"),
+        ("compress", TINY, "-o", tmp_path / "small", "--rank", "1"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr.splitlines()[-1] == "[]"
