@@ -40,6 +40,7 @@ class FormatSpec:
             takes the path, returns whether it is this format, and raises nothing for strangers.
         suffixes: file suffixes that mean this format as a destination.
         directory: whether it is written as a directory.
+        takes_dialect: whether its reader understands `--dialect`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class FormatSpec:
     probe: str = ""
     suffixes: tuple[str, ...] = ()
     directory: bool = False
+    takes_dialect: bool = False
 
     @property
     def format(self) -> Format:
@@ -98,6 +100,7 @@ BUILTIN = (
         cannot_hold="anything but coefficients of its own projections; see `tinylora project`",
         probe="adapterkit.formats.tinylora_pack:is_pack",
         directory=True,
+        takes_dialect=True,
     ),
     FormatSpec(
         name="tinylora-peft",
@@ -192,13 +195,22 @@ def detect(path: Path) -> FormatSpec:
 
 
 def source_format(path: Path, dialect: str | None) -> FormatSpec:
-    """Return the format to read: the hand-written one if a dialect was named, else by content.
+    """Return the format to read: by content, or the hand-written one if a dialect was named.
+
+    A dialect may overrule a config that lies beside hand-written tensors; only formats that take
+    one themselves keep it.
 
     Raises:
         NotFoundError: if there is nothing at the path.
         UnknownFormatError: if no format recognises it.
     """
-    return detect(path) if dialect is None or not path.exists() else spec("handwritten")
+    try:
+        found = detect(path)
+    except UnknownFormatError:
+        if dialect is None:
+            raise
+        return spec("handwritten")
+    return found if dialect is None or found.takes_dialect else spec("handwritten")
 
 
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base import open_base
 from adapterkit.base.fit import misfits
 from adapterkit.convert import load
@@ -137,8 +138,17 @@ class AdapterStack:
         base = self._options.base
         if base is None:
             return
-        for module, message in misfits(adapter, base):
-            raise AdapterIncompatibleError(message, path=path, where=module)
+        recorded = adapter.base.architecture
+        if adapter.extras.get("gguf") and recorded and recorded != base.architecture.gguf:
+            message = f"is made for {recorded}, the base is {base.architecture.gguf}"
+            raise AdapterIncompatibleError(message, path=path)
+        for pair in adapter.pairs():
+            if find_rule(base.architecture, pair.module) is None and not in_tower(pair.module):
+                message = f"is no module of {base.architecture.title}"
+                raise AdapterIncompatibleError(message, path=path, where=pair.module)
+        for wrong in misfits(adapter, base):
+            if wrong.kind != "unknown":
+                raise AdapterIncompatibleError(wrong.message, path=path, where=wrong.module)
 
     def set_scale(self, name: str, scale: float) -> None:
         """Change the scale of one adapter.

@@ -306,3 +306,15 @@ def test_unsplit_latent_projection_is_left_whole(tmp_path: Path) -> None:
             assert np.array_equal(tensor.numpy(), weights[f"{name}.lora_{factor}.weight"])
     again = convert(tmp_path / "a.gguf", tmp_path / "back", base=gguf)
     assert again.max_relative_error == 0
+
+
+def test_gate_of_one_row_fits_a_base_that_stores_a_vector(tmp_path: Path) -> None:
+    base = make_base(family_row("qwen2moe"), tmp_path)
+
+    def squeezed(tensors: Tensors) -> Tensors:
+        return {name: x[0] if "gate_inp_shexp" in name else x for name, x in tensors.items()}
+
+    gguf = rewritten(base, tmp_path / "squeezed.gguf", squeezed)
+    tuned = make_adapter(base, tmp_path / "adapter")
+    convert(tuned.path, tmp_path / "a.gguf", base=gguf)
+    assert agrees(tuned, base, gguf, tmp_path / "a.gguf")

@@ -206,6 +206,35 @@ def test_heads_become_one_matrix_each() -> None:
     assert np.array_equal(split["v_b.weight"], heads[:, 3:])
 
 
+def test_values_are_computed_in_float32_and_axes_counted_as_llama_cpp_does() -> None:
+    rule = Rule(
+        "model.layers.{i}.A_log",
+        (Target("blk.{i}.ssm_a"),),
+        kind="tensor",
+        values="minus_exp",
+        folded=("heads", "1"),
+    )
+    half = np.array([0, 1, 2, -1], dtype=ml_dtypes.bfloat16)
+    (turned,) = moved(rule, "model.layers.0.A_log", half).values()
+    assert turned.dtype == np.float32
+    np.testing.assert_allclose(turned, -np.exp([[0], [1], [2], [-1]]), rtol=1e-6)
+    with pytest.raises(IncompatibleBaseError, match=r"holds 5 values.*\(4, 1\)"):
+        moved(rule, "model.layers.0.A_log", numbered(5))
+
+
+def test_kernels_lose_their_empty_axis_before_their_rows_move() -> None:
+    rule = Rule(
+        "model.layers.{i}.conv1d",
+        (Target("blk.{i}.ssm_conv1d"),),
+        kind="conv",
+        squeezed=True,
+        rows=parse_call("tiled(2, 2, 1)"),
+    )
+    kernels = numbered(5, 1, 3)
+    (stored,) = moved(rule, "model.layers.0.conv1d.weight", kernels).values()
+    assert np.array_equal(stored, kernels[[0, 1, 3, 2, 4], 0])
+
+
 EXPERT = Rule("model.layers.{i}.experts.{e}.w1", (Target("blk.{i}.ffn_gate_exps"),))
 
 

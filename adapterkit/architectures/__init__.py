@@ -1,6 +1,25 @@
 """Model families as data: names, row orders and sizes of Hugging Face and llama.cpp."""
 
 from adapterkit.architectures.sizes import Sizes
-from adapterkit.architectures.table import Architecture, Match, Rule, Target, families, find, load
+from adapterkit.architectures.table import (
+    Architecture,
+    Match,
+    Rule,
+    Target,
+    families,
+    find,
+    load,
+    refusal,
+)
 
-__all__ = ["Architecture", "Match", "Rule", "Sizes", "Target", "families", "find", "load"]
+__all__ = [
+    "Architecture",
+    "Match",
+    "Rule",
+    "Sizes",
+    "Target",
+    "families",
+    "find",
+    "load",
+    "refusal",
+]

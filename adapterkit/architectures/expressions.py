@@ -1,8 +1,8 @@
 """The small arithmetic that the tables are written in.
 
 `heads * head_dim`, `num_kv_heads if new_decoder_architecture else heads`: names, whole numbers,
-`+ - * //`, comparisons, `in`, `and or not` and a conditional. Parsed by Python's own grammar, evaluated
-by an allow-list of nodes, so a table can compute and nothing more.
+`+ - * //`, comparisons, `in`, `and or not` and a conditional. Parsed by Python's own grammar,
+evaluated by an allow-list of nodes, so a table can compute and nothing more.
 """
 
 from __future__ import annotations

@@ -269,6 +269,17 @@ def find(key: str) -> tuple[Architecture, ...]:
     return tuple(a for a in loaded if key in {*a.classes, *a.model_types, a.gguf})
 
 
+def refusal(name: str) -> str | None:
+    """Return why llama.cpp cannot serve a class or model type, or None."""
+    return _refusals().get(name)
+
+
+@cache
+def _refusals() -> Mapping[str, str]:
+    data = tomllib.loads((_HERE / "refused.toml").read_text(encoding="utf-8"))
+    return {name: group["reason"] for group in data["refused"] for name in group["names"]}
+
+
 @cache
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8")

@@ -58,16 +58,15 @@ def gathered(rows: int, groups: int, *heights: int) -> Index:
     import numpy as np
 
     grid = _grid(rows, groups, sum(heights))
-    starts = np.cumsum((0, *heights))
-    parts = zip(starts[:-1], starts[1:], strict=True)
-    return np.concatenate([grid[:, start:stop].reshape(-1) for start, stop in parts])
+    parts = np.split(grid, np.cumsum(heights)[:-1], axis=1)
+    return np.concatenate([part.reshape(-1) for part in parts])
 
 
 def tiled(rows: int, groups: int, members: int, kept: int = 0) -> Index:
     """Deal out the heads of groups in turn: [first of every group; second of every group; ...].
 
-    Hugging Face repeats a key head for the value heads of its group, which stand together; llama.cpp
-    repeats the row of key heads as a whole. The first `kept` rows stay.
+    Hugging Face repeats a key head for the value heads of its group, which stand together;
+    llama.cpp repeats the row of key heads as a whole. The first `kept` rows stay.
     """
     import numpy as np
 

@@ -27,7 +27,7 @@ class Misfit:
     Attributes:
         module: Hugging Face path.
         message: what is wrong, with the sizes.
-        kind: `layer`, `expert`, `missing` or `shape`.
+        kind: `layer`, `expert`, `missing`, `shape`, or `unknown` where the base does not tell.
     """
 
     module: str
@@ -41,7 +41,7 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel) -> None:
     Raises:
         IncompatibleBaseError: if a module does not fit; names the first and counts the others.
     """
-    found = list(misfits(adapter, base))
+    found = [wrong for wrong in misfits(adapter, base) if wrong.kind != "unknown"]
     if found:
         count = sum(1 for _ in adapter.pairs())
         raise IncompatibleBaseError(
@@ -110,8 +110,15 @@ def _absent(pair: LoraPair, match: Match, weights: BaseWeights) -> Misfit | None
 
 
 def _wrong_shape(pair: LoraPair, match: Match, base: BaseModel) -> Misfit | None:
-    expected, actual = _expected(pair, match, base), _oriented(pair)[-2:]
-    if expected is None or expected == actual:
+    actual = _oriented(pair)[-2:]
+    try:
+        expected = _expected(pair, match, base)
+    except BaseRequiredError as error:
+        return Misfit(pair.module, error.message, "unknown")
+    if expected is None:
+        message = "the tables do not tell its dimensions, and the base's weights are not there"
+        return Misfit(pair.module, message, "unknown")
+    if expected == actual:
         return None
     message = f"the base has {_shown(expected)} here, the adapter {_shown(actual)}"
     return Misfit(pair.module, message, "shape")
@@ -124,10 +131,7 @@ def _expected(pair: LoraPair, match: Match, base: BaseModel) -> tuple[int, ...] 
         return stored.shape[::-1] if match.rule.conv1d else stored.shape
     if not match.rule.shape:
         return None
-    try:
-        return tuple(int(base.sizes.value(text, match.layer)) for text in match.rule.shape)
-    except BaseRequiredError:
-        return None
+    return tuple(int(base.sizes.value(text, match.layer)) for text in match.rule.shape)
 
 
 def _oriented(pair: LoraPair) -> tuple[int, ...]:
@@ -156,13 +160,17 @@ def _compared(pairs: list[LoraPair], base: BaseModel) -> list[Misfit]:
         if stored is None:
             if part.module != "output":  # a tied output is refused with its own reason
                 found.append(Misfit(module, f"the base has no {part.module}.weight", "missing"))
-        elif stored.shape != _oriented(part):
+        elif _lengths(stored.shape) != _lengths(_oriented(part)):
             shapes = f"{_shown(stored.shape)} here, the adapter {_shown(_oriented(part))}"
             same = stored.shape[-2:] == _oriented(part)[-2:]
-            found.append(
-                Misfit(module, f"the base has {shapes}", "expert" if same else "shape")
-            )
+            found.append(Misfit(module, f"the base has {shapes}", "expert" if same else "shape"))
     return found
+
+
+def _lengths(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Leave out leading axes of 1: llama.cpp pads them, and old converters cut them off."""
+    first = next((place for place, size in enumerate(shape) if size != 1), len(shape))
+    return shape[first:]
 
 
 def _shown(shape: tuple[int, ...]) -> str:

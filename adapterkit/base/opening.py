@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.architectures import Sizes, find
+from adapterkit.architectures import Sizes, find, refusal
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
 from adapterkit.json_file import read_json_object
@@ -130,6 +130,8 @@ def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]
         if found := tuple(a for a in find(name) if name in {*a.classes, *a.model_types}):
             return _selected(found, "hf", _text_config(config))
     shown = ", ".join(dict.fromkeys(named)) or "no architecture"
+    if reason := next(filter(None, map(refusal, named)), None):
+        raise UnknownArchitectureError(f"{shown}: {reason}", path=path)
     raise UnknownArchitectureError(
         f"{shown} is not in the tables; `adapterkit architectures` lists what is", path=path
     )
@@ -177,7 +179,7 @@ def _safetensors(folder: Path) -> tuple[dict[str, LazyTensor], frozenset[str]]:
         weights = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
         names.update(weights)
         # Only plain file names: an index must not lead out of its directory.
-        files = [folder / Path(str(shard)).name for shard in dict.fromkeys(weights.values())]
+        files = [folder / Path(name).name for name in dict.fromkeys(map(str, weights.values()))]
     tensors: dict[str, LazyTensor] = {}
     for file in files:
         if file.is_file():

@@ -95,9 +95,7 @@ def unfold_experts(
     return rest
 
 
-def fold_experts(
-    adapter: AdapterTensorSet, base: BaseModel | None
-) -> dict[TensorKey, LazyTensor]:
+def fold_experts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[TensorKey, LazyTensor]:
     """Undo `unfold_experts`: name experts as PEFT nests them, in the layout of 0.19.1 and later."""
     tensors = adapter.tensors
     groups: dict[str, list[str]] = defaultdict(list)

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
-from adapterkit.convert import load
 from adapterkit.formats.protocol import Options
-from adapterkit.registry import detect
 from adapterkit.validation.coverage import cover, silent_no_ops
 from adapterkit.validation.engines import load_target, target_names
 from adapterkit.validation.facts import facts
@@ -22,15 +20,18 @@ from adapterkit.validation.findings import (
     explanations,
 )
 from adapterkit.validation.fitting import check_fit
+from adapterkit.validation.reading import read_for_validation
 from adapterkit.validation.security import check_security
 from adapterkit.validation.structure import check_structure
 from adapterkit.validation.values import check_values
+from adapterkit.validation.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
+    from adapterkit.validation.engines import Target
 
 __all__ = [
     "CoveredModule",
@@ -40,6 +41,7 @@ __all__ = [
     "Outcome",
     "Severity",
     "ValidationReport",
+    "Verdict",
     "check",
     "explanations",
     "load_target",
@@ -48,24 +50,26 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineCoverage:
     """What one engine does with every module.
 
     Attributes:
         target: the engine, `name` or `name@version`.
         modules: one entry for each pair; empty if no base is known.
+        verdict: what becomes of the file as a whole; None where the rules do not tell.
     """
 
     target: str
     modules: tuple[CoveredModule, ...]
+    verdict: Verdict | None = None
 
     def count(self, outcome: Outcome) -> int:
         """Return how many modules end that way."""
         return sum(module.outcome is outcome for module in self.modules)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationReport:
     """Everything that was found.
 
@@ -113,26 +117,37 @@ def validate(
         UsageError: if an engine is unknown.
     """
     path = Path(source)
-    engines = [load_target(reference) for reference in targets]
+    engines = [(reference, load_target(reference)) for reference in targets]
     options = Options(base=open_base(base) if base is not None else None)
-    adapter, options = load(path, detect(path), options)
-    found = list(check_security(path))
-    found += check(adapter, options.base, values=values)
+    adapter, options, name, found = read_for_validation(path, options)
+    found += check_security(path)
+    if adapter is not None:
+        found += check(adapter, options.base, values=values)
     coverage: list[EngineCoverage] = []
-    for engine, reference in zip(engines, targets, strict=True):
-        found += engine.findings(facts(adapter, options.base))
-        modules, more = cover(adapter, options.base, engine)
-        found += [*more, *silent_no_ops(modules, engine)]
-        coverage.append(EngineCoverage(target=reference, modules=tuple(modules)))
+    for reference, engine in engines:
+        modules, more = _on_engine(adapter, options.base, engine)
+        found += more
+        fate = verdict(found, modules, engine.effects, engine.name)
+        coverage.append(EngineCoverage(target=reference, modules=tuple(modules), verdict=fate))
     order = list(Severity)
     unique = dict.fromkeys(sorted(found, key=lambda finding: order.index(finding.severity)))
     return ValidationReport(
         path=str(path),
-        format=adapter.provenance.format if adapter.provenance else "",
+        format=name,
         base=str(options.base.path) if options.base else None,
         findings=tuple(unique),
         coverage=tuple(coverage),
     )
+
+
+def _on_engine(
+    adapter: AdapterTensorSet | None, base: BaseModel | None, engine: Target
+) -> tuple[list[CoveredModule], list[Finding]]:
+    if adapter is None:
+        return [], []
+    modules, found = cover(adapter, base, engine)
+    rules = engine.findings(facts(adapter, base))
+    return modules, [*rules, *found, *silent_no_ops(modules, engine)]
 
 
 def check(

@@ -2,8 +2,10 @@
 
 A file holds `title`, `coverage` (`gguf` or `modules`: by llama.cpp tensor or Hugging Face module),
 `unmatched` (`ignored` or `refused`: what the engine does with a module it does not have), `source`
-and `checked` (where the rules come from, and when), optionally `losses` (code of GGUF's loss ->
-code of the finding), `prepare` (exact changes that `convert --for` makes) and rules:
+and `checked` (where the rules come from, and when), optionally `wrapped` (`exact` if modules count
+only under the very path of the base's class), `losses` (code of GGUF's loss -> code of the
+finding), `effects` (code of a finding -> what becomes of the file), `prepare` (exact changes that
+`convert --for` makes) and rules:
 
     code, severity (error, warning, note), when (an expression over the words of facts.py), message,
     hint, fix (name of an exact change), since and until (versions, inclusive and exclusive)
@@ -11,6 +13,7 @@ code of the finding), `prepare` (exact changes that `convert --for` makes) and r
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,14 +24,18 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.errors import UsageError
 from adapterkit.validation.findings import Finding, Severity
+from adapterkit.validation.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Release numbers with what follows them (0.33.0rc1), and llama.cpp's builds (b9549).
+_VERSION = re.compile(r"[bv]?\d+(\.\d+)*([-+.]?[a-z]\w*)?")
+_NUMBER = re.compile(r"(?<![a-z\d])[bv]?(\d+)")
 _FOLDER = Path(__file__).parent / "targets"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
     """One rule of an engine; see the module's grammar."""
 
@@ -42,7 +49,7 @@ class Rule:
     until: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
     """One engine, at one version.
 
@@ -54,7 +61,9 @@ class Target:
         unmatched: `ignored` or `refused`.
         source: where the rules come from.
         checked: when they were last compared with that source.
+        wrapped: `exact` or `any`: whether a module counts under its own path only.
         losses: GGUF loss code -> finding code.
+        effects: finding code -> what becomes of the file.
         prepare: exact changes that make most adapters fit.
         rules: the rules that hold for `version`.
     """
@@ -66,7 +75,9 @@ class Target:
     unmatched: str
     source: str
     checked: str
+    wrapped: str
     losses: Mapping[str, str]
+    effects: Mapping[str, Verdict]
     prepare: tuple[str, ...]
     rules: tuple[Rule, ...]
 
@@ -91,9 +102,11 @@ def load_target(reference: str) -> Target:
     Raises:
         UsageError: if there is no such engine; the message lists all.
     """
-    name, _, version = reference.partition("@")
+    name, at, version = reference.partition("@")
     if name not in target_names():
         raise UsageError(f"unknown engine {name!r}; known: {', '.join(target_names())}")
+    if at and not _VERSION.fullmatch(version):
+        raise UsageError(f"{reference!r} names no version; write for example {name}@1.2.3")
     data = _data(name)
     rules = (Rule(**{**row, "severity": Severity(row["severity"])}) for row in data.get("rule", ()))
     return Target(
@@ -104,7 +117,9 @@ def load_target(reference: str) -> Target:
         unmatched=data["unmatched"],
         source=data["source"],
         checked=data["checked"],
+        wrapped=data.get("wrapped", "any"),
         losses=data.get("losses", {}),
+        effects={code: Verdict(effect) for code, effect in data.get("effects", {}).items()},
         prepare=tuple(data.get("prepare", ())),
         rules=tuple(rule for rule in rules if _holds(rule, version)),
     )
@@ -125,4 +140,4 @@ def _holds(rule: Rule, version: str) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return tuple(int(part) for part in _NUMBER.findall(version))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
+from adapterkit.base.vocabulary import matched
 from adapterkit.errors import UnsupportedError
 from adapterkit.validation.findings import Finding, Severity
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
+_CODES = {"layer": "AK302", "expert": "AK310", "missing": "AK303", "shape": "AK304"}
+
 
 def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Finding]:
     """Yield every finding about the base; what could not be looked at is said to be so."""
@@ -24,9 +27,8 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
         message = "no base model is known: targets and dimensions are unchecked"
         yield Finding("AK300", Severity.UNCHECKED, None, message, hint)
         return
-    recorded = adapter.base.architecture
-    if recorded and adapter.extras.get("gguf") and recorded != base.architecture.gguf:
-        message = f"is made for {recorded}, the base is {base.architecture.gguf}"
+    if (other := other_architecture(adapter, base)) is not None:
+        message = f"is made for {other}, the base is {base.architecture.gguf}"
         yield Finding("AK301", Severity.ERROR, None, message, "give the base it was made for")
         return
     yield from _identity(adapter, base)
@@ -34,15 +36,59 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
         message = "keeps llama.cpp's layout, and the base does not undo it"
         yield Finding("AK306", Severity.UNCHECKED, next(iter(kept)), message)
     for pair in adapter.pairs():
-        if find_rule(base.architecture, pair.module) is None and not in_tower(pair.module):
+        if pair.module not in (kept or ()) and _unknown(pair.module, base):
             message = f"is no module of {base.architecture.title}"
             yield Finding("AK303", Severity.ERROR, pair.module, message, "is it the right base?")
     try:
-        for module, message in misfits(adapter, base):
-            code = "AK302" if "layers" in message else "AK304"
-            yield Finding(code, Severity.ERROR, module, message, "is it the right base?")
+        yield from _misfits(adapter, base)
     except UnsupportedError as error:
         yield Finding("AK305", Severity.UNCHECKED, error.where, error.message)
+    yield from _depth(adapter, base)
+
+
+def other_architecture(adapter: AdapterTensorSet, base: BaseModel) -> str | None:
+    """Return the llama.cpp architecture that a GGUF adapter is for, if the base is not of it."""
+    recorded = adapter.base.architecture
+    wrong = adapter.extras.get("gguf") and recorded != base.architecture.gguf
+    return str(recorded) if wrong else None
+
+
+def _unknown(module: str, base: BaseModel) -> bool:
+    return find_rule(base.architecture, module) is None and not in_tower(module)
+
+
+def _misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
+    if base.kind == "gguf" and not adapter.extras.get("gguf"):
+        adapter, notes = matched(adapter, base)
+        for note in notes:
+            module, _, change = note.partition(": ")
+            message = f"{change.removeprefix('vocabulary ')}, if it is converted for this base"
+            yield Finding("AK308", Severity.WARNING, module, f"its vocabulary is {message}")
+    for wrong in misfits(adapter, base):
+        if wrong.kind == "unknown":
+            yield Finding("AK305", Severity.UNCHECKED, wrong.module, wrong.message)
+            continue
+        hint = "is it the right base?"
+        yield Finding(_CODES[wrong.kind], Severity.ERROR, wrong.module, wrong.message, hint)
+
+
+def _depth(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
+    """Report adapters of all layers of a shallower model: a sibling's fit in every dimension."""
+    matches = [find_rule(base.architecture, pair.module) for pair in adapter.pairs()]
+    layers = {match.layer for match in matches if match and match.layer is not None}
+    depth = base.sizes.get("layers")
+    if not layers or depth is None or _chosen(adapter):
+        return
+    last = max(layers)
+    if layers == set(range(last + 1)) and last + 1 < depth:
+        message = f"ends at layer {last}, the base has {depth} layers"
+        yield Finding("AK309", Severity.WARNING, None, message, "was it made for a smaller model?")
+
+
+def _chosen(adapter: AdapterTensorSet) -> bool:
+    """Tell whether the adapter itself says that it is for some layers only."""
+    config = adapter.extras.get("peft", {}).get("config", {})
+    return config.get("layers_to_transform") is not None or not config
 
 
 def _identity(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:

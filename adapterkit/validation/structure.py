@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.model import AdapterTensorSet, Role, TensorKey
@@ -20,10 +21,14 @@ _PARTNERS = {
     Role.EMBEDDING_B: Role.EMBEDDING_A,
 }
 _MATRIX = 2
+_ALL = "all-linear"
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def check_structure(adapter: AdapterTensorSet) -> Iterator[Finding]:
     """Yield every structural finding; no tensor data is read."""
+    if not adapter.tensors:
+        yield _error("AK111", None, "holds no tensors", "save the adapter again after training")
     for key, tensor in adapter.tensors.items():
         yield from _tensor(adapter, key, tensor)
     yield from _declared_ranks(adapter)
@@ -31,6 +36,7 @@ def check_structure(adapter: AdapterTensorSet) -> Iterator[Finding]:
     config = adapter.extras.get("peft", {}).get("config", {})
     if config:
         yield from _targets(adapter, config)
+        yield from _saved_modules(adapter, config)
         yield from _overlaps(adapter, config)
 
 
@@ -59,7 +65,9 @@ def _tensor(adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor) -> It
         convolution = len(shape) == len(other.shape) > _MATRIX and shape[0] == other.shape[1]
         if other.size and not (matrices or convolution):
             shapes = f"A is {shape}, B is {list(other.shape)}"
-            yield _error("AK102", key.module, f"ranks disagree, {shapes}")
+            # llama.cpp compares the ranks of all pairs as it loads them, but not of this table's.
+            code = "AK102" if key.role is Role.LORA_A else "AK113"
+            yield _error(code, key.module, f"ranks disagree, {shapes}")
 
 
 def _declared_ranks(adapter: AdapterTensorSet) -> Iterator[Finding]:
@@ -79,18 +87,62 @@ def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
 
 def _targets(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:
     declared = config.get("target_modules")
-    modules = [pair.module for pair in adapter.pairs() if len(pair.a.shape) == _MATRIX]
-    if not isinstance(declared, list) or not modules:
+    if isinstance(declared, list):
+        modules = [pair.module for pair in adapter.pairs()]
+        for target in map(str, cast("list[Any]", declared)):
+            if not any(_ends_with(module, target) for module in modules):
+                message = f"target_modules names {target}, and no tensor is of it"
+                yield Finding("AK107", Severity.WARNING, None, message)
+    for module in outside_targets(adapter):
+        message = "has factors, but the config does not select it: PEFT leaves them out"
+        yield _error("AK108", module, message, "add it to target_modules")
+
+
+def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
+    """Yield modules whose factors PEFT would leave out, by the adapter's own config.
+
+    Experts in one tensor are selected by target_parameters; they are not looked at.
+    """
+    config: Mapping[str, Any] = adapter.extras.get("peft", {}).get("config", {})
+    declared = config.get("target_modules")
+    if declared is None or declared == _ALL or not isinstance(declared, (list, str)):
         return
-    targets = [str(name) for name in cast("list[Any]", declared)]
-    for target in targets:
-        if not any(module == target or module.endswith(f".{target}") for module in modules):
-            message = f"target_modules names {target}, and no tensor is of it"
-            yield Finding("AK107", Severity.WARNING, None, message)
-    for module in modules:
-        if not any(module == t or module.endswith(f".{t}") for t in targets):
-            message = "has factors, but target_modules does not name it: PEFT leaves them out"
-            yield _error("AK108", module, message, "add it to target_modules")
+    names = [] if isinstance(declared, str) else [str(name) for name in cast("list[Any]", declared)]
+    chosen = config.get("layers_to_transform")
+    layers: set[Any] = set(cast("list[Any]", chosen) if isinstance(chosen, list) else [chosen])
+    for pair in adapter.pairs():
+        if len(pair.a.shape) != _MATRIX:
+            continue
+        if isinstance(declared, str):
+            selected = _full_match(declared, pair.module)
+        else:
+            selected = any(_ends_with(pair.module, name) for name in names)
+            number = _LAYER.search(pair.module)
+            if chosen is not None and number and int(number[1]) not in layers:
+                selected = False
+        if not selected:
+            yield pair.module
+
+
+def _full_match(expression: str, module: str) -> bool:
+    """Match as PEFT does: the whole path of the module in the base model."""
+    return re.fullmatch(expression, module) is not None
+
+
+def _ends_with(module: str, target: str) -> bool:
+    return module == target or module.endswith(f".{target}")
+
+
+def _saved_modules(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:
+    declared = config.get("modules_to_save")
+    if not isinstance(declared, list):
+        return
+    saved = [key.module for key in adapter.tensors if key.role is Role.FULL]
+    for name in map(str, cast("list[Any]", declared)):
+        if not any(name in module.split(".") or f".{name}." in module for module in saved):
+            message = f"modules_to_save names {name}, and the file does not hold it"
+            hint = "take it out of modules_to_save, or save the adapter again"
+            yield _error("AK112", None, message, hint)
 
 
 def _overlaps(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -98,8 +150,8 @@ def _overlaps(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[
     modules = [pair.module for pair in adapter.pairs()]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, Any] = config.get(field) or {}
-        if list(patterns) == sorted(patterns) and len(patterns) < _MATRIX:
-            continue
+        if len(patterns) == 1:
+            continue  # one pattern cannot be overruled by another
         ready = [(key, value, compiled(key)) for key, value in patterns.items()]
         for module in modules:
             hits = [(key, value) for key, value, pattern in ready if pattern.match(module)]

@@ -11,7 +11,7 @@ import click
 from adapterkit_cli import options, rendering
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from adapterkit.stack import StackedAdapter
 
@@ -66,7 +66,7 @@ def _parsed(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _llama_cpp(members: tuple[StackedAdapter, ...]) -> str:
+def _llama_cpp(members: Sequence[StackedAdapter]) -> str:
     from adapterkit.errors import UnsupportedError
 
     _need_gguf(members)
@@ -83,7 +83,7 @@ def _llama_cpp(members: tuple[StackedAdapter, ...]) -> str:
     return "--lora-scaled " + shlex.quote(pairs)
 
 
-def _llama_server(members: tuple[StackedAdapter, ...]) -> str:
+def _llama_server(members: Sequence[StackedAdapter]) -> str:
     _need_gguf(members)
     paths = " ".join(f"--lora {shlex.quote(str(member.path))}" for member in members)
     scales = [{"id": place, "scale": member.scale} for place, member in enumerate(members)]
@@ -96,7 +96,7 @@ def _llama_server(members: tuple[StackedAdapter, ...]) -> str:
     )
 
 
-def _ollama(members: tuple[StackedAdapter, ...]) -> str:
+def _ollama(members: Sequence[StackedAdapter]) -> str:
     from adapterkit.errors import UnsupportedError
 
     _need_gguf(members)
@@ -108,7 +108,7 @@ def _ollama(members: tuple[StackedAdapter, ...]) -> str:
     return f"FROM <base>\nADAPTER {members[0].path}"
 
 
-def _vllm(members: tuple[StackedAdapter, ...]) -> str:
+def _vllm(members: Sequence[StackedAdapter]) -> str:
     member = _only(members, "vLLM")
     rank = max(pair.rank for pair in member.adapter.pairs())
     allowed = next((size for size in _VLLM_RANKS if size >= rank), rank)
@@ -116,12 +116,12 @@ def _vllm(members: tuple[StackedAdapter, ...]) -> str:
     return f"--enable-lora --max-lora-rank {allowed} --lora-modules {path}"
 
 
-def _sglang(members: tuple[StackedAdapter, ...]) -> str:
+def _sglang(members: Sequence[StackedAdapter]) -> str:
     member = _only(members, "SGLang")
     return f"--lora-paths {shlex.quote(f'{member.name}={member.path}')} --lora-strict-loading"
 
 
-def _only(members: tuple[StackedAdapter, ...], engine: str) -> StackedAdapter:
+def _only(members: Sequence[StackedAdapter], engine: str) -> StackedAdapter:
     from adapterkit.errors import UnsupportedError
 
     if len(members) > 1 or members[0].scale != 1:
@@ -136,7 +136,7 @@ def _only(members: tuple[StackedAdapter, ...], engine: str) -> StackedAdapter:
     return members[0]
 
 
-def _need_gguf(members: tuple[StackedAdapter, ...]) -> None:
+def _need_gguf(members: Sequence[StackedAdapter]) -> None:
     from adapterkit.errors import UnsupportedError
 
     for member in members:
@@ -148,7 +148,7 @@ def _need_gguf(members: tuple[StackedAdapter, ...]) -> None:
             )
 
 
-_ENGINES: dict[str, Callable[[tuple[StackedAdapter, ...]], str]] = {
+_ENGINES: dict[str, Callable[[Sequence[StackedAdapter]], str]] = {
     "llama.cpp": _llama_cpp,
     "llama-server": _llama_server,
     "ollama": _ollama,

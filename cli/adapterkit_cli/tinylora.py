@@ -32,7 +32,10 @@ _targets = click.option(
 
 @click.group("tinylora")
 def command() -> None:
-    """Plan a TinyLoRA, or project an adapter onto one."""
+    """Plan a TinyLoRA, or project an adapter onto one.
+
+    Both answer with one JSON object if given --json.
+    """
 
 
 @command.command("plan")

@@ -97,9 +97,9 @@ def _totals(report: ValidationReport) -> dict[str, list[str]]:
 
 
 def _text(report: ValidationReport) -> str:
-    lines = [_coverage(engine) for engine in report.coverage if engine.modules]
+    lines = [_coverage(engine) for engine in report.coverage if engine.modules or engine.verdict]
     lines += [_line(finding) for finding in report.findings]
-    counts = dict.fromkeys(("error", "unchecked", "warning"), 0)
+    counts: dict[str, int] = dict.fromkeys(("error", "unchecked", "warning"), 0)
     for finding in report.findings:
         if str(finding.severity) in counts:
             counts[str(finding.severity)] += 1
@@ -116,9 +116,9 @@ def _coverage(engine: EngineCoverage) -> str:
         f"{engine.count(outcome)} {outcome}"
         for outcome in dict.fromkeys(module.outcome for module in engine.modules)
     ]
-    return (
-        f"{engine.target}: of {rendering.count(len(engine.modules), 'module')} {', '.join(parts)}"
-    )
+    fate = f"{engine.verdict}" if engine.verdict else ""
+    modules = f"of {rendering.count(len(engine.modules), 'module')} {', '.join(parts)}"
+    return f"{engine.target}: " + "; ".join(filter(None, (fate, modules if parts else "")))
 
 
 def _line(finding: Finding) -> str:

@@ -1,0 +1,280 @@
+"""A merged Hugging Face directory: shards one after the other, the index last, then a rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit.dtype import DType
+from adapterkit.errors import UnsupportedError
+from adapterkit.json_file import read_json_object
+from adapterkit.merge.into.huggingface import HuggingFaceNames, checkpoint_steps
+from adapterkit.merge.into.shards import planned_shards, write_shard
+from adapterkit.merge.into.steps import Change, Product, Replaced
+from adapterkit.merge.into.tying import Tying, resolved
+from adapterkit.storage import synced
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from adapterkit.base.model import BaseModel
+    from adapterkit.merge.into.journal import Journal
+    from adapterkit.merge.into.report import TensorReport
+    from adapterkit.merge.into.shards import Progress, Shard
+    from adapterkit.merge.into.steps import Step
+    from adapterkit.merge.planning import Source
+    from adapterkit.tensor import LazyTensor
+
+INDEX = "model.safetensors.index.json"
+_PLAIN = {DType.F64, DType.F32, DType.F16, DType.BF16}
+_TORCH = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
+# Other copies of the weights: they would still be the unmerged model.
+_WEIGHTS = (
+    ".safetensors .bin .pt .pth .gguf .onnx .h5 .msgpack .ot .tflite .npz .ckpt .onnx_data".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlan:
+    """What will be written.
+
+    Attributes:
+        base: the base.
+        shards: files with tensors.
+        config: fields of config.json to change.
+        others: files to copy, relative to the base.
+        left_out: files that hold other copies of the unmerged weights.
+    """
+
+    base: BaseModel
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    others: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.nbytes for shard in self.shards)
+
+
+def plan_checkpoint(
+    sources: Sequence[Source], base: BaseModel, *, dtype: DType | None, tied: str | None
+) -> CheckpointPlan:
+    """Decide what every stored tensor gets, before anything is written.
+
+    Raises:
+        UnsupportedError: if the base is quantised, or a change has no right place in it.
+        IncompatibleBaseError: if an adapter does not fit the base; names what.
+    """
+    _check_stored(base)
+    names = HuggingFaceNames(base)
+    steps: dict[str, list[Step]] = {}
+    for source in sources:
+        for name, more in checkpoint_steps(source, names).items():
+            steps.setdefault(name, []).extend(more)
+    fields: dict[str, Any] = {}
+    outputs = [name for name in (*base.tensors, *steps) if names.role(name) == "output"]
+    if base.tied and names.embedding:
+        output = outputs[0] if outputs else "lm_head.weight"
+        tying = Tying(names.embedding, output, output in base.tensors)
+        before = steps
+        steps = resolved(steps, tying, tied)
+        if tied == "untie" and steps != before | {output: steps.get(output, [])}:
+            raise AssertionError("untying changed other tensors")
+        if tied == "untie" and output in steps:
+            fields["tie_word_embeddings"] = False
+    changes = _changes(base, names, steps, dtype)
+    if dtype is not None:
+        fields |= {"torch_dtype": _TORCH[dtype], "dtype": _TORCH[dtype]}
+    fields |= _vocabulary(base, names, changes)
+    shards = planned_shards(base.tensors, changes)
+    others, left_out = _other_files(base.path, {shard.path.name for shard in shards})
+    return CheckpointPlan(base, tuple(shards), fields, others, left_out)
+
+
+def _check_stored(base: BaseModel) -> None:
+    quantisation = base.facts.get("quantization_config")
+    if quantisation:
+        method: Any = (
+            cast("Mapping[str, Any]", quantisation).get("quant_method", "unknown")
+            if isinstance(quantisation, dict)
+            else quantisation
+        )
+        raise UnsupportedError(
+            f"is quantised ({method}), and rounding to its grid again would erase most of an "
+            "update: merge into the 16-bit original and quantise the result, or have transformers "
+            "dequantise it and save_pretrained first",
+            path=base.path,
+        )
+    if not base.has_tensors:
+        raise UnsupportedError(
+            "has no safetensors weights; save it with save_pretrained(safe_serialization=True)",
+            path=base.path,
+        )
+
+
+def _changes(
+    base: BaseModel,
+    names: HuggingFaceNames,
+    steps: Mapping[str, Sequence[Step]],
+    dtype: DType | None,
+) -> dict[str, Change]:
+    changes: dict[str, Change] = {}
+    for name in dict.fromkeys((*base.tensors, *steps)):
+        source = base.tensors.get(name) or base.tensors[names.embedding or ""]
+        given = tuple(steps.get(name, ()))
+        if given and source.dtype not in _PLAIN:
+            raise UnsupportedError(
+                f"{name} is stored as {source.dtype}, which cannot be added to: give the 16-bit "
+                "model before it was quantised",
+                path=base.path,
+                where=given[0].module,
+            )
+        kind = dtype if dtype and source.dtype in _PLAIN else source.dtype
+        new = name not in base.tensors
+        if given or new or kind is not source.dtype:
+            shape = _checked_shape(source, given, names.role(name))
+            changes[name] = Change(name, source, given, kind, shape)
+    return changes
+
+
+def _checked_shape(
+    source: LazyTensor, steps: Sequence[Step], role: str | None
+) -> tuple[int, ...]:
+    """Return the shape to store: the base's, or that of a whole table with more rows."""
+    for step in steps:
+        if isinstance(step, Product):
+            continue
+        held = step.tensor.shape if isinstance(step, Replaced) else source.shape
+        grown = (
+            role is not None
+            and held[1:] == source.shape[1:]
+            and len(steps) == 1
+            and getattr(step, "weight", 1.0) == 1
+        )
+        if held != source.shape and not grown:
+            raise UnsupportedError(
+                f"has shape {list(held)}, the base {list(source.shape)}; only an embedding or "
+                "output of one adapter, at weight 1, may have other rows",
+                path=step.label,
+                where=step.module,
+            )
+        if held != source.shape:
+            return held
+        _check_vector(step, source)
+    return source.shape
+
+
+def _check_vector(step: Step, source: LazyTensor) -> None:
+    match step:
+        case Replaced() | Product():
+            return
+        case _:
+            pass
+    if hasattr(step, "tokens"):
+        tokens, width = getattr(step, "tokens"), getattr(step, "tensor").shape[-1]  # noqa: B009
+        fits = max(tokens, default=-1) < source.shape[0] and width == source.shape[-1]
+    else:
+        fits = getattr(step, "vector").size == source.size  # noqa: B009
+    if not fits:
+        raise UnsupportedError(
+            f"does not fit the base's {list(source.shape)}", path=step.label, where=step.module
+        )
+
+
+def _vocabulary(
+    base: BaseModel, names: HuggingFaceNames, changes: Mapping[str, Change]
+) -> dict[str, Any]:
+    """Return the new vocab_size where tables have other rows; all of them must have the same."""
+    tables = {
+        name: changes[name].shape[0] if name in changes else base.tensors[name].shape[0]
+        for name in dict.fromkeys((*base.tensors, *changes))
+        if names.role(name)
+    }
+    moved = [name for name in tables if name in base.tensors and name in changes]
+    if all(tables[name] == base.tensors[name].shape[0] for name in moved):
+        return {}
+    if len(set(tables.values())) > 1:
+        shown = ", ".join(f"{name} {rows}" for name, rows in tables.items())
+        raise UnsupportedError(f"embedding and output would have different rows: {shown}")
+    return {"vocab_size": next(iter(tables.values()))}
+
+
+def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Return what is copied and what is left out, hidden files and folders aside."""
+    found = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+    found = [path for path in found if str(path) not in {*shards, INDEX}]
+    weights = [
+        path
+        for path in found
+        if path.suffix in _WEIGHTS or path.name.endswith((".index.json", ".data"))
+    ]
+    return tuple(path for path in found if path not in weights), tuple(weights)
+
+
+def write_checkpoint(
+    plan: CheckpointPlan, staging: Path, journal: Journal, jobs: int, progress: Progress
+) -> list[TensorReport]:
+    """Write shards, then everything else, then the index; finished shards are skipped."""
+    reports: list[TensorReport] = []
+    for shard in plan.shards:
+        path = staging / shard.path.name
+        if (known := journal.finished(path)) is not None:
+            reports += known
+            progress(shard.nbytes)
+            continue
+        path.unlink(missing_ok=True)
+        made = write_shard(shard, path, jobs, progress)
+        journal.finish(path, made)
+        reports += made
+    for other in plan.others:
+        target = staging / other
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.base.path / other, target)
+    if plan.config:
+        _edit_config(staging / "config.json", plan.config)
+    if (plan.base.path / INDEX).is_file():
+        _write_index(plan, staging / INDEX)
+    order = {name: place for place, name in enumerate(plan.base.tensors)}
+    return sorted(reports, key=lambda report: order.get(report.tensor, len(order)))
+
+
+def _edit_config(path: Path, fields: Mapping[str, Any]) -> None:
+    """Set fields where the config has them, at the top and in the text tower; else at the top."""
+    config = dict(read_json_object(path))
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    for name, value in fields.items():
+        holders = [each for each in (config, *inner) if name in each]
+        aliases = {"dtype": "torch_dtype", "torch_dtype": "dtype"}
+        if not holders and aliases.get(name) in config:
+            continue
+        for holder in holders or [config]:
+            cast("dict[str, Any]", holder)[name] = value
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_index(plan: CheckpointPlan, path: Path) -> None:
+    """Copy the index, or write one with the new names and sizes."""
+    source = plan.base.path / INDEX
+    if not any(shard.rewritten for shard in plan.shards):
+        shutil.copyfile(source, path)
+    else:
+        index = dict(read_json_object(source))
+        held = {e.name: shard.path.name for shard in plan.shards for e in shard.entries}
+        metadata = index.get("metadata")
+        index["metadata"] = {
+            **(cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {}),
+            "total_size": plan.nbytes,
+        }
+        index["weight_map"] = dict(sorted(held.items()))
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+    synced(path)

@@ -1,0 +1,195 @@
+"""Adapters into a base model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base import open_base
+from adapterkit.convert import stored_type
+from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.merge.into.checkpoint import plan_checkpoint, write_checkpoint
+from adapterkit.merge.into.gguf import check_type, merge_gguf
+from adapterkit.merge.into.journal import plan_hash, staged_directory
+from adapterkit.merge.into.reading import read_sources
+from adapterkit.merge.into.report import MergeIntoReport
+from adapterkit.merge.into.tying import check_choice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from adapterkit.base.model import BaseModel
+    from adapterkit.dtype import DType
+    from adapterkit.merge.into.report import TensorReport
+    from adapterkit.merge.planning import Source
+
+_SURVIVAL = 0.95
+_MOST_JOBS = 4
+
+
+def merge_into(
+    sources: Sequence[Path | str],
+    base: Path | str,
+    destination: Path | str,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    gguf_type: str | None = None,
+    tied: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeIntoReport:
+    """Add adapters to the weights of a base, streamed, and round every tensor once.
+
+    W' = W + Σ wᵢ ΔWᵢ for low-rank updates, whatever their format. DoRA is applied as PEFT does with
+    the adapters active in this order: each scales what is there so far, by a norm of the unmerged
+    base. Whole parameters and token rows count as W + w (M - W). Everything that is not changed is
+    copied as bytes; the output appears whole or not at all.
+
+    Args:
+        sources: adapters, any formats.
+        base: Hugging Face directory or GGUF file; of the same kind is the output.
+        destination: directory, or .gguf file, to create.
+        weights: one for each adapter, 1 by default, used as they are.
+        dtype: `f32`, `f16` or `bf16` for all tensors of a Hugging Face model.
+        gguf_type: `keep`, `f32`, `f16`, `bf16` or `q8_0` for changed tensors of a GGUF model; by
+            default those four are kept and all other types become q8_0.
+        tied: `shared` or `untie`, where the base has one table for embedding and output and it is
+            changed.
+        resume: go on where a killed merge with the same arguments ended.
+        force: replace the destination, or keep a GGUF type that loses much of the update.
+        jobs: tensors at a time; by default one for each processor, 4 at most.
+        progress: called with the bytes that are done, and all of them.
+
+    Raises:
+        UsageError: if arguments contradict each other.
+        FormatError: if a file is malformed, or holds NaN or infinity.
+        UnsupportedError: if an adapter does not fit, the base is quantised, or a choice is missing.
+        DestinationExistsError: if the destination exists.
+        WriteError: if the output cannot be written.
+    """
+    check_choice(tied)
+    check_type(gguf_type)
+    destination = Path(destination)
+    opened = open_base(base)
+    _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
+    adapters, opened, notes = read_sources([Path(s) for s in sources], weights, opened)
+    workers = jobs or min(os.cpu_count() or 1, _MOST_JOBS)
+    if opened.kind == "gguf":
+        tensors, more = merge_gguf(
+            adapters,
+            opened,
+            destination,
+            kind=gguf_type,
+            tied=tied,
+            force=force,
+            jobs=workers,
+            progress=progress,
+        )
+    else:
+        tensors, more = _merge_directory(
+            adapters,
+            opened,
+            destination,
+            dtype=stored_type(dtype) if dtype else None,
+            tied=tied,
+            resume=resume,
+            force=force,
+            jobs=workers,
+            progress=progress,
+        )
+    return _report(adapters, opened, destination, tensors, (*notes, *more))
+
+
+def _check_places(
+    base: BaseModel, destination: Path, *, dtype: str | None, gguf_type: str | None
+) -> None:
+    if (base.kind == "gguf") != (destination.suffix == ".gguf"):
+        kind = "a GGUF file: name a .gguf file" if base.kind == "gguf" else "a directory: name one"
+        raise UsageError(f"the base is {kind} to create", path=destination)
+    if base.kind == "gguf" and dtype is not None:
+        raise UsageError("dtype is for Hugging Face bases; use gguf_type (--gguf-type)")
+    if base.kind != "gguf" and gguf_type is not None:
+        raise UsageError("gguf_type is for GGUF bases; use dtype (--dtype)")
+    here, there = base.path.resolve(), destination.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UsageError("is the base itself, or inside it or around it", path=destination)
+
+
+def _merge_directory(
+    sources: Sequence[Source],
+    base: BaseModel,
+    destination: Path,
+    *,
+    dtype: DType | None,
+    tied: str | None,
+    resume: bool,
+    force: bool,
+    jobs: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[list[TensorReport], list[str]]:
+    plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied)
+    settings = {"dtype": dtype, "tied": tied}
+    key = plan_hash(sources, [shard.path for shard in plan.shards], settings)
+    count = counter(plan.nbytes, progress)
+    with staged_directory(destination, key, resume=resume, force=force) as (staging, journal):
+        tensors = write_checkpoint(plan, staging, journal, jobs, count)
+    left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
+    return tensors, left
+
+
+def counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """Return a function that adds up bytes of several threads and tells the sum."""
+    lock = threading.Lock()
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        with lock:
+            done += more
+            if progress is not None:
+                progress(done, total)
+
+    return count
+
+
+def _report(
+    sources: Sequence[Source],
+    base: BaseModel,
+    destination: Path,
+    tensors: Sequence[TensorReport],
+    notes: Sequence[str],
+) -> MergeIntoReport:
+    files = destination.rglob("*") if destination.is_dir() else [destination]
+    survivals = [t.survival for t in tensors if t.survival is not None]
+    if not tensors:
+        raise UnsupportedError("the adapters change nothing in this base", path=base.path)
+    return MergeIntoReport(
+        sources=tuple(source.label for source in sources),
+        weights=tuple(source.weight for source in sources),
+        base=str(base.path),
+        destination=str(destination),
+        format="gguf" if base.kind == "gguf" else "safetensors",
+        tensors=tuple(tensors),
+        untouched=len(base.tensors) - len(tensors),
+        bytes=sum(file.stat().st_size for file in files if file.is_file()),
+        min_survival=min(survivals, default=None),
+        warnings=_warnings(tensors),
+        notes=tuple(notes),
+    )
+
+
+def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
+    low = [t for t in tensors if t.survival is not None and t.survival < _SURVIVAL]
+    found: list[str] = []
+    if low:
+        worst = min(low, key=lambda t: t.survival or 0.0)
+        found.append(
+            f"of {len(low)} tensors less than {_SURVIVAL:.0%} of the update is left after rounding, "
+            f"least of {worst.tensor} ({worst.survival:.0%}); store a wider type"
+        )
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""A merged GGUF file (placeholder)."""

@@ -1,0 +1,168 @@
+"""What an interrupted merge had finished, so that it can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit.errors import DestinationExistsError, UsageError, WriteError
+from adapterkit.json_file import read_json_object
+from adapterkit.merge.into.report import TensorReport
+from adapterkit.storage import synced
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from adapterkit.merge.planning import Source
+
+JOURNAL = "adapterkit-merge.json"
+
+
+@dataclass
+class Journal:
+    """The list of finished shards in a staging directory.
+
+    Attributes:
+        path: the file.
+        plan: hash of everything that the output depends on.
+        shards: file name -> its size and the reports of its tensors.
+    """
+
+    path: Path
+    plan: str
+    shards: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def finished(self, shard: Path) -> list[TensorReport] | None:
+        """Return the reports of a finished shard, or None if it is to be written."""
+        known = self.shards.get(shard.name)
+        if known is None or not shard.is_file() or shard.stat().st_size != known["bytes"]:
+            return None
+        return [
+            TensorReport(**{**fields, "modules": tuple(fields["modules"])})
+            for fields in known["tensors"]
+        ]
+
+    def finish(self, shard: Path, reports: Sequence[TensorReport]) -> None:
+        """Note a shard that is on the disk; the note itself appears whole or not at all."""
+        self.shards[shard.name] = {
+            "bytes": shard.stat().st_size,
+            "tensors": [asdict(report) for report in reports],
+        }
+        self.save()
+
+    def save(self) -> None:
+        """Write the journal."""
+        text = json.dumps({"plan": self.plan, "shards": self.shards})
+        staging = self.path.with_suffix(".tmp")
+        staging.write_text(text, encoding="utf-8")
+        synced(staging)
+        staging.replace(self.path)
+
+
+def plan_hash(sources: Sequence[Source], files: Sequence[Path], settings: Mapping[str, Any]) -> str:
+    """Return a hash of the adapters' tensors, the base's files as they are now, and the settings.
+
+    Base files count by name, size and time of change: hashing them would take longer than merging.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for source in sources:
+        digest.update(f"{source.weight} {dict(source.adapter.scales)}\n".encode())
+        digest.update(repr(sorted(source.adapter.traits.items(), key=str)).encode())
+        for key, tensor in source.adapter.tensors.items():
+            digest.update(f"{key} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def staged_directory(
+    destination: Path, plan: str, *, resume: bool, force: bool
+) -> Generator[tuple[Path, Journal]]:
+    """Yield a directory beside the destination; rename it there at the end, else remove it.
+
+    With `resume` an interrupt leaves it, as a kill always does, for the next `resume` to go on.
+
+    Raises:
+        DestinationExistsError: if there is something at the destination and `force` is false, or
+            something that is no model.
+        UsageError: if what is to be resumed is another merge.
+        WriteError: if the operating system refuses.
+    """
+    _check_destination(destination, force=force)
+    staging = destination.with_name(f".{destination.name}.adapterkit-merge")
+    kept = False
+    try:
+        journal = _begun(staging, plan, resume=resume)
+        yield staging, journal
+        journal.path.unlink()
+        _moved(staging, destination)
+    except KeyboardInterrupt:
+        kept = resume
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(
+            f"could not be written ({reason}); nothing was left behind", path=destination
+        ) from error
+    except UsageError:
+        kept = True
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_destination(destination: Path, *, force: bool) -> None:
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not force:
+        raise DestinationExistsError("exists already; pass --force to replace it", path=destination)
+    if not (destination / "config.json").is_file():
+        raise DestinationExistsError(
+            "is no model directory, and is not replaced; name another", path=destination
+        )
+
+
+def _begun(staging: Path, plan: str, *, resume: bool) -> Journal:
+    """Take up what an earlier run left, or begin anew."""
+    path = staging / JOURNAL
+    if resume and path.is_file():
+        found = read_json_object(path)
+        if found.get("plan") != plan:
+            raise UsageError(
+                "holds another merge (other adapters, weights, base or options); repeat without "
+                "--resume to begin anew",
+                path=staging,
+            )
+        return Journal(path, plan, cast("dict[str, Any]", found.get("shards") or {}))
+    if staging.is_dir():
+        shutil.rmtree(staging)
+    staging.mkdir()
+    journal = Journal(path, plan)
+    journal.save()
+    return journal
+
+
+def _moved(staging: Path, destination: Path) -> None:
+    folder = os.open(staging, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    if destination.is_dir() and any(destination.iterdir()):
+        old = staging.with_suffix(".replaced")
+        destination.replace(old)
+        staging.replace(destination)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        staging.replace(destination)

@@ -1,0 +1,96 @@
+"""The adapters of a merge into a base: read with it, and checked to be constant updates of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base.initialisation import without_base_change
+from adapterkit.base.vocabulary import matched
+from adapterkit.convert import load
+from adapterkit.errors import FormatError, UnsupportedError, UsageError
+from adapterkit.formats.protocol import Options
+from adapterkit.merge.planning import Source
+from adapterkit.model import Role, TensorKey
+from adapterkit.registry import detect
+from adapterkit.structure import check_structure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.base.model import BaseModel
+
+_NO_UPDATE = {
+    "layer_replication": "replicates layers; build that base first, then merge into it",
+    "alora_invocation_tokens": "is active after its invocation tokens only, which no weight can "
+    "hold; serve it as an adapter",
+    "engine_layout": "holds tensors that the tables cannot bring back from llama.cpp's layout",
+}
+
+
+def read_sources(
+    paths: Sequence[Path], weights: Sequence[float] | None, base: BaseModel
+) -> tuple[list[Source], BaseModel, tuple[str, ...]]:
+    """Read all adapters with the base's row orders, names and vocabulary.
+
+    Returns:
+        The adapters in the base's family, that family's base, and notes.
+
+    Raises:
+        UsageError: if there is no adapter, or another number of weights.
+        FormatError: if one is malformed or broken.
+        UnsupportedError: if one is no constant update of this base.
+    """
+    if not paths:
+        raise UsageError("nothing to merge; name one adapter or more")
+    if weights is not None and len(weights) != len(paths):
+        raise UsageError(f"{len(paths)} adapters and {len(weights)} weights; give one for each")
+    found: list[Source] = []
+    notes: list[str] = []
+    for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
+        if not abs(weight) < float("inf"):
+            raise UsageError(f"weight {weight!r} is not a finite number")
+        adapter, options = load(path, detect(path), Options(base=base))
+        base = options.base or base
+        check_structure(adapter)
+        for trait, reason in _NO_UPDATE.items():
+            if adapter.traits.get(trait):
+                raise UnsupportedError(f"{reason} ({trait})", path=path)
+        adapter = without_base_change(adapter, base)
+        adapter, changes = matched(adapter, base)
+        said = adapter.provenance.notes if adapter.provenance else ()
+        notes += [f"{path}: {note}" for note in (*said, *changes)]
+        source = Source(str(path), adapter, float(weight))
+        _check_halves(source)
+        found.append(source)
+    return found, base, tuple(notes)
+
+
+def token_rows(source: Source, module: str) -> tuple[int, ...]:
+    """Return the token numbers of trained rows, as `trainable_token_indices` has them.
+
+    Raises:
+        FormatError: if the setting does not tell.
+    """
+    setting = source.adapter.traits.get("trainable_token_indices")
+    if isinstance(setting, dict):
+        named = [rows for key, rows in setting.items() if f".{module}".endswith(f".{key}")]
+        setting = named[0] if len(named) == 1 else None
+    key = TensorKey(module, Role.TOKEN_ROWS)
+    count = source.adapter.tensors[key].shape[0]
+    numbers = tuple(setting) if isinstance(setting, (list, tuple)) else ()
+    if len(numbers) != count or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise FormatError(
+            f"holds {count} rows, and trainable_token_indices names {len(numbers)} tokens",
+            path=source.label,
+            where=str(key),
+        )
+    return numbers
+
+
+def _check_halves(source: Source) -> None:
+    """Refuse what stands beside factors without factors: nothing would say what it means."""
+    adapted = {pair.module for pair in source.adapter.pairs()}
+    for key in source.adapter.tensors:
+        if key.role in {Role.MAGNITUDE, Role.LORA_BIAS} and key.module not in adapted:
+            raise FormatError("has no factors beside it", path=source.label, where=str(key))

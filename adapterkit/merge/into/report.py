@@ -1,0 +1,58 @@
+"""What a merge into a base did; every field is a number, a text or a list of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReport:
+    """One tensor of the base that was changed.
+
+    Attributes:
+        tensor: stored name.
+        modules: adapter modules that went into it.
+        stored: type in the base.
+        dtype: type in the output.
+        relative_norm: ‖ΔW‖ / ‖W‖, Frobenius; None where W is zero.
+        survival: ⟨W' - W, ΔW⟩ / ‖ΔW‖², the share of the update that is still there in what was
+            stored; None where ΔW is zero.
+    """
+
+    tensor: str
+    modules: tuple[str, ...]
+    stored: str
+    dtype: str
+    relative_norm: float | None
+    survival: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeIntoReport:
+    """A whole merge into a base.
+
+    Attributes:
+        sources: paths of the adapters.
+        weights: one for each.
+        base: path of the base.
+        destination: path that was written.
+        format: `safetensors` or `gguf`.
+        tensors: every changed tensor, in the base's order.
+        untouched: tensors that were copied as bytes.
+        bytes: size of the output.
+        min_survival: smallest of the tensors; None where nothing was changed.
+        warnings: what the user should know.
+        notes: what was normalised on the way.
+    """
+
+    sources: tuple[str, ...]
+    weights: tuple[float, ...]
+    base: str
+    destination: str
+    format: str
+    tensors: tuple[TensorReport, ...]
+    untouched: int
+    bytes: int
+    min_survival: float | None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,113 @@
+"""What happens to one stored tensor of a base, step by step, in the orientation it is stored in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapterkit.dtype import DType
+from adapterkit.model import LoraPair
+from adapterkit.tensor import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A low-rank update: W + w · s · B · A, or with a magnitude m the DoRA of it.
+
+    DoRA (arXiv 2402.09353) is m / ‖W + ΔW‖ · (X + ΔW), where the norm is that of the unmerged base
+    W and X is what earlier adapters have made of it; at weight w, X + w · (that - X).
+
+    Attributes:
+        label: the adapter, as messages name it.
+        module: the adapted module.
+        pair: the factors.
+        weight: w, on top of the pair's own scale.
+        turned: whether the base stores (in, out), or an embedding's (vocabulary, width).
+        magnitude: (out,) of DoRA, in the order of the stored rows.
+    """
+
+    label: str
+    module: str
+    pair: LoraPair
+    weight: float
+    turned: bool
+    magnitude: LazyTensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A vector that is added: W + w · v, the bias of B.
+
+    Attributes:
+        label: the adapter.
+        module: the adapted module.
+        vector: (out,).
+        weight: w, the scale of the module included.
+    """
+
+    label: str
+    module: str
+    vector: LazyTensor
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A parameter that training saved whole: W + w · (M - W).
+
+    Attributes:
+        label: the adapter.
+        module: the parameter.
+        tensor: M, in the stored orientation.
+        weight: w.
+    """
+
+    label: str
+    module: str
+    tensor: LazyTensor
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowsReplaced:
+    """Rows of an embedding that training saved whole: row t becomes W_t + w · (R_t - W_t).
+
+    Attributes:
+        label: the adapter.
+        module: the embedding.
+        tokens: row numbers.
+        tensor: (tokens, width).
+        weight: w.
+    """
+
+    label: str
+    module: str
+    tokens: tuple[int, ...]
+    tensor: LazyTensor
+    weight: float
+
+
+Step = Product | Added | Replaced | RowsReplaced
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A tensor of the output that is not a byte range of the base.
+
+    Attributes:
+        name: the stored name.
+        source: the base's tensor.
+        steps: in the order of the adapters; none for a mere change of type.
+        dtype: the type to store.
+        shape: the shape to store; more rows than the source only where all of them are replaced.
+    """
+
+    name: str
+    source: LazyTensor
+    steps: tuple[Step, ...]
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def stored(self) -> LazyTensor:
+        """The result's type and shape, without a way to read it."""
+        return LazyTensor(self.dtype, self.shape, bytes)

@@ -1,0 +1,42 @@
+"""Models that llama.cpp does not run are refused by name, with the reason."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import adapterkit
+from adapterkit.architectures import find, refusal
+from adapterkit.base import open_base
+from adapterkit.errors import UnknownArchitectureError
+
+DATA = Path(adapterkit.__file__).parent / "architectures" / "refused.toml"
+GROUPS = tomllib.loads(DATA.read_text(encoding="utf-8"))["refused"]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"architectures": ["WhisperForConditionalGeneration"]}, "which whisper.cpp runs"),
+        ({"model_type": "whisper"}, "which whisper.cpp runs"),
+        ({"architectures": ["Unheard"], "model_type": "opt"}, "Unheard, opt: .* no graph"),
+        ({"architectures": ["Unheard"]}, "Unheard is not in the tables"),
+        ({}, "no architecture is not in the tables"),
+    ],
+)
+def test_reason_is_given(config: dict[str, object], reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnknownArchitectureError, match=reason):
+        open_base(tmp_path / "config.json")
+
+
+def test_no_family_is_refused_and_no_name_twice() -> None:
+    names = [name for group in GROUPS for name in group["names"]]
+    assert len(names) == len(set(names))
+    for name in names:
+        assert refusal(name)
+        assert not [a for a in find(name) if name in {*a.classes, *a.model_types}]
+    assert refusal("LlamaForCausalLM") is None
