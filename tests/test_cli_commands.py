@@ -112,6 +112,7 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(adapterkit, "convert", convert)
     flags = ("--unverified", "--allow-lossy", "--force", "--outtype", "Q8_0")
+    flags += ("--for", "sglang", "--dialect", "torchtune", "--alpha", "16")
     result = invoke("convert", "a", "-o", "b", "--to", "gguf", "--moe-layout", "fused", *flags)
     assert result.stdout.splitlines()[1] == (
         "proof: ΔW equal in the one module, largest relative error 0.5 (only)"
@@ -122,6 +123,9 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
         "base": None,
         "outtype": "q8_0",
         "moe_layout": "fused",
+        "prepare": ("uniform",),
+        "dialect": "torchtune",
+        "alpha": 16.0,
         "unverified": True,
         "allow_lossy": True,
         "force": True,

@@ -32,7 +32,12 @@ from safetensors.numpy import load_file, save_file
 import adapterkit
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.convert import convert
-from adapterkit.errors import FormatError, IncompatibleBaseError, UnsupportedError
+from adapterkit.errors import (
+    FormatError,
+    IncompatibleBaseError,
+    LossyConversionError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -376,3 +381,15 @@ def test_written_experts_load_into_peft_and_mean_the_same(
         loaded = PeftModel.from_pretrained(model, tmp_path / "back")
     prompts = prompts_for(base)
     assert max_kl(logprobs(tuned.model, prompts), logprobs(loaded, prompts)) < 1e-9
+
+
+def test_experts_that_llama_cpp_adapts_wrongly_are_refused(tmp_path: Path) -> None:
+    # It scales what comes out of an expert of Gemma 4, and leaves out what the adapter adds.
+    base = make_base(family_row("gemma4-moe"), tmp_path)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    make_adapter(base, tmp_path / "a", target_modules=["q_proj"], target_parameters=targets)
+    with pytest.raises(LossyConversionError) as refused:
+        convert_adapter(tmp_path / "a", base, tmp_path / "a.gguf")
+    (loss,) = refused.value.losses
+    assert loss.subject.startswith("model.layers.0.experts.down_proj and 1 more")
+    assert "merge it into the base" in loss.message

@@ -71,12 +71,18 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
             fitting.append(pair)
     if base.kind == "gguf":
         yield from _engine_misfits(fitting, base)
+        yield from (
+            Misfit(module, f"the base has no {name}.weight", "missing")
+            for module, name in kept.items()
+            if f"{name}.weight" not in base.tensors
+        )
 
 
 def sound(pair: LoraPair) -> bool:
     """Tell whether A and B are matrices, or stacks of them, that can be multiplied."""
     a, b = pair.a.shape, pair.b.shape
-    return len(a) == len(b) >= _MATRIX and a[-2] == b[-1] > 0 and a[:-2] == b[:-2]
+    factors = len(a) == len(b) >= _MATRIX and 0 not in {*a, *b}
+    return factors and a[-2] == b[-1] and a[:-2] == b[:-2]
 
 
 def _beyond(pair: LoraPair, match: Match | None, base: BaseModel) -> Misfit | None:

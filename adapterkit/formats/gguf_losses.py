@@ -112,13 +112,21 @@ def _unmatched(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
     if towers:
         message = "belongs to a vision or audio tower, which llama.cpp keeps in another file"
         yield _loss("tower", _keys_of(adapter, towers), f"{message}; {_MERGE}")
-    if others:
+    known = [module for module in others if options.base and _known(module, options.base)]
+    if known:
+        message = f"llama.cpp applies no adapter to this part of {title}"
+        yield _loss("no-target", _keys_of(adapter, known), f"{message}; {_MERGE}")
+    if unknown := [module for module in others if module not in known]:
         message = f"is no module of {title} that llama.cpp can adapt; is it the right base?"
-        yield _loss("no-target", _keys_of(adapter, others), message)
+        yield _loss("no-target", _keys_of(adapter, unknown), message)
     for pair in engine.pairs:
         name = f"{pair.module}.weight.lora_a"
         if len(name.encode()) > _NAME_LIMIT:
             yield Loss("name-too-long", name, f"is longer than {_NAME_LIMIT} bytes")
+
+
+def _known(module: str, base: BaseModel) -> bool:
+    return find_rule(base.architecture, module) is not None
 
 
 def _inert(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:

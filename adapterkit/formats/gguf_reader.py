@@ -131,7 +131,7 @@ def _halves(file: GGUFFile) -> dict[str, dict[str, LazyTensor]]:
                 path=file.path,
                 where=name,
             )
-        if half == "lora_a" and _is_embedding(stem):
+        if half == "lora_a" and _is_embedding(stem) and len(tensor.shape) > 1:
             tensor = turned(tensor)  # noqa: PLW2901  (stored as (vocabulary, r))
         groups.setdefault(stem.removesuffix(".weight"), {})[half] = tensor
     return groups
@@ -144,11 +144,16 @@ def _is_embedding(stem: str) -> bool:
 def _pairs(halves: Mapping[str, Mapping[str, LazyTensor]], alpha: float) -> list[LoraPair]:
     pairs: list[LoraPair] = []
     for name, group in halves.items():
-        if len(group) == 2:  # noqa: PLR2004  (both halves)
+        if _is_pair(group):
             b = group["lora_b"]
-            scale = alpha / b.shape[-1] if alpha and b.shape and b.shape[-1] else 1.0
+            scale = alpha / b.shape[-1] if alpha and b.shape[-1] else 1.0
             pairs.append(LoraPair(name, group["lora_a"], b, scale, embedding=_is_embedding(name)))
     return pairs
+
+
+def _is_pair(group: Mapping[str, LazyTensor]) -> bool:
+    """Tell whether both halves are there and have rows and columns to give meaning to."""
+    return len(group) == 2 and all(len(half.shape) >= 2 for half in group.values())  # noqa: PLR2004
 
 
 def _family(
@@ -179,13 +184,12 @@ def _tensors(
 def _others(
     file: GGUFFile, halves: Mapping[str, Mapping[str, LazyTensor]]
 ) -> dict[TensorKey, LazyTensor]:
-    """Return halves without a partner, and norms, under llama.cpp's own names."""
+    """Return halves without a partner or a shape, and norms, under llama.cpp's own names."""
     roles = {"lora_a": Role.LORA_A, "lora_b": Role.LORA_B}
     loose: dict[TensorKey, LazyTensor] = {}
     for name, group in halves.items():
-        if len(group) == 1:
-            ((half, tensor),) = group.items()
-            loose[TensorKey(name, roles[half])] = tensor
+        if not _is_pair(group):
+            loose.update({TensorKey(name, roles[half]): x for half, x in group.items()})
     for name, tensor in file.tensors.items():
         if name.endswith("_norm.weight"):
             loose[TensorKey(name, Role.FULL)] = tensor

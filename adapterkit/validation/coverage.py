@@ -57,7 +57,9 @@ def _by_tensor(
             Finding("AK305", Severity.UNCHECKED, error.where, error.message, target=target.name)
         ]
     tensors = {module: name for name, modules in engine.sources.items() for module in modules}
-    wrong = {found.module: found.message for found in misfits(adapter, base) if found.kind != "unknown"}
+    wrong = {
+        found.module: found.message for found in misfits(adapter, base) if found.kind != "unknown"
+    }
     refused = {key.module: loss for loss in lost if loss.blocks for key in loss.drops}
     covered = [
         _covered(pair, tensors.get(pair.module), base, wrong, refused) for pair in adapter.pairs()

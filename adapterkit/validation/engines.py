@@ -140,4 +140,8 @@ def _holds(rule: Rule, version: str) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in _NUMBER.findall(version))
+    """Return the numbers of a release; 0.33 is 0.33.0, and pre-releases are that release."""
+    numbers = [int(part) for part in _NUMBER.findall(version)]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)

@@ -12,7 +12,7 @@ from adapterkit.errors import UnsupportedError
 from adapterkit.validation.findings import Finding, Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
@@ -32,11 +32,13 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
         yield Finding("AK301", Severity.ERROR, None, message, "give the base it was made for")
         return
     yield from _identity(adapter, base)
-    if kept := adapter.traits.get("engine_layout"):
+    kept: Mapping[str, str] = adapter.traits.get("engine_layout", {})
+    known = [m for m, n in kept.items() if base.kind == "hf" or f"{n}.weight" in base.tensors]
+    if known:
         message = "keeps llama.cpp's layout, and the base does not undo it"
-        yield Finding("AK306", Severity.UNCHECKED, next(iter(kept)), message)
+        yield Finding("AK306", Severity.UNCHECKED, known[0], message)
     for pair in adapter.pairs():
-        if pair.module not in (kept or ()) and _unknown(pair.module, base):
+        if pair.module not in kept and _unknown(pair.module, base):
             message = f"is no module of {base.architecture.title}"
             yield Finding("AK303", Severity.ERROR, pair.module, message, "is it the right base?")
     try:

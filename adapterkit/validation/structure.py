@@ -10,7 +10,7 @@ from adapterkit.patterns import compiled
 from adapterkit.validation.findings import Finding, Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from adapterkit.tensor import LazyTensor
 
@@ -88,7 +88,7 @@ def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
 def _targets(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:
     declared = config.get("target_modules")
     if isinstance(declared, list):
-        modules = [pair.module for pair in adapter.pairs()]
+        modules = adapter.modules
         for target in map(str, cast("list[Any]", declared)):
             if not any(_ends_with(module, target) for module in modules):
                 message = f"target_modules names {target}, and no tensor is of it"
@@ -110,8 +110,9 @@ def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
     names = [] if isinstance(declared, str) else [str(name) for name in cast("list[Any]", declared)]
     chosen = config.get("layers_to_transform")
     layers: set[Any] = set(cast("list[Any]", chosen) if isinstance(chosen, list) else [chosen])
+    parameters = [str(name) for name in config.get("target_parameters") or ()]
     for pair in adapter.pairs():
-        if len(pair.a.shape) != _MATRIX:
+        if len(pair.a.shape) != _MATRIX or _names_parameter(pair.module, parameters):
             continue
         if isinstance(declared, str):
             selected = _full_match(declared, pair.module)
@@ -127,6 +128,10 @@ def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
 def _full_match(expression: str, module: str) -> bool:
     """Match as PEFT does: the whole path of the module in the base model."""
     return re.fullmatch(expression, module) is not None
+
+
+def _names_parameter(module: str, parameters: Sequence[str]) -> bool:
+    return any(_ends_with(f"{module}.weight", name) for name in parameters)
 
 
 def _ends_with(module: str, target: str) -> bool:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from adapterkit.validation.findings import CoveredModule, Finding, Outcome
+from adapterkit.validation.findings import CoveredModule, Finding, Outcome, Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class Verdict(StrEnum):
-    """What an engine does with an adapter; refusals come before what happens later."""
+    """What an engine does with an adapter; refusals come before what happens later.
+
+    `garbage` is loaded and computed with, and what comes out is chance, or the end of the process.
+    """
 
     REFUSED = "refused"
     ABORTS = "aborts"
+    GARBAGE = "garbage"
     NOTHING = "no effect"
     PARTLY = "partly applied"
     APPLIED = "applied"
@@ -25,7 +29,7 @@ _PASSED_OVER = {Outcome.IGNORED, Outcome.UNMATCHED}
 
 
 def verdict(
-    findings: Iterable[Finding],
+    findings: Sequence[Finding],
     modules: Sequence[CoveredModule],
     effects: Mapping[str, Verdict],
     target: str,
@@ -46,6 +50,8 @@ def verdict(
     passed = sum(module.outcome in _PASSED_OVER for module in modules)
     if passed:
         mine.append(Verdict.NOTHING if passed == len(modules) else Verdict.PARTLY)
-    if mine:
-        return min(mine, key=list(Verdict).index)
-    return Verdict.APPLIED if modules else None
+    fate = min(mine, key=list(Verdict).index, default=Verdict.APPLIED if modules else None)
+    unchecked = any(f.severity is Severity.UNCHECKED and f.target in {"", target} for f in findings)
+    # What was not looked at may still be refused; what is refused stays so.
+    certain = fate in {Verdict.REFUSED, Verdict.ABORTS, Verdict.GARBAGE}
+    return fate if certain or not unchecked else None

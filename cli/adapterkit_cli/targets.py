@@ -10,7 +10,7 @@ from adapterkit_cli import options, rendering
 @click.command("targets")
 @options.as_json
 def command(*, as_json: bool) -> None:
-    """List the serving engines whose rules are known, and where from."""
+    """List the serving engines whose rules are known."""
     from adapterkit.validation import load_target, target_names
 
     targets = [load_target(name) for name in target_names()]

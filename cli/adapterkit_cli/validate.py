@@ -37,7 +37,7 @@ def command(
     as_sarif: bool,
     as_json: bool,
 ) -> None:
-    """Say whether an adapter will work: alone, on a base, in an engine.
+    """Say whether an adapter works: on a base, in an engine.
 
     Exit code 1 for errors, 5 where something could not be checked, else 0.
     """

@@ -69,6 +69,10 @@ class Merger:
         wide = change.source.dtype in {DType.F32, DType.F64} or change.dtype is DType.F64
         self.kind = np.dtype(np.float64 if wide else np.float32)
 
+    def prepare(self) -> None:
+        """Open the adapters' tensors, before several threads ask for blocks."""
+        _ = self._operations
+
     def places(self) -> list[Place]:
         """Return all blocks, in the order in which they are stored."""
         height = max(1, BLOCK // max(1, self.columns))
@@ -142,14 +146,14 @@ class Merger:
         found: list[_Operation] = []
         plain: list[Product] = []
         for step in self.change.steps:
-            if isinstance(step, Product) and step.magnitude is None:
-                plain.append(step)
-                continue
-            found += [_Sum(plain, self.kind)] if plain else []
-            plain = []
+            if not isinstance(step, Product) or step.magnitude is not None:
+                found += [_Sum(plain, self.kind)] if plain else []
+                plain = []
             match step:
+                case Product(magnitude=magnitude) if magnitude is not None:
+                    found.append(_Dora(step, magnitude, self))
                 case Product():
-                    found.append(_Dora(step, self))
+                    plain.append(step)
                 case Added():
                     found.append(_Vector(step, self.kind))
                 case Replaced():
@@ -183,12 +187,11 @@ class _Sum:
 class _Dora:
     """X + w · (m / ‖W + ΔW‖ · (X + ΔW) - X), norms over the inputs."""
 
-    def __init__(self, step: Product, merger: Merger) -> None:
+    def __init__(self, step: Product, magnitude: LazyTensor, merger: Merger) -> None:
         # The direction has the adapter's own scale; w is how far to go there.
         self.weight = step.weight
         self.sum = _Sum([_unweighted(step)], merger.kind)
-        assert step.magnitude is not None
-        values = _finite(step.magnitude, step, merger.kind).reshape(-1)
+        values = _finite(magnitude, step, merger.kind).reshape(-1)
         self.turned = step.turned
         if step.turned:
             squares = np.zeros(merger.columns)

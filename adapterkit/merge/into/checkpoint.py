@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit.base.model import BaseModel
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError
 from adapterkit.json_file import read_json_object
 from adapterkit.merge.into.huggingface import HuggingFaceNames, checkpoint_steps
-from adapterkit.merge.into.shards import planned_shards, write_shard
-from adapterkit.merge.into.steps import Change, Product, Replaced
+from adapterkit.merge.into.shards import Shard, planned_shards, write_shard
+from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsReplaced
 from adapterkit.merge.into.tying import Tying, resolved
 from adapterkit.storage import synced
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from adapterkit.base.model import BaseModel
     from adapterkit.merge.into.journal import Journal
     from adapterkit.merge.into.report import TensorReport
-    from adapterkit.merge.into.shards import Progress, Shard
+    from adapterkit.merge.into.shards import Progress
     from adapterkit.merge.into.steps import Step
     from adapterkit.merge.planning import Source
     from adapterkit.tensor import LazyTensor
@@ -32,8 +33,9 @@ INDEX = "model.safetensors.index.json"
 _PLAIN = {DType.F64, DType.F32, DType.F16, DType.BF16}
 _TORCH = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
 # Other copies of the weights: they would still be the unmerged model.
-_WEIGHTS = (
-    ".safetensors .bin .pt .pth .gguf .onnx .h5 .msgpack .ot .tflite .npz .ckpt .onnx_data".split()
+_WEIGHTS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", ".h5", ".msgpack", ".ot"}
+    | {".onnx", ".onnx_data", ".tflite"}
 )
 
 
@@ -81,10 +83,7 @@ def plan_checkpoint(
     if base.tied and names.embedding:
         output = outputs[0] if outputs else "lm_head.weight"
         tying = Tying(names.embedding, output, output in base.tensors)
-        before = steps
         steps = resolved(steps, tying, tied)
-        if tied == "untie" and steps != before | {output: steps.get(output, [])}:
-            raise AssertionError("untying changed other tensors")
         if tied == "untie" and output in steps:
             fields["tie_word_embeddings"] = False
     changes = _changes(base, names, steps, dtype)
@@ -142,9 +141,7 @@ def _changes(
     return changes
 
 
-def _checked_shape(
-    source: LazyTensor, steps: Sequence[Step], role: str | None
-) -> tuple[int, ...]:
+def _checked_shape(source: LazyTensor, steps: Sequence[Step], role: str | None) -> tuple[int, ...]:
     """Return the shape to store: the base's, or that of a whole table with more rows."""
     for step in steps:
         if isinstance(step, Product):
@@ -154,7 +151,7 @@ def _checked_shape(
             role is not None
             and held[1:] == source.shape[1:]
             and len(steps) == 1
-            and getattr(step, "weight", 1.0) == 1
+            and step.weight == 1
         )
         if held != source.shape and not grown:
             raise UnsupportedError(
@@ -171,15 +168,13 @@ def _checked_shape(
 
 def _check_vector(step: Step, source: LazyTensor) -> None:
     match step:
-        case Replaced() | Product():
-            return
+        case RowsReplaced(tokens=tokens, tensor=tensor):
+            rows, width = source.shape[0], source.shape[-1]
+            fits = max(tokens, default=-1) < rows and tensor.shape[-1] == width
+        case Added(vector=vector):
+            fits = vector.size == source.size
         case _:
-            pass
-    if hasattr(step, "tokens"):
-        tokens, width = getattr(step, "tokens"), getattr(step, "tensor").shape[-1]  # noqa: B009
-        fits = max(tokens, default=-1) < source.shape[0] and width == source.shape[-1]
-    else:
-        fits = getattr(step, "vector").size == source.size  # noqa: B009
+            return
     if not fits:
         raise UnsupportedError(
             f"does not fit the base's {list(source.shape)}", path=step.label, where=step.module
@@ -250,14 +245,14 @@ def write_checkpoint(
 def _edit_config(path: Path, fields: Mapping[str, Any]) -> None:
     """Set fields where the config has them, at the top and in the text tower; else at the top."""
     config = dict(read_json_object(path))
-    inner = [value for value in config.values() if isinstance(value, dict)]
+    inner = [cast("dict[str, Any]", value) for value in config.values() if isinstance(value, dict)]
     for name, value in fields.items():
         holders = [each for each in (config, *inner) if name in each]
         aliases = {"dtype": "torch_dtype", "torch_dtype": "dtype"}
         if not holders and aliases.get(name) in config:
             continue
         for holder in holders or [config]:
-            cast("dict[str, Any]", holder)[name] = value
+            holder[name] = value
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -88,7 +88,7 @@ def merge_into(
             tied=tied,
             force=force,
             jobs=workers,
-            progress=progress,
+            progress=counter(sum(t.nbytes for t in opened.tensors.values()), progress),
         )
     else:
         tensors, more = _merge_directory(
@@ -189,7 +189,8 @@ def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
     if low:
         worst = min(low, key=lambda t: t.survival or 0.0)
         found.append(
-            f"of {len(low)} tensors less than {_SURVIVAL:.0%} of the update is left after rounding, "
-            f"least of {worst.tensor} ({worst.survival:.0%}); store a wider type"
+            f"less than {_SURVIVAL:.0%} of the update is left after rounding in {len(low)} of "
+            f"{len(tensors)} tensors, least in {worst.tensor} "
+            f"({worst.survival:.0%}); store a wider type"
         )
     return tuple(found)

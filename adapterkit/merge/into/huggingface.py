@@ -69,9 +69,7 @@ class HuggingFaceNames:
     def _place(self, parameter: str) -> tuple[str, int | None, int | None, str] | None:
         for suffix in (*_SUFFIXES, ""):
             if parameter.endswith(suffix):
-                match = find_rule(
-                    self.base.architecture, parameter[: len(parameter) - len(suffix)]
-                )
+                match = find_rule(self.base.architecture, parameter[: len(parameter) - len(suffix)])
                 if match:
                     return match.rule.hf, match.layer, match.expert, suffix
         return None

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from adapterkit.merge.into.report import TensorReport
 from adapterkit.storage import synced
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from adapterkit.merge.planning import Source
 
@@ -44,10 +43,10 @@ class Journal:
         known = self.shards.get(shard.name)
         if known is None or not shard.is_file() or shard.stat().st_size != known["bytes"]:
             return None
-        return [
-            TensorReport(**{**fields, "modules": tuple(fields["modules"])})
-            for fields in known["tensors"]
-        ]
+        tensors: list[dict[str, Any]] = known["tensors"]
+        for each in tensors:
+            each["modules"] = tuple(each["modules"])
+        return [TensorReport(**each) for each in tensors]
 
     def finish(self, shard: Path, reports: Sequence[TensorReport]) -> None:
         """Note a shard that is on the disk; the note itself appears whole or not at all."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.base.initialisation import without_base_change
 from adapterkit.base.vocabulary import matched
@@ -17,6 +16,7 @@ from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from adapterkit.base.model import BaseModel
 
@@ -72,13 +72,14 @@ def token_rows(source: Source, module: str) -> tuple[int, ...]:
     Raises:
         FormatError: if the setting does not tell.
     """
-    setting = source.adapter.traits.get("trainable_token_indices")
+    setting: Any = source.adapter.traits.get("trainable_token_indices")
     if isinstance(setting, dict):
-        named = [rows for key, rows in setting.items() if f".{module}".endswith(f".{key}")]
+        by_name = cast("dict[str, Any]", setting)
+        named = [rows for name, rows in by_name.items() if f".{module}".endswith(f".{name}")]
         setting = named[0] if len(named) == 1 else None
     key = TensorKey(module, Role.TOKEN_ROWS)
     count = source.adapter.tensors[key].shape[0]
-    numbers = tuple(setting) if isinstance(setting, (list, tuple)) else ()
+    numbers = tuple(cast("list[Any]", setting)) if isinstance(setting, (list, tuple)) else ()
     if len(numbers) != count or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise FormatError(
             f"holds {count} rows, and trainable_token_indices names {len(numbers)} tokens",

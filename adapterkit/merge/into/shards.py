@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.containers.safetensors import PREFIX, read_safetensors
@@ -19,7 +20,6 @@ from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from adapterkit.merge.into.report import TensorReport
 
@@ -122,7 +122,8 @@ def _done(
             progress(len(data))
             yield part
 
-    return merger.report(total(sums())) if change.steps else (total(sums()), None)[1]
+    found = total(sums())
+    return merger.report(found) if change.steps else None
 
 
 def _tasks(shard: Shard, begin: int) -> Iterator[_Run | tuple[Change, int]]:
@@ -171,9 +172,7 @@ def _header(shard: Shard) -> bytes:
     return len(data).to_bytes(PREFIX, "little") + data
 
 
-def planned_shards(
-    tensors: Mapping[str, LazyTensor], changes: Mapping[str, Change]
-) -> list[Shard]:
+def planned_shards(tensors: Mapping[str, LazyTensor], changes: Mapping[str, Change]) -> list[Shard]:
     """Return the files to write: the base's, in its order, with what is new beside what it is from.
 
     Raises:

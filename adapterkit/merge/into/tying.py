@@ -67,7 +67,7 @@ def resolved(
             path=label,
             where=(own or output)[0].module,
         )
-    rest = {name: each for name, each in steps.items() if name not in {tying.output}}
+    rest = {name: each for name, each in steps.items() if name != tying.output}
     if tied == "untie":
         # Without a change the output still needs a table: a copy of the embedding as it was.
         return {**rest, tying.output: output}

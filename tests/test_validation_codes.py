@@ -1,0 +1,214 @@
+"""Every code of `validate` has a small file that triggers it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from terminal import ROOT
+
+from adapterkit.architectures.expressions import evaluate
+from adapterkit.errors import UsageError
+from adapterkit.files import read
+from adapterkit.validation import Severity, explanations, load_target, target_names, validate
+from adapterkit.validation.engines import Rule
+from adapterkit.validation.facts import facts
+
+FOLDER = ROOT / "fixtures" / "validation"
+PACKAGE = ROOT / "adapterkit" / "validation"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file, what it is held to, and what cannot but be found beside the code."""
+
+    source: str
+    base: str | None = "llama"
+    target: str | None = None
+    beside: set[str] = field(default_factory=set[str])
+
+
+def case(source: str, target: str | None = None, *beside: str, base: str | None = "llama") -> Case:
+    return Case(source, base, target, set(beside))
+
+
+TO_GGUF = "LCP001"  # every source that is no GGUF file has this note
+CASES = {
+    code: case(code)
+    for code in (
+        *(f"AK{number}" for number in range(101, 114)),
+        *("AK201", "AK202", "AK203", "AK204", "AK205"),
+        *("AK301", "AK302", "AK303", "AK304", "AK306", "AK401"),
+    )
+} | {
+    "AK300": case("AK300", base=None),
+    "AK305": case("AK305", base="vague"),
+    "AK307": case("AK307", base="named"),
+    "AK308": case("AK308", base="padded"),
+    "AK309": case("AK309", base="deep"),
+    "AK310": case("AK310", base="mixtral"),
+    "AK404": case("AK404", None, "AK401"),
+    "AK501": case("short-path", "peft"),
+    "AK502": case("AK303", "llama.cpp", "AK303", "LCP005", TO_GGUF),
+    "LCP001": case("sound", "llama.cpp"),
+    "LCP003": case("gguf-norm", "llama.cpp"),
+    "LCP004": case("gguf-suffix"),
+    "LCP005": case("AK303", "llama.cpp", "AK303", "AK502", TO_GGUF),
+    "LCP006": case("resized", "llama.cpp", TO_GGUF),
+    "LCP007": case("gguf-alpha"),
+    "LCP008": case("dora", "llama.cpp", TO_GGUF),
+    "LCP009": case("pissa", "llama.cpp", TO_GGUF),
+    "LCP010": case("replicated", "llama.cpp", TO_GGUF),
+    "LCP011": case("tower", "llama.cpp", "AK502", TO_GGUF),
+    "LCP013": case("tied-embedding", "llama.cpp", TO_GGUF, base="tied"),
+    "LCP015": case("inert", "llama.cpp", "AK501", TO_GGUF, base="deepseek"),
+    "LCP016": case("gguf-f64"),
+    "LCP018": case("tied-output", "llama.cpp", TO_GGUF, base="tied"),
+    "OLL000": case("gguf", "ollama@0.34.1"),
+    "OLL001": case("sound", "ollama@0.34.0"),
+    "VLLM001": case("gguf", "vllm"),
+    "VLLM002": case("rank-32", "vllm"),
+    "VLLM003": case("dora", "vllm"),
+    "VLLM004": case("biased", "vllm"),
+    "VLLM005": case("saved", "vllm"),
+    "VLLM006": case("pissa", "vllm"),
+    "VLLM007": case("invoked", "vllm"),
+    "VLLM012": case("experts", "vllm", base="mixtral"),
+    "VLLM013": case("patterns", "vllm@0.32"),
+    "VLLM014": case("tower", "vllm", "AK501"),
+    "VLLM017": case("rank-513", "vllm", "VLLM002"),
+    "SGL000": case("gguf", "sglang"),
+    "SGL001": case("rslora", "sglang"),
+    "SGL002": case("patterns", "sglang"),
+    "SGL003": case("dora", "sglang"),
+    "SGL006": case("regex", "sglang"),
+    "SGL011": case("saved", "sglang"),
+    "SGL012": case("pissa", "sglang"),
+    "MLX001": case("sound", "mlx"),
+    "MLX009": case("saved", "mlx", "MLX001"),
+    "MLX010": case("pissa", "mlx", "MLX001"),
+    "PEFT001": case("gguf", "peft"),
+    "LRX001": case("gguf", "lorax"),
+    "LRX003": case("rank-144", "lorax"),
+    "LRX004": case("patterns", "lorax"),
+    "LRX005": case("dora", "lorax"),
+}
+# A header of megabytes and a link are made below; names too long for llama.cpp, and families that
+# no engine test covers, take tables that do not exist now.
+ELSEWHERE = {"AK402", "AK403"}
+WITHOUT = {"LCP012", "LCP014"}
+
+
+def source_of(name: str) -> Path:
+    folder = FOLDER / name
+    return next(iter(folder.glob("*.gguf")), folder)
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_fixture_triggers_exactly_its_code(code: str) -> None:
+    this = CASES[code]
+    base = FOLDER / "bases" / this.base if this.base else None
+    targets = [this.target] if this.target else []
+    report = validate(source_of(this.source), base=base, targets=targets)
+    assert {finding.code for finding in report.findings} == {code} | this.beside
+    severities = {finding.severity for finding in report.findings}
+    unchecked = 5 if Severity.UNCHECKED in severities else 0
+    assert report.exit_code == (1 if Severity.ERROR in severities else unchecked)
+
+
+@pytest.mark.parametrize("target", [None, *target_names()])
+def test_nothing_is_said_of_a_sound_adapter(target: str | None) -> None:
+    source = source_of("gguf" if target in {"llama.cpp", "ollama"} else "sound")
+    latest = {"ollama": "ollama@0.34.0"}
+    targets = [latest.get(target, target)] if target and target != "mlx" else []
+    report = validate(source, base=FOLDER / "bases" / "llama", targets=targets)
+    assert report.findings == ()
+
+
+def test_oversized_header_and_link_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_bytes(
+        (source_of("sound") / "adapter_config.json").read_bytes()
+    )
+    data = (source_of("sound") / "adapter_model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length] + b" " * (11 << 20)
+    whole = len(header).to_bytes(8, "little") + header + data[8 + length :]
+    (folder / "adapter_model.safetensors").write_bytes(whole)
+    base = FOLDER / "bases" / "llama"
+    assert [f.code for f in validate(folder, base=base).findings] == ["AK402"]
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes(data)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to(outside)
+    assert [f.code for f in validate(folder, base=base).findings] == ["AK403"]
+
+
+def used_codes() -> set[str]:
+    texts = [path.read_text() for path in PACKAGE.rglob("*.py")]
+    texts += [path.read_text() for path in (PACKAGE / "targets").glob("*.toml")]
+    return set(re.findall(r'"((?:AK|LCP|OLL|VLLM|SGL|MLX|PEFT|LRX)\d{3})"', "".join(texts)))
+
+
+def test_every_code_is_explained_and_every_explanation_is_used() -> None:
+    known = explanations()
+    assert used_codes() == set(known)
+    for explained in known.values():
+        assert explained.title
+        assert all(text.endswith(".") for text in (explained.meaning, explained.matters))
+        assert explained.action
+
+
+def test_every_code_has_a_fixture() -> None:
+    assert set(explanations()) == CASES.keys() | ELSEWHERE | WITHOUT
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_conditions_speak_of_known_facts(name: str) -> None:
+    known = facts(read(source_of("sound")), None)
+    target = load_target(f"{name}@999")
+    for rule in (*target.rules, *load_target(name).rules):
+        evaluate(rule.when, known.__getitem__)
+        assert rule.message.format_map(known)
+    assert set(target.effects) <= set(explanations())
+    assert set(target.losses.values()) <= set(explanations())
+
+
+@pytest.mark.parametrize(
+    ("reference", "code", "held"),
+    [
+        ("ollama", "OLL000", True),
+        ("ollama@0.34.0", "OLL000", False),
+        ("ollama@0.34.1", "OLL000", True),
+        ("ollama@v0.35.0-rc1", "OLL000", True),
+        ("vllm", "VLLM013", False),
+        ("vllm@0.32.9", "VLLM013", True),
+        ("vllm@0.33", "VLLM013", False),
+        ("vllm@0.33.0", "VLLM013", False),
+        ("vllm@1", "VLLM013", False),
+    ],
+)
+def test_rules_hold_for_their_versions(reference: str, code: str, *, held: bool) -> None:
+    rules: tuple[Rule, ...] = load_target(reference).rules
+    assert (code in {rule.code for rule in rules}) is held
+
+
+@pytest.mark.parametrize("reference", ["hal", "vllm@", "vllm@latest", "llama.cpp@0.1 beta"])
+def test_unknown_engine_or_version_is_a_usage_error(reference: str) -> None:
+    with pytest.raises(UsageError):
+        load_target(reference)
+
+
+def test_engines_name_their_sources() -> None:
+    for name in target_names():
+        target = load_target(name)
+        assert target.source
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", target.checked)
+
+
+def test_fixture_configs_are_json() -> None:
+    assert all(json.loads(path.read_text()) for path in FOLDER.rglob("*.json"))
