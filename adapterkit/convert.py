@@ -17,6 +17,7 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.formats.protocol import Options
+from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet, Loss
 from adapterkit.proof import prove
 from adapterkit.registry import FormatSpec, destination_format, source_format
@@ -127,7 +128,7 @@ def convert(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = located(source), Path(destination)
     target = destination_format(destination, to)
     options = Options(
         base=open_base(base) if base is not None else None,

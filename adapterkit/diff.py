@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
@@ -11,11 +10,14 @@ from adapterkit.convert import load
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import UncheckableError, UnknownFormatError
 from adapterkit.formats.protocol import Options
+from adapterkit.hub import located
 from adapterkit.proof import Comparison, compare, tolerance_for
 from adapterkit.registry import FormatSpec, detect, source_format
 from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterkit.model import AdapterTensorSet
 
 
@@ -89,11 +91,12 @@ def diff(
     """
     model = open_base(base) if base is not None else None
     options = Options(base=model, dialect=dialect, alpha=alpha)
-    specs = [_format(Path(path), dialect) for path in (a, b)]
-    first, options = load(Path(a), specs[0], options)
-    second, options = load(Path(b), specs[1], options)
+    paths = [located(path) for path in (a, b)]
+    specs = [_format(path, dialect) for path in paths]
+    first, options = load(paths[0], specs[0], options)
+    second, options = load(paths[1], specs[1], options)
     if options.base is not None:
-        first = specs[0].format.read(Path(a), options)
+        first = specs[0].format.read(paths[0], options)
     check_structure(first)
     check_structure(second)
     _check_comparable(first, second)

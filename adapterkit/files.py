@@ -9,6 +9,7 @@ from adapterkit.base import open_base
 from adapterkit.convert import ProvenFile, load, stored_type, write_proven
 from adapterkit.errors import LossyConversionError
 from adapterkit.formats.protocol import Options
+from adapterkit.hub import located
 from adapterkit.registry import destination_format, source_format
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def read(
         FormatError: if there is nothing, or something malformed, at the path.
         UnsupportedError: if it is no low-rank update, or cannot be read without a base.
     """
-    path = Path(path)
+    path = located(path)
     options = Options(
         base=open_base(base) if base is not None else None,
         moe_layout=moe_layout,

@@ -7,17 +7,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
 from adapterkit.formats.protocol import Options
+from adapterkit.hub import located
 from adapterkit.model import Role
 from adapterkit.registry import source_format
 from adapterkit.structure import problems
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
+    from pathlib import Path
     from typing import TypeVar
 
     from adapterkit.model import AdapterTensorSet, LoraPair
@@ -90,7 +91,7 @@ def inspect(
         FormatError: if there is no adapter at the path, or the file is malformed.
         UnsupportedError: if it is an adapter of a kind that has no neutral form.
     """
-    path = Path(path)
+    path = located(path)
     model = open_base(base) if base is not None else None
     options = Options(base=model, dialect=dialect, alpha=alpha)
     return summarize(source_format(path, dialect).format.read(path, options))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit import hub
 from adapterkit.architectures import Sizes, find, refusal
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
 from adapterkit.json_file import read_json_object
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Mapping
 
     from adapterkit.architectures import Architecture
     from adapterkit.tensor import LazyTensor
@@ -45,42 +45,29 @@ def open_base(reference: str | Path) -> BaseModel:
         return _open_directory(path)
     if path.suffix == ".json" and path.is_file():
         return _open_config(path, name=None)
+    if path.suffix == ".safetensors" and path.is_file():
+        if (path.parent / "config.json").is_file():
+            return _open_directory(path.parent)
+        raise NotFoundError("has no config.json beside it; a base needs one", path=path)
     if path.is_file():
         return _open_gguf(path)
-    cached = find_base(str(reference))
-    if cached is None:
-        raise NotFoundError(
-            "no base model here, and none of that name in the local hub cache; give a model "
-            "directory, a config.json or a GGUF file",
-            path=reference,
-        )
-    return cached
+    if cached := find_base(str(reference)):
+        return cached
+    if named := hub.parse(str(reference)):
+        return _open_config(hub.downloaded_base(named) / "config.json", name=named.name)
+    raise NotFoundError(
+        "no base model here; give a model directory, a config.json, a GGUF file or a hub id",
+        path=reference,
+    )
 
 
 def find_base(name: str | None) -> BaseModel | None:
     """Find a hub id in the local hub cache, offline; None if it is not there."""
-    if not name or name.count("/") != 1 or name.startswith((".", "/")):
-        return None
-    folder = _hub_cache() / f"models--{name.replace('/', '--')}"
-    for snapshot in _snapshots(folder):
+    reference = hub.parse(name) if name else None
+    for snapshot in hub.cached(reference) if reference else ():
         if (snapshot / "config.json").is_file():
             return _open_config(snapshot / "config.json", name=name)
     return None
-
-
-def _hub_cache() -> Path:
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache)
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(home) / "hub"
-
-
-def _snapshots(folder: Path) -> Iterator[Path]:
-    main = folder / "refs" / "main"
-    if main.is_file():
-        yield folder / "snapshots" / main.read_text(encoding="utf-8").strip()
-    if (folder / "snapshots").is_dir():
-        yield from sorted((folder / "snapshots").iterdir())
 
 
 def _open_directory(path: Path) -> BaseModel:

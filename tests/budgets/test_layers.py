@@ -14,7 +14,7 @@ LAYERS = (
     {"storage", "quantisation"},
     {"tensor"},
     {"model"},
-    {"containers", "factors", "json_file", "patterns", "delta", "structure"},
+    {"containers", "factors", "json_file", "patterns", "hub", "delta", "structure"},
     {"architectures"},
     {"dialects"},
     {"base"},
