@@ -32,7 +32,8 @@ def environment(folder: Path) -> dict[str, str]:
     program.chmod(0o755)
     kept = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     path = f"{program.parent}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    return kept | {"PATH": path, "HOME": str(folder), "LC_ALL": "C.UTF-8", "COLUMNS": "80"}
+    fixed = {"LC_ALL": "C.UTF-8", "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
+    return kept | fixed | {"PATH": path, "HOME": str(folder)}
 
 
 def played(block: str, folder: Path, shell: dict[str, str]) -> str:
