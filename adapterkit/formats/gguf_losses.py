@@ -177,10 +177,11 @@ def _tied(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:
 
 
 def _blocks(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
+    """Say which factors q8_0 cannot hold: they are stored as float16 instead."""
     block = DType.Q8_0.block
-    for pair in engine_adapter(adapter, options).pairs:
-        if pair.rank % block or pair.a.shape[-1] % block:
-            sizes = f"rank {pair.rank}, {pair.a.shape[-1]} inputs"
-            message = f"{sizes}: q8_0 needs multiples of {block}; use --outtype f16"
-            yield Loss("q8_0-block", pair.module, message)
-            return
+    pairs = engine_adapter(adapter, options).pairs
+    short = [pair for pair in pairs if pair.rank % block or pair.a.shape[-1] % block]
+    if short:
+        more = f" and {len(short) - 1} more" if len(short) > 1 else ""
+        message = f"q8_0 needs rows of {block}: factors with shorter ones are stored as f16"
+        yield Loss("q8_0-block", short[0].module + more, message, blocks=False)

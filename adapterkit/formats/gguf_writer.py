@@ -48,6 +48,8 @@ def write_adapter(adapter: AdapterTensorSet, path: Path, options: Options) -> No
 
 def _stored(tensor: LazyTensor, dtype: DType | None) -> LazyTensor:
     wanted = dtype or tensor.dtype
+    if wanted.quantised and tensor.shape[-1] % wanted.block:
+        wanted = DType.F16  # no whole blocks in a row; reported as a remark
     return tensor.cast(wanted if wanted in _STORABLE else DType.F32)
 
 

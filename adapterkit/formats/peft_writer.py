@@ -21,9 +21,10 @@ from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.model import AdapterTensorSet, Loss, Role
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from adapterkit.architectures import Architecture
     from adapterkit.base import BaseModel
     from adapterkit.tensor import LazyTensor
 
@@ -239,9 +240,25 @@ def _ending(path: str) -> str:
 
 def _base_modules(base: BaseModel | None) -> set[str]:
     """Return the modules of the base that a target suffix could hit; none if that is unknown."""
-    if base is None or base.kind != "hf":
-        return set()
-    return {name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")}
+    if base is None or base.text_prefix or _has_tower(base.architecture):
+        return set()  # a suffix could hit a vision tower that no table lists
+    if base.kind == "hf" and base.has_tensors:
+        return {name.removesuffix(".weight") for name in base.names if name.endswith(".weight")}
+    return set(_table_modules(base))
+
+
+def _has_tower(architecture: Architecture) -> bool:
+    return any("Conditional" in name for name in architecture.classes)
+
+
+def _table_modules(base: BaseModel) -> Iterator[str]:
+    """Yield every module that the family's table knows, in every layer of the base."""
+    layers = base.sizes.get("layers") or 0
+    for rule in base.architecture.rules:
+        if not rule.adaptable or rule.stacked or rule.alias:
+            continue
+        for layer in range(layers if "{i}" in rule.hf else 1):
+            yield rule.hf.replace("{i}", str(layer))
 
 
 def _saved(source: Mapping[str, Any], adapter: AdapterTensorSet) -> dict[str, Any]:
