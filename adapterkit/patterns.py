@@ -30,18 +30,18 @@ def _check_bounded(pattern: str) -> None:
     open_groups: list[bool] = []  # whether each open group holds a repeat or a choice so far
     closed: bool | None = None  # the same of the group that has just been closed
     repeats = 0
-    for token in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{[\d,]*\}|.", pattern, re.DOTALL):
-        repeat = token in {"*", "+"} or (token.startswith("{") and token.endswith("}"))
+    for piece in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{[\d,]*\}|.", pattern, re.DOTALL):
+        repeat = piece in {"*", "+"} or (piece.startswith("{") and piece.endswith("}"))
         if repeat:
             repeats += 1
             if closed or repeats > _MOST_REPEATS:
                 raise ValueError("nests or piles up repeats and may take forever to match")
-        if (repeat or token == "|") and open_groups:
+        if (repeat or piece == "|") and open_groups:
             open_groups[-1] = True
         closed = None
-        if token == "(":
+        if piece == "(":
             open_groups.append(False)
-        elif token == ")" and open_groups:
+        elif piece == ")" and open_groups:
             closed = open_groups.pop()
             if open_groups:
                 open_groups[-1] |= closed
