@@ -48,10 +48,12 @@ if TYPE_CHECKING:
     from adapterkit.files import read, write
     from adapterkit.merge import (
         MergeFilesReport,
+        MergeIntoReport,
         MergeReport,
         MergeResult,
         merge,
         merge_files,
+        merge_into,
         merge_methods,
         read_recipe,
     )
@@ -64,15 +66,27 @@ if TYPE_CHECKING:
         Role,
         TensorKey,
     )
+    from adapterkit.stack import (
+        AdapterIncompatibleError,
+        AdapterLoadFailedError,
+        AdapterNotFoundError,
+        AdapterStack,
+        StackError,
+    )
     from adapterkit.state_dict import from_state_dict, to_state_dict
     from adapterkit.summary import Summary, inspect, summarize
     from adapterkit.tensor import LazyTensor
+    from adapterkit.validation import Finding, Severity, ValidationReport, validate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterAudit",
+    "AdapterIncompatibleError",
     "AdapterKitError",
+    "AdapterLoadFailedError",
+    "AdapterNotFoundError",
+    "AdapterStack",
     "AdapterTensorSet",
     "AuditReport",
     "BaseModel",
@@ -85,6 +99,7 @@ __all__ = [
     "DType",
     "DestinationExistsError",
     "DiffReport",
+    "Finding",
     "FormatError",
     "IncompatibleBaseError",
     "LazyTensor",
@@ -92,6 +107,7 @@ __all__ = [
     "Loss",
     "LossyConversionError",
     "MergeFilesReport",
+    "MergeIntoReport",
     "MergeReport",
     "MergeResult",
     "ModuleDifference",
@@ -100,6 +116,8 @@ __all__ = [
     "Provenance",
     "RankPlan",
     "Role",
+    "Severity",
+    "StackError",
     "Summary",
     "TensorKey",
     "TruncatedFileError",
@@ -109,6 +127,7 @@ __all__ = [
     "UnsafePickleError",
     "UnsupportedError",
     "UsageError",
+    "ValidationReport",
     "WriteError",
     "__version__",
     "audit",
@@ -120,6 +139,7 @@ __all__ = [
     "inspect",
     "merge",
     "merge_files",
+    "merge_into",
     "merge_methods",
     "open_base",
     "read",
@@ -127,9 +147,16 @@ __all__ = [
     "suggest",
     "summarize",
     "to_state_dict",
+    "validate",
     "write",
 ]
 
+_STACK_ERRORS = (
+    "AdapterIncompatibleError",
+    "AdapterLoadFailedError",
+    "AdapterNotFoundError",
+    "StackError",
+)
 # module -> public names that live in it
 _HOMES = {
     "audit": (
@@ -149,14 +176,19 @@ _HOMES = {
     "diff": ("DiffReport", "ModuleDifference", "diff"),
     "dtype": ("DType",),
     "files": ("read", "write"),
+    "stack": ("AdapterStack", *_STACK_ERRORS),
     "state_dict": ("from_state_dict", "to_state_dict"),
-    "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "errors": tuple(
+        name for name in __all__ if name.endswith("Error") and name not in _STACK_ERRORS
+    ),
     "merge": (
         "MergeFilesReport",
+        "MergeIntoReport",
         "MergeReport",
         "MergeResult",
         "merge",
         "merge_files",
+        "merge_into",
         "merge_methods",
         "read_recipe",
     ),
@@ -171,6 +203,7 @@ _HOMES = {
     ),
     "summary": ("Summary", "inspect", "summarize"),
     "tensor": ("LazyTensor",),
+    "validation": ("Finding", "Severity", "ValidationReport", "validate"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.dtype import DType
 from adapterkit.factors import padded, with_scale
+from adapterkit.model import Role, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from adapterkit.model import AdapterTensorSet
+    from adapterkit.tensor import LazyTensor
 
 # LoraConfig fields that some engines do not read, and what stands for plain LoRA.
 _PLAIN: Mapping[str, Any] = {
@@ -37,11 +40,18 @@ def uniform(adapter: AdapterTensorSet) -> AdapterTensorSet:
     for pair in pairs:
         ready = padded(with_scale(pair, scale), rank)
         tensors.update(zip(pair.keys, (ready.a, ready.b), strict=True))
+        bias = TensorKey(pair.module, Role.LORA_BIAS)
+        if bias in tensors and pair.scale != scale:  # it is scaled like B
+            tensors[bias] = _multiplied(tensors[bias], pair.scale / scale)
     return adapter.replace(
         tensors=tensors,
         scales={**adapter.scales, **{pair.module: scale for pair in pairs}},
         extras=_without_patterns(adapter),
     )
+
+
+def _multiplied(tensor: LazyTensor, factor: float) -> LazyTensor:
+    return tensor.map(lambda x: x.astype("float64") * factor, dtype=DType.F32)
 
 
 def _without_patterns(adapter: AdapterTensorSet) -> dict[str, Mapping[str, Any]]:

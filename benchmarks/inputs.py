@@ -7,6 +7,7 @@ that it starts and measures.
 from __future__ import annotations
 
 import json
+import struct
 import tarfile
 from pathlib import Path
 from subprocess import run
@@ -31,6 +32,25 @@ TARGETS = {
     "mlp.gate_proj": (FFN, HIDDEN),
     "mlp.up_proj": (FFN, HIDDEN),
     "mlp.down_proj": (HIDDEN, FFN),
+}
+VOCABULARY = 151936
+# ggml's and GGUF's numbers
+BF16, UINT32, STRING, ARRAY = 30, 4, 8, 9
+ENGINE_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+SIZES = {
+    "block_count": LAYERS,
+    "embedding_length": HIDDEN,
+    "feed_forward_length": FFN,
+    "attention.head_count": 32,
+    "attention.head_count_kv": 8,
 }
 BASE_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -85,6 +105,40 @@ def base() -> None:
     (folder / "config.json").write_text(json.dumps(BASE_CONFIG, indent=2))
 
 
+def large_vocabulary() -> None:
+    """Make the base as a GGUF with 150k tokens; its weights are a hole in the file."""
+    path = BUILD / "base-150k.gguf"
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shapes = {"token_embd": (VOCABULARY, HIDDEN), "output": (VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        for target, shape in TARGETS.items():
+            shapes[f"blk.{layer}.{ENGINE_NAMES[target]}"] = shape
+    rows, offset = b"", 0
+    for name, (out, width) in shapes.items():
+        rows += _text(f"{name}.weight") + struct.pack("<IQQIQ", 2, width, out, BF16, offset)
+        offset += 2 * out * width
+    entries = [_text("general.architecture") + struct.pack("<I", STRING) + _text("llama")]
+    entries += [
+        _text(f"llama.{key}") + struct.pack("<II", UINT32, value) for key, value in SIZES.items()
+    ]
+    tokens = b"".join(_text(f"token-{number}") for number in range(VOCABULARY))
+    merges = b"".join(_text(f"to ken-{number}") for number in range(VOCABULARY))
+    for key, words in (("tokens", tokens), ("merges", merges)):
+        head = struct.pack("<IIQ", ARRAY, STRING, VOCABULARY)
+        entries.append(_text(f"tokenizer.ggml.{key}") + head + words)
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(entries))
+    data = header + b"".join(entries) + rows
+    with path.open("wb") as file:
+        file.write(data + bytes(-len(data) % 32))
+        file.truncate(file.tell() + offset)
+
+
+def _text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
 def llama_cpp() -> None:
     """Unpack llama.cpp's converter from a source distribution, if it is not there."""
     if list(BUILD.glob(PEER_SCRIPT)):
@@ -108,4 +162,5 @@ def llama_cpp() -> None:
 if __name__ == "__main__":
     adapter()
     base()
+    large_vocabulary()
     llama_cpp()

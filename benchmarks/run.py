@@ -28,6 +28,7 @@ class Case:
 def cases() -> list[Case]:
     """Return the table."""
     adapter, base, out = (str(BUILD / name) for name in ("adapter-0", "base", "out.gguf"))
+    large = str(BUILD / "base-150k.gguf")
     script = str(next(BUILD.glob("*/vendor/llama.cpp/convert_lora_to_gguf.py")))
     convert = [KIT, "convert", adapter, "-o", out, "--base", base, "--force"]
     theirs = [sys.executable, script, "--base", base, "--outtype", "bf16", "--outfile", out]
@@ -39,6 +40,12 @@ def cases() -> list[Case]:
             {"times faster": 5, "peak MiB": 100},
         ),
         Case("inspect the same adapter", [KIT, "inspect", adapter], None, {"seconds": 0.3}),
+        Case(
+            "validate the same adapter, values included, on a GGUF base with 150k tokens",
+            [KIT, "validate", adapter, "--base", large],
+            None,
+            {"seconds": 0.5, "peak MiB": 80},
+        ),
         Case(
             "adapterkit --help vs python importing click",
             [KIT, "--help"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -29,7 +30,6 @@ from adapterkit.validation import Verdict, validate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 PROMPTS = [[5, 9, 300], [7]]
 SAME = 1e-12
@@ -314,7 +314,9 @@ def test_wrong_number_of_experts_is_loaded_and_read_beyond_its_end(
 
 def test_inert_tensors_are_loaded_and_never_applied(tmp_path: Path) -> None:
     inert = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"]
-    bench = prepared("deepseek2", tmp_path, target_modules=[*inert, "o_proj"])
+    bench = prepared(
+        "deepseek2", tmp_path, target_modules=[*inert, "o_proj"], target_parameters=None
+    )
     content, path = content_of(bench), tmp_path / "inert.gguf"
     content.tensors = {name: x for name, x in content.tensors.items() if "attn_output" not in name}
     assert content.tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,8 +146,12 @@ def _on_engine(
     if adapter is None:
         return [], []
     modules, found = cover(adapter, base, engine)
-    rules = engine.findings(facts(adapter, base))
-    return modules, [*rules, *found, *silent_no_ops(modules, engine)]
+    known = facts(adapter, base)
+    found = [*engine.findings(known), *found, *silent_no_ops(modules, engine)]
+    if decided := engine.outcome(known):
+        outcome, reason = decided
+        modules = [replace(module, outcome=outcome, reason=reason) for module in modules]
+    return modules, found
 
 
 def check(

@@ -84,8 +84,6 @@ def _covered(
     if base.architecture.is_inert(tensor):
         reason = f"loaded and never applied (seen on {base.architecture.inert_build})"
         return CoveredModule(pair.module, Outcome.IGNORED, name, reason)
-    if not pair.scale:
-        return CoveredModule(pair.module, Outcome.IGNORED, name, "its scale is 0")
     return CoveredModule(pair.module, Outcome.APPLIED, name)
 
 
@@ -125,8 +123,6 @@ def _placed(
     if module in outside:
         reason = "the adapter's config does not select it"
         return CoveredModule(module, Outcome.IGNORED, module, reason)
-    if not pair.scale:
-        return CoveredModule(module, Outcome.IGNORED, module, "its scale is 0")
     return CoveredModule(module, Outcome.APPLIED, module)
 
 
@@ -147,8 +143,8 @@ def silent_no_ops(covered: Sequence[CoveredModule], target: Target) -> list[Find
     for outcome, code in ((Outcome.IGNORED, "AK501"), (Outcome.UNMATCHED, "AK502")):
         modules = [module for module in covered if module.outcome is outcome]
         if modules:
-            whole = len(modules) == len(covered)
-            severity = Severity.ERROR if whole or outcome is Outcome.UNMATCHED else Severity.WARNING
             message = f"{len(modules)} of {len(covered)} modules do nothing: {modules[0].reason}"
-            found.append(Finding(code, severity, modules[0].module, message, target=target.name))
+            found.append(
+                Finding(code, Severity.ERROR, modules[0].module, message, target=target.name)
+            )
     return found

@@ -8,7 +8,8 @@ finding), `effects` (code of a finding -> what becomes of the file), `prepare` (
 `convert --for` makes) and rules:
 
     code, severity (error, warning, note), when (an expression over the words of facts.py), message,
-    hint, fix (name of an exact change), since and until (versions, inclusive and exclusive)
+    hint, fix (name of an exact change), outcome (what it makes of every module), since and until
+    (versions, inclusive and exclusive)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.errors import UsageError
-from adapterkit.validation.findings import Finding, Severity
+from adapterkit.validation.findings import Finding, Outcome, Severity
 from adapterkit.validation.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Rule:
     message: str
     hint: str = ""
     fix: str = ""
+    outcome: str = ""
     since: str = ""
     until: str = ""
 
@@ -64,7 +66,7 @@ class Target:
         wrapped: `exact` or `any`: whether a module counts under its own path only.
         losses: GGUF loss code -> finding code.
         effects: finding code -> what becomes of the file.
-        prepare: exact changes that make most adapters fit.
+        prepare: exact changes that `convert --for` makes, those of `rules` included.
         rules: the rules that hold for `version`.
     """
 
@@ -80,6 +82,13 @@ class Target:
     effects: Mapping[str, Verdict]
     prepare: tuple[str, ...]
     rules: tuple[Rule, ...]
+
+    def outcome(self, known: Mapping[str, Any]) -> tuple[Outcome, str] | None:
+        """Return what the rules make of every module, and why; None if that depends on it."""
+        for rule in self.rules:
+            if rule.outcome and evaluate(rule.when, known.__getitem__):
+                return Outcome(rule.outcome), rule.message.format_map(dict(known))
+        return None
 
     def findings(self, known: Mapping[str, Any]) -> Iterator[Finding]:
         """Yield a finding for every rule whose condition holds."""
@@ -108,7 +117,9 @@ def load_target(reference: str) -> Target:
     if at and not _VERSION.fullmatch(version):
         raise UsageError(f"{reference!r} names no version; write for example {name}@1.2.3")
     data = _data(name)
-    rules = (Rule(**{**row, "severity": Severity(row["severity"])}) for row in data.get("rule", ()))
+    every = (Rule(**{**row, "severity": Severity(row["severity"])}) for row in data.get("rule", ()))
+    rules = tuple(rule for rule in every if _holds(rule, version))
+    fixes = [*data.get("prepare", ()), *(rule.fix for rule in rules if rule.fix)]
     return Target(
         name=name,
         title=data["title"],
@@ -120,8 +131,8 @@ def load_target(reference: str) -> Target:
         wrapped=data.get("wrapped", "any"),
         losses=data.get("losses", {}),
         effects={code: Verdict(effect) for code, effect in data.get("effects", {}).items()},
-        prepare=tuple(data.get("prepare", ())),
-        rules=tuple(rule for rule in rules if _holds(rule, version)),
+        prepare=tuple(dict.fromkeys(fixes)),
+        rules=rules,
     )
 
 

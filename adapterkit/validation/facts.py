@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.base.fit import sound
 from adapterkit.model import AdapterTensorSet, Role
+from adapterkit.validation.structure import unclean_names
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,15 +25,16 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     `dora`, `lora_bias`, `saved_biases`, `saved_modules`, `token_rows`, `embedding`, `output`,
     `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`, `alpha_whole`,
     `alpha_zero`, `regex_targets`, `base_changing_init`, `layer_replication`, `invocation_tokens`,
-    `bdlora`, `qalora`, `pickled`; texts: `format`, `architecture` (of the base, empty if unknown).
+    `bdlora`, `qalora`, `pickled`, `unclean_names`,
+    `foreign_names`; texts: `format`, `architecture` (of the base, empty if unknown).
     """
-    pairs = list(adapter.pairs())
+    pairs = [pair for pair in adapter.pairs() if sound(pair)]
+    unclean = list(unclean_names(adapter))
     ranks = {pair.rank for pair in pairs}
     full = [key.module for key in adapter.tensors if key.role is Role.FULL]
     roles = {key.role for key in adapter.tensors}
     config: dict[str, Any] = adapter.extras.get("peft", {}).get("config", {})
-    alpha = config.get("lora_alpha", 0)
-    return {
+    return _of_config(config) | {
         "format": adapter.provenance.format if adapter.provenance else "",
         "architecture": base.architecture.gguf if base else "",
         "max_rank": max(ranks, default=0),
@@ -46,18 +49,28 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
         "output": any(_is_output(pair.module, base) for pair in pairs),
         "experts_fused": any(len(pair.a.shape) == _STACK for pair in pairs),
         "tower": any(in_tower(pair.module) for pair in pairs),
+        "base_changing_init": "init_lora_weights" in adapter.traits,
+        "layer_replication": "layer_replication" in adapter.traits,
+        "invocation_tokens": "alora_invocation_tokens" in adapter.traits,
+        "unclean_names": bool(unclean),
+        # PEFT itself takes names with an adapter's name in them.
+        "foreign_names": any("adapter name" not in note for note in unclean),
+        "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
+    }
+
+
+def _of_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what PEFT's config says; for other formats, that it says nothing."""
+    alpha = config.get("lora_alpha", 0)
+    return {
         "rslora": bool(config.get("use_rslora")),
         "rank_pattern": bool(config.get("rank_pattern")),
         "alpha_pattern": bool(config.get("alpha_pattern")),
         "alpha_whole": isinstance(alpha, int),
         "alpha_zero": bool(config) and alpha == 0,
         "regex_targets": isinstance(config.get("target_modules"), str),
-        "base_changing_init": "init_lora_weights" in adapter.traits,
-        "layer_replication": "layer_replication" in adapter.traits,
-        "invocation_tokens": "alora_invocation_tokens" in adapter.traits,
         "bdlora": bool(config.get("use_bdlora")),
         "qalora": bool(config.get("use_qalora")),
-        "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
     }
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.vocabulary import matched
+from adapterkit.base.weights import BaseWeights
 from adapterkit.errors import UnsupportedError
 from adapterkit.validation.findings import Finding, Severity
+from adapterkit.validation.structure import selector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,6 +49,25 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
     except UnsupportedError as error:
         yield Finding("AK305", Severity.UNCHECKED, error.where, error.message)
     yield from _depth(adapter, base)
+    yield from _selection(adapter, base)
+
+
+def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
+    """Report targets that select nothing of the base: PEFT raises an error then."""
+    config: Mapping[str, Any] = adapter.extras.get("peft", {}).get("config", {})
+    selects = selector(config)
+    if selects is None or config.get("target_parameters"):
+        return
+    # Quantised checkpoints have other tensors than `.weight` under a module's name.
+    stored = (name.rpartition(".")[0] for name in base.names)
+    try:
+        nothing = not any(map(selects, chain(stored, BaseWeights(base).modules())))
+    except UnsupportedError:
+        return  # the sizes that are missing are said to be by the comparison of dimensions
+    if nothing:
+        message = f"target_modules = {config['target_modules']!r} selects no module of the base"
+        hint = "adapterkit convert -o DIR writes the list anew"
+        yield Finding("AK114", Severity.ERROR, None, message, hint, fix="to-peft")
 
 
 def other_architecture(adapter: AdapterTensorSet, base: BaseModel) -> str | None:

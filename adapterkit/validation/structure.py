@@ -10,7 +10,7 @@ from adapterkit.patterns import compiled
 from adapterkit.validation.findings import Finding, Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from adapterkit.tensor import LazyTensor
 
@@ -79,10 +79,16 @@ def _declared_ranks(adapter: AdapterTensorSet) -> Iterator[Finding]:
 
 def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
     """Report names that had to be cleaned up: other programs look for the clean ones."""
+    for note in unclean_names(adapter):
+        hint = "convert it to peft: names are written clean"
+        yield Finding("AK110", Severity.WARNING, None, note, hint, fix="to-peft")
+
+
+def unclean_names(adapter: AdapterTensorSet) -> Iterator[str]:
+    """Yield what the reader did to names that are not as PEFT saves them."""
     for note in adapter.provenance.notes if adapter.provenance else ():
         if "tensor name" in note and "left out" not in note:
-            hint = "convert it to peft: names are written clean"
-            yield Finding("AK110", Severity.WARNING, None, note, hint, fix="strip-prefix")
+            yield note
 
 
 def _targets(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -104,30 +110,40 @@ def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
     Experts in one tensor are selected by target_parameters; they are not looked at.
     """
     config: Mapping[str, Any] = adapter.extras.get("peft", {}).get("config", {})
-    declared = config.get("target_modules")
-    if declared is None or declared == _ALL or not isinstance(declared, (list, str)):
+    selects = selector(config)
+    if selects is None:
         return
-    names = [] if isinstance(declared, str) else [str(name) for name in cast("list[Any]", declared)]
-    chosen = config.get("layers_to_transform")
-    layers: set[Any] = set(cast("list[Any]", chosen) if isinstance(chosen, list) else [chosen])
     parameters = [str(name) for name in config.get("target_parameters") or ()]
     for pair in adapter.pairs():
-        if len(pair.a.shape) != _MATRIX or _names_parameter(pair.module, parameters):
-            continue
-        if isinstance(declared, str):
-            selected = _full_match(declared, pair.module)
-        else:
-            selected = any(_ends_with(pair.module, name) for name in names)
-            number = _LAYER.search(pair.module)
-            if chosen is not None and number and int(number[1]) not in layers:
-                selected = False
-        if not selected:
+        plain = len(pair.a.shape) == _MATRIX and not _names_parameter(pair.module, parameters)
+        if plain and not selects(pair.module):
             yield pair.module
 
 
-def _full_match(expression: str, module: str) -> bool:
-    """Match as PEFT does: the whole path of the module in the base model."""
-    return re.fullmatch(expression, module) is not None
+def selector(config: Mapping[str, Any]) -> Callable[[str], bool] | None:
+    """Return whether PEFT adapts a module of the base; None if the config does not tell.
+
+    An expression must match the whole path; names match its end, in the chosen layers.
+    """
+    declared = config.get("target_modules")
+    if isinstance(declared, str) and declared != _ALL:
+        try:
+            expression = re.compile(declared)
+        except re.error:
+            return None
+        return lambda module: expression.fullmatch(module) is not None
+    if not isinstance(declared, list):
+        return None
+    names = [str(name) for name in cast("list[Any]", declared)]
+    chosen = config.get("layers_to_transform")
+    layers: set[Any] = set(cast("list[Any]", chosen) if isinstance(chosen, list) else [chosen])
+
+    def selects(module: str) -> bool:
+        number = _LAYER.search(module)
+        elsewhere = chosen is not None and number is not None and int(number[1]) not in layers
+        return not elsewhere and any(_ends_with(module, name) for name in names)
+
+    return selects
 
 
 def _names_parameter(module: str, parameters: Sequence[str]) -> bool:

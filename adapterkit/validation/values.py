@@ -30,7 +30,7 @@ _ABSURD = 1e4
 # Below this share of ‖A‖‖B‖ the rounding of float32 may be all that is left.
 _DOUBTFUL = 1e-2
 # Elements that are widened to float32 at a time.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
@@ -131,7 +131,9 @@ def _widened(values: np.ndarray[Any, Any], dtype: DType) -> Array:
     import numpy as np
 
     if dtype is DType.BF16:  # ml_dtypes' own conversion is ten times slower
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        bits = values.view(np.uint16).astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return values.astype(np.float32)
 
 

@@ -31,6 +31,24 @@ if TYPE_CHECKING:
     metavar="PARAMS",
     help="With --suggest: parameters to stay within.",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="With --base: intruder dimensions by full decompositions; hours for a large model.",
+)
+@click.option(
+    "--bank",
+    "bank_file",
+    type=options.PATH,
+    metavar="FILE",
+    help="Write the statistics of all SRC as a bank to compare others with, and nothing else.",
+)
+@click.option(
+    "--reference",
+    type=options.PATH,
+    metavar="FILE",
+    help="Compare with the adapters of a bank: z-scores, no verdict.",
+)
 @options.as_json
 @click.option("--csv", "as_csv", is_flag=True, help="Print one row of CSV for each module.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print a section for a model card.")
@@ -49,8 +67,11 @@ def command(
     tol: float | None,
     budget: int | None,
     html: str | None,
+    bank_file: str | None,
+    reference: str | None,
     *,
     suggest: bool,
+    exact: bool,
     as_json: bool,
     as_csv: bool,
     as_markdown: bool,
@@ -59,13 +80,19 @@ def command(
 
     SRC is an adapter file or directory of any format. Every number comes from the singular values
     of ΔW, scale included, computed from the factors alone. Several adapters are also held against
-    each other.
+    each other. With the weights of a --base, each update is also held against the weight that it
+    changes.
     """
     if sum((as_json, as_csv, as_markdown)) > 1:
         raise click.UsageError("--json, --csv and --markdown exclude each other")
     if not suggest and (tol is not None or budget is not None):
         raise click.UsageError("--tol and --budget say what to --suggest")
     single_threaded_blas()
+    if bank_file is not None:
+        if suggest or exact or as_csv or as_markdown or html is not None or reference is not None:
+            raise click.UsageError("--bank writes a bank and nothing else")
+        _bank(bank_file, sources, base, dialect, alpha, as_json=as_json)
+        return
     from adapterkit.audit import audit, write_html
 
     report = audit(
@@ -74,6 +101,8 @@ def command(
         budget=budget,
         tol=tol,
         base=base,
+        exact=exact,
+        reference=reference,
         dialect=dialect,
         alpha=alpha,
     )
@@ -81,6 +110,26 @@ def command(
         write_html(report, html)
         rendering.remark("report", html)
     _show(report, as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)
+
+
+def _bank(
+    file: str,
+    sources: tuple[str, ...],
+    base: str | None,
+    dialect: str | None,
+    alpha: float | None,
+    *,
+    as_json: bool,
+) -> None:
+    from adapterkit.audit import bank
+
+    written = bank(*sources, path=file, base=base, dialect=dialect, alpha=alpha)
+    if as_json:
+        rendering.emit_json(written)
+        return
+    families = {name for member in written.members for name in member.families}
+    size = rendering.count(len(written.members), "adapter")
+    rendering.emit(f"{file}: {size}, {len(families)} families of modules")
 
 
 def _show(report: AuditReport, *, as_json: bool, as_csv: bool, as_markdown: bool) -> None:

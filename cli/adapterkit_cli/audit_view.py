@@ -8,12 +8,20 @@ from adapterkit.audit import notable, number, short_names, span
 from adapterkit_cli import rendering
 
 if TYPE_CHECKING:
-    from adapterkit.audit import AdapterAudit, AuditReport, Interference, Suggestion
+    from adapterkit.audit import (
+        AdapterAudit,
+        AuditReport,
+        BaseAudit,
+        Interference,
+        ReferenceAudit,
+        Suggestion,
+    )
 
 _LINES = 40
 _FAMILIES = 12
 _HEALTH = 3
 _CLASHES = 4
+_STANDINGS = 5
 _MANY = 1e6
 
 
@@ -35,6 +43,8 @@ def _single(audited: AdapterAudit, suggestion: Suggestion | None) -> list[str]:
         lines += ["", "stands out of its family (robust z):"]
         rows = [(f"  {module.name}", metric, f"{z:+.1f}") for module, metric, z in standing]
         lines += rendering.columns(rows).split("\n")
+    if audited.reference:
+        lines += ["", *_standings(audited.reference)]
     if suggestion:
         lines += ["", *_advice(audited, suggestion)]
     return lines
@@ -60,6 +70,7 @@ def _header(audited: AdapterAudit) -> list[tuple[str, str]]:
         ("coverage", f"{covered:,} of {rendering.count(audited.tensors, 'tensor')} measured"),
         *(("not measured", reason) for reason in reasons[:_HEALTH]),
         *(("health", sentence) for sentence in _health(audited)),
+        *(_against(audited.base) if audited.base else ()),
         (
             "spectrum",
             (
@@ -75,6 +86,30 @@ def _header(audited: AdapterAudit) -> list[tuple[str, str]]:
                 f"‖ΔW‖ {number(whole.frobenius_norm)}, largest σ₁ {number(whole.spectral_norm_max)}"
                 f"; layers: concentration {number(whole.concentration_index_by_size)} "
                 f"(even {number(1 / len(audited.layers))})"
+            ),
+        ),
+    ]
+
+
+def _against(found: BaseAudit) -> list[tuple[str, str]]:
+    whole = found.summary
+    largest = max(found.weights, key=lambda row: row.udr or 0.0)
+    missing = len(found.not_compared)
+    absent = f"; {rendering.count(missing, 'module')} not compared" if missing else ""
+    return [
+        (
+            "against W",
+            (
+                f"‖ΔW‖₂ / ‖W‖₂ {number(whole.udr_median)}, at most {number(whole.udr_max)} "
+                f"({largest.name}); amplification {number(whole.amplification_median)}{absent}"
+            ),
+        ),
+        (
+            "intruders",
+            (
+                f"{whole.intruder_dimensions:,} of the {whole.leading_directions:,} leading "
+                f"directions of W + ΔW are not W's ({found.method}), least retention "
+                f"{number(whole.retention_min)}"
             ),
         ),
     ]
@@ -109,6 +144,29 @@ def _families(audited: AdapterAudit) -> list[str]:
     if len(audited.families) > _FAMILIES:
         lines.append(f"and {len(audited.families) - _FAMILIES:,} more families; --json has all")
     return lines
+
+
+def _standings(found: ReferenceAudit) -> list[str]:
+    """Return what lies furthest out of the bank; how far is too far, no one knows."""
+    scored = [(row, row.z) for row in found.standings if row.z is not None]
+    scored.sort(key=lambda item: -abs(item[1]))
+    rows = [
+        (
+            f"  {row.family}",
+            row.statistic,
+            number(row.value),
+            number(row.mean),
+            f"{z:+.1f}",
+            number(row.percentile),
+        )
+        for row, z in scored[:_STANDINGS]
+    ]
+    others = f", {found.other_bases} of another base model" if found.other_bases else ""
+    title = f"furthest from the {rendering.count(found.members, 'adapter')} of the bank{others}:"
+    if not rows:
+        return [title, "  no z-score: that takes two adapters that differ; --json has the values"]
+    header = ("  family", "statistic", "value", "mean", "z", "percentile")
+    return [title, *rendering.columns(rows, header=header).split("\n")]
 
 
 def _advice(audited: AdapterAudit, suggestion: Suggestion) -> list[str]:

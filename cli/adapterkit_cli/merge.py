@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit_cli import options, rendering
+from adapterkit_cli import merge_into, options, rendering
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +69,7 @@ def _method_names(
 @click.option("--moe-layout", metavar="LAYOUT", help="Spelling of experts: `experts` or `fused`.")
 @click.option("--unverified", is_flag=True, help="Allow model families without an engine test.")
 @click.option("--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it.")
+@merge_into.options
 @click.option("--force", is_flag=True, help="Replace DST if it exists.")
 @options.as_json
 def command(
@@ -78,6 +79,7 @@ def command(
     rank: str | None,
     params: tuple[str, ...],
     recipe: str | None,
+    into: str | None,
     *,
     as_json: bool,
     **given: Any,
@@ -87,6 +89,8 @@ def command(
     SRC may be of any formats, ranks and targets. Weights multiply the updates ΔW; they are never
     normalised unless asked. DST appears only if it holds the merged updates, to the rounding of the
     stored type.
+
+    With --into BASE the updates are added to the weights of a model instead, and DST is that model.
     """
     for name in _THREADS:
         os.environ.setdefault(name, "1")
@@ -101,6 +105,10 @@ def command(
         raise click.UsageError("name the adapters to merge, or a --recipe")
     if destination is None:
         raise click.UsageError("name the file or directory to create with -o")
+    merge_into.check(into, arguments)
+    if into is not None:
+        merge_into.run(sources, into, destination, arguments, as_json=as_json)
+        return
     report = adapterkit.merge_files(sources, destination, **arguments)
     if as_json:
         rendering.emit_json(report)

@@ -1,0 +1,133 @@
+"""`adapterkit merge --into`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterkit_cli import options as shared
+from adapterkit_cli import rendering
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping, Sequence
+
+    from adapterkit import MergeIntoReport
+
+_OWN = ("dtype", "gguf_type", "tied", "resume", "jobs")
+_BOTH = ("weights", "force")
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a merge into a base."""
+    given = (
+        click.option(
+            "--into",
+            metavar="BASE",
+            type=shared.PATH,
+            help="Add the updates to this model: a directory gives a directory, a GGUF a GGUF.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["f32", "f16", "bf16"]),
+            help="With --into a directory: store the whole model as this type.",
+        ),
+        click.option(
+            "--gguf-type",
+            metavar="T",
+            help="With --into a GGUF: keep, f32, f16, bf16 or q8_0; by default all but these "
+            "become q8_0.",
+        ),
+        click.option(
+            "--tied",
+            metavar="HOW",
+            help="Where embedding and output are one table: change both (shared), or untie them.",
+        ),
+        click.option("--resume", is_flag=True, help="Go on where a killed merge ended."),
+        click.option("--jobs", type=click.IntRange(1), metavar="N", help="Tensors at a time."),
+    )
+    for option in reversed(given):
+        command = option(command)
+    return command
+
+
+def check(into: str | None, arguments: Mapping[str, Any]) -> None:
+    """Refuse options of the other kind of merge."""
+    if into is None:
+        wrong = [name for name in _OWN if name in arguments]
+        reason = "goes with --into"
+    else:
+        wrong = [name for name in arguments if name not in {*_OWN, *_BOTH}]
+        reason = "does not go with --into, which adds the weighted updates"
+    if wrong:
+        names = {"params": "--param"}
+        raise click.UsageError(f"{names.get(wrong[0], '--' + wrong[0].replace('_', '-'))} {reason}")
+
+
+def run(
+    sources: Sequence[str],
+    base: str,
+    destination: str,
+    arguments: Mapping[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Merge, and print what was done."""
+    import adapterkit
+
+    with _bar() as progress:
+        report = adapterkit.merge_into(sources, base, destination, progress=progress, **arguments)
+    if as_json:
+        rendering.emit_json(report)
+        return
+    rendering.emit(_text(report))
+    for warning in report.warnings:
+        rendering.remark("warning", warning)
+    for note in report.notes:
+        rendering.remark("note", note)
+
+
+@contextmanager
+def _bar() -> Generator[Callable[[int, int], None] | None]:
+    """Show the bytes that are done, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("merging", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _text(report: MergeIntoReport) -> str:
+    facts = [
+        rendering.printable(report.destination),
+        report.format,
+        f"{rendering.count(len(report.tensors), 'tensor')} changed",
+        f"{report.untouched:,} copied",
+        rendering.size(report.bytes),
+    ]
+    return "\n".join(["  ".join(facts), _update(report)])
+
+
+def _update(report: MergeIntoReport) -> str:
+    norms = [t.relative_norm for t in report.tensors if t.relative_norm is not None]
+    low, high = (rendering.short(f(norms)) if norms else "-" for f in (min, max))
+    size = low if low == high else f"{low} to {high}"
+    if report.min_survival is None:
+        return f"‖ΔW‖/‖W‖ {size}"
+    worst = next(t for t in report.tensors if t.survival == report.min_survival)
+    share = f"{min(report.min_survival, 1.0):.1%}"
+    where = "" if share == "100.0%" else f" ({rendering.printable(worst.tensor)})"
+    return f"‖ΔW‖/‖W‖ {size}; at least {share} of the update is left after rounding{where}"
