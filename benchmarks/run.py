@@ -47,6 +47,12 @@ def cases() -> list[Case]:
             {"seconds": 0.5, "peak MiB": 80},
         ),
         Case(
+            "audit the same adapter",
+            [KIT, "audit", adapter],
+            None,
+            {"seconds": 1.0, "peak MiB": 80},
+        ),
+        Case(
             "adapterkit --help vs python importing click",
             [KIT, "--help"],
             [sys.executable, "-c", "import click"],

@@ -301,6 +301,20 @@ def test_bad_input_is_exit_3_and_no_number(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("form", ["gguf", "mlx", "peft"])
+def test_a_file_that_was_cut_is_exit_3(form: str, share: float, tmp_path: Path) -> None:
+    path = tmp_path / ("a.gguf" if form == "gguf" else "a")
+    convert(TINY, path, base=BASE, to=form)
+    file = path if path.is_file() else next(path.glob("*.safetensors"))
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * share)])
+    for more in (["--json"], ["--csv"], ["--suggest", "--markdown"]):
+        result = invoke("audit", path, *more)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert file.name in result.stderr
+
+
 def test_something_that_is_no_adapter_is_exit_3(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"")
     (tmp_path / "y.txt").write_bytes(b"hello")

@@ -1,5 +1,7 @@
 """Spectral audit: what is in an adapter, which ranks it needs, and what clashes when merged."""
 
+from adapterkit.audit.base_report import BaseAudit, BaseSummary, WeightAudit
+from adapterkit.audit.base_sites import NotCompared
 from adapterkit.audit.compress import (
     CompressedFile,
     CompressReport,
@@ -15,10 +17,11 @@ from adapterkit.audit.interference import (
     PairInterference,
 )
 from adapterkit.audit.json_document import document
-from adapterkit.audit.measure import audit
+from adapterkit.audit.measure import audit, bank
 from adapterkit.audit.outliers import notable
 from adapterkit.audit.places import short_names
 from adapterkit.audit.plan import Alternative, ModuleRank, RankPlan, Suggestion, suggest
+from adapterkit.audit.reference_bank import Bank, Member, ReferenceAudit, Standing
 from adapterkit.audit.report import (
     AdapterAudit,
     AuditReport,
@@ -35,6 +38,9 @@ __all__ = [
     "Alternative",
     "AuditReport",
     "AuditSummary",
+    "Bank",
+    "BaseAudit",
+    "BaseSummary",
     "CompressReport",
     "CompressResult",
     "CompressedFile",
@@ -42,14 +48,20 @@ __all__ = [
     "Interference",
     "JointInterference",
     "LayerShare",
+    "Member",
     "ModuleAudit",
     "ModuleInterference",
     "ModuleRank",
+    "NotCompared",
     "PairInterference",
     "RankPlan",
+    "ReferenceAudit",
+    "Standing",
     "Suggestion",
     "Unaudited",
+    "WeightAudit",
     "audit",
+    "bank",
     "compress",
     "compress_file",
     "csv_table",

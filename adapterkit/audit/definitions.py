@@ -4,7 +4,8 @@ from __future__ import annotations
 
 _TEXT = """
 ΔW, σ: The update of one matrix, scale · B · A, and its singular values in descending order.
-Everything here is computed from them; no base model and no data was looked at.
+Everything here is computed from them, and no data was looked at; only what stands under "against
+the base" needs W.
 
 stable rank, utilization: Σσ² / σ₁², between 1 and r; the same over r.
 
@@ -33,6 +34,18 @@ directions lies in the other: 0 orthogonal, 1 contained.
 
 STI, sign conflict: Singular task interference, ‖(UᵀU - I) Σ (VᵀV - I)‖₁ over Σσ (arXiv 2412.00081);
 the share of entries with opposite signs, where 0.5 is chance.
+
+‖ΔW‖₂ / ‖W‖₂, amplification: How large an update is beside its weight; how far it raises the
+directions that it writes to, ‖ΔW‖ / ‖UᵀWV‖ with U and V its singular vectors (arXiv 2106.09685).
+
+retention, intruders: ‖Wᵀu‖ / σ of the leading singular vectors u of W + ΔW: 1 for what W had, near
+0 for what is new. Under 0.7 is counted as an intruder dimension, an estimate that agrees with the
+definition by cosines (arXiv 2410.21228) where W has a falling spectrum; --exact decides by that.
+
+bank, z, percentile: Where five statistics of a family (σ₁, ‖ΔW‖, σ₁² / Σσ², entropy of σ / Σσ,
+kurtosis of the entries; arXiv 2602.15195) lie among those of other adapters. Far out is unusual. It
+says nothing of intent, and near says nothing either: those who know the statistics can hide from
+them.
 
 verdict: opposed is a cosine under -0.1, redundant is over 0.5, entangled is both overlaps a quarter
 of the way from chance to 1, else independent. Updates that are independent here may still disturb

@@ -11,6 +11,7 @@ import numpy as np
 
 from adapterkit.audit.charts import RAMP, bars, decay, shown, trade_off_chart
 from adapterkit.audit.definitions import DEFINITIONS
+from adapterkit.audit.html_base import base_section, reference_section
 from adapterkit.audit.html_pairs import interference_section
 from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import notable
@@ -106,6 +107,8 @@ def _adapter(audited: AdapterAudit, index: int, advice: Suggestion | None) -> st
             _heat_map(audited, f"heat{index}"),
             _decays(audited),
             _layers(audited.layers),
+            base_section(audited.base) if audited.base else "",
+            reference_section(audited.reference) if audited.reference else "",
             _trade_off(audited, advice or suggestion(audited)),
             _table(audited),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ from adapterkit.structure import problems
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from adapterkit.audit.reference_bank import Bank
+    from adapterkit.base import BaseModel
     from adapterkit.model import LoraPair, TensorKey
 
 _FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
@@ -34,6 +38,8 @@ _REASONS = {
     Role.TOKEN_ROWS: "rows stored whole; what they change depends on the base",
 }
 
+_NO_WEIGHTS = "there are no weights, so no update is held against them"
+
 
 def audit(
     *adapters: AdapterTensorSet | Path | str,
@@ -41,6 +47,8 @@ def audit(
     budget: int | None = None,
     tol: float | None = None,
     base: Path | str | None = None,
+    exact: bool = False,
+    reference: Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
 ) -> AuditReport:
@@ -51,26 +59,34 @@ def audit(
         suggest: whether to advise ranks.
         budget: parameters that the advised ranks may cost.
         tol: relative error that the advised ranks may make.
-        base: base model, for formats that cannot be read, or compared, without; by default the one
-            that an adapter names, if it is in the local hub cache.
+        base: base model. With weights, every update is measured against its weight; a
+            config.json serves formats that cannot be read without. By default none is opened but
+            the one that an adapter names, for reading, if it is in the local hub cache.
+        exact: whether to find intruder dimensions by their definition, which takes hours for a
+            large base.
+        reference: bank of adapters to compare with, as `bank` writes it.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
 
     Raises:
         FormatError: if there is no adapter, or it is malformed, unpaired or not finite.
         UncheckableError: if it holds no factors, or two adapters cannot be compared.
-        UsageError: if no adapter is given, or `budget` and `tol` both are.
+        UsageError: if no adapter is given, `budget` and `tol` both are, or `exact` without weights.
+        UnsupportedError: if the base does not fit.
     """
     from adapterkit.audit.pairwise import interference
     from adapterkit.audit.plan import suggestion
 
     if not adapters:
         raise UsageError("no adapter was given")
-    options = Options(
-        base=open_base(base) if base is not None else None, dialect=dialect, alpha=alpha
-    )
+    model = open_base(base) if base is not None else None
+    if exact and (model is None or not model.has_tensors):
+        raise UsageError("the exact test needs the weights of a base")
+    options = Options(base=model, dialect=dialect, alpha=alpha)
     loaded = [loaded_adapter(each, options) for each in adapters]
-    audits = tuple(audit_one(each) for each in loaded)
+    audits = tuple(_with_base(audit_one(each), each, model, exact=exact) for each in loaded)
+    if reference is not None:
+        audits = tuple(map(_with_reference, audits, loaded, repeat(reference)))
     return AuditReport(
         adapters=audits,
         suggestions=tuple(suggestion(each, budget=budget, tol=tol) for each in audits)
@@ -78,6 +94,54 @@ def audit(
         else (),
         interference=interference(loaded, audits) if len(loaded) > 1 else None,
     )
+
+
+def bank(
+    *adapters: AdapterTensorSet | Path | str,
+    path: Path | str,
+    base: Path | str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+) -> Bank:
+    """Write a bank of adapters for `audit(..., reference=path)`; they are read one by one.
+
+    Raises:
+        FormatError: if one is no adapter, or it is malformed, unpaired or not finite.
+        UsageError: if no adapter is given.
+    """
+    from adapterkit.audit.reference_bank import write_bank
+
+    if not adapters:
+        raise UsageError("no adapter was given")
+    model = open_base(base) if base is not None else None
+    options = Options(base=model, dialect=dialect, alpha=alpha)
+    loaded = (loaded_adapter(each, options) for each in adapters)
+    return write_bank(((_source(each) or "in memory", each) for each in loaded), path)
+
+
+def _source(adapter: AdapterTensorSet) -> str | None:
+    return str(adapter.provenance.path) if adapter.provenance else None
+
+
+def _with_reference(
+    audited: AdapterAudit, adapter: AdapterTensorSet, reference: Path | str
+) -> AdapterAudit:
+    from adapterkit.audit.reference_bank import against_bank
+
+    found = against_bank(adapter, _source(adapter) or "in memory", reference)
+    return replace(audited, reference=found)
+
+
+def _with_base(
+    audited: AdapterAudit, adapter: AdapterTensorSet, base: BaseModel | None, *, exact: bool
+) -> AdapterAudit:
+    if base is None:
+        return audited
+    if not base.has_tensors:
+        return replace(audited, notes=(*audited.notes, f"{base.path}: {_NO_WEIGHTS}"))
+    from adapterkit.audit.against_base import against_base
+
+    return replace(audited, base=against_base(adapter, base, exact=exact))
 
 
 def loaded_adapter(

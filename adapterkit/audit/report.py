@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adapterkit.audit.base_report import BaseAudit
 from adapterkit.audit.interference import Interference
 from adapterkit.audit.plan import RankPlan, Suggestion
+from adapterkit.audit.reference_bank import ReferenceAudit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +257,8 @@ class AdapterAudit:
         families: one row for each kind of module, in file order.
         layers: shares of the layers, in order.
         modules: every matrix, in file order.
+        base: the updates against the base's weights; None if none were given.
+        reference: the adapter against a bank of others; None if none was given.
     """
 
     source: str | None
@@ -270,6 +274,8 @@ class AdapterAudit:
     families: tuple[FamilyAudit, ...]
     layers: tuple[LayerShare, ...]
     modules: tuple[ModuleAudit, ...]
+    base: BaseAudit | None = None
+    reference: ReferenceAudit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from adapterkit.audit.report import AdapterAudit, AuditReport, ModuleAudit
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from adapterkit.audit.base_report import BaseAudit
     from adapterkit.audit.interference import Interference
     from adapterkit.audit.plan import Suggestion
 
@@ -74,6 +75,7 @@ def _adapter(audited: AdapterAudit) -> Iterator[str]:
             ("energy rank 90 %, median", number(whole.energy_rank_90_p50)),
             ("energy rank 99 %, median", number(whole.energy_rank_99_p50)),
             ("‖ΔW‖, Frobenius", number(whole.frobenius_norm)),
+            *(_against(audited.base) if audited.base else ()),
             *(("note", sentence) for sentence in audited.health),
         ],
     )
@@ -97,6 +99,16 @@ def _adapter(audited: AdapterAudit) -> Iterator[str]:
         ],
     )
     yield ""
+
+
+def _against(found: BaseAudit) -> Iterator[tuple[str, str]]:
+    whole = found.summary
+    yield "‖ΔW‖₂ / ‖W‖₂, median", number(whole.udr_median)
+    yield "‖ΔW‖₂ / ‖W‖₂, largest", number(whole.udr_max)
+    yield (
+        f"intruders ({found.method})",
+        f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions",
+    )
 
 
 def _advice(suggestion: Suggestion) -> Iterator[str]:

@@ -94,7 +94,7 @@ def read_lycoris(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
         if match is None:
             raise UnsupportedError(
                 "is of a LyCORIS kind that is no low-rank update of a weight; merge it into the "
-                "base with LyCORIS and take the difference with `adapterkit extract`",
+                "base with LyCORIS and serve that",
                 path=path,
                 where=name,
             )
@@ -125,7 +125,7 @@ def _factors(stem: str, parts: Parts, path: Path) -> tuple[Factors, float]:
     if "dora_scale" in parts:
         raise UnsupportedError(
             "has a dora_scale: its update depends on the base weight and is not low-rank; merge it "
-            "into the base with LyCORIS and take the difference with `adapterkit extract`",
+            "into the base with LyCORIS and serve that",
             path=path,
             where=stem,
         )

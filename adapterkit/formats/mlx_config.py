@@ -35,8 +35,8 @@ class MLXConfig:
         kind = self.raw.get("fine_tune_type", "lora")
         if kind == "full":
             raise UnsupportedError(
-                "fine_tune_type is full: the file holds whole weights, not an adapter; fuse it "
-                "with mlx_lm.fuse and take the difference with `adapterkit extract`",
+                "fine_tune_type is full: the file holds whole weights, not an adapter; serve "
+                "it as a model of its own",
                 path=self.path,
             )
         if kind not in {"lora", "dora"}:

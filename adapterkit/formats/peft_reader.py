@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
+from adapterkit.delta import same_bits
 from adapterkit.errors import FormatError, NotFoundError
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_experts import unfold_experts
@@ -109,6 +110,8 @@ def interpret(
         key = keys.read(name)
         if key is None:
             continue
+        if key in tensors and same_bits(tensors[key], tensor):
+            continue  # PEFT saves a resized and trained output under both of its names
         if key in tensors:
             raise FormatError("two tensors have this meaning", path=path, where=str(key))
         tensors[key] = tensor

@@ -143,8 +143,7 @@ def _miss(module: str, parts: Parts, context: Context) -> tuple[Factors, float]:
     if context.config.get("init_weights") == "bat":
         raise UnsupportedError(
             'init_weights "bat" multiplies the base weight, so its update depends on that weight; '
-            "merge it into the base with PEFT (merge_and_unload) and take the difference with "
-            "`adapterkit extract`",
+            "merge it into the base with PEFT (merge_and_unload) and serve that",
             path=context.path,
         )
     outputs, inputs = context.shape(module)

@@ -1,4 +1,4 @@
-"""Merge adapters into one adapter, exactly and without a base model.
+"""Merge adapters into one adapter, without a base model, or into the weights of a base.
 
 The public names are imported when they are first used: listing the methods needs no numpy.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adapterkit.merge.adapters import MergeResult, merge
     from adapterkit.merge.files import MergeFilesReport, merge_files
+    from adapterkit.merge.into import MergeIntoReport, merge_into
     from adapterkit.merge.recipe import Recipe, read_recipe
     from adapterkit.merge.registry import MethodSpec
     from adapterkit.merge.registry import methods as merge_methods
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MergeFilesReport",
+    "MergeIntoReport",
     "MergeReport",
     "MergeResult",
     "MethodSpec",
@@ -25,6 +27,7 @@ __all__ = [
     "Recipe",
     "merge",
     "merge_files",
+    "merge_into",
     "merge_methods",
     "read_recipe",
 ]
@@ -32,6 +35,7 @@ __all__ = [
 # public name -> module and its name there
 _HOME = {
     "MergeFilesReport": "files:MergeFilesReport",
+    "MergeIntoReport": "into:MergeIntoReport",
     "MergeReport": "report:MergeReport",
     "MergeResult": "adapters:MergeResult",
     "MethodSpec": "registry:MethodSpec",
@@ -39,6 +43,7 @@ _HOME = {
     "Recipe": "recipe:Recipe",
     "merge": "adapters:merge",
     "merge_files": "files:merge_files",
+    "merge_into": "into:merge_into",
     "merge_methods": "registry:methods",
     "read_recipe": "recipe:read_recipe",
 }

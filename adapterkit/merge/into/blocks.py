@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Elements of a block: a megabyte in float32, so that its passes stay in the cache.
-BLOCK = 1 << 18
+# Elements of a block: small enough for all passes to stay in the cache, and for malloc to reuse it.
+BLOCK = 1 << 15
 _STACK = 3
 
 

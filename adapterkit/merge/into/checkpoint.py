@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.base.model import BaseModel
+from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.dtype import DType
-from adapterkit.errors import UnsupportedError
+from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.json_file import read_json_object
 from adapterkit.merge.into.huggingface import HuggingFaceNames, checkpoint_steps
 from adapterkit.merge.into.shards import Shard, planned_shards, write_shard
@@ -113,6 +114,27 @@ def _check_stored(base: BaseModel) -> None:
         raise UnsupportedError(
             "has no safetensors weights; save it with save_pretrained(safe_serialization=True)",
             path=base.path,
+        )
+    _check_complete(base)
+
+
+def _check_complete(base: BaseModel) -> None:
+    """Refuse a checkpoint of which shards are missing, or whose shards share a name."""
+    if not (base.path / INDEX).is_file():
+        return
+    listed = cast("dict[str, Any]", read_json_object(base.path / INDEX)["weight_map"])
+    for name, shard in listed.items():
+        if name not in base.tensors:
+            raise NotFoundError(
+                f"{shard} does not hold it or is missing; download the model again",
+                path=base.path,
+                where=name,
+            )
+    files = dict.fromkeys(base.path / Path(str(shard)).name for shard in listed.values())
+    held = sum(len(read_safetensors(file).tensors) for file in files)
+    if held != len(base.tensors):
+        raise FormatError(
+            f"{held - len(base.tensors)} tensors are in more than one shard", path=base.path
         )
 
 

@@ -62,19 +62,21 @@ def _products(source: Source, base: BaseModel) -> Iterator[tuple[str, Product]]:
         )
     magnitudes = _magnitudes(source, base)
     for pair in mapped.pairs:
-        origins = mapped.sources[pair.module]
+        origin, *others = mapped.sources[pair.module]
         magnitude = magnitudes.get(pair.module)
-        normed = [o for o in origins if TensorKey(o, Role.MAGNITUDE) in source.adapter.tensors]
-        if normed and (len(origins) > 1 or magnitude is None or magnitude.size != _outputs(pair)):
+        normed = [
+            o for o in (origin, *others) if TensorKey(o, Role.MAGNITUDE) in source.adapter.tensors
+        ]
+        if normed and (others or magnitude is None or magnitude.size != _outputs(pair)):
             raise UnsupportedError(
                 f"has a DoRA magnitude, and the base holds it in another form, as {pair.module}; "
                 "merge it into the Hugging Face model and convert that",
                 path=source.label,
                 where=normed[0],
             )
-        weight = source.weight_of(origins[0])
+        weight = source.weight_of(origin)
         name = f"{pair.module}.weight"
-        yield name, Product(source.label, origins[0], pair, weight, pair.embedding, magnitude)
+        yield name, Product(source.label, origin, pair, weight, pair.embedding, magnitude)
 
 
 def _outputs(pair: LoraPair) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,11 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merge.into.checkpoint import plan_checkpoint, write_checkpoint
 from adapterkit.merge.into.gguf import check_type, merge_gguf
 from adapterkit.merge.into.journal import plan_hash, staged_directory
+from adapterkit.merge.into.progress import counter
 from adapterkit.merge.into.reading import read_sources
 from adapterkit.merge.into.report import MergeIntoReport
 from adapterkit.merge.into.tying import check_choice
+from adapterkit.model import Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,7 +78,11 @@ def merge_into(
     destination = Path(destination)
     opened = open_base(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
+    if resume and opened.kind == "gguf":
+        raise UsageError("a GGUF file is written in one go; leave out --resume")
     adapters, opened, notes = read_sources([Path(s) for s in sources], weights, opened)
+    if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
+        raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
     workers = jobs or min(os.cpu_count() or 1, _MOST_JOBS)
     if opened.kind == "gguf":
         tensors, more = merge_gguf(
@@ -88,7 +93,7 @@ def merge_into(
             tied=tied,
             force=force,
             jobs=workers,
-            progress=counter(sum(t.nbytes for t in opened.tensors.values()), progress),
+            progress=progress,
         )
     else:
         tensors, more = _merge_directory(
@@ -102,7 +107,8 @@ def merge_into(
             jobs=workers,
             progress=progress,
         )
-    return _report(adapters, opened, destination, tensors, (*notes, *more))
+    notes = (*notes, *_order(adapters), *more)
+    return _report(adapters, opened, destination, tensors, notes)
 
 
 def _check_places(
@@ -142,21 +148,6 @@ def _merge_directory(
     return tensors, left
 
 
-def counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """Return a function that adds up bytes of several threads and tells the sum."""
-    lock = threading.Lock()
-    done = 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        with lock:
-            done += more
-            if progress is not None:
-                progress(done, total)
-
-    return count
-
-
 def _report(
     sources: Sequence[Source],
     base: BaseModel,
@@ -166,8 +157,6 @@ def _report(
 ) -> MergeIntoReport:
     files = destination.rglob("*") if destination.is_dir() else [destination]
     survivals = [t.survival for t in tensors if t.survival is not None]
-    if not tensors:
-        raise UnsupportedError("the adapters change nothing in this base", path=base.path)
     return MergeIntoReport(
         sources=tuple(source.label for source in sources),
         weights=tuple(source.weight for source in sources),
@@ -175,12 +164,20 @@ def _report(
         destination=str(destination),
         format="gguf" if base.kind == "gguf" else "safetensors",
         tensors=tuple(tensors),
-        untouched=len(base.tensors) - len(tensors),
+        untouched=len(base.tensors.keys() - {tensor.tensor for tensor in tensors}),
         bytes=sum(file.stat().st_size for file in files if file.is_file()),
         min_survival=min(survivals, default=None),
         warnings=_warnings(tensors),
         notes=tuple(notes),
     )
+
+
+def _order(sources: Sequence[Source]) -> list[str]:
+    """Say that the order counts, where it does."""
+    held = {key.role for source in sources for key in source.adapter.tensors}
+    if len(sources) == 1 or Role.MAGNITUDE not in held:
+        return []
+    return ["DoRA scales what the adapters before it have made, as in PEFT: their order counts"]
 
 
 def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:

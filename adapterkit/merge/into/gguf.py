@@ -10,6 +10,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merge.into.blocks import Merger, total
 from adapterkit.merge.into.engine import EMBEDDING, OUTPUT, engine_steps
+from adapterkit.merge.into.progress import counter
 from adapterkit.merge.into.steps import Change
 from adapterkit.merge.into.tying import Tying, resolved
 from adapterkit.storage import FileSlice, staged
@@ -70,7 +71,7 @@ def merge_gguf(
     tied: str | None,
     force: bool,
     jobs: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[list[TensorReport], list[str]]:
     """Write the merged model; return what was done to each changed tensor, and notes.
 
@@ -82,10 +83,9 @@ def merge_gguf(
     changes = plan_gguf(sources, base, kind=kind, tied=tied)
     least = 0.0 if force or kind != "keep" else _LEAST_SURVIVAL
     reports: list[TensorReport] = []
+    count = counter(sum(change.stored.nbytes for change in changes.values()), progress)
     tensors = {
-        name: _computed(changes[name], reports, least, jobs, progress)
-        if name in changes
-        else tensor
+        name: _computed(changes[name], reports, least, jobs, count) if name in changes else tensor
         for name, tensor in _with_output(base.tensors, changes).items()
     }
     notes: list[str] = []
@@ -155,6 +155,7 @@ def _computed(
 ) -> LazyTensor:
     """Return a tensor that is computed when the writer comes to it, as stored bytes."""
     if not change.steps:
+        progress(change.source.nbytes)  # the writer copies it
         return change.source
 
     def read() -> bytearray:
@@ -212,9 +213,10 @@ def _metadata(
 
 
 def _main_type(tensors: Mapping[str, LazyTensor]) -> DType:
-    """Return the type that most elements of matrices have."""
+    """Return the type of most elements of the layers' matrices; the tables often have their own."""
+    matrices = {name: t for name, t in tensors.items() if len(t.shape) > 1}
+    layers = [t for name, t in matrices.items() if name.startswith("blk.")]
     counts: dict[DType, int] = {}
-    for tensor in tensors.values():
-        if len(tensor.shape) > 1:
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.size
+    for tensor in layers or matrices.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.size
     return max(counts, key=lambda dtype: counts[dtype])

@@ -105,9 +105,6 @@ def staged_directory(
         yield staging, journal
         journal.path.unlink()
         _moved(staging, destination)
-    except KeyboardInterrupt:
-        kept = resume
-        raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise WriteError(
@@ -115,6 +112,11 @@ def staged_directory(
         ) from error
     except UsageError:
         kept = True
+        raise
+    except Exception:
+        raise
+    except BaseException:
+        kept = resume  # interrupted or told to end
         raise
     finally:
         if not kept:

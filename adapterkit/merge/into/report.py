@@ -38,7 +38,8 @@ class MergeIntoReport:
         destination: path that was written.
         format: `safetensors` or `gguf`.
         tensors: every changed tensor, in the base's order.
-        untouched: tensors that were copied as bytes.
+        untouched: tensors of the base that no adapter changes; copied as bytes, unless the whole
+            model is stored as another type.
         bytes: size of the output.
         min_survival: smallest of the tensors; None where nothing was changed.
         warnings: what the user should know.

@@ -1,0 +1,251 @@
+"""An update against the weight that it changes: one weight in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapterkit.audit.base_report import BaseAudit, BaseSummary, WeightAudit
+from adapterkit.audit.base_sites import NotCompared, sites
+from adapterkit.audit.krylov import Triplets, leading
+from adapterkit.audit.operators import Operator
+from adapterkit.audit.spectrum import factors, is_convolution, matrix_shape, not_finite
+from adapterkit.base.initialisation import without_base_change
+from adapterkit.errors import (
+    BaseRequiredError,
+    FormatError,
+    IncompatibleBaseError,
+    UncheckableError,
+)
+from adapterkit.storage import FileSlice
+from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from adapterkit.audit.base_sites import Site
+    from adapterkit.audit.operators import Weight
+    from adapterkit.audit.spectrum import Array, Factors
+    from adapterkit.base.model import BaseModel
+    from adapterkit.model import AdapterTensorSet
+
+# Directions of W' looked at, and when one is an intruder: the defaults of PEFT 0.21.2
+# (reduce_intruder_dimension).
+LEADING, COSINE = 10, 0.5
+# Agrees with COSINE on planted intruders; on matrices without structure neither means much.
+RETENTION = 0.7
+# σ is right to the square of its residual; a direction to the residual over the gap.
+_SPECTRAL, _DIRECTIONS = 1e-4, 1e-3
+# What float32 leaves of directions that W' does not have.
+_NOTHING = 1e-6
+# Elements up to which float64 products cost no memory to speak of.
+_SMALL = 1 << 22
+_LEVELS = (0.1, 0.3)
+
+
+def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = False) -> BaseAudit:
+    """Compare every update with its weight; weights are read one after the other.
+
+    Args:
+        adapter: whole, its factors finite.
+        base: with weights: safetensors, or GGUF of types that the gguf package decodes.
+        exact: whether to decompose W and W' for the definition of intruder dimensions: hours for a
+            large model.
+
+    Raises:
+        BaseRequiredError: if the base has no weights.
+        IncompatibleBaseError: if a weight has another shape.
+        UncheckableError: if no update could be compared.
+        FormatError: if a weight or a factor is not finite.
+    """
+    if not base.has_tensors:
+        raise BaseRequiredError("there are no weights here to compare with", path=base.path)
+    if base.kind == "hf":
+        adapter = without_base_change(adapter, base)
+    base = base.suited([pair.module for pair in adapter.pairs()])
+    found, missing = sites(adapter, base)
+    rows: list[WeightAudit] = []
+    for site in found:
+        try:
+            rows += _site(site, base, exact=exact)
+        except NotImplementedError:
+            reason = f"is stored as {site.stored.dtype.value}, which cannot be decoded here"
+            missing += [NotCompared(module, reason) for module in site.modules]
+    if not rows:
+        reason = missing[0].reason if missing else "there are no updates"
+        where = missing[0].module if missing else None
+        message = f"{reason}; nothing could be compared with {base.path}"
+        raise UncheckableError(message, where=where)
+    return BaseAudit(
+        path=str(base.path),
+        method="exact" if exact else "estimate",
+        summary=_summary(rows),
+        weights=tuple(rows),
+        not_compared=tuple(missing),
+    )
+
+
+def _site(site: Site, base: BaseModel, *, exact: bool) -> Iterator[WeightAudit]:
+    size = matrix_shape(site.pair)
+    _check_shape(site, base, size)
+    for each in factors(site.pair):
+        row = WeightAudit(
+            modules=site.modules,
+            expert=each.expert,
+            tensor=site.pair.module,
+            shape=size,
+            dtype=site.stored.dtype.value,
+            kind="low-rank" if site.magnitude is None else "dora",
+        )
+        left = each.b * site.pair.scale
+        if not (np.isfinite(left).all() and np.isfinite(each.a).all()):
+            raise not_finite(site.pair)
+        # A fused stack has zeros for the experts that are not adapted: their weights stay on disk.
+        if site.magnitude is None and not (left.any() and each.a.any()):
+            yield row
+            continue
+        weight = _weight(site, each, size)
+        plain = Operator(weight)
+        norm = plain.frobenius_norm()
+        if not math.isfinite(norm):
+            message = "the base's weight holds NaN or infinity"
+            raise FormatError(message, path=base.path, where=site.pair.module)
+        changed = Operator(weight, left, each.a)
+        if site.magnitude is not None:
+            lengths = changed.row_norms()
+            rows = np.divide(site.magnitude, lengths, out=np.ones_like(lengths), where=lengths > 0)
+            changed = replace(changed, rows=rows)
+        yield _measured(row, plain, changed, norm, exact=exact)
+
+
+def _check_shape(site: Site, base: BaseModel, size: tuple[int, int]) -> None:
+    stored, experts = site.stored.shape, len(site.pair.b.shape) > 2  # noqa: PLR2004
+    stacked = experts and not is_convolution(site.pair)
+    lead = 1 if stacked else 0
+    shown = (stored[lead], math.prod(stored[lead + 1 :])) if len(stored) > lead + 1 else stored
+    wanted = size[::-1] if site.turned else size
+    same_count = not stacked or stored[0] == site.pair.b.shape[0]
+    if shown != wanted or not same_count:
+        raise IncompatibleBaseError(
+            f"the base has {list(stored)} here, the adapter {list(site.pair.shape)}; is it the "
+            "right base?",
+            path=base.path,
+            where=site.modules[0],
+        )
+
+
+def _weight(site: Site, each: Factors, size: tuple[int, int]) -> Weight:
+    """Return W (out, in): one expert's rows only, float64 where that is small."""
+    stored = site.stored
+    values = (stored if each.expert is None else _slice(stored, each.expert)).numpy()
+    kind = np.float64 if values.size <= _SMALL else np.float32
+    weight = values.astype(kind).reshape(size[::-1] if site.turned else size)
+    return weight.T if site.turned else weight
+
+
+def _slice(stored: LazyTensor, index: int) -> LazyTensor:
+    shape = stored.shape[1:]
+    length = stored.dtype.nbytes(shape)
+    if isinstance(span := stored.read, FileSlice):
+        part = FileSlice(span.path, span.offset + index * length, length)
+        return LazyTensor(stored.dtype, shape, part)
+    return LazyTensor.of(stored.numpy()[index])
+
+
+def _measured(
+    row: WeightAudit, plain: Operator, changed: Operator, norm: float, *, exact: bool
+) -> WeightAudit:
+    top = leading(plain, 1, tolerance=_SPECTRAL)
+    update, size = _update(changed)
+    spectral = float(update.values[0])
+    if not spectral:
+        return row
+    after = leading(changed, LEADING, tolerance=_DIRECTIONS)
+    there = after.values > _NOTHING * after.values[0]
+    held = np.linalg.norm(plain.transposed_times(after.left[:, there]), axis=0)
+    retention = held / after.values[there]
+    cosines = _cosines(plain, changed)[: len(retention)] if exact else None
+    few = retention < RETENTION if cosines is None else cosines < COSINE
+    base_top = float(top.values[0])
+    seen = float(np.linalg.norm(update.left.T @ plain.times(update.right)))
+    udr = spectral / base_top if base_top else None
+    return replace(
+        row,
+        base_spectral_norm=base_top,
+        base_residual=float(top.residuals[0]),
+        base_frobenius_norm=norm,
+        update_spectral_norm=spectral,
+        update_frobenius_norm=size,
+        udr=udr,
+        udr_f=size / norm if norm else None,
+        sdi=math.log10(udr) if udr else None,
+        amplification=size / seen if seen else None,
+        retention=tuple(retention.tolist()),
+        retention_residual=float(after.residuals.max()),
+        intruder_dimensions=int(few.sum()),
+        intruder_cosines=None if cosines is None else tuple(cosines.tolist()),
+    )
+
+
+def _update(changed: Operator) -> tuple[Triplets, float]:
+    """Return the leading r triplets of ΔW, and ‖ΔW‖_F: from the factors, unless it is a DoRA."""
+    assert changed.left is not None  # noqa: S101  (the update's operator)
+    assert changed.right is not None  # noqa: S101
+    rank = min(changed.left.shape[1], *changed.shape)
+    if changed.rows is not None:
+        update = replace(changed, minus=True)
+        return leading(update, rank, tolerance=_DIRECTIONS), update.frobenius_norm()
+    q_left, r_left = np.linalg.qr(changed.left)
+    q_right, r_right = np.linalg.qr(changed.right.T)
+    u, values, v = np.linalg.svd(r_left @ r_right.T)
+    kept = min(rank, len(values))
+    found = Triplets(
+        values[:kept], q_left @ u[:, :kept], q_right @ v[:kept].T, np.zeros_like(values[:kept])
+    )
+    return found, float(np.linalg.norm(values))
+
+
+def _cosines(plain: Operator, changed: Operator) -> Array:
+    """Return max |cos| of each leading left singular vector of W' with all of W's."""
+    old = np.linalg.svd(plain.dense(), full_matrices=False)[0]
+    new = np.linalg.svd(changed.dense(), full_matrices=False)[0][:, :LEADING]
+    return np.asarray(np.abs(new.T @ old).max(axis=1), dtype=np.float64)
+
+
+def _summary(rows: list[WeightAudit]) -> BaseSummary:
+    measured = [row for row in rows if row.udr is not None]
+    ratios = np.array([row.udr for row in measured], dtype=np.float64)
+    directions = [value for row in rows for value in row.retention or ()]
+    residuals = [
+        value
+        for row in measured
+        for value in (row.base_residual, row.retention_residual)
+        if value is not None
+    ]
+    ratio: dict[str, Any] = {
+        f"udr_{name}": float(function(ratios)) if len(ratios) else None
+        for name, function in (("mean", np.mean), ("median", np.median), ("max", np.max))
+    }
+    above = [float(np.mean(ratios > level)) if len(ratios) else None for level in _LEVELS]
+    return BaseSummary(
+        weights=len(rows),
+        udr_p90=float(np.quantile(ratios, 0.9)) if len(ratios) else None,
+        sdi_median=_median(row.sdi for row in measured),
+        fraction_udr_gt_0_1=above[0],
+        fraction_udr_gt_0_3=above[1],
+        udr_f_median=_median(row.udr_f for row in measured),
+        amplification_median=_median(row.amplification for row in measured),
+        retention_min=min(directions, default=None),
+        intruder_dimensions=sum(row.intruder_dimensions or 0 for row in rows),
+        leading_directions=len(directions),
+        residual_max=max(residuals, default=None),
+        **ratio,
+    )
+
+
+def _median(values: Iterator[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None

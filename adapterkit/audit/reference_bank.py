@@ -1,0 +1,231 @@
+"""Statistics that tell backdoored updates apart, against a bank of adapters; no verdict.
+
+The five statistics are those of arXiv 2602.15195: σ₁, ‖ΔW‖_F, σ₁² / Σσ², the entropy of the
+spectrum, and the kurtosis of the entries of ΔW. They were found on the authors' adapters, whose
+attackers did not hide from them: what lies far out of a bank is unusual, and no more is known. A
+bank is worth as much as its adapters are like the one that is held against it: same base, same
+recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from adapterkit.audit.moments import kurtosis
+from adapterkit.audit.parallel import in_parallel
+from adapterkit.audit.places import place_of
+from adapterkit.audit.spectrum import factors, spectra
+from adapterkit.errors import FormatError, UncheckableError
+from adapterkit.json_file import read_json_object
+from adapterkit.storage import staged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from adapterkit.model import AdapterTensorSet, LoraPair
+
+STATISTICS = ("spectral_norm", "frobenius_norm", "top1_energy", "entropy", "kurtosis")
+_KIND, _SCHEMA = "adapterkit audit bank", 1
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter of a bank.
+
+    Attributes:
+        source: where it was read from.
+        base_model: what it was trained on, as recorded.
+        families: for each family and statistic the mean over the family's updates.
+    """
+
+    source: str
+    base_model: str | None
+    families: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """Adapters to compare with.
+
+    Attributes:
+        members: in the order given.
+    """
+
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where an adapter stands among those of a bank, in one statistic of one family.
+
+    Attributes:
+        family: module name with every number as `*`.
+        statistic: one of `STATISTICS`.
+        value: mean over the family's updates.
+        members: adapters of the bank that have this family.
+        mean: over them; None without any.
+        deviation: sample standard deviation; None for fewer than two.
+        z: (value - mean) / deviation; None without a spread.
+        percentile: share of them that lie below, ties counted half, in percent.
+    """
+
+    family: str
+    statistic: str
+    value: float
+    members: int
+    mean: float | None
+    deviation: float | None
+    z: float | None
+    percentile: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceAudit:
+    """An adapter against a bank.
+
+    Attributes:
+        path: the bank.
+        members: adapters in it.
+        other_bases: how many of them were trained on another base model, as recorded.
+        standings: one row for each family and statistic.
+    """
+
+    path: str
+    members: int
+    other_bases: int
+    standings: tuple[Standing, ...]
+
+
+def member_of(adapter: AdapterTensorSet, source: str) -> Member:
+    """Measure one adapter for a bank; updates that are zero have no statistics."""
+    pairs = list(adapter.pairs())
+    values: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for pair, rows in zip(pairs, in_parallel(_statistics, pairs), strict=True):
+        for row in rows:
+            for name, value in row.items():
+                values[place_of(pair.module).family][name].append(value)
+    families = {
+        family: {name: math.fsum(found) / len(found) for name, found in known.items()}
+        for family, known in values.items()
+    }
+    return Member(source, adapter.base.name, families)
+
+
+def _statistics(pair: LoraPair) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = []
+    for spectrum, each in zip(spectra(pair), factors(pair), strict=True):
+        if not spectrum.largest:
+            continue
+        energy = spectrum.relative**2
+        shares = spectrum.relative / spectrum.relative.sum()
+        positive = shares[shares > 0]
+        row = {
+            "spectral_norm": spectrum.largest,
+            "frobenius_norm": spectrum.largest * math.sqrt(energy.sum()),
+            "top1_energy": 1 / float(energy.sum()),
+            "entropy": -float((positive * np.log(positive)).sum()),
+        }
+        tail = kurtosis(each.a, each.b)
+        rows.append(row if tail is None else row | {"kurtosis": tail})
+    return rows
+
+
+def write_bank(adapters: Iterable[tuple[str, AdapterTensorSet]], path: Path | str) -> Bank:
+    """Measure adapters and write a bank of them; a bank that is there is replaced.
+
+    Args:
+        adapters: names and adapters, taken one after the other.
+        path: the JSON file.
+    """
+    bank = Bank(tuple(member_of(adapter, source) for source, adapter in adapters))
+    content = {
+        "kind": _KIND,
+        "schema": _SCHEMA,
+        "members": [
+            {"source": m.source, "base_model": m.base_model, "families": m.families}
+            for m in bank.members
+        ],
+    }
+    with staged(Path(path), force=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return bank
+
+
+def read_bank(path: Path | str) -> Bank:
+    """Read a bank.
+
+    Raises:
+        FormatError: if the file is no bank, or holds what is no number.
+    """
+    content = read_json_object(Path(path))
+    if content.get("kind") != _KIND or content.get("schema") != _SCHEMA:
+        message = "is no bank of this version; make one with `adapterkit audit A B ... --bank FILE`"
+        raise FormatError(message, path=path)
+    try:
+        members = tuple(_member(each) for each in cast("list[Any]", content["members"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"is a damaged bank ({error})", path=path) from None
+    return Bank(members)
+
+
+def _member(content: Mapping[str, Any]) -> Member:
+    families: dict[str, dict[str, float]] = {}
+    for family, known in content["families"].items():
+        families[family] = {name: float(known[name]) for name in STATISTICS if name in known}
+        if not all(map(math.isfinite, families[family].values())):
+            raise ValueError(f"{family} is not finite")
+    base = content["base_model"]
+    return Member(str(content["source"]), None if base is None else str(base), families)
+
+
+def against_bank(adapter: AdapterTensorSet, source: str, path: Path | str) -> ReferenceAudit:
+    """Hold an adapter against a bank; its own entry, if it is one of them, is left out.
+
+    Raises:
+        FormatError: if the file is no bank.
+        UncheckableError: if no adapter of the bank has a family of this one.
+    """
+    bank, own = read_bank(path), member_of(adapter, source)
+    others = [each for each in bank.members if each.families != own.families]
+    rows = tuple(
+        _standing(family, name, value, others)
+        for family, known in own.families.items()
+        for name, value in known.items()
+    )
+    if not any(row.members for row in rows):
+        message = "no adapter of the bank has a module of this one's; is it of another base?"
+        raise UncheckableError(message, path=path)
+    return ReferenceAudit(
+        path=str(path),
+        members=len(others),
+        other_bases=sum(each.base_model != own.base_model for each in others),
+        standings=rows,
+    )
+
+
+def _standing(family: str, name: str, value: float, others: Sequence[Member]) -> Standing:
+    found = np.array(
+        [m.families[family][name] for m in others if name in m.families.get(family, {})],
+        dtype=np.float64,
+    )
+    mean = float(found.mean()) if len(found) else None
+    spread = float(found.std(ddof=1)) if len(found) > 1 else None
+    below = float((found < value).sum() + (found == value).sum() / 2)
+    return Standing(
+        family=family,
+        statistic=name,
+        value=value,
+        members=len(found),
+        mean=mean,
+        deviation=spread,
+        z=(value - mean) / spread if spread and mean is not None else None,
+        percentile=100 * below / len(found) if len(found) else None,
+    )

@@ -1,0 +1,383 @@
+"""Updates against their weights: dense float64 decompositions and PEFT's merged weights agree."""
+
+from __future__ import annotations
+
+import json
+import math
+import tracemalloc
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from audit_adapters import adapter, gaussian, layered, orthonormal, written
+from engine import BaseFixture, family_row, make_base
+from peft.tuners.lora import LoraLayer, intruders
+from terminal import PEFT, invoke
+
+from adapterkit import read
+from adapterkit.audit import BaseAudit, WeightAudit, audit
+from adapterkit.audit.against_base import against_base
+from adapterkit.audit.krylov import leading
+from adapterkit.audit.operators import Operator
+from adapterkit.base import open_base
+from adapterkit.containers.safetensors import write_safetensors
+from adapterkit.dtype import DType
+from adapterkit.errors import IncompatibleBaseError, UncheckableError, UsageError
+from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+# transformers and peft have no types that a strict checker can follow.
+hub: Any = transformers
+lora: Any = peft
+randomness: Any = torch
+peft_intruders: Any = intruders
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseFixture]:
+    names = ("llama", "gpt2", "mixtral")
+    return {name: make_base(family_row(name), tmp_path_factory.mktemp(name)) for name in names}
+
+
+def tuned(base: BaseFixture, folder: Path, **settings: Any) -> Any:
+    """Save a random adapter of a base; return the live model."""
+    model = hub.AutoModelForCausalLM.from_pretrained(base.hf, dtype=torch.float32)
+    config = lora.LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "init_lora_weights": False, **settings},
+        fan_in_fan_out=base.row.name == "gpt2",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        randomness.manual_seed(3)
+        live = lora.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in live.named_parameters():
+                if "magnitude" in name:
+                    parameter.mul_(1 + 0.3 * torch.rand(parameter.shape))
+        live.save_pretrained(folder, save_embedding_layers=False)
+    return live
+
+
+def weights_of(live: Any) -> dict[str, tuple[Array, Array]]:
+    """Return W and PEFT's merged W' of every module as (out, in), float64."""
+    layers: dict[str, Any] = {
+        name.removeprefix("base_model.model."): layer.get_base_layer()
+        for name, layer in live.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    live.merge_adapter()
+    found: dict[str, tuple[Array, Array]] = {}
+    for name, layer in layers.items():
+        both = before[name], layer.weight.detach()
+        turned = type(layer).__name__ in {"Conv1D", "Embedding"}
+        old, new = ((w.T if turned else w).double().numpy().copy() for w in both)
+        found[name] = old, new
+    live.unmerge_adapter()
+    return found
+
+
+def check(row: WeightAudit, old: Array, new: Array, rank: int) -> None:
+    """Compare a row with full decompositions of what PEFT has before and after."""
+    update = new - old
+    left, values, right = np.linalg.svd(update, full_matrices=False)
+    norms = np.linalg.svd(old, compute_uv=False)
+    u, after, _ = np.linalg.svd(new, full_matrices=False)
+    assert row.base_spectral_norm == pytest.approx(norms[0], rel=1e-6)
+    assert row.base_frobenius_norm == pytest.approx(np.linalg.norm(old), rel=1e-6)
+    assert row.update_spectral_norm == pytest.approx(values[0], rel=1e-5)
+    assert row.update_frobenius_norm == pytest.approx(np.linalg.norm(update), rel=1e-5)
+    assert row.udr == pytest.approx(values[0] / norms[0], rel=1e-5)
+    assert row.udr_f == pytest.approx(np.linalg.norm(update) / np.linalg.norm(old), rel=1e-5)
+    assert row.sdi == pytest.approx(math.log10(values[0] / norms[0]), abs=1e-5)
+    seen = np.linalg.norm(left[:, :rank].T @ old @ right[:rank].T)
+    assert row.amplification == pytest.approx(np.linalg.norm(update) / seen, rel=1e-3)
+    retention = np.linalg.norm(old.T @ u[:, :10], axis=0) / after[:10]
+    assert row.retention == pytest.approx(retention, rel=1e-3)
+
+
+def found_by_name(report: Any) -> dict[str, WeightAudit]:
+    base = report.adapters[0].base
+    assert isinstance(base, BaseAudit)
+    assert base.not_compared == ()
+    return {row.name: row for row in base.weights}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", ["q_proj", "k_proj", "down_proj", "embed_tokens"]),
+        ("gpt2", ["c_attn", "c_proj"]),
+    ],
+)
+def test_every_number_is_that_of_peft_s_merged_weights(
+    bases: dict[str, BaseFixture], tmp_path: Path, family: str, targets: list[str], *, dora: bool
+) -> None:
+    live = tuned(bases[family], tmp_path / "a", target_modules=targets, use_dora=dora)
+    weights = weights_of(live)
+    for base in (bases[family].hf, bases[family].gguf):
+        rows = found_by_name(audit(tmp_path / "a", base=base))
+        # GGUF stores GPT-2 as (out, in) and llama's query rows in another order.
+        assert rows.keys() == weights.keys()
+        for module, (old, new) in weights.items():
+            assert rows[module].kind == ("dora" if dora else "low-rank")
+            check(rows[module], old, new, 4)
+
+
+def test_experts_are_measured_one_by_one(bases: dict[str, BaseFixture], tmp_path: Path) -> None:
+    base = bases["mixtral"]
+    parameter = "model.layers.0.mlp.experts.down_proj"
+    live = tuned(base, tmp_path / "a", target_modules=[], target_parameters=[parameter])
+    before = live.get_base_model().state_dict()
+    (name,) = (n for n in before if "layers.0" in n and "down_proj" in n and "lora" not in n)
+    old = before[name].detach().double().numpy().copy()
+    live.merge_adapter()
+    new = live.get_base_model().state_dict()[name].detach().double().numpy()
+    for place in (base.hf, base.gguf):
+        report = audit(tmp_path / "a", base=place).adapters[0].base
+        assert report is not None
+        assert len(report.weights) == len(old) > 1
+        for number, row in enumerate(report.weights):
+            assert row.expert in {number, None}
+            assert row.update_frobenius_norm is not None
+            check(row, old[number], new[number], 4)
+
+
+@pytest.mark.parametrize("scale", [0.5, 8, 64])
+def test_exact_intruders_are_those_that_peft_finds(
+    bases: dict[str, BaseFixture], tmp_path: Path, scale: float
+) -> None:
+    live = tuned(
+        bases["llama"], tmp_path / "a", target_modules=["q_proj", "o_proj"], lora_alpha=scale
+    )
+    said: list[str] = []
+    peft_intruders.reduce_intruder_dimension(live, logging_sink=said.append)
+    counts = {
+        line.split(": ")[0].removeprefix("base_model.model."): line.rsplit(" ", 1)[1]
+        for line in said
+        if "ntruders" in line
+    }
+    rows = found_by_name(audit(tmp_path / "a", base=bases["llama"].hf, exact=True))
+    assert rows.keys() == counts.keys()
+    assert any(count.isdigit() for count in counts.values()) == (scale > 1)
+    for module, row in rows.items():
+        wanted = 0 if counts[module] == "intruders" else int(counts[module])
+        assert row.intruder_dimensions == wanted
+        assert row.intruder_cosines is not None
+        assert sum(value < 0.5 for value in row.intruder_cosines) == wanted
+
+
+def decaying(rows: int, columns: int, power: float, seed: int = 0) -> Array:
+    random = np.random.default_rng(seed)
+    count = min(rows, columns)
+    values = (1.0 + np.arange(count)) ** -power
+    return (orthonormal(random, rows, count) * values) @ orthonormal(random, columns, count).T
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.01, 0.5, 2.0, 6.0])
+def test_the_estimate_counts_planted_intruders(gain: float) -> None:
+    weight = decaying(300, 260, 0.5)
+    random = np.random.default_rng(5)
+    left, right = orthonormal(random, 300, 3), orthonormal(random, 260, 3)
+    changed = Operator(weight, gain * left, np.ascontiguousarray(right.T))
+    found = leading(changed, 10, tolerance=1e-3)
+    retention = np.linalg.norm(weight.T @ found.left, axis=0) / found.values
+    old = np.linalg.svd(weight)[0]
+    new = np.linalg.svd(changed.dense())[0][:, :10]
+    exact = int((np.abs(new.T @ old).max(axis=1) < 0.5).sum())
+    assert exact == (3 if gain >= 0.5 else 0)
+    assert int((retention < 0.7).sum()) == exact
+    if not gain:
+        assert retention == pytest.approx(np.ones(10), abs=1e-5)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("count", [1, 10])
+def test_lanczos_is_as_exact_as_its_residual_says(power: float, count: int) -> None:
+    random = np.random.default_rng(1)
+    weight = decaying(400, 320, power) if power else random.standard_normal((400, 320))
+    true = np.linalg.svd(weight, compute_uv=False)
+    found = leading(Operator(weight), count, tolerance=1e-4)
+    assert found.values == pytest.approx(true[:count], rel=1e-4)
+    assert (found.values <= true[:count] * (1 + 1e-12)).all()
+    for value, residual in zip(found.values, found.residuals, strict=True):
+        assert np.abs(true - value).min() <= (residual + 1e-12) * true[0]
+    apart = weight.T @ found.left - found.right * found.values
+    assert found.residuals == pytest.approx(np.linalg.norm(apart, axis=0) / true[0], abs=1e-9)
+
+
+def test_lanczos_of_low_rank_and_of_nothing() -> None:
+    random = np.random.default_rng(2)
+    low = random.standard_normal((300, 4)) @ random.standard_normal((4, 200))
+    found = leading(Operator(low), 10, tolerance=1e-3)
+    assert found.values[:4] == pytest.approx(np.linalg.svd(low, compute_uv=False)[:4], rel=1e-9)
+    assert (found.values[4:] < 1e-6 * found.values[0]).all()
+    nothing = leading(Operator(np.zeros((300, 200))), 3, tolerance=1e-3)
+    assert not nothing.values.any()
+    assert not nothing.residuals.any()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_operators_are_the_matrices_that_they_stand_for(kind: Any) -> None:
+    random = np.random.default_rng(4)
+    weight = random.standard_normal((30, 20)).astype(kind)
+    left, right = random.standard_normal((30, 3)), random.standard_normal((3, 20))
+    rows = random.standard_normal(30)
+    x, y = random.standard_normal((20, 4)), random.standard_normal((30, 4))
+    wide = weight.astype(np.float64)
+    for operator, dense in (
+        (Operator(weight), wide),
+        (Operator(weight, left, right), wide + left @ right),
+        (Operator(weight, left, right, rows), rows[:, None] * (wide + left @ right)),
+        (Operator(weight, left, right, rows, True), rows[:, None] * (wide + left @ right) - wide),  # noqa: FBT003
+    ):
+        assert operator.dense() == pytest.approx(dense, rel=1e-12)
+        assert operator.times(x) == pytest.approx(dense @ x, abs=1e-4)
+        assert operator.transposed_times(y) == pytest.approx(dense.T @ y, abs=1e-4)
+        assert operator.frobenius_norm() == pytest.approx(np.linalg.norm(dense), rel=1e-12)
+
+
+def model_of(folder: Path, weights: dict[str, Array], **config: Any) -> Path:
+    """Write a llama with these weights, as float32."""
+    folder.mkdir()
+    known = json.loads((PEFT / "base" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | config))
+    tensors = {f"{n}.weight": LazyTensor.of(w.astype(np.float32)) for n, w in weights.items()}
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    return folder
+
+
+def small_weights() -> dict[str, Array]:
+    shapes = {name: (b.shape[0], a.shape[1]) for name, (a, b) in layered(2).items()}
+    return {
+        name: np.random.default_rng(place).standard_normal(shape)
+        for place, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def test_a_quantised_base_is_measured_as_it_decodes(
+    bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    tuned(bases["llama"], tmp_path / "a", target_modules=["q_proj", "down_proj"])
+    plain = open_base(bases["llama"].gguf)
+    found = against_base(read(tmp_path / "a"), plain)
+    matrices = {n: t for n, t in plain.tensors.items() if len(t.shape) == 2}
+    packed = replace(plain, tensors={n: t.cast(DType.Q8_0) for n, t in matrices.items()})
+    rows = against_base(read(tmp_path / "a"), packed).weights
+    for row, exact in zip(rows, found.weights, strict=True):
+        assert (row.dtype, exact.dtype) == ("Q8_0", "F32")
+        decoded = packed.tensors[f"{row.tensor}.weight"].numpy().astype(np.float64)
+        assert row.base_frobenius_norm == pytest.approx(np.linalg.norm(decoded), rel=1e-9)
+        assert row.base_frobenius_norm != exact.base_frobenius_norm
+        assert row.udr == pytest.approx(exact.udr, rel=1e-2)
+
+
+def test_zero_updates_have_no_numbers_and_do_not_read_the_weight(tmp_path: Path) -> None:
+    pairs, weights = layered(2), small_weights()
+    first = next(iter(pairs))
+    pairs[first] = (pairs[first][0], 0 * pairs[first][1])
+    weights[first][0, 0] = np.nan
+    base = model_of(tmp_path / "base", weights)
+    found = audit(adapter(pairs), base=base).adapters[0].base
+    assert found is not None
+    assert found.weights[0].udr is None
+    assert found.weights[0].base_frobenius_norm is None
+    assert found.summary.weights == 4
+    assert found.summary.leading_directions == 30
+    ratios = [row.udr for row in found.weights[1:]]
+    assert found.summary.udr_max == max(r for r in ratios if r is not None)
+
+
+def test_a_module_that_the_base_lacks_is_listed(tmp_path: Path) -> None:
+    weights = small_weights()
+    absent = weights.popitem()[0]
+    base = model_of(tmp_path / "base", weights)
+    found = audit(adapter(layered(2)), base=base).adapters[0].base
+    assert found is not None
+    assert [each.module for each in found.not_compared] == [absent]
+    assert len(found.weights) == 3
+    other = model_of(tmp_path / "other", {"model.norm": np.ones((4, 4))})
+    with pytest.raises(UncheckableError, match="nothing could be compared"):
+        audit(adapter(layered(2)), base=other)
+
+
+def test_a_base_that_is_not_the_right_one_is_named(tmp_path: Path) -> None:
+    weights = small_weights()
+    wrong = model_of(tmp_path / "wrong", {n: w[:, :-1] for n, w in weights.items()})
+    with pytest.raises(IncompatibleBaseError, match="is it the right base"):
+        audit(adapter(layered(2)), base=wrong)
+    name = next(iter(weights))
+    weights[name][0, 0] = np.inf
+    broken = model_of(tmp_path / "broken", weights)
+    path = written(adapter(layered(2)), tmp_path / "a")
+    result = invoke("audit", path, "--base", broken, "--json")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert name in result.stderr
+    assert "holds NaN or infinity" in result.stderr
+    with pytest.raises(UsageError, match="needs the weights of a base"):
+        audit(path, base=PEFT / "base", exact=True)
+    assert invoke("audit", path, "--exact").exit_code == 2
+
+
+def test_the_command_shows_it_and_json_has_the_names_that_others_use(tmp_path: Path) -> None:
+    base = model_of(tmp_path / "base", small_weights())
+    path = written(adapter(layered(2)), tmp_path / "a")
+    found = json.loads(invoke("audit", path, "--base", base, "--exact", "--json").stdout)["base"]
+    names = "udr_median udr_p90 udr_max udr_mean fraction_udr_gt_0_1 fraction_udr_gt_0_3"
+    assert {*names.split(), "sdi_median", "intruder_dimensions"} <= found["summary"].keys()
+    assert found["method"] == "exact"
+    rows = {"udr", "udr_f", "sdi", "amplification", "retention", "intruder_dimensions"}
+    assert rows <= found["weights"][0].keys()
+    shown = invoke("audit", path, "--base", base).stdout
+    assert "of the 40 leading directions" in shown
+    assert "not compared" not in shown
+    marked = invoke("audit", path, "--base", base, "--markdown").stdout
+    assert "leading directions" in marked
+    page = tmp_path / "page.html"
+    assert invoke("audit", path, "--base", base, "--html", page).exit_code == 0
+    assert "Against the base" in page.read_text(encoding="utf-8")
+
+
+def test_a_tiny_lora_is_measured_as_its_factors(tmp_path: Path) -> None:
+    path = PEFT.parent / "tinylora" / "self-contained.safetensors"
+    pairs = list(read(path).pairs())
+    random = np.random.default_rng(0)
+    weights = {p.module: random.standard_normal(p.shape) for p in pairs}
+    found = audit(path, base=model_of(tmp_path / "base", weights)).adapters[0].base
+    assert found is not None
+    for row, pair in zip(found.weights, pairs, strict=True):
+        dense = pair.scale * pair.b.numpy().astype(float) @ pair.a.numpy().astype(float)
+        weight = weights[pair.module].astype(np.float32).astype(np.float64)
+        check(row, weight, weight + dense, pair.rank)
+
+
+def test_weights_are_in_memory_one_at_a_time() -> None:
+    side, count = 1024, 10
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(count)]
+    pairs = {name: gaussian(side, side, 2, seed=i) for i, name in enumerate(names)}
+    base = open_base(PEFT / "base")
+    weight = LazyTensor(DType.F32, (side, side), lambda: ramp(side))
+    base = replace(base, tensors={f"{name}.weight": weight for name in names})
+    tracemalloc.start()
+    found = against_base(adapter(pairs), base)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.summary.weights == count
+    # W' has three directions, of which W has one.
+    assert found.summary.leading_directions == 3 * count
+    assert found.summary.intruder_dimensions == 2 * count
+    assert peak < 5 * 8 * side**2 < count * 8 * side**2
+
+
+def ramp(side: int) -> bytes:
+    numbers = np.linspace(0.5, 1, side, dtype=np.float32)
+    return np.outer(numbers, numbers).tobytes()

@@ -1,0 +1,168 @@
+"""A merge that is killed leaves nothing that could be loaded, and goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from engine import BaseFixture, family_row, make_base
+from test_into_checkpoint import LINEAR, loaded, trained
+
+from adapterkit.errors import UsageError, WriteError
+from adapterkit.merge.into import merge_into
+from adapterkit.merge.into.journal import JOURNAL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# A merge that kills itself, as `kill -9` would, as soon as so many bytes are done.
+SUICIDE = """
+import os, signal, sys
+from adapterkit.merge.into import merge_into
+
+def progress(done, total):
+    if done >= int(sys.argv[4]) * total / 100:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+merge_into([sys.argv[1]], sys.argv[2], sys.argv[3], progress=progress, resume=True, jobs=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> BaseFixture:
+    return make_base(family_row("llama"), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def base(tiny: BaseFixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded") / "base"
+    loaded(tiny.hf).to(torch.bfloat16).save_pretrained(folder, max_shard_size="50KB")
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("percent", [1, 40, 75, 100])
+def test_killed_and_resumed_it_gives_the_same_bytes(
+    percent: int, tiny: BaseFixture, base: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    trained(tiny, adapter, target_modules=LINEAR)
+    whole, target = tmp_path / "whole", tmp_path / "merged"
+    merge_into([adapter], base, whole)
+    done = subprocess.run(
+        [sys.executable, "-c", SUICIDE, str(adapter), str(base), str(target), str(percent)],
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
+    found = {path.name for path in left.iterdir()}
+    assert JOURNAL in found
+    assert "model.safetensors.index.json" not in found
+    finished = {p.name: p.stat().st_mtime_ns for p in left.iterdir() if p.suffix == ".safetensors"}
+    assert finished or percent == 1
+    other = tmp_path / "other"
+    trained(tiny, other, seed=9, target_modules=LINEAR)
+    with pytest.raises(UsageError, match="holds another merge"):
+        merge_into([other], base, target, resume=True)
+    report = merge_into([adapter], base, target, resume=True)
+    assert hashes(target) == hashes(whole)
+    assert report.tensors == merge_into([adapter], base, tmp_path / "again").tensors
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    # What was finished is not written again; the last one may not have been.
+    kept = [name for name in finished if (target / name).stat().st_mtime_ns == finished[name]]
+    assert len(kept) >= len(finished) - 1
+
+
+def test_without_resume_a_killed_merge_is_swept_away(
+    tiny: BaseFixture, base: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    trained(tiny, adapter, target_modules=["q_proj"])
+    left = tmp_path / ".merged.adapterkit-merge"
+    left.mkdir()
+    (left / "model-00001-of-00002.safetensors").write_bytes(b"stale")
+    merge_into([adapter], base, tmp_path / "merged")
+    assert hashes(tmp_path / "merged").keys() == hashes(base).keys()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_number_of_jobs_changes_no_byte(
+    jobs: int, tiny: BaseFixture, base: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    trained(tiny, adapter, target_modules=LINEAR, use_dora=True)
+    seen: list[tuple[int, int]] = []
+    merge_into(
+        [adapter], base, tmp_path / "a", jobs=jobs, progress=lambda d, t: seen.append((d, t))
+    )
+    merge_into([adapter], base, tmp_path / "b", jobs=2)
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_a_full_disk_leaves_nothing(
+    tiny: BaseFixture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    trained(tiny, adapter, target_modules=["q_proj"])
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        merge_into([adapter], base, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_memory_is_a_block_and_not_a_tensor(tmp_path: Path) -> None:
+    """A table of 160 MB is merged in a process that may hold less than half of it on top."""
+    script = """
+import json, resource, struct, sys
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import save_file
+from adapterkit.merge.into import merge_into
+
+folder = Path(sys.argv[1])
+(folder / "base").mkdir()
+(folder / "adapter").mkdir()
+rows, width = 160_000, 512
+config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": rows,
+          "hidden_size": width, "tie_word_embeddings": False}
+(folder / "base" / "config.json").write_text(json.dumps(config))
+name = "model.embed_tokens.weight"
+header = json.dumps({name: {"dtype": "BF16", "shape": [rows, width],
+                            "data_offsets": [0, rows * width * 2]}}).encode()
+with (folder / "base" / "model.safetensors").open("wb") as file:
+    file.write(struct.pack("<Q", len(header)) + header)
+    file.truncate(8 + len(header) + rows * width * 2)
+prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+save_file({prefix + "A": np.ones((1, rows), np.float32),
+           prefix + "B": np.ones((width, 1), np.float32)},
+          folder / "adapter" / "adapter_model.safetensors")
+(folder / "adapter" / "adapter_config.json").write_text(
+    json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = merge_into([folder / "adapter"], folder / "base", folder / "merged", jobs=1)
+assert report.min_survival == 1, report
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 60
