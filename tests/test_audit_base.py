@@ -27,7 +27,7 @@ from adapterkit.audit.operators import Operator
 from adapterkit.base import open_base
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
-from adapterkit.errors import IncompatibleBaseError, UncheckableError, UsageError
+from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UncheckableError, UsageError
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -358,6 +358,23 @@ def test_a_tiny_lora_is_measured_as_its_factors(tmp_path: Path) -> None:
         dense = pair.scale * pair.b.numpy().astype(float) @ pair.a.numpy().astype(float)
         weight = weights[pair.module].astype(np.float32).astype(np.float64)
         check(row, weight, weight + dense, pair.rank)
+
+
+def test_what_pissa_took_from_the_base_is_taken_back(
+    bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    name, (a, b) = next(iter(layered(1).items()))
+    weight = decaying(32, 32, 1.0).astype(np.float32).astype(np.float64)
+    whole = adapter({name: (a, b)}, scale=0.5).replace(traits={"init_lora_weights": "pissa"})
+    found = audit(whole, base=model_of(tmp_path / "base", {name: weight})).adapters[0].base
+    assert found is not None
+    u, s, v = np.linalg.svd(weight)
+    update = 0.5 * b.astype(float) @ a.astype(float) - (u[:, :4] * s[:4]) @ v[:4]
+    (row,) = found.weights
+    assert row.update_frobenius_norm == pytest.approx(np.linalg.norm(update), rel=1e-6)
+    check(row, weight, weight + update, 8)
+    with pytest.raises(BaseRequiredError, match="pissa"):
+        audit(whole, base=bases["llama"].gguf)
 
 
 def test_weights_are_in_memory_one_at_a_time() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from terminal import ROOT
@@ -13,6 +13,7 @@ from terminal import ROOT
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.errors import UsageError
 from adapterkit.files import read
+from adapterkit.model import AdapterTensorSet
 from adapterkit.validation import Severity, explanations, load_target, target_names, validate
 from adapterkit.validation.facts import facts
 
@@ -217,3 +218,20 @@ def test_engines_name_their_sources() -> None:
 
 def test_fixture_configs_are_json() -> None:
     assert all(json.loads(path.read_text()) for path in FOLDER.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("known", "codes"),
+    [
+        ({"saved_modules": 1, "saved_heads": 1}, set()),
+        ({"saved_modules": 2, "saved_heads": 1}, {"VLLM005"}),
+        ({"base_changing_init": True, "init": "lora_ga"}, set()),
+        ({"base_changing_init": True, "init": "pissa"}, {"VLLM006"}),
+        ({"rslora": True, "rank_pattern": True}, set()),
+    ],
+)
+def test_vllm_refuses_what_its_own_checks_refuse(known: dict[str, Any], codes: set[str]) -> None:
+    """The cases of vLLM 0.33.0's PEFTHelper."""
+    plain = facts(AdapterTensorSet(tensors={}, scales={}), None)
+    found = load_target("vllm").findings(plain | {"format": "peft"} | known)
+    assert {finding.code for finding in found} == codes

@@ -63,8 +63,8 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
     """
     if not base.has_tensors:
         raise BaseRequiredError("there are no weights here to compare with", path=base.path)
-    if base.kind == "hf":
-        adapter = without_base_change(adapter, base)
+    # Of PiSSA and its like, B · A alone is not the update.
+    adapter = without_base_change(adapter, base)
     base = base.suited([pair.module for pair in adapter.pairs()])
     found, missing = sites(adapter, base)
     rows: list[WeightAudit] = []

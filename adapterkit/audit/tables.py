@@ -58,27 +58,8 @@ def markdown(report: AuditReport) -> str:
 
 
 def _adapter(audited: AdapterAudit) -> Iterator[str]:
-    whole = audited.summary
     yield from (f"### Spectral audit of {_escaped(audited.source or 'an adapter')}", "")
-    yield from _table(
-        ("", ""),
-        [
-            ("base model", audited.base_model or "not recorded"),
-            ("format", f"{audited.format or 'in memory'}, {', '.join(audited.dtypes)}"),
-            ("modules", f"{whole.modules:,}"),
-            ("parameters", f"{whole.parameters:,}"),
-            ("rank", span(whole.ranks)),
-            ("scale", span(whole.scales)),
-            ("stable rank, mean", number(whole.stable_rank_mean)),
-            ("effective rank, mean", number(whole.effective_rank_mean)),
-            ("utilization, mean", number(whole.utilization_mean)),
-            ("energy rank 90 %, median", number(whole.energy_rank_90_p50)),
-            ("energy rank 99 %, median", number(whole.energy_rank_99_p50)),
-            ("‖ΔW‖, Frobenius", number(whole.frobenius_norm)),
-            *(_against(audited.base) if audited.base else ()),
-            *(("note", sentence) for sentence in audited.health),
-        ],
-    )
+    yield from _table(("", ""), _facts(audited))
     yield ""
     short = short_names(family.family for family in audited.families)
     yield from _table(
@@ -99,6 +80,26 @@ def _adapter(audited: AdapterAudit) -> Iterator[str]:
         ],
     )
     yield ""
+
+
+def _facts(audited: AdapterAudit) -> list[tuple[str, str]]:
+    whole = audited.summary
+    return [
+        ("base model", audited.base_model or "not recorded"),
+        ("format", f"{audited.format or 'in memory'}, {', '.join(audited.dtypes)}"),
+        ("modules", f"{whole.modules:,}"),
+        ("parameters", f"{whole.parameters:,}"),
+        ("rank", span(whole.ranks)),
+        ("scale", span(whole.scales)),
+        ("stable rank, mean", number(whole.stable_rank_mean)),
+        ("effective rank, mean", number(whole.effective_rank_mean)),
+        ("utilization, mean", number(whole.utilization_mean)),
+        ("energy rank 90 %, median", number(whole.energy_rank_90_p50)),
+        ("energy rank 99 %, median", number(whole.energy_rank_99_p50)),
+        ("‖ΔW‖, Frobenius", number(whole.frobenius_norm)),
+        *(_against(audited.base) if audited.base else ()),
+        *(("note", sentence) for sentence in audited.health),
+    ]
 
 
 def _against(found: BaseAudit) -> Iterator[tuple[str, str]]:

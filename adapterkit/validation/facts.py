@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
 
 _STACK = 3
+_HEADS = {"classifier", "score"}
 _PICKLES = {".bin", ".pt", ".pth"}
 
 
@@ -22,11 +23,11 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     """Return the words of `when` in adapterkit/validation/targets/*.toml, with their values.
 
     Numbers and truth values are of the adapter: `max_rank`, `ranks_differ`, `scales_differ`,
-    `dora`, `lora_bias`, `saved_biases`, `saved_modules`, `token_rows`, `embedding`, `output`,
-    `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`, `alpha_whole`,
-    `alpha_zero`, `regex_targets`, `base_changing_init`, `layer_replication`, `invocation_tokens`,
-    `bdlora`, `qalora`, `pickled`, `unclean_names`,
-    `foreign_names`; texts: `format`, `architecture` (of the base, empty if unknown).
+    `dora`, `lora_bias`, `saved_biases`, `saved_modules`, `saved_heads` (those that classify),
+    `token_rows`, `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`,
+    `alpha_pattern`, `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`,
+    `layer_replication`, `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`,
+    `foreign_names`; texts: `format`, `init`, `architecture` (of the base, empty if unknown).
     """
     pairs = [pair for pair in adapter.pairs() if sound(pair)]
     unclean = list(unclean_names(adapter))
@@ -44,12 +45,14 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
         "lora_bias": Role.LORA_BIAS in roles,
         "saved_biases": sum(name.endswith(".bias") for name in full),
         "saved_modules": sum(not name.endswith(".bias") for name in full),
+        "saved_heads": sum(not _HEADS.isdisjoint(name.split(".")[:-1]) for name in full),
         "token_rows": Role.TOKEN_ROWS in roles,
         "embedding": any(pair.embedding for pair in pairs),
         "output": any(_is_output(pair.module, base) for pair in pairs),
         "experts_fused": any(len(pair.a.shape) == _STACK for pair in pairs),
         "tower": any(in_tower(pair.module) for pair in pairs),
         "base_changing_init": "init_lora_weights" in adapter.traits,
+        "init": str(adapter.traits.get("init_lora_weights", "")).lower(),
         "layer_replication": "layer_replication" in adapter.traits,
         "invocation_tokens": "alora_invocation_tokens" in adapter.traits,
         "unclean_names": bool(unclean),

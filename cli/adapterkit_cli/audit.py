@@ -89,7 +89,7 @@ def command(
         raise click.UsageError("--tol and --budget say what to --suggest")
     single_threaded_blas()
     if bank_file is not None:
-        if suggest or exact or as_csv or as_markdown or html is not None or reference is not None:
+        if any((suggest, exact, as_csv, as_markdown, html, reference)):
             raise click.UsageError("--bank writes a bank and nothing else")
         _bank(bank_file, sources, base, dialect, alpha, as_json=as_json)
         return
