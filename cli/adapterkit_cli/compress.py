@@ -15,16 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("compress")
 @click.argument("source", metavar="SRC", type=options.PATH)
-@click.option(
-    "-o",
-    "--output",
-    "--outfile",
-    "destination",
-    metavar="DST",
-    type=options.PATH,
-    required=True,
-    help="File or directory to create; *.gguf means gguf, a directory means peft.",
-)
+@options.destination
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Largest rank of a module.")
 @click.option(
     "--tol",
@@ -41,23 +32,12 @@ if TYPE_CHECKING:
 @click.option("--sv-ratio", type=float, metavar="T", help="For each module: keep σ > σ₁ / T.")
 @click.option("--sv-cumulative", type=float, metavar="T", help="Keep the share T of Σσ.")
 @click.option("--sv-fro", type=float, metavar="T", help="Keep the share T of the Frobenius norm.")
-@click.option(
-    "--to",
-    metavar="FORMAT",
-    shell_complete=options.format_names,
-    help="Format to write, one of `adapterkit formats`.",
-)
+@options.to
 @options.base
-@click.option("--dialect", metavar="NAME|FILE", help="Key grammar of a hand-written adapter.")
-@click.option("--alpha", type=float, metavar="X", help="Scale numerator, if the file has none.")
-@click.option(
-    "--outtype",
-    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
-    default="auto",
-    show_default=True,
-    help="Stored type of the factors; auto keeps each one's.",
-)
-@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@options.dialect
+@options.alpha
+@options.outtype
+@options.force
 @options.as_json
 def command(
     source: str,

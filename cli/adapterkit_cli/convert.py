@@ -14,30 +14,10 @@ if TYPE_CHECKING:
 
 @click.command("convert")
 @click.argument("source", metavar="SRC", type=options.PATH)
-@click.option(
-    "-o",
-    "--output",
-    "--outfile",
-    "destination",
-    metavar="DST",
-    type=options.PATH,
-    required=True,
-    help="File or directory to create; *.gguf means gguf, a directory means peft.",
-)
-@click.option(
-    "--to",
-    metavar="FORMAT",
-    shell_complete=options.format_names,
-    help="Format to write, one of `adapterkit formats`.",
-)
+@options.destination
+@options.to
 @options.base
-@click.option(
-    "--outtype",
-    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
-    default="auto",
-    show_default=True,
-    help="Stored type of the factors; auto keeps each one's.",
-)
+@options.outtype
 @click.option(
     "--for",
     "engine",
@@ -47,10 +27,10 @@ if TYPE_CHECKING:
 )
 @options.dialect
 @options.alpha
-@click.option("--moe-layout", metavar="LAYOUT", help="Spelling of experts: `experts` or `fused`.")
-@click.option("--unverified", is_flag=True, help="Allow model families without an engine test.")
-@click.option("--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it.")
-@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@options.moe_layout
+@options.unverified
+@options.allow_lossy
+@options.force
 @options.as_json
 def command(
     source: str,

@@ -59,18 +59,18 @@ def _method_names(
 @click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
 @click.option("--any-base", is_flag=True, help="Merge adapters that name different bases.")
 @click.option("--recipe", metavar="FILE", type=options.PATH, help="All of this from a YAML file.")
-@click.option("--to", metavar="FORMAT", shell_complete=options.format_names, help="Format of DST.")
+@options.to
 @options.base
 @click.option(
     "--outtype",
     type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
     help="Stored type; auto, the default, is the widest of each module's sources.",
 )
-@click.option("--moe-layout", metavar="LAYOUT", help="Spelling of experts: `experts` or `fused`.")
-@click.option("--unverified", is_flag=True, help="Allow model families without an engine test.")
-@click.option("--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it.")
+@options.moe_layout
+@options.unverified
+@options.allow_lossy
 @merge_into.options
-@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@options.force
 @options.as_json
 def command(
     sources: tuple[str, ...],

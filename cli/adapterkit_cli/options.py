@@ -51,3 +51,39 @@ def format_names(
 
     del ctx, param
     return [f.name for f in formats() if f.writes and f.name.startswith(incomplete)]
+
+
+# What every command takes that writes an adapter; below the functions that complete its values.
+destination = click.option(
+    "-o",
+    "--output",
+    "--outfile",
+    "destination",
+    metavar="DST",
+    type=PATH,
+    required=True,
+    help="File or directory to create; *.gguf means gguf, a directory means peft.",
+)
+to = click.option(
+    "--to",
+    metavar="FORMAT",
+    shell_complete=format_names,
+    help="Format to write, one of `adapterkit formats`.",
+)
+outtype = click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
+    default="auto",
+    show_default=True,
+    help="Stored type of the factors; auto keeps each one's.",
+)
+moe_layout = click.option(
+    "--moe-layout", metavar="LAYOUT", help="Spelling of experts: `experts` or `fused`."
+)
+unverified = click.option(
+    "--unverified", is_flag=True, help="Allow model families without an engine test."
+)
+allow_lossy = click.option(
+    "--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it."
+)
+force = click.option("--force", is_flag=True, help="Replace DST if it exists.")
