@@ -220,6 +220,14 @@ def test_fixture_configs_are_json() -> None:
     assert all(json.loads(path.read_text()) for path in FOLDER.rglob("*.json"))
 
 
+def test_only_expressions_are_expressions() -> None:
+    """SGLang 0.5.23 takes a list, `all` and `all-linear`, and no other text."""
+    for targets, expression in (("all-linear", False), (["q_proj"], False), (r".*\.q_proj", True)):
+        extras = {"peft": {"config": {"target_modules": targets}}}
+        adapter = AdapterTensorSet(tensors={}, scales={}, extras=extras)
+        assert facts(adapter, None)["regex_targets"] is expression
+
+
 @pytest.mark.parametrize(
     ("known", "codes"),
     [

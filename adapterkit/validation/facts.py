@@ -71,10 +71,15 @@ def _of_config(config: dict[str, Any]) -> dict[str, Any]:
         "alpha_pattern": bool(config.get("alpha_pattern")),
         "alpha_whole": isinstance(alpha, int),
         "alpha_zero": bool(config) and alpha == 0,
-        "regex_targets": isinstance(config.get("target_modules"), str),
+        "regex_targets": _is_regex(config.get("target_modules")),
         "bdlora": bool(config.get("use_bdlora")),
         "qalora": bool(config.get("use_qalora")),
     }
+
+
+def _is_regex(targets: Any) -> bool:
+    """Tell whether targets are an expression: text, and not one of PEFT's two short words."""
+    return isinstance(targets, str) and targets not in {"all", "all-linear"}
 
 
 def _is_output(module: str, base: BaseModel | None) -> bool:
