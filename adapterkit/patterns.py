@@ -13,14 +13,28 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """Compile a module pattern as PEFT reads it: it must end the name, after a dot or alone.
 
     Raises:
+        ValueError: as `bounded` does.
+    """
+    return _guarded(pattern, rf"(.*\.)?({pattern})$")
+
+
+def bounded(pattern: str) -> re.Pattern[str]:
+    """Compile an expression as it stands.
+
+    Raises:
         ValueError: if it is no regular expression, or one that may take forever to match: Python's
             engine backtracks, exponentially where a repeated group holds a repeat or a choice.
     """
+    return _guarded(pattern, pattern)
+
+
+def _guarded(pattern: str, expression: str) -> re.Pattern[str]:
+    """Compile `expression`, which is `pattern` or wraps it."""
     if len(pattern) > _LONGEST:
         raise ValueError(f"has {len(pattern)} characters, more than {_LONGEST}")
     _check_bounded(pattern)
     try:
-        return re.compile(rf"(.*\.)?({pattern})$")
+        return re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"is no regular expression ({error})") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import FormatError
@@ -21,17 +22,37 @@ _PARTNERS = {
 _MATRIX = 2
 
 
-def problems(adapter: AdapterTensorSet) -> list[str]:
-    """Return one sentence for each defect, each naming its tensor; no tensor data is read."""
-    found = [
-        problem
-        for key, tensor in adapter.tensors.items()
-        for problem in _tensor_problems(adapter, key, tensor)
-    ]
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One thing that makes an adapter broken.
+
+    Attributes:
+        kind: `half`, `ranks`, `empty`, `integers`, `axes` or `declared-rank`.
+        where: tensor or module.
+        message: what is the case.
+        embedding: whether it is about the factors of an embedding.
+    """
+
+    kind: str
+    where: str
+    message: str
+    embedding: bool = False
+
+
+def defects(adapter: AdapterTensorSet) -> Iterator[Defect]:
+    """Yield every defect, by tensor and then those of the config; no tensor data is read."""
+    for key, tensor in adapter.tensors.items():
+        yield from _of_tensor(adapter, key, tensor)
     conflicts: dict[str, list[int]] = adapter.traits.get("rank_conflicts", {})
     for module, (declared, stored) in conflicts.items():
-        found.append(f"{module}: the config declares rank {declared}, the tensors have {stored}")
-    return found
+        message = f"the config declares rank {declared}, the tensors have {stored}"
+        yield Defect("declared-rank", module, message)
+
+
+def problems(adapter: AdapterTensorSet) -> list[str]:
+    """Return one sentence for each defect, each naming its tensor; no tensor data is read."""
+    asides = {"empty": " (saved from a shard; gather first)"}
+    return [f"{d.where}: {d.message}{asides.get(d.kind, '')}" for d in defects(adapter)]
 
 
 def check_structure(adapter: AdapterTensorSet) -> None:
@@ -46,31 +67,31 @@ def check_structure(adapter: AdapterTensorSet) -> None:
         raise FormatError(f"{broken[0]}{more}", path=path)
 
 
-def _tensor_problems(
-    adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor
-) -> Iterator[str]:
+def _of_tensor(adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor) -> Iterator[Defect]:
+    name, shape = str(key), list(tensor.shape)
     if not tensor.size:
-        yield f"{key}: is empty, shape {list(tensor.shape)} (saved from a shard; gather first)"
+        yield Defect("empty", name, f"is empty, shape {shape}")
         return
     if not tensor.dtype.floating:
-        yield f"{key}: holds {tensor.dtype} values, not real numbers"
+        yield Defect("integers", name, f"holds {tensor.dtype} values, not real numbers")
     partner = _PARTNERS.get(key.role)
     if partner is None:
         return
     other = adapter.tensors.get(TensorKey(key.module, partner))
-    if len(tensor.shape) < _MATRIX:
-        yield f"{key}: has shape {list(tensor.shape)}, not that of a factor"
+    if len(shape) < _MATRIX:
+        yield Defect("axes", name, f"has shape {shape}, not that of a factor")
     elif other is None:
-        yield f"{key}: has no {partner} beside it"
+        yield Defect("half", name, f"has no {partner} beside it")
     elif key.role in {Role.LORA_A, Role.EMBEDDING_A}:
-        yield from _rank_problems(key, tensor, other)
+        yield from _of_ranks(key, tensor, other)
 
 
-def _rank_problems(key: TensorKey, a: LazyTensor, b: LazyTensor) -> Iterator[str]:
+def _of_ranks(key: TensorKey, a: LazyTensor, b: LazyTensor) -> Iterator[Defect]:
     if not b.size or len(b.shape) < _MATRIX:
         return  # said of B itself
     matrices = a.shape[-2] == b.shape[-1] and a.shape[:-2] == b.shape[:-2]
     convolution = len(a.shape) == len(b.shape) > _MATRIX and a.shape[0] == b.shape[1]
     if not (matrices or convolution):
         shapes = f"A is {list(a.shape)}, B is {list(b.shape)}"
-        yield f"{key.module}: ranks disagree, {shapes}"
+        embedding = key.role is Role.EMBEDDING_A
+        yield Defect("ranks", key.module, f"ranks disagree, {shapes}", embedding)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.dtype import DType
-from adapterkit.formats.gguf_engine import engine_adapter
+from adapterkit.formats.gguf_engine import EngineAdapter, engine_adapter
 from adapterkit.model import AdapterTensorSet, Loss, Role, TensorKey
 
 if TYPE_CHECKING:
@@ -43,16 +43,17 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     found = [*_by_role(adapter), *_saved(adapter), *_by_trait(adapter)]
     base = options.base
-    found += _unmatched(adapter, options)
+    engine = engine_adapter(adapter, options)
+    found += _unmatched(adapter, engine, options)
     found += _copies(adapter, base)
-    found += _inert(adapter, options)
+    found += _inert(engine, options)
     if base is not None and base.tied:
         found += _tied(adapter, base)
     if base is not None and base.architecture.verified == "no" and not options.unverified:
         message = "no engine test covers this family yet; pass --unverified to convert anyway"
         found.append(Loss("unverified", base.architecture.title, message))
     if options.dtype is DType.Q8_0:
-        found += _blocks(adapter, options)
+        found += _blocks(engine)
     return found
 
 
@@ -104,8 +105,9 @@ def _by_trait(adapter: AdapterTensorSet) -> Iterator[Loss]:
             yield Loss(code, f"{name} = {adapter.traits[name]!r}", message)
 
 
-def _unmatched(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
-    engine = engine_adapter(adapter, options)
+def _unmatched(
+    adapter: AdapterTensorSet, engine: EngineAdapter, options: Options
+) -> Iterator[Loss]:
     towers = [module for module in engine.unmatched if in_tower(module)]
     others = [module for module in engine.unmatched if not in_tower(module)]
     title = options.base.architecture.title if options.base else engine.architecture
@@ -129,11 +131,10 @@ def _known(module: str, base: BaseModel) -> bool:
     return find_rule(base.architecture, module) is not None
 
 
-def _inert(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
+def _inert(engine: EngineAdapter, options: Options) -> Iterator[Loss]:
     if options.base is None:
         return
     architecture = options.base.architecture
-    engine = engine_adapter(adapter, options)
     names = [pair.module for pair in engine.pairs if architecture.is_inert(pair.module)]
     modules = list(dict.fromkeys(m for name in names for m in engine.sources[name]))
     if modules:
@@ -176,11 +177,10 @@ def _tied(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:
             yield _loss("tied-output", keys, f"{reason}; {_MERGE}")
 
 
-def _blocks(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
+def _blocks(engine: EngineAdapter) -> Iterator[Loss]:
     """Say which factors q8_0 cannot hold: they are stored as float16 instead."""
     block = DType.Q8_0.block
-    pairs = engine_adapter(adapter, options).pairs
-    short = [pair for pair in pairs if pair.rank % block or pair.a.shape[-1] % block]
+    short = [pair for pair in engine.pairs if pair.rank % block or pair.a.shape[-1] % block]
     if short:
         more = f" and {len(short) - 1} more" if len(short) > 1 else ""
         message = f"q8_0 needs rows of {block}: factors with shorter ones are stored as f16"

@@ -5,20 +5,25 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
-from adapterkit.patterns import compiled
+from adapterkit.model import AdapterTensorSet, Role
+from adapterkit.patterns import bounded, compiled
+from adapterkit.structure import Defect, defects
 from adapterkit.validation.findings import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from adapterkit.tensor import LazyTensor
-
-_PARTNERS = {
-    Role.LORA_A: Role.LORA_B,
-    Role.LORA_B: Role.LORA_A,
-    Role.EMBEDDING_A: Role.EMBEDDING_B,
-    Role.EMBEDDING_B: Role.EMBEDDING_A,
+# kind of defect -> code, and what to do
+_CODES = {
+    "half": ("AK101", "save the adapter again"),
+    "ranks": ("AK102", ""),
+    "empty": (
+        "AK103",
+        "gather sharded parameters before saving (ZeRO-3, FSDP) and save again",
+    ),
+    "integers": ("AK104", ""),
+    "axes": ("AK105", ""),
+    "declared-rank": ("AK106", "declare it in rank_pattern, with its alpha"),
 }
 _MATRIX = 2
 _ALL = "all-linear"
@@ -29,9 +34,7 @@ def check_structure(adapter: AdapterTensorSet) -> Iterator[Finding]:
     """Yield every structural finding; no tensor data is read."""
     if not adapter.tensors:
         yield _error("AK111", None, "holds no tensors", "save the adapter again after training")
-    for key, tensor in adapter.tensors.items():
-        yield from _tensor(adapter, key, tensor)
-    yield from _declared_ranks(adapter)
+    yield from map(_finding, defects(adapter))
     yield from _clean_ups(adapter)
     config = adapter.extras.get("peft", {}).get("config", {})
     if config:
@@ -44,37 +47,12 @@ def _error(code: str, module: str | None, message: str, hint: str = "") -> Findi
     return Finding(code, Severity.ERROR, module, message, hint)
 
 
-def _tensor(adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor) -> Iterator[Finding]:
-    name, shape = str(key), list(tensor.shape)
-    if not tensor.size:
-        hint = "gather sharded parameters before saving (ZeRO-3, FSDP) and save again"
-        yield _error("AK103", name, f"is empty, shape {shape}", hint)
-        return
-    if not tensor.dtype.floating:
-        yield _error("AK104", name, f"holds {tensor.dtype} values, not real numbers")
-    partner = _PARTNERS.get(key.role)
-    if partner is None:
-        return
-    other = adapter.tensors.get(TensorKey(key.module, partner))
-    if len(shape) < _MATRIX:
-        yield _error("AK105", name, f"has shape {shape}, not that of a factor")
-    elif other is None:
-        yield _error("AK101", name, f"has no {partner} beside it", "save the adapter again")
-    elif key.role in {Role.LORA_A, Role.EMBEDDING_A} and len(other.shape) >= _MATRIX:
-        matrices = shape[-2] == other.shape[-1] and tuple(shape[:-2]) == other.shape[:-2]
-        convolution = len(shape) == len(other.shape) > _MATRIX and shape[0] == other.shape[1]
-        if other.size and not (matrices or convolution):
-            shapes = f"A is {shape}, B is {list(other.shape)}"
-            # llama.cpp compares the ranks of all pairs as it loads them, but not of this table's.
-            code = "AK102" if key.role is Role.LORA_A else "AK113"
-            yield _error(code, key.module, f"ranks disagree, {shapes}")
-
-
-def _declared_ranks(adapter: AdapterTensorSet) -> Iterator[Finding]:
-    conflicts: Mapping[str, list[int]] = adapter.traits.get("rank_conflicts", {})
-    for module, (declared, stored) in conflicts.items():
-        message = f"the config declares rank {declared}, the tensors have {stored}"
-        yield _error("AK106", module, message, "declare it in rank_pattern, with its alpha")
+def _finding(defect: Defect) -> Finding:
+    code, hint = _CODES[defect.kind]
+    if defect.kind == "ranks" and defect.embedding:
+        # llama.cpp compares the ranks of all pairs as it loads them, but not of this table's.
+        code = "AK113"
+    return _error(code, defect.where, defect.message, hint)
 
 
 def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
@@ -128,8 +106,8 @@ def selector(config: Mapping[str, Any]) -> Callable[[str], bool] | None:
     declared = config.get("target_modules")
     if isinstance(declared, str) and declared != _ALL:
         try:
-            expression = re.compile(declared)
-        except re.error:
+            expression = bounded(declared)
+        except ValueError:
             return None
         return lambda module: expression.fullmatch(module) is not None
     if not isinstance(declared, list):
