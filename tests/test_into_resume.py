@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from engine import BaseFixture, family_row, make_base
 from test_into_checkpoint import LINEAR, loaded, trained
 
 from adapterkit.errors import UsageError, WriteError
-from adapterkit.merge.into import merge_into
+from adapterkit.merge.into import merge_into, writing
+from adapterkit.merge.into.blocks import Merger
 from adapterkit.merge.into.journal import JOURNAL
 
 if TYPE_CHECKING:
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
 
 # A merge that kills itself, as `kill -9` would, as soon as so many bytes are done.
 SUICIDE = """
-import os, signal, sys
-from adapterkit.merge.into import merge_into
+import os, signal, sys, time
+from adapterkit.merge.into import merge_into, writing
+
+writing.SEGMENT = 20_000
 
 def progress(done, total):
     if done >= int(sys.argv[4]) * total / 100:
+        time.sleep(0.5)  # what is whole by now is flushed and noted
         os.kill(os.getpid(), signal.SIGKILL)
 
 merge_into([sys.argv[1]], sys.argv[2], sys.argv[3], progress=progress, resume=True, jobs=2)
@@ -52,11 +57,16 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("percent", [1, 40, 75, 100])
 def test_killed_and_resumed_it_gives_the_same_bytes(
-    percent: int, tiny: BaseFixture, base: Path, tmp_path: Path
+    percent: int,
+    tiny: BaseFixture,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     adapter = tmp_path / "adapter"
     trained(tiny, adapter, target_modules=LINEAR)
     whole, target = tmp_path / "whole", tmp_path / "merged"
+    monkeypatch.setattr(writing, "SEGMENT", 20_000)
     merge_into([adapter], base, whole)
     done = subprocess.run(
         [sys.executable, "-c", SUICIDE, str(adapter), str(base), str(target), str(percent)],
@@ -82,6 +92,41 @@ def test_killed_and_resumed_it_gives_the_same_bytes(
     # What was finished is not written again; the last one may not have been.
     kept = [name for name in finished if (target / name).stat().st_mtime_ns == finished[name]]
     assert len(kept) >= len(finished) - 1
+
+
+@pytest.mark.parametrize("percent", [1, 40, 75, 100])
+def test_a_gguf_goes_on_too(
+    percent: int, tiny: BaseFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, whole, target = (tmp_path / name for name in ("adapter", "whole.gguf", "merged.gguf"))
+    trained(tiny, adapter, target_modules=LINEAR)
+    merge_into([adapter], tiny.gguf, whole)
+    done = subprocess.run(
+        [sys.executable, "-c", SUICIDE, str(adapter), str(tiny.gguf), str(target), str(percent)],
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".merged.gguf")]
+    journal = json.loads((left / JOURNAL).read_text())
+    finished = journal["files"].get("merged.gguf", {})
+    assert finished or percent < 75
+    monkeypatch.setattr(writing, "SEGMENT", 20_000)
+    computed: list[str] = []
+    prepare = Merger.prepare
+
+    def counted(merger: Merger) -> None:
+        computed.append(merger.change.name)
+        prepare(merger)
+
+    monkeypatch.setattr(Merger, "prepare", counted)
+    report = merge_into([adapter], tiny.gguf, target, resume=True)
+    again = {tensor["tensor"] for reports in finished.values() for tensor in reports}
+    assert again.isdisjoint(computed)
+    assert target.read_bytes() == whole.read_bytes()
+    assert {tensor.tensor for tensor in report.tensors} == again | set(computed)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_without_resume_a_killed_merge_is_swept_away(

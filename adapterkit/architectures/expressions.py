@@ -1,7 +1,7 @@
 """The small arithmetic that the tables are written in.
 
 `heads * head_dim`, `num_kv_heads if new_decoder_architecture else heads`: names, whole numbers,
-`+ - * //`, comparisons, `in`, `and or not` and a conditional. Parsed by Python's own grammar,
+`+ - * // %`, comparisons, `in`, `and or not` and a conditional. Parsed by Python's own grammar,
 evaluated by an allow-list of nodes, so a table can compute and nothing more.
 """
 
@@ -21,11 +21,13 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: lambda left, right: left // right,
+    ast.Mod: lambda left, right: left % right,
 }
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
     ast.Lt: operator.lt,
     ast.In: lambda left, right: left in right,
     ast.NotIn: lambda left, right: left not in right,

@@ -13,7 +13,7 @@ from adapterkit.containers.gguf_values import (
     uint32,
     uint64,
 )
-from adapterkit.containers.gguf_writer import write_gguf
+from adapterkit.containers.gguf_writer import gguf_layout, write_gguf
 
 __all__ = [
     "GGUFArray",
@@ -24,6 +24,7 @@ __all__ = [
     "ValueType",
     "array",
     "float32",
+    "gguf_layout",
     "int32",
     "read_gguf",
     "uint32",

@@ -73,6 +73,50 @@ def write_gguf(
         TruncatedFileError: if a file that is copied from has become shorter.
         TypeError: if a number comes without a type.
     """
+    header, alignment = _header(metadata, tensors, alignment)
+    try:
+        file = path.open("xb")
+    except FileExistsError as error:
+        raise DestinationExistsError("exists already; write to a new path", path=path) from error
+    with file:
+        _stream(file, header, tensors.values(), alignment)
+
+
+def gguf_layout(
+    metadata: Mapping[str, GGUFValue],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    alignment: int | None = None,
+) -> tuple[list[bytes | FileSlice], list[int], int]:
+    """Return what `write_gguf` would write before the tensors, and where everything stands.
+
+    Args:
+        metadata: as `write_gguf` takes it.
+        tensors: types and shapes count; nothing is read.
+        alignment: as `write_gguf` takes it.
+
+    Returns:
+        The first bytes of the file in parts, the offset of each tensor, and the size of the file.
+
+    Raises:
+        UnsupportedError: as `write_gguf`.
+        UsageError: as `write_gguf`.
+    """
+    found, alignment = _header(metadata, tensors, alignment)
+    header = [part if isinstance(part, (bytes, FileSlice)) else part() for part in found]
+    at = sum(len(part) if isinstance(part, bytes) else part.length for part in header)
+    at += -at % alignment
+    offsets: list[int] = []
+    for tensor in tensors.values():
+        offsets.append(at)
+        at += tensor.nbytes + -tensor.nbytes % alignment
+    return header, offsets, at
+
+
+def _header(
+    metadata: Mapping[str, GGUFValue], tensors: Mapping[str, LazyTensor], alignment: int | None
+) -> tuple[list[bytes | Callable[[], bytes]], int]:
+    """Return everything before the tensors, arrays as a way to read them, and the alignment."""
     entries = dict(metadata)
     alignment = _agreed_alignment(entries, alignment)
     if len(entries) > MAX_ENTRIES or len(tensors) > MAX_TENSORS:
@@ -85,12 +129,7 @@ def write_gguf(
         *(piece for key, value in entries.items() for piece in _entry(key, value)),
         *_table(tensors, alignment),
     ]
-    try:
-        file = path.open("xb")
-    except FileExistsError as error:
-        raise DestinationExistsError("exists already; write to a new path", path=path) from error
-    with file:
-        _stream(file, header, tensors.values(), alignment)
+    return header, alignment
 
 
 def _stream(

@@ -37,8 +37,8 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--gguf-type",
             metavar="T",
-            help="With --into a GGUF: keep, f32, f16, bf16 or q8_0; by default all but these "
-            "become q8_0.",
+            help="With --into a GGUF: keep, f32, f16, bf16 or q8_0 for what changes; by default "
+            "all other types become q8_0. A mixture, such as q4_k_m, quantises the whole model.",
         ),
         click.option(
             "--tied",

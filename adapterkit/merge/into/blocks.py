@@ -13,28 +13,23 @@ import numpy as np
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.merge.into.operations import Sum, operations
 from adapterkit.merge.into.report import TensorReport
-from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsReplaced
-from adapterkit.storage import FileSlice
+from adapterkit.merge.into.rows import Place, decoded, reader
+from adapterkit.merge.into.steps import Change, Product
 from adapterkit.tensor import LazyTensor, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from adapterkit.merge.into.operations import Operation
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Elements of a block: small enough for all passes to stay in the cache, and for malloc to reuse it.
-BLOCK = 1 << 15
+# Elements of a block: few enough for all passes to stay in the cache, enough for the interpreter's
+# share to be small.
+BLOCK = 1 << 17
 _STACK = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Some rows of one matrix of a tensor, which may be a stack of matrices."""
-
-    matrix: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +52,7 @@ class Sums:
 
 
 class Merger:
-    """Computes a change, block by block, in any order.
+    """Computes a change, block by block, in any order and on several threads.
 
     Sums are formed in float32 for bases of 16 bits and fewer, in float64 for others, for all
     adapters together, and rounded once.
@@ -68,6 +63,11 @@ class Merger:
         self.matrices, self.rows, self.columns = _geometry(change)
         wide = change.source.dtype in {DType.F32, DType.F64} or change.dtype is DType.F64
         self.kind = np.dtype(np.float64 if wide else np.float32)
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps there are in all."""
+        return len(self.change.steps)
 
     def prepare(self) -> None:
         """Open the adapters' tensors, before several threads ask for blocks."""
@@ -87,27 +87,54 @@ class Merger:
         rows = place.matrix * self.rows + place.start
         return rows * self.change.dtype.nbytes((self.columns,))
 
-    def block(self, place: Place) -> tuple[memoryview, Sums]:
-        """Return the stored bytes of a block, and its sums.
+    def run(self, places: Sequence[Place], write: Callable[[memoryview, int], None]) -> Sums:
+        """Compute some blocks one after another, in the same memory.
+
+        Args:
+            places: which blocks.
+            write: takes a block's stored bytes, valid until it returns, and their offset.
 
         Raises:
-            FormatError: if an adapter holds NaN or infinity.
+            FormatError: if an adapter or the base holds NaN or infinity.
             UnsupportedError: if the stored type cannot hold a value.
         """
-        base = self._base(place)
-        merged = base.copy()
-        for operation in self._operations:
-            merged = operation.apply(merged, base, place)
-        data = encode(merged, self.change.dtype)
+        height = max(place.stop - place.start for place in places)
+        memory = _Memory(height, self.columns, self.kind, self.change.dtype)
+        total = Sums()
+        for place in places:
+            # An overflow, in the base or of a sum, is looked for in what the block adds up to.
+            with np.errstate(all="ignore"):
+                data, sums = self._block(place, memory)
+            write(data, self.offset(place))
+            total += sums
+        return total
+
+    def _block(self, place: Place, memory: _Memory) -> tuple[memoryview, Sums]:
+        base = self.base_block(place, memory.base)
         if not self.change.steps:
-            return data, Sums()
-        shape = (place.stop - place.start, self.columns)
-        rounded = _decoded(LazyTensor(self.change.dtype, shape, lambda: data), self.kind)
-        update = merged - base
-        sums = Sums(_inner(base, base), _inner(update, update), _inner(rounded - base, update))
+            return memory.stored(base, self.change.via), Sums()
+        merged, update = self._merged(place, base, memory)
+        data = memory.stored(merged, self.change.via)
+        rounded = memory.decoded(data, merged)
+        rounded -= base
+        sums = Sums(_inner(base, base), _inner(update, update), _inner(rounded, update))
         if not np.isfinite(sums.kept):
             self._refuse(base)
         return data, sums
+
+    def _merged(self, place: Place, base: Array, memory: _Memory) -> tuple[Array, Array]:
+        """Return W + ΔW and ΔW of a block."""
+        rows = len(base)
+        match self._operations:
+            case [Sum() as only]:
+                update = only.delta(place, memory.update[:rows])
+                return np.add(base, update, out=memory.merged[:rows]), update
+            case several:
+                merged = memory.merged[:rows]
+                np.copyto(merged, base)
+                for operation in several:
+                    merged = operation.apply(merged, base, place)
+                return merged, np.subtract(merged, base, out=memory.update[:rows])
 
     def report(self, sums: Sums) -> TensorReport:
         """Return what the change did, from the sums of all blocks."""
@@ -130,132 +157,59 @@ class Merger:
             where=where,
         )
 
-    def _base(self, place: Place) -> Array:
-        source = self.change.source
-        have = source.size // (self.matrices * self.columns)
+    def base_block(self, place: Place, out: Array | None = None) -> Array:
+        """Return the rows of the unmerged base, in `out` if given; zeros below its last row."""
+        if out is None:
+            out = np.empty((place.stop - place.start, self.columns), self.kind)
+        rows = out[: place.stop - place.start]
+        have = self.change.source.size // (self.matrices * self.columns)
         stop = min(place.stop, have)
-        begin = place.matrix * have + min(place.start, stop)
-        found = _rows(source, begin, begin + max(0, stop - place.start), self.columns)
-        values = _decoded(found, self.kind)
-        missing = place.stop - place.start - len(values)
-        return np.pad(values, ((0, missing), (0, 0))) if missing else values
+        start = min(place.start, stop)
+        begin = place.matrix * have + start
+        np.copyto(rows[: stop - start], self._read(begin, begin + stop - start).numpy())
+        rows[stop - start :] = 0
+        return rows
 
     @cached_property
-    def _operations(self) -> Sequence[_Operation]:
-        """Open the steps; updates next to each other become one product."""
-        found: list[_Operation] = []
-        plain: list[Product] = []
-        for step in self.change.steps:
-            if not isinstance(step, Product) or step.magnitude is not None:
-                found += [_Sum(plain, self.kind)] if plain else []
-                plain = []
-            match step:
-                case Product(magnitude=magnitude) if magnitude is not None:
-                    found.append(_Dora(step, magnitude, self))
-                case Product():
-                    plain.append(step)
-                case Added():
-                    found.append(_Vector(step, self.kind))
-                case Replaced():
-                    found.append(_Whole(step, self))
-                case RowsReplaced():
-                    found.append(_TokenRows(step, self.kind))
-        return [*found, _Sum(plain, self.kind)] if plain else found
+    def _read(self) -> Callable[[int, int], LazyTensor]:
+        return reader(self.change.source, self.columns)
 
-    def base_block(self, place: Place) -> Array:
-        """Return the rows of the unmerged base."""
-        return self._base(place)
+    @cached_property
+    def _operations(self) -> list[Operation]:
+        return operations(self.change.steps, self)
 
 
-class _Sum:
-    """Σ wᵢ sᵢ Bᵢ Aᵢ of all adapters as one product."""
+class _Memory:
+    """Arrays of a block's size that every block of a task uses again."""
 
-    def __init__(self, steps: Sequence[Product], kind: np.dtype[Any]) -> None:
-        factors = [_factors(step, kind) for step in steps]
-        self.left = np.concatenate([left for left, _ in factors], axis=-1)
-        self.right = np.concatenate([right for _, right in factors], axis=-2)
+    def __init__(self, height: int, columns: int, kind: np.dtype[Any], dtype: DType) -> None:
+        self.dtype, self.kind = dtype, kind
+        self.base = np.empty((height, columns), kind)
+        self.merged = np.empty((height, columns), kind)
+        self.update = np.empty((height, columns), kind)
+        self._stored = None if dtype.quantised else np.empty((height, columns), dtype.numpy())
 
-    def delta(self, place: Place) -> Array:
-        return self.left[place.matrix, place.start : place.stop] @ self.right[place.matrix]
+    def stored(self, values: Array, via: DType | None) -> memoryview:
+        """Return the bytes of `values` in the stored type, rounded to `via` before if given."""
+        if via is not None:
+            values = _decoded_again(encode(values, via), via, values)
+        if self._stored is None:
+            return encode(values, self.dtype)
+        stored = self._stored[: len(values)]
+        np.copyto(stored, values, casting="unsafe")
+        return stored.reshape(-1).view(np.uint8).data
 
-    def apply(self, merged: Array, base: Array, place: Place) -> Array:
-        del base
-        merged += self.delta(place)
-        return merged
-
-
-class _Dora:
-    """X + w · (m / ‖W + ΔW‖ · (X + ΔW) - X), norms over the inputs."""
-
-    def __init__(self, step: Product, magnitude: LazyTensor, merger: Merger) -> None:
-        # The direction has the adapter's own scale; w is how far to go there.
-        self.weight = step.weight
-        self.sum = _Sum([_unweighted(step)], merger.kind)
-        values = _finite(magnitude, step, merger.kind).reshape(-1)
-        self.turned = step.turned
-        if step.turned:
-            squares = np.zeros(merger.columns)
-            for place in merger.places():
-                direction = merger.base_block(place) + self.sum.delta(place)
-                squares += np.einsum("ij,ij->j", direction, direction, dtype=np.float64)
-            values = (values / np.sqrt(squares)).astype(merger.kind)
-        self.values = values
-
-    def apply(self, merged: Array, base: Array, place: Place) -> Array:
-        delta = self.sum.delta(place)
-        if self.turned:
-            factor = self.values
+    def decoded(self, data: memoryview, out: Array) -> Array:
+        """Return what the bytes hold, in `out`, which was their source."""
+        if self._stored is None:
+            np.copyto(out, _decoded_again(data, self.dtype, out))
         else:
-            norms = np.linalg.norm(base + delta, axis=1)
-            factor = (self.values[place.start : place.stop] / norms)[:, None]
-        return merged + self.weight * (factor * (merged + delta) - merged)
+            np.copyto(out, self._stored[: len(out)])
+        return out
 
 
-class _Vector:
-    def __init__(self, step: Added, kind: np.dtype[Any]) -> None:
-        self.values = _finite(step.vector, step, kind).reshape(-1) * step.weight
-
-    def apply(self, merged: Array, base: Array, place: Place) -> Array:
-        del base, place
-        merged += self.values
-        return merged
-
-
-class _Whole:
-    def __init__(self, step: Replaced, merger: Merger) -> None:
-        self.step, self.merger = step, merger
-        ranged = isinstance(step.tensor.read, FileSlice)
-        self.whole = None if ranged else step.tensor.numpy().reshape(-1, merger.columns)
-
-    def apply(self, merged: Array, base: Array, place: Place) -> Array:
-        begin = place.matrix * self.merger.rows + place.start
-        end = begin + len(merged)
-        kind = self.merger.kind
-        if self.whole is not None:
-            new = self.whole[begin:end].astype(kind)
-        else:
-            new = _decoded(_rows(self.step.tensor, begin, end, self.merger.columns), kind)
-        _check_finite(new, self.step)
-        alone = self.step.weight == 1 and len(self.merger.change.steps) == 1
-        return new if alone else merged + self.step.weight * (new - base)
-
-
-class _TokenRows:
-    def __init__(self, step: RowsReplaced, kind: np.dtype[Any]) -> None:
-        self.values = _finite(step.tensor, step, kind)
-        self.tokens, self.weight = np.asarray(step.tokens), step.weight
-
-    def apply(self, merged: Array, base: Array, place: Place) -> Array:
-        chosen = (self.tokens >= place.start) & (self.tokens < place.stop)
-        rows = self.tokens[chosen] - place.start
-        new = self.values[chosen]
-        # What W + (R - W) rounds to is not always R.
-        same = self.weight == 1 and np.array_equal(merged[rows], base[rows])
-        merged[rows] = new if same else merged[rows] + self.weight * (new - base[rows])
-        return merged
-
-
-_Operation = _Sum | _Dora | _Vector | _Whole | _TokenRows
+def _decoded_again(data: memoryview, dtype: DType, like: Array) -> Array:
+    return decoded(LazyTensor(dtype, like.shape, lambda: data), like.dtype)
 
 
 def _geometry(change: Change) -> tuple[int, int, int]:
@@ -274,57 +228,8 @@ def _geometry(change: Change) -> tuple[int, int, int]:
     return matrices, rows, change.stored.size // (matrices * rows)
 
 
-def _unweighted(step: Product) -> Product:
-    return Product(step.label, step.module, step.pair, 1.0, step.turned, step.magnitude)
-
-
-def _factors(step: Product, kind: np.dtype[Any]) -> tuple[Array, Array]:
-    """Return (E, rows, r) and (E, r, columns) as stored, weight and scale in the first."""
-    pair = step.pair
-    a = _finite(pair.a, step, np.dtype(np.float64))
-    b = _finite(pair.b, step, np.dtype(np.float64)) * (pair.scale * step.weight)
-    if _is_convolution(a, b):
-        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    left, right = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if step.turned else (b, a)
-    return np.ascontiguousarray(left, kind), np.ascontiguousarray(right, kind)
-
-
-def _is_convolution(a: Array, b: Array) -> bool:
-    """Tell (r, in, *kernel) and (out, r, 1...) from stacked experts, (E, r, in) and (E, out, r)."""
-    stack = a.ndim == _STACK and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
-    return a.ndim >= _STACK and not stack
-
-
-def _finite(tensor: LazyTensor, step: Any, kind: np.dtype[Any]) -> Array:
-    values = np.asarray(tensor.numpy(), dtype=kind)
-    _check_finite(values, step)
-    return values
-
-
-def _check_finite(values: Array, step: Any) -> None:
-    if not np.isfinite(values).all():
-        raise FormatError("holds NaN or infinity", path=step.label, where=step.module)
-
-
-def _rows(tensor: LazyTensor, begin: int, end: int, columns: int) -> LazyTensor:
-    """Return rows of a stored tensor as a byte range of their own."""
-    width = tensor.dtype.nbytes((columns,))
-    span = tensor.read
-    if not isinstance(span, FileSlice):
-        raise TypeError(f"{tensor} is no byte range of a file")
-    part = FileSlice(span.path, span.offset + begin * width, (end - begin) * width)
-    return LazyTensor(tensor.dtype, (end - begin, columns), part)
-
-
-def _decoded(tensor: LazyTensor, kind: np.dtype[Any]) -> Array:
-    return np.asarray(tensor.numpy(), dtype=kind)
-
-
 def _inner(first: Array, second: Array) -> float:
-    # An overflow is looked for in the result.
-    with np.errstate(all="ignore"):
-        return float(np.dot(first.reshape(-1), second.reshape(-1)))
+    return float(np.dot(first.reshape(-1), second.reshape(-1)))
 
 
 def total(parts: Iterable[Sums]) -> Sums:

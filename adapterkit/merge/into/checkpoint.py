@@ -15,9 +15,10 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.json_file import read_json_object
 from adapterkit.merge.into.huggingface import HuggingFaceNames, checkpoint_steps
-from adapterkit.merge.into.shards import Shard, planned_shards, write_shard
+from adapterkit.merge.into.shards import Shard, planned_shards
 from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsReplaced
 from adapterkit.merge.into.tying import Tying, resolved
+from adapterkit.merge.into.writing import write_file
 from adapterkit.storage import synced
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
     from adapterkit.merge.into.journal import Journal
     from adapterkit.merge.into.report import TensorReport
-    from adapterkit.merge.into.shards import Progress
     from adapterkit.merge.into.steps import Step
+    from adapterkit.merge.into.writing import Progress
     from adapterkit.merge.planning import Source
     from adapterkit.tensor import LazyTensor
 
@@ -240,18 +241,10 @@ def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[Path, ...], tupl
 def write_checkpoint(
     plan: CheckpointPlan, staging: Path, journal: Journal, jobs: int, progress: Progress
 ) -> list[TensorReport]:
-    """Write shards, then everything else, then the index; finished shards are skipped."""
+    """Write shards, then everything else, then the index; what the journal has is skipped."""
     reports: list[TensorReport] = []
     for shard in plan.shards:
-        path = staging / shard.path.name
-        if (known := journal.finished(path)) is not None:
-            reports += known
-            progress(shard.nbytes)
-            continue
-        path.unlink(missing_ok=True)
-        made = write_shard(shard, path, jobs, progress)
-        journal.finish(path, made)
-        reports += made
+        reports += write_file(shard.output(), staging, journal, jobs, progress)
     for other in plan.others:
         target = staging / other
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,14 @@ from adapterkit.architectures.mapping import find_rule, to_engine
 from adapterkit.architectures.weights import weight_to_engine
 from adapterkit.dtype import DType
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
-from adapterkit.merge.into.huggingface import check_magnitude
+from adapterkit.merge.into.magnitudes import magnitude_of, moved_magnitudes
 from adapterkit.merge.into.reading import token_rows
-from adapterkit.merge.into.steps import Added, Product, Replaced, RowsReplaced
+from adapterkit.merge.into.steps import Added, Magnitude, Product, Replaced, RowsReplaced
 from adapterkit.model import LoraPair, Role, TensorKey
 from adapterkit.tensor import LazyTensor, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from adapterkit.base.model import BaseModel
     from adapterkit.merge.into.steps import Step
@@ -62,43 +62,24 @@ def _products(source: Source, base: BaseModel) -> Iterator[tuple[str, Product]]:
         )
     magnitudes = _magnitudes(source, base)
     for pair in mapped.pairs:
-        origin, *others = mapped.sources[pair.module]
+        origin = mapped.sources[pair.module][0]
         magnitude = magnitudes.get(pair.module)
-        normed = [
-            o for o in (origin, *others) if TensorKey(o, Role.MAGNITUDE) in source.adapter.tensors
-        ]
-        if normed and (others or magnitude is None or magnitude.size != _outputs(pair)):
-            raise UnsupportedError(
-                f"has a DoRA magnitude, and the base holds it in another form, as {pair.module}; "
-                "merge it into the Hugging Face model and convert that",
-                path=source.label,
-                where=normed[0],
-            )
         weight = source.weight_of(origin)
         name = f"{pair.module}.weight"
         yield name, Product(source.label, origin, pair, weight, pair.embedding, magnitude)
 
 
-def _outputs(pair: LoraPair) -> int:
-    return pair.shape[-2] if len(pair.shape) == 2 else -1  # noqa: PLR2004  (a matrix)
+def _magnitudes(source: Source, base: BaseModel) -> dict[str, Magnitude]:
+    """Return DoRA's magnitudes by llama.cpp tensor."""
 
+    def move(pairs: Iterable[LoraPair]) -> Sequence[LoraPair]:
+        return to_engine(base.architecture, base.sizes, pairs, base.tensors).pairs
 
-def _magnitudes(source: Source, base: BaseModel) -> dict[str, LazyTensor]:
-    """Return DoRA's magnitudes by llama.cpp tensor; they move as the rows, so as a bias does."""
-    found: dict[str, LazyTensor] = {}
-    for pair in source.adapter.pairs():
-        tensor = source.adapter.tensors.get(TensorKey(pair.module, Role.MAGNITUDE))
-        if tensor is None:
-            continue
-        check_magnitude(source, pair, tensor)
-        if pair.embedding:
-            found[EMBEDDING.removesuffix(".weight")] = tensor
-            continue
-        values = tensor.numpy().reshape(-1)
-        for name, part in weight_to_engine(
-            base.architecture, base.sizes, f"{pair.module}.bias", values
-        ):
-            found[name.removesuffix(".bias")] = LazyTensor.of(part)
+    pairs = tuple(source.adapter.pairs())
+    found = moved_magnitudes(source, pairs, move)
+    for pair in pairs:
+        if pair.embedding and (magnitude := magnitude_of(source, pair)) is not None:
+            found[EMBEDDING.removesuffix(".weight")] = Magnitude(magnitude)
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,16 +12,17 @@ from adapterkit.base import open_base
 from adapterkit.convert import stored_type
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merge.into.checkpoint import plan_checkpoint, write_checkpoint
-from adapterkit.merge.into.gguf import check_type, merge_gguf
-from adapterkit.merge.into.journal import plan_hash, staged_directory
+from adapterkit.merge.into.gguf import check_type, plan_gguf
+from adapterkit.merge.into.journal import plan_hash, staged_output
 from adapterkit.merge.into.progress import counter
 from adapterkit.merge.into.reading import read_sources
 from adapterkit.merge.into.report import MergeIntoReport
 from adapterkit.merge.into.tying import check_choice
+from adapterkit.merge.into.writing import write_file
 from adapterkit.model import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from adapterkit.base.model import BaseModel
     from adapterkit.dtype import DType
@@ -58,7 +61,8 @@ def merge_into(
         weights: one for each adapter, 1 by default, used as they are.
         dtype: `f32`, `f16` or `bf16` for all tensors of a Hugging Face model.
         gguf_type: `keep`, `f32`, `f16`, `bf16` or `q8_0` for changed tensors of a GGUF model; by
-            default those four are kept and all other types become q8_0.
+            default those four are kept and all other types become q8_0. One of llama.cpp's
+            mixtures (`q4_k_m`, ...) quantises the whole merged model, of 16 or 32 bits before.
         tied: `shared` or `untie`, where the base has one table for embedding and output and it is
             changed.
         resume: go on where a killed merge with the same arguments ended.
@@ -78,37 +82,30 @@ def merge_into(
     destination = Path(destination)
     opened = open_base(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
-    if resume and opened.kind == "gguf":
-        raise UsageError("a GGUF file is written in one go; leave out --resume")
     adapters, opened, notes = read_sources([Path(s) for s in sources], weights, opened)
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
-    workers = jobs or min(os.cpu_count() or 1, _MOST_JOBS)
+    write = _Write(
+        destination, jobs or min(os.cpu_count() or 1, _MOST_JOBS), progress, resume, force
+    )
     if opened.kind == "gguf":
-        tensors, more = merge_gguf(
-            adapters,
-            opened,
-            destination,
-            kind=gguf_type,
-            tied=tied,
-            force=force,
-            jobs=workers,
-            progress=progress,
-        )
+        tensors, more = _merge_file(adapters, opened, write, kind=gguf_type, tied=tied)
     else:
-        tensors, more = _merge_directory(
-            adapters,
-            opened,
-            destination,
-            dtype=stored_type(dtype) if dtype else None,
-            tied=tied,
-            resume=resume,
-            force=force,
-            jobs=workers,
-            progress=progress,
-        )
+        stored = stored_type(dtype) if dtype else None
+        tensors, more = _merge_directory(adapters, opened, write, dtype=stored, tied=tied)
     notes = (*notes, *_order(adapters), *more)
     return _report(adapters, opened, destination, tensors, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """How the output is written."""
+
+    destination: Path
+    jobs: int
+    progress: Callable[[int, int], None] | None
+    resume: bool
+    force: bool
 
 
 def _check_places(
@@ -129,23 +126,42 @@ def _check_places(
 def _merge_directory(
     sources: Sequence[Source],
     base: BaseModel,
-    destination: Path,
+    write: _Write,
     *,
     dtype: DType | None,
     tied: str | None,
-    resume: bool,
-    force: bool,
-    jobs: int,
-    progress: Callable[[int, int], None] | None,
 ) -> tuple[list[TensorReport], list[str]]:
     plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied)
     settings = {"dtype": dtype, "tied": tied}
     key = plan_hash(sources, [shard.path for shard in plan.shards], settings)
-    count = counter(plan.nbytes, progress)
-    with staged_directory(destination, key, resume=resume, force=force) as (staging, journal):
-        tensors = write_checkpoint(plan, staging, journal, jobs, count)
+    count = counter(sum(shard.nbytes for shard in plan.shards), write.progress)
+    with staged_output(write.destination, key, resume=write.resume, force=write.force) as (
+        staging,
+        journal,
+    ):
+        tensors = write_checkpoint(plan, staging, journal, write.jobs, count)
     left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
     return tensors, left
+
+
+def _merge_file(
+    sources: Sequence[Source],
+    base: BaseModel,
+    write: _Write,
+    *,
+    kind: str | None,
+    tied: str | None,
+) -> tuple[list[TensorReport], list[str]]:
+    plan = plan_gguf(sources, base, kind=kind, tied=tied, force=write.force)
+    file = plan.output(write.destination.name)
+    settings = {"gguf_type": kind, "tied": tied, "force": write.force}
+    key = plan_hash(sources, file.origins(), settings)
+    count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)
+    with staged_output(
+        write.destination, key, resume=write.resume, force=write.force, single=True
+    ) as (staging, journal):
+        tensors = write_file(file, staging, journal, write.jobs, count)
+    return tensors, list(plan.notes)
 
 
 def _report(

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.containers.gguf import read_gguf, uint32, write_gguf
+from adapterkit.architectures.mixtures import mixtures
+from adapterkit.containers.gguf import GGUFValue, gguf_layout, read_gguf, uint32
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.merge.into.blocks import Merger, total
 from adapterkit.merge.into.engine import EMBEDDING, OUTPUT, engine_steps
-from adapterkit.merge.into.progress import counter
 from adapterkit.merge.into.steps import Change
 from adapterkit.merge.into.tying import Tying, resolved
-from adapterkit.storage import FileSlice, staged
+from adapterkit.merge.into.writing import OutputFile, Piece
+from adapterkit.quantisation import check_encodable
+from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
+    from adapterkit.architectures.mixtures import Mixture
     from adapterkit.base.model import BaseModel
-    from adapterkit.containers.gguf import GGUFValue
-    from adapterkit.merge.into.blocks import Place, Sums
-    from adapterkit.merge.into.report import TensorReport
+    from adapterkit.containers.gguf import GGUFFile
     from adapterkit.merge.into.steps import Step
     from adapterkit.merge.planning import Source
 
+# What changed tensors may be stored as, the others being as they were.
 TYPES = {
     "f32": DType.F32,
     "f16": DType.F16,
@@ -34,21 +35,46 @@ TYPES = {
     "q8_0": DType.Q8_0,
 }
 _KEPT = frozenset(TYPES.values())
-# What the gguf package can quantise to; K and I types have no kernel there.
-_KERNELS = _KEPT | {DType.Q4_0, DType.Q4_1, DType.Q5_0, DType.Q5_1, DType.MXFP4}
-# llama.cpp's llama_ftype of files whose matrices are mostly of one type.
-_FILE_TYPES = {
-    DType.F32: 0,
-    DType.F16: 1,
-    DType.Q4_0: 2,
-    DType.Q4_1: 3,
-    DType.Q8_0: 7,
-    DType.Q5_0: 8,
-    DType.Q5_1: 9,
-    DType.BF16: 32,
-}
+_HALVES = frozenset({DType.F16, DType.BF16})
+_PLAIN = _HALVES | {DType.F32, DType.F64}
+# llama.cpp's llama_ftype of files whose matrices are mostly of one type; the mixtures know theirs.
+_FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q8_0: 7, DType.BF16: 32}
 _QUANTISATION_VERSION = 2
 _LEAST_SURVIVAL = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What will be written.
+
+    Attributes:
+        tensors: every tensor of the output, in order; those that change without a way to read them.
+        changes: how these are computed.
+        metadata: the base's, with the file type of what is stored now.
+        alignment: of the tensors' offsets.
+        notes: what the user should know.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    changes: Mapping[str, Change]
+    metadata: Mapping[str, GGUFValue]
+    alignment: int
+    notes: tuple[str, ...]
+
+    def output(self, name: str) -> OutputFile:
+        """Return the file to write."""
+        header, offsets, size = gguf_layout(self.metadata, self.tensors, alignment=self.alignment)
+        pieces = tuple(
+            Piece(at, self.changes.get(tensor) or _range(tensor, stored))
+            for at, (tensor, stored) in zip(offsets, self.tensors.items(), strict=True)
+        )
+        return OutputFile(name, header, pieces, size)
+
+
+def _range(name: str, tensor: LazyTensor) -> FileSlice:
+    if not isinstance(tensor.read, FileSlice):
+        raise TypeError(f"{name} is no byte range of the base")
+    return tensor.read
 
 
 def check_type(kind: str | None) -> None:
@@ -57,63 +83,55 @@ def check_type(kind: str | None) -> None:
     Raises:
         UsageError: the message lists all.
     """
-    if kind not in {None, "keep", *TYPES}:
-        known = ", ".join(("keep", *TYPES))
+    if kind not in {None, "keep", *TYPES, *mixtures()}:
+        known = ", ".join(("keep", *TYPES, *mixtures()))
         raise UsageError(f"unknown gguf type {kind!r}; known: {known}")
 
 
-def merge_gguf(
-    sources: Sequence[Source],
-    base: BaseModel,
-    destination: Path,
-    *,
-    kind: str | None,
-    tied: str | None,
-    force: bool,
-    jobs: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[TensorReport], list[str]]:
-    """Write the merged model; return what was done to each changed tensor, and notes.
+def plan_gguf(
+    sources: Sequence[Source], base: BaseModel, *, kind: str | None, tied: str | None, force: bool
+) -> EnginePlan:
+    """Decide what every tensor gets and as which type it is stored.
 
     Raises:
-        UnsupportedError: if something has no place there, or `keep` would lose the update.
-        DestinationExistsError: if the destination exists and `force` is false.
-        WriteError: if the output cannot be written.
+        UnsupportedError: if something has no place there, or no kernel writes a type.
+        IncompatibleBaseError: if an adapter does not fit the base.
     """
-    changes = plan_gguf(sources, base, kind=kind, tied=tied)
-    least = 0.0 if force or kind != "keep" else _LEAST_SURVIVAL
-    reports: list[TensorReport] = []
-    count = counter(sum(change.stored.nbytes for change in changes.values()), progress)
-    tensors = {
-        name: _computed(changes[name], reports, least, jobs, count) if name in changes else tensor
-        for name, tensor in _with_output(base.tensors, changes).items()
-    }
-    notes: list[str] = []
-    metadata, alignment = _metadata(base, tensors, notes)
-    with staged(destination, force=force) as staging:
-        write_gguf(staging, metadata, tensors, alignment=alignment)
-    return reports, notes
-
-
-def plan_gguf(
-    sources: Sequence[Source], base: BaseModel, *, kind: str | None, tied: str | None
-) -> dict[str, Change]:
-    """Decide what every tensor gets and as which type it is stored."""
     steps: dict[str, list[Step]] = {}
     for source in sources:
         for name, more in engine_steps(source, base).items():
             steps.setdefault(name, []).extend(more)
     if base.tied:
         steps = resolved(steps, Tying(EMBEDDING, OUTPUT, stored=False), tied)
-    changes: dict[str, Change] = {}
-    for name, given in steps.items():
-        tensor = base.tensors.get(name) or base.tensors[EMBEDDING]
-        dtype = _stored_type(name, tensor, kind) if given else tensor.dtype
-        changes[name] = Change(name, tensor, tuple(given), dtype, tensor.shape)
-    return changes
+    tensors = _with_output(base.tensors, steps)
+    mixture = mixtures().get(kind or "")
+    if mixture is None:
+        types = {name: _changed_type(tensors[name], kind) for name, each in steps.items() if each}
+    else:
+        types = _mixed_types(mixture, base, tensors, force=force)
+    changes = _changes(tensors, steps, types, mixture)
+    if kind == "keep" and not force:
+        changes = {n: _held_to(change, _LEAST_SURVIVAL) for n, change in changes.items()}
+    stored = {name: changes[name].stored if name in changes else t for name, t in tensors.items()}
+    notes: list[str] = []
+    file = _first_file(base, notes)
+    metadata = _metadata(base, file, stored, mixture, notes)
+    return EnginePlan(stored, changes, metadata, file.alignment, tuple(notes))
 
 
-def _stored_type(name: str, tensor: LazyTensor, kind: str | None) -> DType:
+def _with_output(
+    tensors: Mapping[str, LazyTensor], steps: Mapping[str, Sequence[Step]]
+) -> dict[str, LazyTensor]:
+    """Return the base's tensors in its order, an output that is new after the embedding."""
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor
+        if name == EMBEDDING and OUTPUT in steps and OUTPUT not in tensors:
+            found[OUTPUT] = tensor
+    return found
+
+
+def _changed_type(tensor: LazyTensor, kind: str | None) -> DType:
     """Return the type that a changed tensor is stored as.
 
     Low-bit grids are so coarse that a small update rounds back to where it was; q8_0 keeps it.
@@ -126,90 +144,87 @@ def _stored_type(name: str, tensor: LazyTensor, kind: str | None) -> DType:
         wanted = tensor.dtype
     else:
         wanted = DType.Q8_0
-    if wanted not in _KERNELS:
-        raise UnsupportedError(
-            f"nothing here can quantise to {wanted}; leave out keep, and it becomes q8_0",
-            where=name,
-        )
     return wanted if tensor.shape[-1] % wanted.block == 0 else DType.F16
 
 
-def _with_output(
-    tensors: Mapping[str, LazyTensor], changes: Mapping[str, Change]
-) -> dict[str, LazyTensor]:
-    """Return the tensors in the base's order, an output that is new after the embedding."""
-    found: dict[str, LazyTensor] = {}
+def _mixed_types(
+    mixture: Mixture, base: BaseModel, tensors: Mapping[str, LazyTensor], *, force: bool
+) -> dict[str, DType]:
+    """Return the types that llama.cpp's quantiser would give the whole merged model."""
+    types = mixture.types(base.architecture.gguf, base.facts, tensors)
     for name, tensor in tensors.items():
-        found[name] = tensor
-        if name == EMBEDDING and OUTPUT in changes and OUTPUT not in tensors:
-            found[OUTPUT] = tensor
-    return found
-
-
-def _computed(
-    change: Change,
-    reports: list[TensorReport],
-    least: float,
-    jobs: int,
-    progress: Callable[[int], None],
-) -> LazyTensor:
-    """Return a tensor that is computed when the writer comes to it, as stored bytes."""
-    if not change.steps:
-        progress(change.source.nbytes)  # the writer copies it
-        return change.source
-
-    def read() -> bytearray:
-        merger = Merger(change)
-        data = bytearray(change.stored.nbytes)
-        merger.prepare()
-
-        def one(place: Place) -> Sums:
-            block, sums = merger.block(place)
-            begin = merger.offset(place)
-            data[begin : begin + len(block)] = block
-            progress(len(block))
-            return sums
-
-        places = merger.places()
-        if jobs == 1 or len(places) == 1:
-            parts = [one(place) for place in places]
-        else:
-            with ThreadPoolExecutor(jobs) as pool:
-                parts = list(pool.map(one, places))
-        report = merger.report(total(parts))
-        if report.survival is not None and report.survival < least:
+        if tensor.dtype.quantised and tensor.dtype is not types[name] and not force:
             raise UnsupportedError(
-                f"as {change.dtype} only {report.survival:.0%} of the update is left; leave out "
-                "keep, and it becomes q8_0, or --force it",
-                where=change.name,
+                f"is {tensor.dtype} already, and {types[name]} would add its own error to that: "
+                f"merge into the f16 or bf16 GGUF that {mixture.name} is made from, or --force it",
+                path=base.path,
+                where=name,
             )
-        reports.append(report)
-        return data
-
-    return LazyTensor(change.dtype, change.shape, read)
+    return types
 
 
-def _metadata(
-    base: BaseModel, tensors: Mapping[str, LazyTensor], notes: list[str]
-) -> tuple[dict[str, GGUFValue], int]:
-    """Return the base's metadata with the file type of what is stored now, and the alignment."""
+def _changes(
+    tensors: Mapping[str, LazyTensor],
+    steps: Mapping[str, Sequence[Step]],
+    types: Mapping[str, DType],
+    mixture: Mixture | None,
+) -> dict[str, Change]:
+    changes: dict[str, Change] = {}
+    for name, tensor in tensors.items():
+        given = tuple(steps.get(name, ()))
+        dtype = types.get(name, tensor.dtype)
+        if not given and dtype is tensor.dtype:
+            continue
+        if dtype.quantised:
+            _check_kernel(name, dtype)
+        # A mixture is what the quantiser makes of the merged file, which is of the base's type.
+        via = tensor.dtype if mixture and given and tensor.dtype in _HALVES else None
+        changes[name] = Change(name, tensor, given, dtype, tensor.shape, via)
+    return changes
+
+
+def _check_kernel(name: str, dtype: DType) -> None:
+    try:
+        check_encodable(dtype)
+    except UnsupportedError as error:
+        raise UnsupportedError(error.message, where=name) from error
+
+
+def _held_to(change: Change, least: float) -> Change:
+    return replace(change, least=least) if change.dtype not in _PLAIN else change
+
+
+def _first_file(base: BaseModel, notes: list[str]) -> GGUFFile:
+    """Return the file with the metadata: the first of a split base."""
     first = min(
         (span.path for t in base.tensors.values() if isinstance(span := t.read, FileSlice)),
         key=lambda path: path.name,
     )
     file = read_gguf(first)
-    found = file.typed()
-    for key in [key for key in found if key.startswith("split.")]:
-        del found[key]
     if first != base.path or "split.count" in file.metadata:
         notes.append("the parts of the base are written as one file")
+    return file
+
+
+def _metadata(
+    base: BaseModel,
+    file: GGUFFile,
+    tensors: Mapping[str, LazyTensor],
+    mixture: Mixture | None,
+    notes: list[str],
+) -> dict[str, GGUFValue]:
+    """Return the base's metadata with the file type of what is stored now."""
+    found = {key: value for key, value in file.typed().items() if not key.startswith("split.")}
     before, after = _main_type(base.tensors), _main_type(tensors)
-    if before is not after and after in _FILE_TYPES:
+    if mixture:
+        found["general.file_type"] = uint32(mixture.file_type)
+        notes.append(f"the whole model is {mixture.name} now: general.file_type says so")
+    elif before is not after and after in _FILE_TYPES:
         found["general.file_type"] = uint32(_FILE_TYPES[after])
         notes.append(f"most weights are {after} now, of {before}: general.file_type says so")
     if any(tensor.dtype.quantised for tensor in tensors.values()):
         found.setdefault("general.quantization_version", uint32(_QUANTISATION_VERSION))
-    return found, file.alignment
+    return found
 
 
 def _main_type(tensors: Mapping[str, LazyTensor]) -> DType:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
+from adapterkit.merge.into.magnitudes import magnitude_of, moved_magnitudes
 from adapterkit.merge.into.reading import token_rows
-from adapterkit.merge.into.steps import Added, Product, Replaced, RowsReplaced
+from adapterkit.merge.into.steps import Added, Magnitude, Product, Replaced, RowsReplaced
 from adapterkit.model import LoraPair, Role, TensorKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from adapterkit.base.model import BaseModel
     from adapterkit.merge.into.steps import Step
@@ -92,12 +93,12 @@ def checkpoint_steps(source: Source, names: HuggingFaceNames) -> dict[str, list[
             unknown.append(pair)
         else:
             found[name].append(_product(source, names, name, pair))
-    for pair, origin in _respelled(source, names, unknown):
+    for pair, origin, magnitude in _respelled(source, names, unknown):
         name = names.of(pair.module)
         if name is None:
             raise _absent(source, names, origin)
         product = _product(source, names, name, pair)
-        found[name].append(replace(product, module=origin))
+        found[name].append(replace(product, module=origin, magnitude=magnitude))
     for key, tensor in source.adapter.tensors.items():
         for name, step in _beside(source, names, key, tensor):
             found[name].append(step)
@@ -124,21 +125,10 @@ def _product(source: Source, names: HuggingFaceNames, name: str, pair: LoraPair)
             path=source.label,
             where=pair.module,
         )
-    magnitude = source.adapter.tensors.get(TensorKey(pair.module, Role.MAGNITUDE))
-    if magnitude is not None:
-        check_magnitude(source, pair, magnitude)
+    held = magnitude_of(source, pair)
+    magnitude = None if held is None else Magnitude(held)
     weight = source.weight_of(pair.module)
     return Product(source.label, pair.module, pair, weight, turned, magnitude)
-
-
-def check_magnitude(source: Source, pair: LoraPair, magnitude: LazyTensor) -> None:
-    """Refuse a magnitude that has not one number for each output, or belongs to experts."""
-    if len(pair.shape) == _STACK or magnitude.size != pair.b.shape[0]:
-        raise UnsupportedError(
-            f"has a DoRA magnitude of shape {list(magnitude.shape)}, and B of {list(pair.b.shape)}",
-            path=source.label,
-            where=pair.module,
-        )
 
 
 def _stored_shape(pair: LoraPair, *, turned: bool) -> tuple[int, ...]:
@@ -158,7 +148,7 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 def _respelled(
     source: Source, names: HuggingFaceNames, pairs: list[LoraPair]
-) -> Iterator[tuple[LoraPair, str]]:
+) -> Iterator[tuple[LoraPair, str, Magnitude | None]]:
     """Yield updates under the checkpoint's spelling of experts, by way of llama.cpp's names."""
     if not pairs:
         return
@@ -167,16 +157,15 @@ def _respelled(
     if there.unmatched:
         raise _absent(source, names, there.unmatched[0])
     back = from_engine(base.architecture, base.sizes, there.pairs, like=names.modules)
+
+    def move(markers: Iterable[LoraPair]) -> Sequence[LoraPair]:
+        engine = to_engine(base.architecture, base.sizes, markers).pairs
+        return from_engine(base.architecture, base.sizes, engine, like=names.modules).pairs
+
+    magnitudes = moved_magnitudes(source, pairs, move)
     for pair in back.pairs:
         origins = [o for part in back.sources[pair.module] for o in there.sources[part]]
-        for origin in origins:
-            if TensorKey(origin, Role.MAGNITUDE) in source.adapter.tensors:
-                raise UnsupportedError(
-                    f"has a DoRA magnitude, and the base stores it in parts, as {pair.module}",
-                    path=source.label,
-                    where=origin,
-                )
-        yield pair, origins[0]
+        yield pair, origins[0], magnitudes.get(pair.module)
 
 
 def _beside(

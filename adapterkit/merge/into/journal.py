@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,39 +25,35 @@ JOURNAL = "adapterkit-merge.json"
 
 @dataclass
 class Journal:
-    """The list of finished shards in a staging directory.
+    """The list of finished segments of the files in a staging directory.
 
     Attributes:
-        path: the file.
+        path: where it is kept.
         plan: hash of everything that the output depends on.
-        shards: file name -> its size and the reports of its tensors.
+        files: file name -> segment number -> the reports of its tensors.
     """
 
     path: Path
     plan: str
-    shards: dict[str, Any] = field(default_factory=dict[str, Any])
+    files: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def finished(self, shard: Path) -> list[TensorReport] | None:
-        """Return the reports of a finished shard, or None if it is to be written."""
-        known = self.shards.get(shard.name)
-        if known is None or not shard.is_file() or shard.stat().st_size != known["bytes"]:
+    def finished(self, file: Path, size: int, segment: int) -> list[TensorReport] | None:
+        """Return the reports of a finished segment, or None if it is to be written."""
+        known: list[dict[str, Any]] | None = self.files.get(file.name, {}).get(str(segment))
+        if known is None or not file.is_file() or file.stat().st_size != size:
             return None
-        tensors: list[dict[str, Any]] = known["tensors"]
-        for each in tensors:
-            each["modules"] = tuple(each["modules"])
-        return [TensorReport(**each) for each in tensors]
+        found = [dict(each, modules=tuple(each["modules"])) for each in known]
+        return [TensorReport(**each) for each in found]
 
-    def finish(self, shard: Path, reports: Sequence[TensorReport]) -> None:
-        """Note a shard that is on the disk; the note itself appears whole or not at all."""
-        self.shards[shard.name] = {
-            "bytes": shard.stat().st_size,
-            "tensors": [asdict(report) for report in reports],
-        }
+    def finish(self, file: Path, segment: int, reports: Sequence[TensorReport]) -> None:
+        """Note a segment that is on the disk; the note itself appears whole or not at all."""
+        segments = self.files.setdefault(file.name, {})
+        segments[str(segment)] = [asdict(report) for report in reports]
         self.save()
 
     def save(self) -> None:
         """Write the journal."""
-        text = json.dumps({"plan": self.plan, "shards": self.shards})
+        text = json.dumps({"plan": self.plan, "files": self.files})
         staging = self.path.with_suffix(".tmp")
         staging.write_text(text, encoding="utf-8")
         synced(staging)
@@ -84,12 +79,19 @@ def plan_hash(sources: Sequence[Source], files: Sequence[Path], settings: Mappin
 
 
 @contextmanager
-def staged_directory(
-    destination: Path, plan: str, *, resume: bool, force: bool
+def staged_output(
+    destination: Path, plan: str, *, resume: bool, force: bool, single: bool = False
 ) -> Generator[tuple[Path, Journal]]:
     """Yield a directory beside the destination; rename it there at the end, else remove it.
 
     With `resume` an interrupt leaves it, as a kill always does, for the next `resume` to go on.
+
+    Args:
+        destination: the directory to create, or the file.
+        plan: hash of everything that the output depends on.
+        resume: go on with what an earlier run of the same plan left.
+        force: replace what is at the destination.
+        single: the output is one file, which the caller writes under the destination's name.
 
     Raises:
         DestinationExistsError: if there is something at the destination and `force` is false, or
@@ -97,14 +99,14 @@ def staged_directory(
         UsageError: if what is to be resumed is another merge.
         WriteError: if the operating system refuses.
     """
-    _check_destination(destination, force=force)
+    _check_destination(destination, force=force, single=single)
     staging = destination.with_name(f".{destination.name}.adapterkit-merge")
     kept = False
     try:
         journal = _begun(staging, plan, resume=resume)
         yield staging, journal
         journal.path.unlink()
-        _moved(staging, destination)
+        _moved(staging, destination, single=single)
     except OSError as error:
         reason = error.strerror or str(error)
         raise WriteError(
@@ -123,14 +125,18 @@ def staged_directory(
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_destination(destination: Path, *, force: bool) -> None:
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+def _check_destination(destination: Path, *, force: bool, single: bool) -> None:
+    if not destination.exists():
+        return
+    if not single and destination.is_dir() and not any(destination.iterdir()):
         return
     if not force:
         raise DestinationExistsError("exists already; pass --force to replace it", path=destination)
-    if not (destination / "config.json").is_file():
+    replaced = destination.is_file() if single else (destination / "config.json").is_file()
+    if not replaced:
+        kind = "file" if single else "model directory"
         raise DestinationExistsError(
-            "is no model directory, and is not replaced; name another", path=destination
+            f"is no {kind}, and is not replaced; name another", path=destination
         )
 
 
@@ -145,7 +151,7 @@ def _begun(staging: Path, plan: str, *, resume: bool) -> Journal:
                 "--resume to begin anew",
                 path=staging,
             )
-        return Journal(path, plan, cast("dict[str, Any]", found.get("shards") or {}))
+        return Journal(path, plan, cast("dict[str, Any]", found.get("files") or {}))
     if staging.is_dir():
         shutil.rmtree(staging)
     staging.mkdir()
@@ -154,13 +160,12 @@ def _begun(staging: Path, plan: str, *, resume: bool) -> Journal:
     return journal
 
 
-def _moved(staging: Path, destination: Path) -> None:
-    folder = os.open(staging, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    if destination.is_dir() and any(destination.iterdir()):
+def _moved(staging: Path, destination: Path, *, single: bool) -> None:
+    synced(staging)
+    if single:
+        (staging / destination.name).replace(destination)
+        staging.rmdir()
+    elif destination.is_dir() and any(destination.iterdir()):
         old = staging.with_suffix(".replaced")
         destination.replace(old)
         staging.replace(destination)

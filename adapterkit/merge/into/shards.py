@@ -1,32 +1,21 @@
-"""Safetensors shards of a merged checkpoint: byte ranges of the base, and computed tensors."""
+"""Safetensors shards of a merged checkpoint: what stands where in each file."""
 
 from __future__ import annotations
 
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from adapterkit.containers.safetensors import PREFIX, read_safetensors
 from adapterkit.errors import UnsupportedError
-from adapterkit.merge.into.blocks import Merger, total
-from adapterkit.merge.into.copying import copy_range, write_all
 from adapterkit.merge.into.steps import Change
-from adapterkit.storage import FileSlice, synced
+from adapterkit.merge.into.writing import OutputFile, Piece
+from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from adapterkit.merge.into.report import TensorReport
-
-    Progress = Callable[[int], None]
-
-# Bytes that one task copies, so that several threads find work and progress can be seen.
-_RUN = 1 << 26
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,91 +52,38 @@ class Shard:
         """Bytes of data."""
         return sum(entry.tensor.nbytes for entry in self.entries)
 
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Bytes that are next to each other in the base and in the output."""
-
-    path: Path
-    begin: int
-    at: int
-    length: int
+    def output(self) -> OutputFile:
+        """Return the file to write."""
+        header = _header(self)
+        pieces = tuple(_joined(_pieces(self.entries, len(header))))
+        return OutputFile(self.path.name, (header,), pieces, len(header) + self.nbytes)
 
 
-def write_shard(shard: Shard, path: Path, jobs: int, progress: Progress) -> list[TensorReport]:
-    """Write one file whole and flush it; return what was done to its changed tensors."""
-    header = _header(shard)
-    tasks = list(_tasks(shard, len(header)))
-    with path.open("xb") as file:
-        target = file.fileno()
-        write_all(target, header, 0)
-        os.truncate(target, len(header) + shard.nbytes)
-        work = partial(_done, target=target, progress=progress)
-        reports = _in_pool(work, tasks, jobs)
-    synced(path)
-    return [report for report in reports if report is not None]
-
-
-def _in_pool(
-    work: Callable[[Any], TensorReport | None], tasks: Sequence[Any], jobs: int
-) -> list[TensorReport | None]:
-    if jobs == 1:
-        return [work(task) for task in tasks]
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            return list(pool.map(work, tasks))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _done(
-    task: _Run | tuple[Change, int], *, target: int, progress: Progress
-) -> TensorReport | None:
-    if isinstance(task, _Run):
-        source = os.open(task.path, os.O_RDONLY)
-        try:
-            copy_range(source, task.begin, target, task.at, task.length)
-        finally:
-            os.close(source)
-        progress(task.length)
-        return None
-    change, begin = task
-    merger = Merger(change)
-
-    def sums() -> Iterator[Any]:
-        for place in merger.places():
-            data, part = merger.block(place)
-            write_all(target, data, begin + merger.offset(place))
-            progress(len(data))
-            yield part
-
-    found = total(sums())
-    return merger.report(found) if change.steps else None
-
-
-def _tasks(shard: Shard, begin: int) -> Iterator[_Run | tuple[Change, int]]:
-    """Yield computed tensors first, the longest work, then runs of untouched bytes."""
-    at = begin
-    runs: list[_Run] = []
-    for entry in shard.entries:
-        span = entry.tensor.read
-        if entry.change is not None:
-            yield entry.change, at
-        elif isinstance(span, FileSlice):
-            last = runs[-1] if runs else None
-            joins = (
-                last is not None
-                and (last.path, last.begin + last.length, last.at + last.length)
-                == (span.path, span.offset, at)
-                and last.length + span.length <= _RUN
-            )
-            if last is not None and joins:
-                runs[-1] = _Run(last.path, last.begin, last.at, last.length + span.length)
-            else:
-                runs.append(_Run(span.path, span.offset, at, span.length))
+def _pieces(entries: Sequence[Entry], at: int) -> Iterator[Piece]:
+    for entry in entries:
+        yield Piece(at, entry.change or cast("FileSlice", entry.tensor.read))
         at += entry.tensor.nbytes
-    yield from runs
+
+
+def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Yield the pieces, byte ranges that are neighbours in the base as one."""
+    held: Piece | None = None
+    for piece in pieces:
+        before, here = held.content if held else None, piece.content
+        if (
+            held is not None
+            and isinstance(before, FileSlice)
+            and isinstance(here, FileSlice)
+            and (before.path, before.offset + before.length) == (here.path, here.offset)
+        ):
+            length = before.length + here.length
+            held = Piece(held.at, FileSlice(before.path, before.offset, length))
+            continue
+        if held is not None:
+            yield held
+        held = piece
+    if held is not None:
+        yield held
 
 
 def _header(shard: Shard) -> bytes:

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from adapterkit.dtype import DType
 from adapterkit.model import LoraPair
 from adapterkit.tensor import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """DoRA's magnitudes of a stored tensor, one for each row that factors write to.
+
+    Attributes:
+        values: (out,), or (E, out) of stacked experts.
+        covered: of the same shape, which rows have one; None for all. Rows of a fused tensor, or
+            experts, that were trained without DoRA have none.
+    """
+
+    values: LazyTensor
+    covered: np.ndarray[Any, np.dtype[np.bool_]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +39,7 @@ class Product:
         pair: the factors.
         weight: w, on top of the pair's own scale.
         turned: whether the base stores (in, out), or an embedding's (vocabulary, width).
-        magnitude: (out,) of DoRA, in the order of the stored rows.
+        magnitude: of DoRA, in the order of the stored rows.
     """
 
     label: str
@@ -30,7 +47,7 @@ class Product:
     pair: LoraPair
     weight: float
     turned: bool
-    magnitude: LazyTensor | None = None
+    magnitude: Magnitude | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +116,9 @@ class Change:
         steps: in the order of the adapters; none for a mere change of type.
         dtype: the type to store.
         shape: the shape to store; more rows than the source only where all of them are replaced.
+        via: a type that the result is rounded to before it is quantised, as a file of that type
+            would have held it.
+        least: the smallest survival at which the change is stored.
     """
 
     name: str
@@ -106,6 +126,8 @@ class Change:
     steps: tuple[Step, ...]
     dtype: DType
     shape: tuple[int, ...]
+    via: DType | None = None
+    least: float = 0.0
 
     @property
     def stored(self) -> LazyTensor:
