@@ -4,6 +4,9 @@ A block that starts with ```console holds lines `$ command`, each followed by wh
 and stderr together, and by `[exit N]` unless N is 0. The blocks of a file run one after the other
 in one directory that starts with copies of the adapters and bases in fixtures/peft/.
 
+Errors below 1e-6 are rounding, of which the last digits and the worst module depend on the machine's
+BLAS: of two such errors only the size is compared.
+
 To write down what the program prints now: ADAPTERKIT_ACCEPT=1 pytest tests/test_transcripts.py
 """
 
@@ -21,6 +24,7 @@ from terminal import PEFT
 
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.md"))
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
+ROUNDING = re.compile(r"\b\d(\.\d+)?e-(0[7-9]|1\d)( \([\w.]+\))?")
 TIME_LIMIT = 60.0  # seconds; a hang must end
 
 
@@ -65,7 +69,8 @@ def test_terminal_looks_as_written(path: Path, tmp_path: Path) -> None:
     now = BLOCK.sub(lambda block: played(block[0], work, shell), written)
     if os.environ.get("ADAPTERKIT_ACCEPT"):
         path.write_text(now, encoding="utf-8")
-    assert now == path.read_text(encoding="utf-8")
+    wanted = path.read_text(encoding="utf-8")
+    assert ROUNDING.sub("(rounding)", now) == ROUNDING.sub("(rounding)", wanted)
 
 
 def test_every_command_has_a_transcript() -> None:
