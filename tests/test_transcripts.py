@@ -4,7 +4,7 @@ A block that starts with ```console holds lines `$ command`, each followed by wh
 and stderr together, and by `[exit N]` unless N is 0. The blocks of a file run one after the other
 in one directory that starts with copies of the adapters and bases in fixtures/peft/.
 
-Errors below 1e-6 are rounding, of which the last digits and the worst module depend on the machine's
+Errors below 1e-6 are rounding; their last digits, and the worst module, depend on the machine's
 BLAS: of two such errors only the size is compared.
 
 To write down what the program prints now: ADAPTERKIT_ACCEPT=1 pytest tests/test_transcripts.py

@@ -115,7 +115,7 @@ def _text(report: MergeIntoReport) -> str:
         rendering.printable(report.destination),
         report.format,
         f"{rendering.count(len(report.tensors), 'tensor')} changed",
-        f"{report.untouched:,} copied",
+        f"{report.untouched:,} unchanged",
         rendering.size(report.bytes),
     ]
     return "\n".join(["  ".join(facts), _update(report)])

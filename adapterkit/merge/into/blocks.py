@@ -140,7 +140,7 @@ class Merger:
         """Return what the change did, from the sums of all blocks."""
         return TensorReport(
             tensor=self.change.name,
-            modules=tuple(dict.fromkeys(step.module for step in self.change.steps)),
+            modules=self.change.modules,
             stored=self.change.source.dtype.value,
             dtype=self.change.dtype.value,
             relative_norm=(sums.update / sums.base) ** 0.5 if sums.base else None,

@@ -62,11 +62,17 @@ def _products(source: Source, base: BaseModel) -> Iterator[tuple[str, Product]]:
         )
     magnitudes = _magnitudes(source, base)
     for pair in mapped.pairs:
-        origin = mapped.sources[pair.module][0]
-        magnitude = magnitudes.get(pair.module)
-        weight = source.weight_of(origin)
-        name = f"{pair.module}.weight"
-        yield name, Product(source.label, origin, pair, weight, pair.embedding, magnitude)
+        origin, *others = mapped.sources[pair.module]
+        product = Product(
+            source.label,
+            origin,
+            pair,
+            source.weight_of(origin),
+            pair.embedding,
+            magnitudes.get(pair.module),
+            tuple(others),
+        )
+        yield f"{pair.module}.weight", product
 
 
 def _magnitudes(source: Source, base: BaseModel) -> dict[str, Magnitude]:

@@ -93,12 +93,14 @@ def checkpoint_steps(source: Source, names: HuggingFaceNames) -> dict[str, list[
             unknown.append(pair)
         else:
             found[name].append(_product(source, names, name, pair))
-    for pair, origin, magnitude in _respelled(source, names, unknown):
+    for pair, (origin, *others), magnitude in _respelled(source, names, unknown):
         name = names.of(pair.module)
         if name is None:
             raise _absent(source, names, origin)
         product = _product(source, names, name, pair)
-        found[name].append(replace(product, module=origin, magnitude=magnitude))
+        found[name].append(
+            replace(product, module=origin, magnitude=magnitude, others=tuple(others))
+        )
     for key, tensor in source.adapter.tensors.items():
         for name, step in _beside(source, names, key, tensor):
             found[name].append(step)
@@ -148,8 +150,11 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 def _respelled(
     source: Source, names: HuggingFaceNames, pairs: list[LoraPair]
-) -> Iterator[tuple[LoraPair, str, Magnitude | None]]:
-    """Yield updates under the checkpoint's spelling of experts, by way of llama.cpp's names."""
+) -> Iterator[tuple[LoraPair, list[str], Magnitude | None]]:
+    """Yield updates under the checkpoint's spelling of experts, by way of llama.cpp's names.
+
+    With each, the modules that it was made from, and its magnitudes.
+    """
     if not pairs:
         return
     base = names.base
@@ -165,7 +170,7 @@ def _respelled(
     magnitudes = moved_magnitudes(source, pairs, move)
     for pair in back.pairs:
         origins = [o for part in back.sources[pair.module] for o in there.sources[part]]
-        yield pair, origins[0], magnitudes.get(pair.module)
+        yield pair, origins, magnitudes.get(pair.module)
 
 
 def _beside(

@@ -40,6 +40,7 @@ class Product:
         weight: w, on top of the pair's own scale.
         turned: whether the base stores (in, out), or an embedding's (vocabulary, width).
         magnitude: of DoRA, in the order of the stored rows.
+        others: more adapted modules, whose rows stand in the same tensor.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Product:
     weight: float
     turned: bool
     magnitude: Magnitude | None = None
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,14 @@ class Change:
     shape: tuple[int, ...]
     via: DType | None = None
     least: float = 0.0
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Adapted modules and parameters that go into it, each once."""
+        found: list[str] = []
+        for step in self.steps:
+            found += [step.module, *(step.others if isinstance(step, Product) else ())]
+        return tuple(dict.fromkeys(found))
 
     @property
     def stored(self) -> LazyTensor:
