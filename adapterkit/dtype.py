@@ -22,6 +22,7 @@ class DType(StrEnum):
     BF16 = "BF16"
     F8_E4M3 = "F8_E4M3"
     F8_E5M2 = "F8_E5M2"
+    F8_E8M0 = "F8_E8M0"
     I64 = "I64"
     I32 = "I32"
     I16 = "I16"
@@ -126,6 +127,7 @@ _EXTENDED = {
     DType.BF16: "bfloat16",
     DType.F8_E4M3: "float8_e4m3fn",
     DType.F8_E5M2: "float8_e5m2",
+    DType.F8_E8M0: "float8_e8m0fnu",
 }
 # (elements, bytes) of a block; the quantised rows are ggml's type traits.
 _BLOCKS = {
@@ -135,6 +137,7 @@ _BLOCKS = {
     DType.BF16: (1, 2),
     DType.F8_E4M3: (1, 1),
     DType.F8_E5M2: (1, 1),
+    DType.F8_E8M0: (1, 1),
     DType.I64: (1, 8),
     DType.I32: (1, 4),
     DType.I16: (1, 2),

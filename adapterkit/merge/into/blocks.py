@@ -6,11 +6,12 @@ Memory is a block and the factors, whatever the size of the tensor; ΔW is never
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapterkit.base.decoding import RowReader
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.merge.into.report import TensorReport
@@ -268,8 +269,8 @@ def _geometry(change: Change) -> tuple[int, int, int]:
     )
     matrices = shape[0] if stacked else 1
     rows = shape[1] if stacked else shape[0]
-    if change.dtype.quantised or change.source.dtype.quantised:
-        # Blocks run along the last axis only.
+    if not change.steps or change.dtype.quantised or change.source.dtype.quantised:
+        # Blocks run along the last axis only; and what is only decoded has no matrices to keep.
         rows = change.stored.size // (matrices * shape[-1])
     return matrices, rows, change.stored.size // (matrices * rows)
 
@@ -308,13 +309,16 @@ def _check_finite(values: Array, step: Any) -> None:
 
 
 def _rows(tensor: LazyTensor, begin: int, end: int, columns: int) -> LazyTensor:
-    """Return rows of a stored tensor as a byte range of their own."""
-    width = tensor.dtype.nbytes((columns,))
-    span = tensor.read
-    if not isinstance(span, FileSlice):
-        raise TypeError(f"{tensor} is no byte range of a file")
-    part = FileSlice(span.path, span.offset + begin * width, (end - begin) * width)
-    return LazyTensor(tensor.dtype, (end - begin, columns), part)
+    """Return rows of a tensor: a byte range of their own, or decoded by its reader."""
+    span, shape = tensor.read, (end - begin, columns)
+    if isinstance(span, FileSlice):
+        width = tensor.dtype.nbytes((columns,))
+        part = FileSlice(span.path, span.offset + begin * width, (end - begin) * width)
+        return LazyTensor(tensor.dtype, shape, part)
+    if not isinstance(span, RowReader):
+        raise TypeError(f"{tensor} is no byte range of a file, and cannot be read by rows")
+    times = columns // tensor.shape[-1]
+    return LazyTensor(tensor.dtype, shape, partial(span.rows, begin * times, end * times))
 
 
 def _decoded(tensor: LazyTensor, kind: np.dtype[Any]) -> Array:

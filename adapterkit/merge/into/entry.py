@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
 from adapterkit.convert import stored_type
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.merge.into.checkpoint import plan_checkpoint, write_checkpoint
+from adapterkit.merge.into.checkpoint import checked, plan_checkpoint, write_checkpoint
 from adapterkit.merge.into.gguf import check_type, merge_gguf
 from adapterkit.merge.into.journal import plan_hash, staged_directory
 from adapterkit.merge.into.progress import counter
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from adapterkit.base.model import BaseModel
+    from adapterkit.base.quantised import DecodedBase
     from adapterkit.dtype import DType
     from adapterkit.merge.into.report import TensorReport
     from adapterkit.merge.planning import Source
@@ -39,6 +42,7 @@ def merge_into(
     dtype: str | None = None,
     gguf_type: str | None = None,
     tied: str | None = None,
+    dequantize: bool = False,
     resume: bool = False,
     force: bool = False,
     jobs: int | None = None,
@@ -61,6 +65,8 @@ def merge_into(
             default those four are kept and all other types become q8_0.
         tied: `shared` or `untie`, where the base has one table for embedding and output and it is
             changed.
+        dequantize: decode a Hugging Face base that is quantised as fp8 or MXFP4, all of it, to 16
+            bits or `dtype`, and add to the decoded values.
         resume: go on where a killed merge with the same arguments ended.
         force: replace the destination, or keep a GGUF type that loses much of the update.
         jobs: tensors at a time; by default one for each processor, 4 at most.
@@ -78,6 +84,10 @@ def merge_into(
     destination = Path(destination)
     opened = open_base(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
+    if dequantize and opened.kind == "gguf":
+        raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
+    decoded = checked(opened, dequantize=dequantize) if opened.kind == "hf" else None
+    opened = decoded.base if decoded else opened
     if resume and opened.kind == "gguf":
         raise UsageError("a GGUF file is written in one go; leave out --resume")
     adapters, opened, notes = read_sources([Path(s) for s in sources], weights, opened)
@@ -102,13 +112,17 @@ def merge_into(
             destination,
             dtype=stored_type(dtype) if dtype else None,
             tied=tied,
+            decoded=replace(decoded, base=opened) if decoded else None,
             resume=resume,
             force=force,
             jobs=workers,
             progress=progress,
         )
     notes = (*notes, *_order(adapters), *more)
-    return _report(adapters, opened, destination, tensors, notes)
+    if dequantize and decoded is None:
+        notes = (*notes, "the base is not quantised; dequantize changes nothing")
+    report = _report(adapters, opened, destination, tensors, notes)
+    return _with_decoded(report, decoded) if decoded else report
 
 
 def _check_places(
@@ -133,13 +147,14 @@ def _merge_directory(
     *,
     dtype: DType | None,
     tied: str | None,
+    decoded: DecodedBase | None,
     resume: bool,
     force: bool,
     jobs: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied)
-    settings = {"dtype": dtype, "tied": tied}
+    plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied, decoded=decoded)
+    settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None}
     key = plan_hash(sources, [shard.path for shard in plan.shards], settings)
     count = counter(plan.nbytes, progress)
     with staged_directory(destination, key, resume=resume, force=force) as (staging, journal):
@@ -169,6 +184,29 @@ def _report(
         min_survival=min(survivals, default=None),
         warnings=_warnings(tensors),
         notes=tuple(notes),
+    )
+
+
+def _with_decoded(report: MergeIntoReport, decoded: DecodedBase) -> MergeIntoReport:
+    """Say what was decoded, and what is no longer there."""
+    changed = {tensor.tensor for tensor in report.tensors}
+    merely = [name for name in decoded.stored if name not in changed]
+    stored = [
+        replace(tensor, stored=decoded.stored.get(tensor.tensor, tensor.stored))
+        for tensor in report.tensors
+    ]
+    notes: list[str] = []
+    if decoded.left_out:
+        kinds = Counter(name.rpartition(".")[2] for name in decoded.left_out)
+        shown = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        notes = [f"left out, being about activations or the cache in 8 bits: {shown}"]
+    return replace(
+        report,
+        tensors=tuple(stored),
+        untouched=report.untouched - len(merely),
+        decoded=len(merely),
+        left_out=decoded.left_out,
+        notes=(*report.notes, *notes),
     )
 
 
