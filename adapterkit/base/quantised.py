@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from adapterkit.base.decoding import PackedRows, ScaledRows
+from adapterkit.base.model import BaseModel
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Iterator
 
-    from adapterkit.base.model import BaseModel
     from adapterkit.base.schemes import Scheme
     from adapterkit.storage import FileSlice
 
@@ -90,7 +91,9 @@ def _pairs(base: BaseModel, scheme: Scheme) -> Iterator[tuple[str, tuple[str, st
         if narrow and scales:
             if len(scales) > 1 or scales[0] not in base.tensors:
                 raise FormatError(
-                    f"needs one tensor of scales, of {', '.join(scales)}", path=base.path, where=name
+                    f"needs one tensor of scales, of {', '.join(scales)}",
+                    path=base.path,
+                    where=name,
                 )
             yield parameter, (name, scales[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from adapterkit.dtype import DType
 from adapterkit.json_file import read_json_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from adapterkit.base.model import BaseModel
 
@@ -111,9 +112,12 @@ def _config(base: BaseModel) -> Mapping[str, Any] | None:
 
 
 def _scheme(row: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
-    tuples = {key: tuple(value) for key, value in row.items() if isinstance(value, list)}
-    types = tuple(DType[name] for name in row["types"])
-    return Scheme(**{**row, **tuples, "types": types, "config": config})
+    fields: dict[str, Any] = {
+        key: tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+        for key, value in row.items()
+    }
+    fields["types"] = tuple(DType[name] for name in row["types"])
+    return Scheme(**fields, config=config)
 
 
 def _holds(when: Mapping[str, Sequence[Any]], config: Mapping[str, Any]) -> bool:

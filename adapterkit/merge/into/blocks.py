@@ -27,6 +27,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # Elements of a block: small enough for all passes to stay in the cache, and for malloc to reuse it.
 BLOCK = 1 << 15
 _STACK = 3
+_EXPONENT = {DType.F16: 0x7C00, DType.BF16: 0x7F80}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,15 @@ class Sums:
 class Merger:
     """Computes a change, block by block, in any order.
 
-    Sums are formed in float32 for bases of 16 bits and fewer, in float64 for others, for all
-    adapters together, and rounded once.
+    Sums are formed in float64 where float32 becomes float32 and for float64, in float32 for others,
+    for all adapters together, and rounded once.
     """
 
     def __init__(self, change: Change) -> None:
         self.change = change
         self.matrices, self.rows, self.columns = _geometry(change)
-        wide = change.source.dtype in {DType.F32, DType.F64} or change.dtype is DType.F64
+        kinds = {change.source.dtype, change.dtype}
+        wide = DType.F64 in kinds or kinds == {DType.F32}
         self.kind = np.dtype(np.float64 if wide else np.float32)
 
     def prepare(self) -> None:
@@ -95,12 +97,18 @@ class Merger:
             FormatError: if an adapter holds NaN or infinity.
             UnsupportedError: if the stored type cannot hold a value.
         """
+        if self._unchanged:
+            rows = place.matrix * self.rows
+            found = self._found(rows + place.start, rows + place.stop)
+            return memoryview(found.tobytes()), Sums()
         base = self._base(place)
         merged = base.copy()
         for operation in self._operations:
             merged = operation.apply(merged, base, place)
         data = encode(merged, self.change.dtype)
         if not self.change.steps:
+            if _overflows(data, self.change.dtype) and np.isfinite(base).all():
+                self._refuse(base)
             return data, Sums()
         shape = (place.stop - place.start, self.columns)
         rounded = _decoded(LazyTensor(self.change.dtype, shape, lambda: data), self.kind)
@@ -126,17 +134,26 @@ class Merger:
         if not np.isfinite(base).all():
             raise FormatError("the base holds NaN or infinity", where=where)
         raise UnsupportedError(
-            f"a merged value does not fit {self.change.dtype}; store a wider type (--dtype, or "
+            f"a value does not fit {self.change.dtype}; store a wider type (--dtype, or "
             "--gguf-type for a GGUF base)",
             where=where,
         )
+
+    @property
+    def _unchanged(self) -> bool:
+        """Whether the rows of the source are those to store."""
+        source, change = self.change.source, self.change
+        return not change.steps and (source.dtype, source.shape) == (change.dtype, change.shape)
+
+    def _found(self, begin: int, end: int) -> LazyTensor:
+        return _rows(self.change.source, begin, end, self.columns)
 
     def _base(self, place: Place) -> Array:
         source = self.change.source
         have = source.size // (self.matrices * self.columns)
         stop = min(place.stop, have)
         begin = place.matrix * have + min(place.start, stop)
-        found = _rows(source, begin, begin + max(0, stop - place.start), self.columns)
+        found = self._found(begin, begin + max(0, stop - place.start))
         values = _decoded(found, self.kind)
         missing = place.stop - place.start - len(values)
         return np.pad(values, ((0, missing), (0, 0))) if missing else values
@@ -323,6 +340,14 @@ def _rows(tensor: LazyTensor, begin: int, end: int, columns: int) -> LazyTensor:
 
 def _decoded(tensor: LazyTensor, kind: np.dtype[Any]) -> Array:
     return np.asarray(tensor.numpy(), dtype=kind)
+
+
+def _overflows(data: memoryview, dtype: DType) -> bool:
+    """Tell whether numbers of 16 bits hold infinity or NaN, by their exponents."""
+    if dtype not in _EXPONENT:
+        return False
+    exponents = np.frombuffer(data, np.uint16) & _EXPONENT[dtype]
+    return bool(exponents.size and exponents.max() == _EXPONENT[dtype])
 
 
 def _inner(first: Array, second: Array) -> float:

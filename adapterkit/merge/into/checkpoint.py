@@ -114,9 +114,7 @@ def plan_checkpoint(
     others, left_out = _other_files(base.path, own)
     if decoded:
         others = tuple(path for path in others if str(path) not in BESIDE)
-    return CheckpointPlan(
-        base, tuple(shards), fields, others, left_out, FIELDS if decoded else ()
-    )
+    return CheckpointPlan(base, tuple(shards), fields, others, left_out, FIELDS if decoded else ())
 
 
 def checked(base: BaseModel, *, dequantize: bool) -> DecodedBase | None:

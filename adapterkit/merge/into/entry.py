@@ -112,7 +112,7 @@ def merge_into(
             destination,
             dtype=stored_type(dtype) if dtype else None,
             tied=tied,
-            decoded=replace(decoded, base=opened) if decoded else None,
+            decoded=decoded,
             resume=resume,
             force=force,
             jobs=workers,
