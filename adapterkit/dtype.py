@@ -77,6 +77,11 @@ class DType(StrEnum):
         """Whether the values are real numbers, plain or quantised."""
         return self.quantised or (self.value[0] in "FB" and self is not DType.BOOL)
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the values of a base's weight mean nothing without scales stored beside them."""
+        return self.value.startswith("F8_")
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a tensor of `shape` takes; shapes must hold whole blocks."""
         count = 1

@@ -16,7 +16,11 @@ import transformers
 from engine import BaseFixture, family_row, logprobs, make_adapter, make_base, max_kl, prompts_for
 from quantised_bases import EXPERTS, FP8, Q, logical, stored_alone, tensors_of
 
-from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit import read
+from adapterkit.audit.against_base import against_base
+from adapterkit.base import open_base
+from adapterkit.convert import convert
+from adapterkit.errors import BaseRequiredError, UnsupportedError, UsageError
 from adapterkit.merge.into import merge_into
 
 if TYPE_CHECKING:
@@ -249,3 +253,39 @@ def test_bases_that_are_not_quantised_need_no_decoding(
     assert any("not quantised" in note for note in report.notes)
     with pytest.raises(UsageError, match="dequantize is for Hugging Face bases"):
         merge_into([tmp_path / "adapter"], base.gguf, tmp_path / "o.gguf", dequantize=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_the_audit_measures_a_quantised_base_as_it_decodes(
+    family: str, bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    base = bases[family]
+    into = (
+        mxfp4_base(base, tmp_path / "base")
+        if family == "gpt-oss"
+        else quantising.quantised(base.hf, tmp_path / "base", FP8, blocks_of((16, 16)))
+    )
+    make_adapter(base, tmp_path / "adapter")
+    adapter = read(tmp_path / "adapter")
+    found = against_base(adapter, open_base(into))
+    weights = {name: x.float() for name, x in loaded(into).state_dict().items()}
+    kinds = {row.dtype for row in found.weights}
+    assert kinds == ({"MXFP4", "F32"} if family == "gpt-oss" else {"F8_E4M3", "F32"})
+    for row in found.weights:
+        whole = weights.get(f"{row.tensor}.weight", weights.get(row.tensor))
+        assert whole is not None
+        each = whole if row.expert is None else whole[row.expert]
+        assert row.base_frobenius_norm == pytest.approx(float(each.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialisation_from_a_quantised_base_is_not_taken_from_its_codes(
+    init: str, bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    into = quantising.quantised(bases["llama"].hf, tmp_path / "base", FP8, blocks_of((16, 16)))
+    make_adapter(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["init_lora_weights"] = init
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseRequiredError, match=r"q_proj: is stored as F8_E4M3.*was quantised"):
+        convert(tmp_path / "adapter", tmp_path / "out.gguf", base=into)

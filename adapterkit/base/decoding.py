@@ -44,6 +44,11 @@ class RowReader(ABC):
     def path(self) -> Path:
         """The file that holds the values."""
 
+    @property
+    @abstractmethod
+    def stored(self) -> DType:
+        """The type that the values are stored as."""
+
     @abstractmethod
     def rows(self, begin: int, end: int) -> memoryview:
         """Return the bytes of rows [begin, end) of the tensor as (-1, last axis)."""
@@ -69,6 +74,11 @@ class ScaledRows(RowReader):
     def path(self) -> Path:
         """The file that holds the values."""
         return _span(self.values).path
+
+    @property
+    def stored(self) -> DType:
+        """An 8-bit float."""
+        return self.values.dtype
 
     def __call__(self) -> memoryview:
         """Decode the whole tensor."""
@@ -133,6 +143,11 @@ class PackedRows(RowReader):
         """The file that holds the values."""
         return _span(self.values).path
 
+    @property
+    def stored(self) -> DType:
+        """MXFP4, by the name that ggml has for it; this layout is another one."""
+        return DType.MXFP4
+
     def __call__(self) -> memoryview:
         """Decode the whole tensor."""
         experts, _, groups, _ = self.values.shape
@@ -184,6 +199,11 @@ class PackedRows(RowReader):
         found = codes.reshape(height, groups, width), exponents.reshape(height, groups)
         _opened.expert = (self, expert, found)
         return found
+
+
+def stored_type(tensor: LazyTensor) -> DType:
+    """Return the type of a tensor in its file, whatever it is decoded to."""
+    return tensor.read.stored if isinstance(tensor.read, RowReader) else tensor.dtype
 
 
 def _four_bits(codes: Array, exponents: Array) -> Array:

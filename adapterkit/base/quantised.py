@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from adapterkit.base.decoding import PackedRows, ScaledRows
+from adapterkit.base.decoding import PackedRows, ScaledRows, stored_type
 from adapterkit.base.model import BaseModel
+from adapterkit.base.schemes import FIELDS, Scheme, quantisation
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.tensor import LazyTensor
@@ -16,7 +17,6 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adapterkit.base.schemes import Scheme
     from adapterkit.storage import FileSlice
 
 _PLAIN = {DType.F64, DType.F32, DType.F16, DType.BF16}
@@ -69,13 +69,25 @@ def decoded(base: BaseModel, scheme: Scheme) -> DecodedBase:
         elif name not in used and name not in left:
             _check_plain(name, tensor, scheme, base)
             tensors[name] = tensor
+    facts = {key: value for key, value in base.facts.items() if key not in FIELDS}
     parts = [base.tensors[name] for name in (*used, *left)]
     return DecodedBase(
-        base=replace(base, tensors=tensors, names=frozenset(tensors)),
-        stored={p: _stored_type(base.tensors[values], scheme) for p, (values, _) in taken.items()},
+        base=replace(base, tensors=tensors, names=frozenset(tensors), facts=facts),
+        stored={name: stored_type(tensors[name]).value for name in taken},
         left_out=left,
         files=frozenset(cast("FileSlice", part.read).path for part in parts),
     )
+
+
+def as_floats(base: BaseModel) -> BaseModel:
+    """Return a base decoded where that is possible, for those who only look at its weights.
+
+    Raises:
+        FormatError: if quantised values and scales do not belong together.
+        UnsupportedError: if something is stored in a way that is not known.
+    """
+    scheme = quantisation(base) if base.kind == "hf" and base.has_tensors else None
+    return decoded(base, scheme).base if isinstance(scheme, Scheme) else base
 
 
 def _pairs(base: BaseModel, scheme: Scheme) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -114,10 +126,6 @@ def _refused(what: str, name: str, scheme: Scheme, base: BaseModel) -> Unsupport
         path=base.path,
         where=name,
     )
-
-
-def _stored_type(values: LazyTensor, scheme: Scheme) -> str:
-    return DType.MXFP4.value if scheme.packed else values.dtype.value
 
 
 def _decoded(

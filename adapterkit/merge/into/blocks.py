@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapterkit.base.decoding import RowReader
+from adapterkit.base.decoding import RowReader, stored_type
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.merge.into.report import TensorReport
@@ -61,15 +61,14 @@ class Sums:
 class Merger:
     """Computes a change, block by block, in any order.
 
-    Sums are formed in float64 where float32 becomes float32 and for float64, in float32 for others,
-    for all adapters together, and rounded once.
+    Sums are formed in float32 for bases of 16 bits and fewer, in float64 for others, for all
+    adapters together, and rounded once.
     """
 
     def __init__(self, change: Change) -> None:
         self.change = change
         self.matrices, self.rows, self.columns = _geometry(change)
-        kinds = {change.source.dtype, change.dtype}
-        wide = DType.F64 in kinds or kinds == {DType.F32}
+        wide = stored_type(change.source) in {DType.F32, DType.F64} or change.dtype is DType.F64
         self.kind = np.dtype(np.float64 if wide else np.float32)
 
     def prepare(self) -> None:
@@ -123,7 +122,7 @@ class Merger:
         return TensorReport(
             tensor=self.change.name,
             modules=tuple(dict.fromkeys(step.module for step in self.change.steps)),
-            stored=self.change.source.dtype.value,
+            stored=stored_type(self.change.source).value,
             dtype=self.change.dtype.value,
             relative_norm=(sums.update / sums.base) ** 0.5 if sums.base else None,
             survival=sums.kept / sums.update if sums.update else None,

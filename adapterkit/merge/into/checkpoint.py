@@ -129,16 +129,15 @@ def checked(base: BaseModel, *, dequantize: bool) -> DecodedBase | None:
     scheme = quantisation(base)
     if isinstance(scheme, Refused):
         raise UnsupportedError(
-            f"is quantised ({scheme.name}), and rounding to its grid again would erase most of an "
+            f"is quantised ({scheme.name}), and rounding to its grid again would erase much of an "
             "update: merge into the 16-bit original, and quantise the result if you need to; "
             f"--dequantize decodes {decodable()}",
             path=base.path,
         )
     if scheme and not dequantize:
         raise UnsupportedError(
-            f"is quantised ({scheme.name}), and rounding to its grid again would erase most of an "
-            "update: pass --dequantize to store the whole result in 16 bits, or merge into the "
-            "16-bit original",
+            f"is quantised ({scheme.name}): pass --dequantize to store the whole result in 16 "
+            "bits, or merge into the 16-bit original",
             path=base.path,
         )
     _check_stored(base)

@@ -191,10 +191,6 @@ def _with_decoded(report: MergeIntoReport, decoded: DecodedBase) -> MergeIntoRep
     """Say what was decoded, and what is no longer there."""
     changed = {tensor.tensor for tensor in report.tensors}
     merely = [name for name in decoded.stored if name not in changed]
-    stored = [
-        replace(tensor, stored=decoded.stored.get(tensor.tensor, tensor.stored))
-        for tensor in report.tensors
-    ]
     notes: list[str] = []
     if decoded.left_out:
         kinds = Counter(name.rpartition(".")[2] for name in decoded.left_out)
@@ -202,7 +198,6 @@ def _with_decoded(report: MergeIntoReport, decoded: DecodedBase) -> MergeIntoRep
         notes = [f"left out, being about activations or the cache in 8 bits: {shown}"]
     return replace(
         report,
-        tensors=tuple(stored),
         untouched=report.untouched - len(merely),
         decoded=len(merely),
         left_out=decoded.left_out,
