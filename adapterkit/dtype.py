@@ -22,6 +22,7 @@ class DType(StrEnum):
     BF16 = "BF16"
     F8_E4M3 = "F8_E4M3"
     F8_E5M2 = "F8_E5M2"
+    F8_E8M0 = "F8_E8M0"
     I64 = "I64"
     I32 = "I32"
     I16 = "I16"
@@ -76,6 +77,11 @@ class DType(StrEnum):
         """Whether the values are real numbers, plain or quantised."""
         return self.quantised or (self.value[0] in "FB" and self is not DType.BOOL)
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the values of a base's weight mean nothing without scales stored beside them."""
+        return self.value.startswith("F8_")
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a tensor of `shape` takes; shapes must hold whole blocks."""
         count = 1
@@ -126,6 +132,7 @@ _EXTENDED = {
     DType.BF16: "bfloat16",
     DType.F8_E4M3: "float8_e4m3fn",
     DType.F8_E5M2: "float8_e5m2",
+    DType.F8_E8M0: "float8_e8m0fnu",
 }
 # (elements, bytes) of a block; the quantised rows are ggml's type traits.
 _BLOCKS = {
@@ -135,6 +142,7 @@ _BLOCKS = {
     DType.BF16: (1, 2),
     DType.F8_E4M3: (1, 1),
     DType.F8_E5M2: (1, 1),
+    DType.F8_E8M0: (1, 1),
     DType.I64: (1, 8),
     DType.I32: (1, 4),
     DType.I16: (1, 2),

@@ -306,6 +306,29 @@ def test_dtype_converts_the_whole_model(bases: dict[str, BaseFixture], tmp_path:
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in kept.values())
 
 
+def test_a_narrower_type_that_cannot_hold_the_base_is_refused(
+    bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    """Of a tensor that no adapter changes, too; what was infinite before is only copied."""
+    trained(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value, fits in ((1e5, False), (float("inf"), True), (6e4, True)):
+
+        def large(stored: dict[str, Any], value: float = value) -> dict[str, Any]:
+            stored[name][3, 5] = value
+            return stored
+
+        base = edited(bases["llama"].hf, tmp_path / f"base-{value}", large)
+        out = tmp_path / f"out-{value}"
+        if fits:
+            merge_into([tmp_path / "adapter"], base, out, dtype="f16")
+            assert load_file(out / "model.safetensors")[name][3, 5] == torch.tensor(value).half()
+        else:
+            with pytest.raises(UnsupportedError, match=f"{name}: a value does not fit F16"):
+                merge_into([tmp_path / "adapter"], base, out, dtype="f16")
+            assert not out.exists()
+
+
 def test_vocabulary_that_grew_is_stored_with_its_new_size(
     bases: dict[str, BaseFixture], tmp_path: Path
 ) -> None:
@@ -331,10 +354,10 @@ def test_vocabulary_that_grew_is_stored_with_its_new_size(
 
 
 def edited(source: Path, target: Path, change: Any) -> Path:
-    """Copy an adapter with its tensors changed."""
+    """Copy an adapter or a base with its tensors changed."""
     shutil.copytree(source, target)
-    stored = load_file(target / "adapter_model.safetensors")
-    tensors.save_file(change(stored), target / "adapter_model.safetensors")
+    (file,) = target.glob("*.safetensors")
+    tensors.save_file(change(load_file(file)), file, metadata={"format": "pt"})
     return target
 
 
@@ -373,13 +396,6 @@ def test_bad_adapters_are_named_and_leave_nothing(
 def test_refusals_say_what_to_do(bases: dict[str, BaseFixture], tmp_path: Path) -> None:
     trained(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
     adapters = [tmp_path / "adapter"]
-    quantised = tmp_path / "quantised"
-    shutil.copytree(bases["llama"].hf, quantised)
-    config = json.loads((quantised / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (quantised / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"quantised \(gptq\).*16-bit original"):
-        merge_into(adapters, quantised, tmp_path / "out")
     with pytest.raises(UsageError, match="the base itself"):
         merge_into(adapters, bases["llama"].hf, bases["llama"].hf / "inside")
     with pytest.raises(UsageError, match="1 adapters and 2 weights"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from adapterkit.audit.base_sites import NotCompared, sites
 from adapterkit.audit.krylov import Triplets, leading
 from adapterkit.audit.operators import Operator
 from adapterkit.audit.spectrum import factors, is_convolution, matrix_shape, not_finite
+from adapterkit.base.decoding import RowReader, stored_type
 from adapterkit.base.initialisation import without_base_change
+from adapterkit.base.quantised import as_floats
 from adapterkit.errors import (
     BaseRequiredError,
     FormatError,
@@ -51,7 +54,8 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
 
     Args:
         adapter: whole, its factors finite.
-        base: with weights: safetensors, or GGUF of types that the gguf package decodes.
+        base: with weights: safetensors, plain, fp8 or MXFP4, or GGUF of types that the gguf package
+            decodes.
         exact: whether to decompose W and W' for the definition of intruder dimensions: hours for a
             large model.
 
@@ -63,6 +67,7 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
     """
     if not base.has_tensors:
         raise BaseRequiredError("there are no weights here to compare with", path=base.path)
+    base = as_floats(base)
     # Of PiSSA and its like, B · A alone is not the update.
     adapter = without_base_change(adapter, base)
     base = base.suited([pair.module for pair in adapter.pairs()])
@@ -97,7 +102,7 @@ def _site(site: Site, base: BaseModel, *, exact: bool) -> Iterator[WeightAudit]:
             expert=each.expert,
             tensor=site.pair.module,
             shape=size,
-            dtype=site.stored.dtype.value,
+            dtype=stored_type(site.stored).value,
             kind="low-rank" if site.magnitude is None else "dora",
         )
         left = each.b * site.pair.scale
@@ -152,6 +157,9 @@ def _slice(stored: LazyTensor, index: int) -> LazyTensor:
     if isinstance(span := stored.read, FileSlice):
         part = FileSlice(span.path, span.offset + index * length, length)
         return LazyTensor(stored.dtype, shape, part)
+    if isinstance(span, RowReader):
+        rows = stored.size // stored.shape[0] // shape[-1]
+        return LazyTensor(stored.dtype, shape, partial(span.rows, index * rows, (index + 1) * rows))
     return LazyTensor.of(stored.numpy()[index])
 
 

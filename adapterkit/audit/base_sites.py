@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
     from adapterkit.model import AdapterTensorSet
 
-_SCALED = (DType.F8_E4M3, DType.F8_E5M2)
 _TABLE, _OUTPUT = "token_embd", "output"
 
 
@@ -102,9 +101,7 @@ def _without_magnitude(site: Site, magnitudes: Mapping[str, LazyTensor]) -> Site
     Raises:
         ValueError: if the tensor, or its type, says nothing of this module.
     """
-    if site.stored.dtype in _SCALED or not (
-        site.stored.dtype.floating or site.stored.dtype.quantised
-    ):
+    if site.stored.dtype.scaled or not (site.stored.dtype.floating or site.stored.dtype.quantised):
         kind = site.stored.dtype.value
         raise ValueError(f"is stored as packed {kind}; give the model before it was quantised")
     normed = [module for module in site.modules if module in magnitudes]

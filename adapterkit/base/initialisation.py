@@ -141,7 +141,7 @@ def _weight(pair: LoraPair, weights: BaseWeights) -> LazyTensor:
     if len(pair.shape) != _MATRIX or len(weight.shape) != _MATRIX:
         message = "is no linear layer; what its initialisation changed is not known"
         raise UnsupportedError(message, where=pair.module)
-    if not weight.dtype.floating or weight.dtype.quantised:
+    if not weight.dtype.floating or weight.dtype.quantised or weight.dtype.scaled:
         raise BaseRequiredError(
             f"is stored as {weight.dtype} in {weights.base.path}; give the model before it was "
             "quantised",

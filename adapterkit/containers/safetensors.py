@@ -40,6 +40,7 @@ _ORDER = (
     DType.F16,
     DType.U16,
     DType.I16,
+    DType.F8_E8M0,
     DType.F8_E4M3,
     DType.F8_E5M2,
     DType.I8,

@@ -66,7 +66,7 @@ def weight_of(base: BaseModel, module: str) -> LazyTensor:
     tensor = base.tensors.get(module + _WEIGHT)
     if tensor is None or len(tensor.shape) != _MATRIX:
         raise IncompatibleBaseError(f"{base.path} has no such linear layer", where=module)
-    if not tensor.dtype.floating or tensor.dtype.quantised:
+    if not tensor.dtype.floating or tensor.dtype.quantised or tensor.dtype.scaled:
         raise IncompatibleBaseError(
             f"its weight in {base.path} is stored as {tensor.dtype}; the weights that training saw "
             "are needed",

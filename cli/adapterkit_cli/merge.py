@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # A pool works on many modules, so a thread of numpy's own for each would only be in its way.
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+# What float32 leaves of a relative error differs from processor to processor.
+_ROUNDING = 1e-6
 
 
 def _method_names(
@@ -194,14 +196,20 @@ def _cost(merge: MergeReport) -> str:
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
     what = merge.method + (f" in the {merge.space} space" if merge.space else "")
     adapters = rendering.count(len(merge.adapters), "adapter")
-    error = rendering.short(merge.max_measured_error)
-    worst = max(merge.modules, key=lambda m: m.measured_error, default=None)
-    if worst is not None and worst.measured_error:
-        error += f" ({rendering.printable(worst.module)})"
     return (
         f"{what} of {adapters}: rank {shown}, {merge.retained_energy:.2%} of the energy, "
-        f"largest relative error {error}"
+        f"largest relative error {_error(merge)}"
     )
+
+
+def _error(merge: MergeReport) -> str:
+    """Return the error and its module; below what float32 leaves, neither says anything."""
+    worst = max(merge.modules, key=lambda m: m.measured_error, default=None)
+    if worst is None or not worst.measured_error:
+        return "0"
+    if worst.measured_error < _ROUNDING:
+        return f"below {_ROUNDING:g} (rounding)"
+    return f"{rendering.short(worst.measured_error)} ({rendering.printable(worst.module)})"
 
 
 def _proof(report: MergeFilesReport) -> str:

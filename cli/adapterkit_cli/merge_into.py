@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from adapterkit import MergeIntoReport
 
-_OWN = ("dtype", "gguf_type", "tied", "resume", "jobs")
+_OWN = ("dtype", "gguf_type", "tied", "dequantize", "resume", "jobs")
 _BOTH = ("weights", "force")
 
 
@@ -44,6 +44,11 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             "--tied",
             metavar="HOW",
             help="Where embedding and output are one table: change both (shared), or untie them.",
+        ),
+        click.option(
+            "--dequantize",
+            is_flag=True,
+            help="Where the base is stored as fp8 or MXFP4: store the whole result in 16 bits.",
         ),
         click.option("--resume", is_flag=True, help="Go on where a killed merge ended."),
         click.option("--jobs", type=click.IntRange(1), metavar="N", help="Tensors at a time."),
@@ -115,6 +120,7 @@ def _text(report: MergeIntoReport) -> str:
         rendering.printable(report.destination),
         report.format,
         f"{rendering.count(len(report.tensors), 'tensor')} changed",
+        *([f"{report.decoded:,} decoded"] if report.decoded else []),
         f"{report.untouched:,} unchanged",
         rendering.size(report.bytes),
     ]

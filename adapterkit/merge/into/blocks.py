@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapterkit.base.decoding import stored_type
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.merge.into.operations import Sum, operations
@@ -30,6 +31,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # share to be small.
 BLOCK = 1 << 17
 _STACK = 3
+_EXPONENT = {DType.F16: 0x7C00, DType.BF16: 0x7F80}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Merger:
     def __init__(self, change: Change) -> None:
         self.change = change
         self.matrices, self.rows, self.columns = _geometry(change)
-        wide = change.source.dtype in {DType.F32, DType.F64} or change.dtype is DType.F64
+        wide = stored_type(change.source) in {DType.F32, DType.F64} or change.dtype is DType.F64
         self.kind = np.dtype(np.float64 if wide else np.float32)
 
     @property
@@ -110,9 +112,16 @@ class Merger:
         return total
 
     def _block(self, place: Place, memory: _Memory) -> tuple[memoryview, Sums]:
+        if self._unchanged:
+            rows = place.matrix * self.rows
+            found = self._read(rows + place.start, rows + place.stop)
+            return memoryview(found.tobytes()), Sums()
         base = self.base_block(place, memory.base)
         if not self.change.steps:
-            return memory.stored(base, self.change.via), Sums()
+            data = memory.stored(base, self.change.via)
+            if _overflows(data, self.change.dtype) and np.isfinite(base).all():
+                self._refuse(base)
+            return data, Sums()
         merged, update = self._merged(place, base, memory)
         data = memory.stored(merged, self.change.via)
         rounded = memory.decoded(data, merged)
@@ -141,7 +150,7 @@ class Merger:
         return TensorReport(
             tensor=self.change.name,
             modules=self.change.modules,
-            stored=self.change.source.dtype.value,
+            stored=stored_type(self.change.source).value,
             dtype=self.change.dtype.value,
             relative_norm=(sums.update / sums.base) ** 0.5 if sums.base else None,
             survival=sums.kept / sums.update if sums.update else None,
@@ -152,7 +161,7 @@ class Merger:
         if not np.isfinite(base).all():
             raise FormatError("the base holds NaN or infinity", where=where)
         raise UnsupportedError(
-            f"a merged value does not fit {self.change.dtype}; store a wider type (--dtype, or "
+            f"a value does not fit {self.change.dtype}; store a wider type (--dtype, or "
             "--gguf-type for a GGUF base)",
             where=where,
         )
@@ -169,6 +178,12 @@ class Merger:
         np.copyto(rows[: stop - start], self._read(begin, begin + stop - start).numpy())
         rows[stop - start :] = 0
         return rows
+
+    @property
+    def _unchanged(self) -> bool:
+        """Whether the rows of the source are those to store."""
+        source, change = self.change.source, self.change
+        return not change.steps and (source.dtype, source.shape) == (change.dtype, change.shape)
 
     @cached_property
     def _read(self) -> Callable[[int, int], LazyTensor]:
@@ -226,6 +241,14 @@ def _geometry(change: Change) -> tuple[int, int, int]:
         # Blocks run along the last axis only.
         rows = change.stored.size // (matrices * shape[-1])
     return matrices, rows, change.stored.size // (matrices * rows)
+
+
+def _overflows(data: memoryview, dtype: DType) -> bool:
+    """Tell whether numbers of 16 bits hold infinity or NaN, by their exponents."""
+    if dtype not in _EXPONENT:
+        return False
+    exponents = np.frombuffer(data, np.uint16) & _EXPONENT[dtype]
+    return bool(exponents.size and exponents.max() == _EXPONENT[dtype])
 
 
 def _inner(first: Array, second: Array) -> float:

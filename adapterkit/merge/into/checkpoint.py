@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.base.model import BaseModel
+from adapterkit.base.quantised import decoded as decoded_base
+from adapterkit.base.schemes import BESIDE, FIELDS, Refused, decodable, quantisation
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
@@ -24,6 +26,7 @@ from adapterkit.storage import synced
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adapterkit.base.quantised import DecodedBase
     from adapterkit.merge.into.journal import Journal
     from adapterkit.merge.into.report import TensorReport
     from adapterkit.merge.into.steps import Step
@@ -51,6 +54,7 @@ class CheckpointPlan:
         config: fields of config.json to change.
         others: files to copy, relative to the base.
         left_out: files that hold other copies of the unmerged weights.
+        without: fields of config.json to leave out.
     """
 
     base: BaseModel
@@ -58,6 +62,7 @@ class CheckpointPlan:
     config: Mapping[str, Any]
     others: tuple[Path, ...]
     left_out: tuple[Path, ...]
+    without: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -66,15 +71,26 @@ class CheckpointPlan:
 
 
 def plan_checkpoint(
-    sources: Sequence[Source], base: BaseModel, *, dtype: DType | None, tied: str | None
+    sources: Sequence[Source],
+    base: BaseModel,
+    *,
+    dtype: DType | None,
+    tied: str | None,
+    decoded: DecodedBase | None = None,
 ) -> CheckpointPlan:
     """Decide what every stored tensor gets, before anything is written.
 
+    Args:
+        sources: the adapters.
+        base: the base; with `decoded`, that one.
+        dtype: type for all tensors, if not their own.
+        tied: what to do with tables that are one.
+        decoded: what of the base was quantised, if it was.
+
     Raises:
-        UnsupportedError: if the base is quantised, or a change has no right place in it.
+        UnsupportedError: if a change has no right place in the base.
         IncompatibleBaseError: if an adapter does not fit the base; names what.
     """
-    _check_stored(base)
     names = HuggingFaceNames(base)
     steps: dict[str, list[Step]] = {}
     for source in sources:
@@ -88,29 +104,48 @@ def plan_checkpoint(
         steps = resolved(steps, tying, tied)
         if tied == "untie" and output in steps:
             fields["tie_word_embeddings"] = False
-    changes = _changes(base, names, steps, dtype)
+    kinds = dict.fromkeys(decoded.stored, dtype or _sixteen_bits(base)) if decoded else {}
+    changes = _changes(base, names, steps, dtype, kinds)
     if dtype is not None:
         fields |= {"torch_dtype": _TORCH[dtype], "dtype": _TORCH[dtype]}
     fields |= _vocabulary(base, names, changes)
-    shards = planned_shards(base.tensors, changes)
-    others, left_out = _other_files(base.path, {shard.path.name for shard in shards})
-    return CheckpointPlan(base, tuple(shards), fields, others, left_out)
+    files = decoded.files if decoded else frozenset[Path]()
+    shards = planned_shards(base.tensors, changes, files)
+    own = {path.name for path in (*files, *(shard.path for shard in shards))}
+    others, left_out = _other_files(base.path, own)
+    if decoded:
+        others = tuple(path for path in others if str(path) not in BESIDE)
+    return CheckpointPlan(base, tuple(shards), fields, others, left_out, FIELDS if decoded else ())
+
+
+def checked(base: BaseModel, *, dequantize: bool) -> DecodedBase | None:
+    """Return the base decoded, or None if nothing says that it is quantised.
+
+    Raises:
+        UnsupportedError: if it is quantised and is not to be decoded, or cannot be; says what to
+            do.
+        NotFoundError: if shards are missing.
+        FormatError: if shards share a name, or quantised values and scales do not fit.
+    """
+    scheme = quantisation(base)
+    if isinstance(scheme, Refused):
+        raise UnsupportedError(
+            f"is quantised ({scheme.name}), and rounding to its grid again would erase much of an "
+            "update: merge into the 16-bit original, and quantise the result if you need to; "
+            f"--dequantize decodes {decodable()}",
+            path=base.path,
+        )
+    if scheme and not dequantize:
+        raise UnsupportedError(
+            f"is quantised ({scheme.name}): pass --dequantize to store the whole result in 16 "
+            "bits, or merge into the 16-bit original",
+            path=base.path,
+        )
+    _check_stored(base)
+    return decoded_base(base, scheme) if scheme else None
 
 
 def _check_stored(base: BaseModel) -> None:
-    quantisation = base.facts.get("quantization_config")
-    if quantisation:
-        method: Any = (
-            cast("Mapping[str, Any]", quantisation).get("quant_method", "unknown")
-            if isinstance(quantisation, dict)
-            else quantisation
-        )
-        raise UnsupportedError(
-            f"is quantised ({method}), and rounding to its grid again would erase most of an "
-            "update: merge into the 16-bit original and quantise the result, or have transformers "
-            "dequantise it and save_pretrained first",
-            path=base.path,
-        )
     if not base.has_tensors:
         raise UnsupportedError(
             "has no safetensors weights; save it with save_pretrained(safe_serialization=True)",
@@ -144,10 +179,12 @@ def _changes(
     names: HuggingFaceNames,
     steps: Mapping[str, Sequence[Step]],
     dtype: DType | None,
+    decoded: Mapping[str, DType],
 ) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     for name in dict.fromkeys((*base.tensors, *steps)):
-        source = base.tensors.get(name) or base.tensors[names.embedding or ""]
+        origin = name if name in base.tensors else names.embedding or ""
+        source = base.tensors[origin]
         given = tuple(steps.get(name, ()))
         if given and source.dtype not in _PLAIN:
             raise UnsupportedError(
@@ -156,12 +193,17 @@ def _changes(
                 path=base.path,
                 where=given[0].module,
             )
-        kind = dtype if dtype and source.dtype in _PLAIN else source.dtype
-        new = name not in base.tensors
-        if given or new or kind is not source.dtype:
+        kind = dtype if dtype and source.dtype in _PLAIN else decoded.get(origin, source.dtype)
+        if given or origin != name or origin in decoded or kind is not source.dtype:
             shape = _checked_shape(source, given, names.role(name))
             changes[name] = Change(name, source, given, kind, shape)
     return changes
+
+
+def _sixteen_bits(base: BaseModel) -> DType:
+    """Return the type of 16 bits that the model computes in; bfloat16 unless it says float16."""
+    named = base.facts.get("dtype") or base.facts.get("torch_dtype")
+    return DType.F16 if named == _TORCH[DType.F16] else DType.BF16
 
 
 def _checked_shape(source: LazyTensor, steps: Sequence[Step], role: str | None) -> tuple[int, ...]:
@@ -249,18 +291,21 @@ def write_checkpoint(
         target = staging / other
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.path / other, target)
-    if plan.config:
-        _edit_config(staging / "config.json", plan.config)
+    if plan.config or plan.without:
+        _edit_config(staging / "config.json", plan.config, plan.without)
     if (plan.base.path / INDEX).is_file():
         _write_index(plan, staging / INDEX)
     order = {name: place for place, name in enumerate(plan.base.tensors)}
     return sorted(reports, key=lambda report: order.get(report.tensor, len(order)))
 
 
-def _edit_config(path: Path, fields: Mapping[str, Any]) -> None:
+def _edit_config(path: Path, fields: Mapping[str, Any], without: Sequence[str]) -> None:
     """Set fields where the config has them, at the top and in the text tower; else at the top."""
     config = dict(read_json_object(path))
     inner = [cast("dict[str, Any]", value) for value in config.values() if isinstance(value, dict)]
+    for holder in (config, *inner):
+        for name in without:
+            holder.pop(name, None)
     for name, value in fields.items():
         holders = [each for each in (config, *inner) if name in each]
         aliases = {"dtype": "torch_dtype", "torch_dtype": "dtype"}

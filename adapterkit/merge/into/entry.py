@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
 from adapterkit.convert import stored_type
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.merge.into.checkpoint import plan_checkpoint, write_checkpoint
+from adapterkit.merge.into.checkpoint import checked, plan_checkpoint, write_checkpoint
 from adapterkit.merge.into.gguf import check_type, plan_gguf
 from adapterkit.merge.into.journal import plan_hash, staged_output
 from adapterkit.merge.into.progress import counter
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.base.model import BaseModel
+    from adapterkit.base.quantised import DecodedBase
     from adapterkit.dtype import DType
     from adapterkit.merge.into.report import TensorReport
     from adapterkit.merge.planning import Source
@@ -42,6 +44,7 @@ def merge_into(
     dtype: str | None = None,
     gguf_type: str | None = None,
     tied: str | None = None,
+    dequantize: bool = False,
     resume: bool = False,
     force: bool = False,
     jobs: int | None = None,
@@ -65,6 +68,8 @@ def merge_into(
             mixtures (`q4_k_m`, ...) quantises the whole merged model, of 16 or 32 bits before.
         tied: `shared` or `untie`, where the base has one table for embedding and output and it is
             changed.
+        dequantize: decode a Hugging Face base that is quantised as fp8 or MXFP4, all of it, to 16
+            bits or `dtype`, and add to the decoded values.
         resume: go on where a killed merge with the same arguments ended.
         force: replace the destination, or keep a GGUF type that loses much of the update.
         jobs: tensors at a time; by default one for each processor, 4 at most.
@@ -82,6 +87,10 @@ def merge_into(
     destination = Path(destination)
     opened = open_base(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
+    if dequantize and opened.kind == "gguf":
+        raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
+    decoded = checked(opened, dequantize=dequantize) if opened.kind == "hf" else None
+    opened = decoded.base if decoded else opened
     adapters, opened, notes = read_sources([Path(s) for s in sources], weights, opened)
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
@@ -92,9 +101,14 @@ def merge_into(
         tensors, more = _merge_file(adapters, opened, write, kind=gguf_type, tied=tied)
     else:
         stored = stored_type(dtype) if dtype else None
-        tensors, more = _merge_directory(adapters, opened, write, dtype=stored, tied=tied)
+        tensors, more = _merge_directory(
+            adapters, opened, write, dtype=stored, tied=tied, decoded=decoded
+        )
     notes = (*notes, *_order(adapters), *more)
-    return _report(adapters, opened, destination, tensors, notes)
+    if dequantize and decoded is None:
+        notes = (*notes, "the base is not quantised; dequantize changes nothing")
+    report = _report(adapters, opened, destination, tensors, notes)
+    return _with_decoded(report, decoded) if decoded else report
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +144,10 @@ def _merge_directory(
     *,
     dtype: DType | None,
     tied: str | None,
+    decoded: DecodedBase | None,
 ) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied)
-    settings = {"dtype": dtype, "tied": tied}
+    plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied, decoded=decoded)
+    settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None}
     key = plan_hash(sources, [shard.path for shard in plan.shards], settings)
     count = counter(sum(shard.nbytes for shard in plan.shards), write.progress)
     with staged_output(write.destination, key, resume=write.resume, force=write.force) as (
@@ -185,6 +200,24 @@ def _report(
         min_survival=min(survivals, default=None),
         warnings=_warnings(tensors),
         notes=tuple(notes),
+    )
+
+
+def _with_decoded(report: MergeIntoReport, decoded: DecodedBase) -> MergeIntoReport:
+    """Say what was decoded, and what is no longer there."""
+    changed = {tensor.tensor for tensor in report.tensors}
+    merely = [name for name in decoded.stored if name not in changed]
+    notes: list[str] = []
+    if decoded.left_out:
+        kinds = Counter(name.rpartition(".")[2] for name in decoded.left_out)
+        shown = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        notes = [f"left out, being about activations or the cache in 8 bits: {shown}"]
+    return replace(
+        report,
+        untouched=report.untouched - len(merely),
+        decoded=len(merely),
+        left_out=decoded.left_out,
+        notes=(*report.notes, *notes),
     )
 
 

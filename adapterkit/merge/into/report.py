@@ -40,6 +40,9 @@ class MergeIntoReport:
         tensors: every changed tensor, in the base's order.
         untouched: tensors of the base that no adapter changes; copied as bytes, unless the whole
             model is stored as another type.
+        decoded: tensors that no adapter changes, and that were quantised.
+        left_out: tensors of a quantised base that are about activations or the cache, and have no
+            place in the output.
         bytes: size of the output.
         min_survival: smallest of the tensors; None where nothing was changed.
         warnings: what the user should know.
@@ -55,5 +58,7 @@ class MergeIntoReport:
     untouched: int
     bytes: int
     min_survival: float | None
+    decoded: int = 0
+    left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -15,7 +15,9 @@ from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from adapterkit.base.decoding import RowReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +110,25 @@ def _header(shard: Shard) -> bytes:
     return len(data).to_bytes(PREFIX, "little") + data
 
 
-def planned_shards(tensors: Mapping[str, LazyTensor], changes: Mapping[str, Change]) -> list[Shard]:
+def planned_shards(
+    tensors: Mapping[str, LazyTensor],
+    changes: Mapping[str, Change],
+    other: Collection[Path] = (),
+) -> list[Shard]:
     """Return the files to write: the base's, in its order, with what is new beside what it is from.
+
+    Args:
+        tensors: the base's, stored or decoded.
+        changes: by name.
+        other: files of the base that hold more tensors than these, or others.
 
     Raises:
         UnsupportedError: if a new tensor is from nowhere in the base.
     """
     files: dict[Path, list[Entry]] = {}
-    rewritten: set[Path] = set()
+    rewritten = set(other)
     for name, tensor in tensors.items():
-        path = cast("FileSlice", tensor.read).path
+        path = _file(tensor)
         change = changes.get(name)
         files.setdefault(path, []).append(Entry(name, change.stored if change else tensor, change))
         if change and (change.dtype, change.shape) != (tensor.dtype, tensor.shape):
@@ -125,11 +136,16 @@ def planned_shards(tensors: Mapping[str, LazyTensor], changes: Mapping[str, Chan
     for name, change in changes.items():
         if name in tensors:
             continue
-        path = cast("FileSlice", change.source.read).path
+        path = _file(change.source)
         if path not in files:
             raise UnsupportedError("is from no file of the base", where=name)
-        same = not change.steps and change.dtype is change.source.dtype
+        span = isinstance(change.source.read, FileSlice)
+        same = span and not change.steps and change.dtype is change.source.dtype
         entry = Entry(name, change.source) if same else Entry(name, change.stored, change)
         files[path].append(entry)
         rewritten.add(path)
     return [Shard(path, tuple(entries), path in rewritten) for path, entries in files.items()]
+
+
+def _file(tensor: LazyTensor) -> Path:
+    return cast("FileSlice | RowReader", tensor.read).path
