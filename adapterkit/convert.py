@@ -40,53 +40,44 @@ OUTTYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionReport:
-    """What a conversion did and how it was proven.
+class ProvenFile:
+    """What was written, as read back.
 
     Attributes:
-        source: path that was read.
         destination: path that was written.
-        source_format: name of the format that was read.
-        format: name of the format that was written.
-        modules: adapted modules that were written.
-        parameters: stored elements that were written.
+        format: name of the format.
+        modules: adapted modules.
+        parameters: stored elements.
         bytes: size of the file, or of all files of the directory.
-        max_relative_error: largest relative Frobenius error of an update, read back from the file.
+        max_relative_error: largest relative Frobenius error of an update, against what was to be
+            written.
         worst_module: where that is.
-        losses: what was dropped, with `allow_lossy`.
-        notes: what was normalised on the way.
     """
 
-    source: str
     destination: str
-    source_format: str
     format: str
     modules: int
     parameters: int
     bytes: int
     max_relative_error: float
     worst_module: str | None
-    losses: tuple[Loss, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProvenFile:
-    """What was written, as read back.
+class ConversionReport(ProvenFile):
+    """What a conversion did and how it was proven.
 
     Attributes:
-        modules: adapted modules.
-        parameters: stored elements.
-        bytes: size of the file, or of all files of the directory.
-        max_relative_error: largest relative Frobenius error of an update.
-        worst_module: where that is.
+        source: path that was read.
+        source_format: name of the format that was read.
+        losses: what was dropped, with `allow_lossy`.
+        notes: what was normalised on the way.
     """
 
-    modules: int
-    parameters: int
-    bytes: int
-    max_relative_error: float
-    worst_module: str | None
+    source: str
+    source_format: str
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -154,15 +145,9 @@ def convert(
         ready = PREPARATIONS[name](ready)
     proven = write_proven(ready, destination, target, options, force=force, against=adapter)
     return ConversionReport(
+        **vars(proven),
         source=str(source),
-        destination=str(destination),
         source_format=spec.name,
-        format=target.name,
-        modules=proven.modules,
-        parameters=proven.parameters,
-        bytes=proven.bytes,
-        max_relative_error=proven.max_relative_error,
-        worst_module=proven.worst_module,
         losses=losses,
         notes=(*notes, *warnings),
     )
@@ -198,6 +183,8 @@ def write_proven(
         written = target.format.read(staging, replace(options, like=adapter.modules))
         worst, error = prove(against or adapter, written, path=destination)
         return ProvenFile(
+            destination=str(destination),
+            format=target.name,
             modules=len(written.modules),
             parameters=written.parameters,
             bytes=_size(staging),

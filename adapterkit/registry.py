@@ -6,19 +6,27 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from adapterkit.formats.protocol import Format
 
 _GROUP = "adapterkit.formats"
 _CONFIG = "adapter_config.json"
+
+
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_HasName)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,16 +155,32 @@ BUILTIN = (
 
 
 @functools.cache
-def _plugins() -> tuple[FormatSpec, ...]:
-    # Entry points are looked up only when no built-in format answers: the import alone is slow.
+def plugins(group: str) -> tuple[Any, ...]:
+    """Return what the entry points of a group name."""
+    # Looked up only when nothing built in answers: the import alone is slow.
     from importlib.metadata import entry_points
 
-    return tuple(entry.load() for entry in entry_points(group=_GROUP))
+    return tuple(entry.load() for entry in entry_points(group=group))
+
+
+def named(what: str, name: str, builtin: Sequence[_Named], group: str) -> _Named:
+    """Return the row of a name, built in or from the entry points of a group.
+
+    Raises:
+        UsageError: if there is none; the message lists all.
+    """
+    if found := next((known for known in builtin if known.name == name), None):
+        return found
+    every: tuple[_Named, ...] = (*builtin, *plugins(group))
+    if found := next((known for known in every if known.name == name), None):
+        return found
+    names = ", ".join(known.name for known in every)
+    raise UsageError(f"unknown {what} {name!r}; known: {names}")
 
 
 def formats() -> tuple[FormatSpec, ...]:
     """Return every format: built in, then from the entry points in group adapterkit.formats."""
-    return (*BUILTIN, *_plugins())
+    return (*BUILTIN, *plugins(_GROUP))
 
 
 def spec(name: str) -> FormatSpec:
@@ -165,14 +189,7 @@ def spec(name: str) -> FormatSpec:
     Raises:
         UsageError: if there is none; the message lists all.
     """
-    for known in BUILTIN:
-        if known.name == name:
-            return known
-    for known in _plugins():
-        if known.name == name:
-            return known
-    names = ", ".join(known.name for known in formats())
-    raise UsageError(f"unknown format {name!r}; known: {names}")
+    return named("format", name, BUILTIN, _GROUP)
 
 
 def detect(path: Path) -> FormatSpec:
@@ -184,7 +201,7 @@ def detect(path: Path) -> FormatSpec:
     """
     if not path.exists():
         raise NotFoundError("no such file or directory", path=path)
-    found = _recognised(path, BUILTIN) or _recognised(path, _plugins())
+    found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
     if found:
         return found
     if path.is_dir():
@@ -211,6 +228,17 @@ def source_format(path: Path, dialect: str | None) -> FormatSpec:
             raise
         return spec("handwritten")
     return found if dialect is None or found.takes_dialect else spec("handwritten")
+
+
+def own_format(path: Path, dialect: str | None) -> FormatSpec:
+    """Return the format of one adapter of several, of which some may need the dialect to be told.
+
+    A config beside hand-written tensors is not overruled: a dialect is not said of this file alone.
+    """
+    try:
+        return detect(path)
+    except UnknownFormatError:
+        return source_format(path, dialect)
 
 
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:

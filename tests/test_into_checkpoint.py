@@ -481,6 +481,23 @@ def test_an_initialisation_that_changed_the_base_is_taken_back(
     assert any("taken back" in note for note in report.notes)
 
 
+def test_alpha_is_for_adapters_that_do_not_hold_it(
+    bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    base = bases["llama"]
+    trained(base, tmp_path / "adapter", target_modules=["q_proj"])
+    bare = tmp_path / "bare.safetensors"
+    shutil.copy(tmp_path / "adapter" / "adapter_model.safetensors", bare)
+    with pytest.raises(UsageError, match="--dialect linear-factors"):
+        merge_into([bare], base.hf, tmp_path / "out")
+    with pytest.raises(UsageError, match="with --alpha"):
+        merge_into([bare], base.hf, tmp_path / "out", dialect="linear-factors")
+    merge_into([bare], base.hf, tmp_path / "out", dialect="linear-factors", alpha=8)
+    merge_into([tmp_path / "adapter"], base.hf, tmp_path / "wanted")
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "wanted")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_bias_without_a_place_is_refused(bases: dict[str, BaseFixture], tmp_path: Path) -> None:
     trained(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True)
     with pytest.raises(UnsupportedError, match=r"q_proj: has a bias on B, and the base has no"):

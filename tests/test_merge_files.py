@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import adapterkit
 from adapterkit.convert import convert
 from adapterkit.errors import (
     DestinationExistsError,
@@ -294,3 +296,26 @@ def test_a_merge_is_the_same_file_every_time(tmp_path: Path) -> None:
     first, second = (tmp_path / n / "adapter_model.safetensors" for n in "ab")
     assert first.read_bytes() == second.read_bytes()
     assert np.isfinite(next(iter(deltas(tmp_path / "a").values()))).all()
+
+
+def test_alpha_and_dialect_are_for_files_that_do_not_tell(tmp_path: Path) -> None:
+    """Of several adapters, only those that need it; the others keep their own scale."""
+    shutil.copy(TINY / "adapter_model.safetensors", tmp_path / "bare.safetensors")
+    sources = [tmp_path / "bare.safetensors", WEAK]
+    told: dict[str, Any] = {"base": BASE, "weights": [0.7, -0.3], "dialect": "linear-factors"}
+    with pytest.raises(UsageError, match="pass the alpha of the training run with --alpha"):
+        merge_files(sources, tmp_path / "out", **told)
+    alpha = json.loads((TINY / "adapter_config.json").read_text())["lora_alpha"]
+    merge_files(sources, tmp_path / "out", alpha=alpha, **told)
+    close(deltas(tmp_path / "out"), weighted((0.7, -0.3)), 1e-6)
+    raschka = FIXTURES.parent / "handwritten" / "raschka.pt"
+    with pytest.raises(UsageError, match="2 dialects explain every tensor"):
+        merge_files([raschka], tmp_path / "raschka", alpha=4)
+    for dialect, name in (("raschka-alpha", "a"), ("raschka-alpha-over-r", "b")):
+        merge_files([raschka], tmp_path / name, alpha=4, dialect=dialect)
+    plain, divided = (
+        oracle.deltas(detect(path).format.read(path, Options()))
+        for path in (tmp_path / "a", tmp_path / "b")
+    )
+    ranks = {pair.module: pair.rank for pair in adapterkit.read(tmp_path / "a").pairs()}
+    close(divided, {module: plain[module] / ranks[module] for module in plain}, 1e-6)

@@ -269,7 +269,7 @@ def test_a_plugin_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "halved", halved, raising=False)
     entry = SimpleNamespace(load=lambda: spec)
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] * (group == GROUP))
-    registry._plugins.cache_clear()
+    registry.plugins.cache_clear()
     try:
         parts = related()
         result = merge([oracle.adapter(part) for part in parts], method="halved")
@@ -277,4 +277,4 @@ def test_a_plugin_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
         assert oracle.relative(oracle.deltas(result.adapter)[M], wanted) < 1e-12
         assert merge_methods()[-1] is spec
     finally:
-        registry._plugins.cache_clear()
+        registry.plugins.cache_clear()

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import adapterkit
 from adapterkit.base import open_base
 from adapterkit.base.initialisation import without_base_change
+from adapterkit.errors import UnsupportedError
 from adapterkit.formats.peft_reader import read_peft
 from adapterkit.formats.peft_writer import write_peft
 
@@ -341,6 +342,22 @@ def test_convert_makes_it_plain_where_the_base_is_given(
     for module, update in dense(written).items():
         error = np.linalg.norm(update - expected[f"{module}.weight"])
         assert error < 3e-6 * np.linalg.norm(update)
+
+
+def test_merging_takes_it_back_where_the_base_is_given(base: Path, tmp_path: Path) -> None:
+    first, second = tuned(base, tmp_path / "a", "pissa"), tuned(base, tmp_path / "b", "olora", r=3)
+    paths, target = [first, second], tmp_path / "out"
+    with pytest.raises(UnsupportedError, match=r"changed the base.*--base"):
+        adapterkit.merge_files(paths, target)
+    report = adapterkit.merge_files(paths, target, base=base, weights=[0.7, -0.2])
+    assert sum("taken back" in note for note in report.notes) == 2
+    truths = merged(base, first), merged(base, second)
+    found = dense(read_peft(target))
+    assert len(found) == 2 * len(TARGETS)
+    for module, update in found.items():
+        name = f"{module}.weight"
+        want = 0.7 * truths[0][name] - 0.2 * truths[1][name]
+        assert relative(update, want) < 3e-6, module
 
 
 def test_convert_without_the_weights_says_what_is_needed(base: Path, tmp_path: Path) -> None:

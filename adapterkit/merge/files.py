@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.base import open_base
+from adapterkit.base.initialisation import without_base_change
 from adapterkit.base.vocabulary import matched
-from adapterkit.convert import admitted, load, stored_type, write_proven
+from adapterkit.convert import ProvenFile, admitted, load, stored_type, write_proven
 from adapterkit.errors import UsageError
 from adapterkit.formats.protocol import Options
 from adapterkit.merge.adapters import merge
 from adapterkit.merge.report import MergeReport
 from adapterkit.model import Loss
-from adapterkit.registry import destination_format, detect
+from adapterkit.registry import destination_format, own_format
 from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
@@ -25,32 +26,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeFilesReport:
+class MergeFilesReport(ProvenFile):
     """What a merge of files did and how it was proven.
+
+    What the merge itself costs is in `merge`; the error of the file is against the merged adapter.
 
     Attributes:
         sources: paths that were read.
-        destination: path that was written.
-        format: name of the format that was written.
-        modules: adapted modules that were written.
-        parameters: stored elements that were written.
-        bytes: size of the file, or of all files of the directory.
-        max_relative_error: largest relative Frobenius error of an update, read back from the file,
-            against the merged adapter; what the merge itself costs is in `merge`.
-        worst_module: where that is.
         merge: the merge, module by module.
         losses: what was dropped, with `allow_lossy`.
         notes: what was normalised on the way.
     """
 
     sources: tuple[str, ...]
-    destination: str
-    format: str
-    modules: int
-    parameters: int
-    bytes: int
-    max_relative_error: float
-    worst_module: str | None
     merge: MergeReport
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
@@ -64,6 +52,8 @@ def merge_files(
     base: Path | str | None = None,
     outtype: str = "auto",
     moe_layout: str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
     unverified: bool = False,
     allow_lossy: bool = False,
     force: bool = False,
@@ -75,10 +65,12 @@ def merge_files(
         sources: adapters, any formats.
         destination: file or directory to create.
         to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
-        base: the base model, where names or row orders depend on it.
+        base: the base model, where names, row orders or initial factors depend on it.
         outtype: `auto` stores each module as the widest of its sources; `f32`, `f16`, `bf16`,
             `q8_0`.
         moe_layout: `experts` or `fused`, where the target has two spellings.
+        dialect: key grammar of hand-written adapters, where the files cannot tell.
+        alpha: scale numerator of adapters whose files do not hold it.
         unverified: allow families without a passing engine test.
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
@@ -97,20 +89,16 @@ def merge_files(
         dtype=dtype,
         moe_layout=moe_layout,
         unverified=unverified,
+        dialect=dialect,
+        alpha=alpha,
     )
     adapters, options, notes = _read([Path(source) for source in sources], options)
     result = merge(adapters, dtype=_rounded_in_merge(dtype), **settings)
     adapter, losses, warnings = admitted(result.adapter, target, options, allow_lossy=allow_lossy)
     proven = write_proven(adapter, destination, target, options, force=force)
     return MergeFilesReport(
+        **vars(proven),
         sources=tuple(str(source) for source in sources),
-        destination=str(destination),
-        format=target.name,
-        modules=proven.modules,
-        parameters=proven.parameters,
-        bytes=proven.bytes,
-        max_relative_error=proven.max_relative_error,
-        worst_module=proven.worst_module,
         merge=result.report,
         losses=losses,
         notes=(*notes, *warnings),
@@ -121,7 +109,9 @@ def _read(
     paths: Sequence[Path], options: Options
 ) -> tuple[list[AdapterTensorSet], Options, list[str]]:
     """Read all adapters, with the base that one of them names and that is cached."""
-    specs = [detect(path) for path in paths]
+    given = options.base
+    weights = given is not None and given.kind == "hf" and given.has_tensors
+    specs = [own_format(path, options.dialect) for path in paths]
     for path, spec in zip(paths, specs, strict=True):
         if options.base is None:
             _, found = load(path, spec, options)
@@ -130,9 +120,11 @@ def _read(
     notes: list[str] = []
     for path, spec in zip(paths, specs, strict=True):
         adapter = spec.format.read(path, options)
+        check_structure(adapter)
+        if weights:
+            adapter = without_base_change(adapter, options.base)
         said = adapter.provenance.notes if adapter.provenance else ()
         notes += [f"{path}: {note}" for note in said]
-        check_structure(adapter)
         if options.base is not None:
             adapter, changes = matched(adapter, options.base)
             notes += [f"{path}: {change}" for change in changes]

@@ -189,7 +189,8 @@ def _check_kinds(source: Source) -> None:
     if init := source.adapter.traits.get("init_lora_weights"):
         raise UnsupportedError(
             f"init_lora_weights = {init!r} changed the base, so B · A is no update of the original "
-            "one; save it with PEFT's path_initial_model_for_weight_conversion",
+            "one; give the original base's directory with --base, which makes PiSSA and OLoRA "
+            "plain, or save it with PEFT's path_initial_model_for_weight_conversion",
             path=source.label,
         )
 

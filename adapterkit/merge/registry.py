@@ -11,14 +11,13 @@ Four kinds of pure functions on one module, told apart by `Kind`; every update i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib import import_module
 from typing import Any
 
-from adapterkit.errors import UsageError
+from adapterkit.registry import named, plugins
 
 _GROUP = "adapterkit.merge_methods"
 SPACES = ("delta", "knots", "core")
@@ -195,17 +194,9 @@ BUILTIN = (
 )
 
 
-@functools.cache
-def _plugins() -> tuple[MethodSpec, ...]:
-    # Entry points are looked up only when no built-in method answers: the import alone is slow.
-    from importlib.metadata import entry_points
-
-    return tuple(entry.load() for entry in entry_points(group=_GROUP))
-
-
 def methods() -> tuple[MethodSpec, ...]:
     """Return every method: built in, then from entry points in group adapterkit.merge_methods."""
-    return (*BUILTIN, *_plugins())
+    return (*BUILTIN, *plugins(_GROUP))
 
 
 def method(name: str) -> MethodSpec:
@@ -214,11 +205,4 @@ def method(name: str) -> MethodSpec:
     Raises:
         UsageError: if there is none; the message lists all.
     """
-    for known in BUILTIN:
-        if known.name == name:
-            return known
-    for known in _plugins():
-        if known.name == name:
-            return known
-    names = ", ".join(known.name for known in methods())
-    raise UsageError(f"unknown method {name!r}; known: {names}")
+    return named("method", name, BUILTIN, _GROUP)

@@ -69,6 +69,8 @@ def _method_names(
     help="Stored type; auto, the default, is the widest of each module's sources.",
 )
 @options.moe_layout
+@options.dialect
+@options.alpha
 @options.unverified
 @options.allow_lossy
 @merge_into.options

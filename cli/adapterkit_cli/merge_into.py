@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adapterkit import MergeIntoReport
 
 _OWN = ("dtype", "gguf_type", "tied", "dequantize", "resume", "jobs")
-_BOTH = ("weights", "force")
+_BOTH = ("weights", "dialect", "alpha", "force")
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:

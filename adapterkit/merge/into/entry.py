@@ -45,6 +45,8 @@ def merge_into(
     gguf_type: str | None = None,
     tied: str | None = None,
     dequantize: bool = False,
+    dialect: str | None = None,
+    alpha: float | None = None,
     resume: bool = False,
     force: bool = False,
     jobs: int | None = None,
@@ -70,6 +72,8 @@ def merge_into(
             changed.
         dequantize: decode a Hugging Face base that is quantised as fp8 or MXFP4, all of it, to 16
             bits or `dtype`, and add to the decoded values.
+        dialect: key grammar of hand-written adapters, where the files cannot tell.
+        alpha: scale numerator of adapters whose files do not hold it.
         resume: go on where a killed merge with the same arguments ended.
         force: replace the destination, or keep a GGUF type that loses much of the update.
         jobs: tensors at a time; by default one for each processor, 4 at most.
@@ -91,7 +95,9 @@ def merge_into(
         raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
     decoded = checked(opened, dequantize=dequantize) if opened.kind == "hf" else None
     opened = decoded.base if decoded else opened
-    adapters, opened, notes = read_sources([Path(s) for s in sources], weights, opened)
+    adapters, opened, notes = read_sources(
+        [Path(source) for source in sources], weights, opened, dialect=dialect, alpha=alpha
+    )
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
     write = _Write(

@@ -11,7 +11,7 @@ from adapterkit.errors import FormatError, UnsupportedError, UsageError
 from adapterkit.formats.protocol import Options
 from adapterkit.merge.planning import Source
 from adapterkit.model import Role, TensorKey
-from adapterkit.registry import detect
+from adapterkit.registry import own_format
 from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ _NO_UPDATE = {
 
 
 def read_sources(
-    paths: Sequence[Path], weights: Sequence[float] | None, base: BaseModel
+    paths: Sequence[Path],
+    weights: Sequence[float] | None,
+    base: BaseModel,
+    *,
+    dialect: str | None = None,
+    alpha: float | None = None,
 ) -> tuple[list[Source], BaseModel, tuple[str, ...]]:
     """Read all adapters with the base's row orders, names and vocabulary.
 
@@ -50,7 +55,8 @@ def read_sources(
     for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
         if not abs(weight) < float("inf"):
             raise UsageError(f"weight {weight!r} is not a finite number")
-        adapter, options = load(path, detect(path), Options(base=base))
+        told = Options(base=base, dialect=dialect, alpha=alpha)
+        adapter, options = load(path, own_format(path, dialect), told)
         base = options.base or base
         check_structure(adapter)
         for trait, reason in _NO_UPDATE.items():
