@@ -23,7 +23,7 @@ from adapterkit.storage import staged
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from adapterkit.audit.plan import Suggestion
+    from adapterkit.audit.rank_plan import Suggestion
     from adapterkit.audit.report import AdapterAudit, AuditReport, LayerShare, ModuleAudit
 
 # label, field of ModuleAudit, whether differences are a matter of factors

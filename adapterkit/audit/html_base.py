@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from adapterkit.audit.base_report import BaseAudit
-    from adapterkit.audit.reference_bank import ReferenceAudit
+    from adapterkit.audit.reference_report import ReferenceAudit
 
 _ROWS = 2000
 

@@ -7,6 +7,7 @@ of the r x r matrix R_B·R_Aᵀ. All arithmetic is float64; B·A is never formed
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from adapterkit.model import LoraPair
     from adapterkit.tensor import LazyTensor
@@ -31,6 +32,8 @@ _GRAM_CONDITION = 1e3
 _SMALL = 1e-60
 _MATRIX = 2
 _EXPERTS = 3
+# Elements that are decoded at a time: both of their forms stay in the processor's cache.
+_CHUNK = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,33 @@ def matrix_shape(pair: LoraPair) -> tuple[int, int]:
     return pair.b.shape[-2], pair.a.shape[-1]
 
 
+class _Scratch(threading.local):
+    """Room for matrices, one set for each thread, filled anew for every pair.
+
+    To a process, memory that it gave back is new memory: its first use takes longer than the sums.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Array] = {}
+
+    def array(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Return an array that is good until the same name is asked for again."""
+        size = math.prod(shape)
+        room = self._rooms.get(name)
+        if room is None or room.size < size:
+            room = self._rooms[name] = np.empty(size)
+        return room[:size].reshape(shape)
+
+
+_SCRATCH = _Scratch()
+
+
 def factors(pair: LoraPair) -> Iterator[Factors]:
     """Yield the factors of each matrix of a pair, experts one by one."""
+    return _factors(pair, lambda _, shape: np.empty(shape))
+
+
+def _factors(pair: LoraPair, room: Callable[[str, tuple[int, ...]], Array]) -> Iterator[Factors]:
     rank, (out, inputs) = rank_of(pair), matrix_shape(pair)
     # Stored values stay as they are until their expert's turn: float64 is four times as large.
     a = _stored(pair.a).reshape(-1, rank, inputs)
@@ -111,8 +139,8 @@ def factors(pair: LoraPair) -> Iterator[Factors]:
     stacked = len(pair.a.shape) == _EXPERTS and not is_convolution(pair)
     for expert, (a_one, b_one) in enumerate(zip(a, b, strict=True)):
         yield Factors(
-            _widened(a_one, pair.a.dtype),
-            _widened(b_one, pair.b.dtype),
+            _widened(a_one, pair.a.dtype, room("a", a_one.shape)),
+            _widened(b_one, pair.b.dtype, room("b", b_one.shape)),
             expert if stacked else None,
         )
 
@@ -123,13 +151,20 @@ def _stored(tensor: LazyTensor) -> np.ndarray[Any, Any]:
     return tensor.numpy()
 
 
-def _widened(values: np.ndarray[Any, Any], dtype: DType) -> Array:
+def _widened(values: np.ndarray[Any, Any], dtype: DType, out: Array) -> Array:
     if dtype is not DType.BF16:
-        return values.astype(np.float64)
+        out[...] = values
+        return out
     # bf16 is the upper half of float32; through ml_dtypes the same takes four times as long.
-    wide = values.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32).astype(np.float64)
+    narrow, wide = values.reshape(-1), out.reshape(-1)
+    part = np.empty(min(_CHUNK, narrow.size), np.uint32)
+    for start in range(0, narrow.size, _CHUNK):
+        stored = narrow[start : start + _CHUNK]
+        part = part[: stored.size]
+        part[...] = stored
+        part <<= 16
+        wide[start : start + _CHUNK] = part.view(np.float32)
+    return out
 
 
 def spectra(pair: LoraPair) -> list[Spectrum]:
@@ -138,7 +173,7 @@ def spectra(pair: LoraPair) -> list[Spectrum]:
     Raises:
         FormatError: if a factor holds NaN or infinity.
     """
-    return [_spectrum(each, pair) for each in factors(pair)]
+    return [_spectrum(each, pair) for each in _factors(pair, _SCRATCH.array)]
 
 
 def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
@@ -153,16 +188,21 @@ def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
     # A zero update is one whose factors cancel to the last bit, not one that is merely small.
     zero = not pair.scale or not a_size or not b_size or top <= _rounding(r_a, r_b)
     relative = np.zeros_like(values) if zero else values / top
-    rows, columns = (b @ r_a.T, r_b @ a) if not zero else (np.zeros_like(b), np.zeros_like(a))
     b_norm = float(np.linalg.norm(r_b)) * b_size
     return Spectrum(
         relative,
         0.0 if zero else top * a_size * b_size * abs(pair.scale),
-        np.einsum("ij,ij->i", rows, rows),
-        np.einsum("ij,ij->j", columns, columns),
+        np.zeros(len(b)) if zero else _energies(a=r_a.T, b=b, axis=1),
+        np.zeros(a.shape[1]) if zero else _energies(a=a, b=r_b, axis=0),
         float(np.linalg.norm(r_a)) * a_size / b_norm if b_norm else None,
         each.expert,
     )
+
+
+def _energies(a: Array, b: Array, axis: int) -> Array:
+    """Return the squared norms of the columns (axis 0) or rows (axis 1) of a product b @ a."""
+    product = np.matmul(b, a, out=_SCRATCH.array("product", (b.shape[0], a.shape[1])))
+    return np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", product, product)
 
 
 def _unit(matrix: Array) -> tuple[Array, float]:
