@@ -22,7 +22,6 @@ from adapterkit.tensor import LazyTensor
 BUILD = Path("build/bench")
 PEER_SCRIPT = "*/vendor/llama.cpp/convert_lora_to_gguf.py"
 LAYERS, HIDDEN, FFN, KV, RANK = 32, 4096, 14336, 1024, 16
-GRADIENCE = "gradience==0.11.0"
 PEER = "llama-cpp-python==0.3.36"
 # module -> (out, in)
 TARGETS = {
@@ -160,15 +159,7 @@ def llama_cpp() -> None:
         file.extractall(BUILD, members=wanted, filter="data")
 
 
-def gradience() -> None:
-    """Install gradience beside the environment, without what it declares and does not use here."""
-    if not (BUILD / "peers" / "gradience").is_dir():
-        options = "-m pip install -q --no-deps --target"
-        run([executable, *options.split(), str(BUILD / "peers"), GRADIENCE], check=True)
-
-
 if __name__ == "__main__":
-    gradience()
     adapter()
     base()
     large_vocabulary()

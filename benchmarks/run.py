@@ -15,13 +15,6 @@ BIN = Path(sys.executable).parent
 KIT = str(BIN / "adapterkit")
 
 
-# gradience lies in a folder of its own: its declared dependencies are not those of this project.
-_GRADIENCE = (
-    "import sys; sys.path.append('build/bench/peers'); sys.argv[0] = 'gradience'\n"
-    "from gradience.cli import main; sys.exit(main())"
-)
-
-
 @dataclass(frozen=True)
 class Case:
     """Ours, the peer's (None without one), and what is promised."""
@@ -56,7 +49,7 @@ def cases() -> list[Case]:
         Case(
             "audit the same adapter vs gradience 0.11",
             [KIT, "audit", adapter],
-            [sys.executable, "-c", _GRADIENCE, "audit", "--peft-dir", adapter],
+            [str(BIN / "gradience"), "audit", "--peft-dir", adapter],
             {"seconds": 1.0, "peak MiB": 80, "times faster": 4},
         ),
         Case(
