@@ -63,6 +63,11 @@ class WeightAudit:
         shown = self.modules[0] if len(self.modules) == 1 else self.tensor
         return shown if self.expert is None else f"{shown}[{self.expert}]"
 
+    @property
+    def least_retention(self) -> float | None:
+        """The retention of the leading direction that W has least of."""
+        return min(self.retention) if self.retention else None
+
 
 @dataclass(frozen=True, slots=True)
 class NotCompared:

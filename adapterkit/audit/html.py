@@ -7,11 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from adapterkit.audit.charts import RAMP, bars, decay, shown, trade_off_chart
 from adapterkit.audit.definitions import DEFINITIONS
 from adapterkit.audit.html_base import base_section, reference_section
+from adapterkit.audit.html_heat import heat_map
 from adapterkit.audit.html_pairs import interference_section
 from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import notable
@@ -26,19 +25,6 @@ if TYPE_CHECKING:
     from adapterkit.audit.rank_plan import Suggestion
     from adapterkit.audit.report import AdapterAudit, AuditReport, LayerShare, ModuleAudit
 
-# label, field of ModuleAudit, whether differences are a matter of factors
-_HEAT = (
-    ("utilization (stable rank / r)", "utilization", False),
-    ("stable rank", "stable_rank", False),
-    ("effective rank", "effective_rank", False),
-    ("energy rank 90 %", "energy_rank_90", False),
-    ("energy rank 99 %", "energy_rank_99", False),
-    ("stable rank over chance", "null_ratio", False),
-    ("root mean square of ΔW", "rms", True),
-    ("spectral norm of ΔW", "spectral_norm", True),
-    ("energy in the top 8 rows", "row_top8", False),
-    ("energy in the top 8 columns", "column_top8", False),
-)
 _COLUMNS = (
     ("rank", "rank"),
     ("scale", "scale"),
@@ -58,7 +44,6 @@ _COLUMNS = (
     ("rows top 8", "row_top8"),
     ("col. top 8", "column_top8"),
 )
-_PRINTED_COLUMNS = 16
 # A page stays under a megabyte; whoever has more rows than this wants the CSV.
 _ROWS = 1500
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -71,7 +56,8 @@ def html_page(report: AuditReport) -> str:
     script = here.with_name("report.js").read_text(encoding="utf-8")
     names = [audited.source or "adapter" for audited in report.adapters]
     body = "".join(
-        _adapter(audited, index, next(iter(report.suggestions[index : index + 1]), None))
+        _title(audited, index, len(names))
+        + _adapter(audited, index, next(iter(report.suggestions[index : index + 1]), None))
         for index, audited in enumerate(report.adapters)
     )
     pairs = interference_section(report) if report.interference else ""
@@ -98,13 +84,17 @@ def write_html(report: AuditReport, path: Path | str) -> None:
         staging.write_text(html_page(report), encoding="utf-8")
 
 
+def _title(audited: AdapterAudit, index: int, count: int) -> str:
+    number_of_it = f"{index + 1}. " if count > 1 else ""
+    return f"<h1>{number_of_it}{shown(audited.source or 'Adapter in memory')}</h1>"
+
+
 def _adapter(audited: AdapterAudit, index: int, advice: Suggestion | None) -> str:
     return "".join(
         (
-            f"<h1>{shown(audited.source or 'Adapter in memory')}</h1>",
             _facts(audited),
             _health(audited),
-            _heat_map(audited, f"heat{index}"),
+            heat_map(audited, f"heat{index}"),
             _decays(audited),
             _layers(audited.layers),
             base_section(audited.base) if audited.base else "",
@@ -158,59 +148,6 @@ def _health(audited: AdapterAudit) -> str:
         lines.insert(0, f'<li class="good">{text}</li>')
     lines += [f'<li class="good">{shown(note)}</li>' for note in audited.notes]
     return f'<ul class="health">{"".join(lines)}</ul>'
-
-
-def _heat_map(audited: AdapterAudit, name: str) -> str:
-    cells: defaultdict[tuple[str, str], list[ModuleAudit]] = defaultdict(list)
-    short = short_names(family.family for family in audited.families)
-    for module in audited.modules:
-        cells[_row_name(module), short[module.family]].append(module)
-    rows = [layer.name for layer in audited.layers]
-    stacks = {layer.stack for layer in audited.layers if layer.layer is not None}
-    labels = {
-        layer.name: f"{layer.layer}" if len(stacks) == 1 and layer.layer is not None else layer.name
-        for layer in audited.layers
-    }
-    columns = list(short.values())
-    head = "".join(f'<th scope="col">{shown(column)}</th>' for column in columns)
-    body = "".join(
-        f'<tr><th scope="row">{shown(labels[row])}</th>'
-        + "".join(_heat_cell(cells.get((row, column), []), row, column) for column in columns)
-        + "</tr>"
-        for row in rows
-    )
-    options = "".join(
-        f'<option value="{place}" data-log="{int(factors)}">{shown(label)}</option>'
-        for place, (label, _, factors) in enumerate(_HEAT)
-    )
-    ramp = ", ".join("rgb({},{},{})".format(*stop) for stop in RAMP)
-    return (
-        "<h2>Layer by module</h2>"
-        f'<p><select data-heat="{name}" aria-label="metric">{options}</select>'
-        f'<span class="key" id="{name}-key"><span></span>'
-        f'<i style="background:linear-gradient(90deg,{ramp})"></i><span></span></span></p>'
-        f'<div class="scroll"><table class="heat" id="{name}" '
-        f'data-numbers="{int(len(columns) <= _PRINTED_COLUMNS)}">'
-        f"<thead><tr><th>layer</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _row_name(module: ModuleAudit) -> str:
-    return "(no layer)" if module.layer is None else f"{module.stack}.{module.layer}".lstrip(".")
-
-
-def _heat_cell(modules: Sequence[ModuleAudit], row: str, column: str) -> str:
-    if not modules:
-        return '<td class="none" title="not adapted"></td>'
-    values = [_median([getattr(module, field) for module in modules]) for _, field, _ in _HEAT]
-    many = f" (median of {len(modules)})" if len(modules) > 1 else ""
-    label = shown(f"{row} {column}{many}")
-    return f'<td data-v="{shown(json.dumps(values))}" data-t="{label}"></td>'
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(f"{np.median(known):.5g}") if known else None
 
 
 def _decays(audited: AdapterAudit) -> str:

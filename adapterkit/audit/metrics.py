@@ -123,9 +123,9 @@ def energy_ranks(values: Array, levels: Sequence[float]) -> list[int]:
         values: σ, or σ over any common factor, descending, not all zero.
         levels: shares between 0 and 1.
     """
-    share = np.cumsum(values**2)
-    wanted = (np.asarray(levels) - _SLACK) * share[-1]
-    return [int(place) + 1 for place in np.searchsorted(share, wanted)]
+    share: Array = np.cumsum(values**2, dtype=np.float64)
+    total = float(share[-1])
+    return [int(share.searchsorted((level - _SLACK) * total)) + 1 for level in levels]
 
 
 def truncation_errors(values: Array) -> Array:
@@ -138,8 +138,8 @@ def truncation_errors(values: Array) -> Array:
         (n + 1,) for k = 0 to n.
     """
     # Summed from the smallest: a tail keeps its digits beside a large head.
-    left = np.cumsum(np.append(values, 0.0)[::-1] ** 2)[::-1]
-    return np.sqrt(left / left[0])
+    rising: Array = np.cumsum(np.append(values, 0.0)[::-1] ** 2, dtype=np.float64)
+    return np.sqrt(rising[::-1] / rising[-1])
 
 
 def _entropy(shares: Array) -> float:

@@ -192,8 +192,8 @@ def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
     return Spectrum(
         relative,
         0.0 if zero else top * a_size * b_size * abs(pair.scale),
-        np.zeros(len(b)) if zero else _energies(a=r_a.T, b=b, axis=1),
-        np.zeros(a.shape[1]) if zero else _energies(a=a, b=r_b, axis=0),
+        np.zeros_like(b[:, 0]) if zero else _energies(a=r_a.T, b=b, axis=1),
+        np.zeros_like(a[0]) if zero else _energies(a=a, b=r_b, axis=0),
         float(np.linalg.norm(r_a)) * a_size / b_norm if b_norm else None,
         each.expert,
     )
@@ -202,7 +202,8 @@ def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
 def _energies(a: Array, b: Array, axis: int) -> Array:
     """Return the squared norms of the columns (axis 0) or rows (axis 1) of a product b @ a."""
     product = np.matmul(b, a, out=_SCRATCH.array("product", (b.shape[0], a.shape[1])))
-    return np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", product, product)
+    sums = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", product, product)
+    return np.asarray(sums, dtype=np.float64)
 
 
 def _unit(matrix: Array) -> tuple[Array, float]:
