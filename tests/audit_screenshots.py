@@ -106,8 +106,10 @@ def check(chromium: str, page: Path) -> None:
     found = browse(chromium, probe, "--dump-dom", "--window-size=500,2000")
     cells = re.findall(r'<td data-v="\[([^"]*)\]"[^>]*background: rgb[^>]*>([^<]*)<', found)
     body = found.partition("<h2>Every module</h2>")[2].partition("<tbody>")[2]
-    rows = [re.findall(r'data-v="([^"]*)"', row) for row in body.split("</tr>")[:64]]
-    stable = [float(row[2]) for row in rows if row and row[2]]
+    rows = [re.findall(r'<td(?: data-v="([^"]*)")?>([^<]*)<', row) for row in body.split("</tr>")]
+    stable = [
+        float(row[3][0] or row[3][1]) for row in rows[:64] if len(row) > 3 and row[3][1] != "-"
+    ]
     assert len(cells) >= 63, f"{len(cells)} cells are painted"
     for values, text in cells:
         last = float(values.split(",")[-1])

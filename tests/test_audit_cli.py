@@ -196,8 +196,10 @@ def test_the_page_shows_the_numbers_that_were_measured(large: Path, tmp_path: Pa
     assert cells[0][0] == pytest.approx(first.utilization, rel=1e-4)
     row = re.search(rf"<td>{re.escape(first.module)}</td>(.*?)</tr>", text)
     assert row is not None
-    values = re.findall(r'data-v="([^"]*)"', row.group(1))
-    assert float(values[2]) == pytest.approx(first.stable_rank, rel=1e-5)
+    values = re.findall(r'<td(?: data-v="([^"]*)")?>([^<]*)<', row.group(1))
+    exact = [value or text for value, text in values]
+    assert [float(value) for value in exact[:2]] == [first.rank, first.scale]
+    assert float(exact[2]) == pytest.approx(first.stable_rank, rel=1e-5)
 
 
 def test_the_page_holds_several_adapters_against_each_other(large: Path, tmp_path: Path) -> None:
@@ -206,6 +208,16 @@ def test_the_page_holds_several_adapters_against_each_other(large: Path, tmp_pat
     assert "Interference" in page.text
     assert "redundant" in page.text
     assert "nothing shared" in page.text
+    assert len(text.encode()) < 1_000_000
+
+
+def test_a_page_of_many_adapters_keeps_what_tells_them_apart(large: Path, tmp_path: Path) -> None:
+    page, text = page_of(tmp_path, *[large] * 6)
+    assert page.open == []
+    assert page.tags.count("h1") == 7
+    assert page.text.count("Layer by module") == 6
+    assert "up to 3 adapters" in page.text
+    assert "Every module" not in page.text
     assert len(text.encode()) < 1_000_000
 
 

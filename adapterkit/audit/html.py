@@ -44,8 +44,9 @@ _COLUMNS = (
     ("rows top 8", "row_top8"),
     ("col. top 8", "column_top8"),
 )
-# A page stays under a megabyte; whoever has more rows than this wants the CSV.
-_ROWS = 1500
+# A page stays under a megabyte: whoever has more rows than this, or more adapters, wants the CSV.
+_ROWS = 1000
+_DETAILED = 3
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -57,7 +58,8 @@ def html_page(report: AuditReport) -> str:
     names = [audited.source or "adapter" for audited in report.adapters]
     body = "".join(
         _title(audited, index, len(names))
-        + _adapter(audited, index, next(iter(report.suggestions[index : index + 1]), None))
+        + _overview(audited, f"heat{index}")
+        + _details(audited, next(iter(report.suggestions[index : index + 1]), None), len(names))
         for index, audited in enumerate(report.adapters)
     )
     pairs = interference_section(report) if report.interference else ""
@@ -89,14 +91,21 @@ def _title(audited: AdapterAudit, index: int, count: int) -> str:
     return f"<h1>{number_of_it}{shown(audited.source or 'Adapter in memory')}</h1>"
 
 
-def _adapter(audited: AdapterAudit, index: int, advice: Suggestion | None) -> str:
+def _overview(audited: AdapterAudit, name: str) -> str:
+    return "".join(
+        (_facts(audited), _health(audited), heat_map(audited, name), _layers(audited.layers))
+    )
+
+
+def _details(audited: AdapterAudit, advice: Suggestion | None, count: int) -> str:
+    if count > _DETAILED:
+        return (
+            f'<p class="soft">Spectra and every module are on pages of up to {_DETAILED} adapters, '
+            "and in --csv.</p>"
+        )
     return "".join(
         (
-            _facts(audited),
-            _health(audited),
-            heat_map(audited, f"heat{index}"),
             _decays(audited),
-            _layers(audited.layers),
             base_section(audited.base) if audited.base else "",
             reference_section(audited.reference) if audited.reference else "",
             _trade_off(audited, advice or suggestion(audited)),
@@ -235,4 +244,5 @@ def _cells(module: ModuleAudit) -> Iterator[str]:
     for _, field in _COLUMNS:
         value = getattr(module, field)
         # Sorted by the number itself, not by its three digits.
-        yield f'<td data-v="{"" if value is None else f"{value:.6g}"}">{number(value)}</td>'
+        text, exact = number(value), "" if value is None else f"{value:.6g}"
+        yield f"<td>{text}</td>" if text == exact else f'<td data-v="{exact}">{text}</td>'

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from adapterkit.audit.base_report import BaseAudit
     from adapterkit.audit.reference_report import ReferenceAudit
 
-_ROWS = 2000
+_ROWS = 1000
 
 
 def base_section(found: BaseAudit) -> str:
@@ -29,11 +29,13 @@ def base_section(found: BaseAudit) -> str:
         for row in found.weights[:_ROWS]
     ]
     head = ("module", "spectral", "Frobenius", "amplification", "least retention", "intruders", "W")
+    left = len(found.weights) - _ROWS
+    more = f" {left:,} more rows: see --json." if left > 0 else ""
     return (
         f'<h2>Against the base</h2><p class="soft">‖ΔW‖ / ‖W‖ in {shown(found.path)}. '
         f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions of "
-        f"W + ΔW are not W's ({found.method}); largest residual {number(whole.residual_max)}.</p>"
-        f"{_missing(found)}{_table(head, rows)}"
+        f"W + ΔW are not W's ({found.method}); largest residual {number(whole.residual_max)}."
+        f"{more}</p>{_missing(found)}{_table(head, rows)}"
     )
 
 
