@@ -28,6 +28,8 @@ Array = NDArray[np.float64]
 # Cholesky factors of a Gram matrix lose twice the digits that QR does: the ratio of the extreme
 # singular values from which QR takes over. Below it they are right to 1e-12 of the largest.
 _GRAM_CONDITION = 1e3
+# The σ₁ that rounding alone leaves where B·A vanishes exactly, over the norms of the factors.
+_ROUNDING = 8 * 2.0**-52
 # Squared norms between this and its inverse leave room for the products of two.
 _SMALL = 1e-60
 _MATRIX = 2
@@ -181,20 +183,20 @@ def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
     b, b_size = _unit(each.b)
     if not math.isfinite(a_size + b_size):
         raise not_finite(pair)
-    r_a, r_b = triangular(a.T), triangular(b)
+    r_a, r_b = _triangulars(a, b)
+    a_norm, b_norm = float(np.linalg.norm(r_a)), float(np.linalg.norm(r_b))
     core = r_b @ r_a.T
     values: Array = np.asarray(np.linalg.svd(core, compute_uv=False), dtype=np.float64)
     top = float(values[0])
     # A zero update is one whose factors cancel to the last bit, not one that is merely small.
-    zero = not pair.scale or not a_size or not b_size or top <= _rounding(r_a, r_b)
+    zero = not pair.scale or not a_size or not b_size or top <= _ROUNDING * a_norm * b_norm
     relative = np.zeros_like(values) if zero else values / top
-    b_norm = float(np.linalg.norm(r_b)) * b_size
     return Spectrum(
         relative,
         0.0 if zero else top * a_size * b_size * abs(pair.scale),
         np.zeros_like(b[:, 0]) if zero else _energies(a=r_a.T, b=b, axis=1),
         np.zeros_like(a[0]) if zero else _energies(a=a, b=r_b, axis=0),
-        float(np.linalg.norm(r_a)) * a_size / b_norm if b_norm else None,
+        a_norm * a_size / (b_norm * b_size) if b_norm * b_size else None,
         each.expert,
     )
 
@@ -222,9 +224,13 @@ def _unit(matrix: Array) -> tuple[Array, float]:
     return matrix / size, size
 
 
-def _rounding(r_a: Array, r_b: Array) -> float:
-    """Return the σ₁ that rounding alone leaves where B·A vanishes exactly."""
-    return 8 * float(np.finfo(np.float64).eps) * float(np.linalg.norm(r_a) * np.linalg.norm(r_b))
+def _triangulars(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return R_A and R_B of `triangular`, by half of its calls where both are well conditioned."""
+    if min(a.shape[1], b.shape[0]) > len(a):
+        lower = _cholesky(np.stack((a @ a.T, b.T @ b)))
+        if lower is not None:
+            return lower[0].T, lower[1].T
+    return triangular(a.T), triangular(b)
 
 
 def triangular(matrix: Array) -> Array:
@@ -233,15 +239,20 @@ def triangular(matrix: Array) -> Array:
     The Cholesky factor of XᵀX where X is well conditioned, else that of a QR decomposition.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        try:
-            lower = np.linalg.cholesky(matrix.T @ matrix)
-        except np.linalg.LinAlgError:
-            pass
-        else:
-            values = np.linalg.svd(lower, compute_uv=False)
-            if values[-1] * _GRAM_CONDITION > values[0]:
-                return np.asarray(lower.T, dtype=np.float64)
+        lower = _cholesky(matrix.T @ matrix)
+        if lower is not None:
+            return lower.T
     return np.asarray(np.linalg.qr(matrix, mode="r"), dtype=np.float64)
+
+
+def _cholesky(gram: Array) -> Array | None:
+    """Return L (..., r, r) with L·Lᵀ = XᵀX (..., r, r), or None if an X is ill conditioned."""
+    try:
+        lower = np.asarray(np.linalg.cholesky(gram), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    values = np.linalg.svd(lower, compute_uv=False)
+    return lower if (values[..., -1] * _GRAM_CONDITION > values[..., 0]).all() else None
 
 
 def not_finite(pair: LoraPair) -> FormatError:
