@@ -6,20 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.base import find_base, open_base
+from adapterkit.base import open_base
 from adapterkit.base.fit import check_fit
 from adapterkit.base.initialisation import without_base_change
 from adapterkit.base.vocabulary import matched
 from adapterkit.dtype import DType
-from adapterkit.errors import (
-    LossyConversionError,
-    UnknownArchitectureError,
-    UsageError,
-)
+from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet, Loss
 from adapterkit.proof import prove
+from adapterkit.reading import load
 from adapterkit.registry import FormatSpec, destination_format, source_format
 from adapterkit.serving import PREPARATIONS
 from adapterkit.storage import staged
@@ -28,7 +25,6 @@ from adapterkit.structure import check_structure
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.base import BaseModel
 
 OUTTYPES = {
     "auto": None,
@@ -191,24 +187,6 @@ def write_proven(
             max_relative_error=error,
             worst_module=worst,
         )
-
-
-def load(path: Path, spec: FormatSpec, options: Options) -> tuple[AdapterTensorSet, Options]:
-    """Read an adapter, with the base that it names if none was given and that one is cached."""
-    adapter = spec.format.read(path, options)
-    if options.base is None and (found := _recorded_base(adapter)) is not None:
-        options = replace(options, base=found)
-        adapter = spec.format.read(path, options)
-    if options.base:
-        options = replace(options, base=options.base.suited(adapter.modules))
-    return adapter, options
-
-
-def _recorded_base(adapter: AdapterTensorSet) -> BaseModel | None:
-    try:
-        return find_base(adapter.base.name)
-    except UnknownArchitectureError:
-        return None  # what needs the base will say so; many targets do not
 
 
 def _undoes_base_change(target: FormatSpec, options: Options, *, given: bool) -> bool:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
-from adapterkit.convert import load
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import UncheckableError, UnknownFormatError
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
 from adapterkit.proof import Comparison, compare, tolerance_for
+from adapterkit.reading import load
 from adapterkit.registry import FormatSpec, detect, source_format
 from adapterkit.structure import check_structure
 

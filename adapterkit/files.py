@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
-from adapterkit.convert import ProvenFile, load, stored_type, write_proven
+from adapterkit.convert import ProvenFile, stored_type, write_proven
 from adapterkit.errors import LossyConversionError
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
+from adapterkit.reading import load
 from adapterkit.registry import destination_format, source_format
 
 if TYPE_CHECKING:

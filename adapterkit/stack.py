@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base import open_base
 from adapterkit.base.fit import misfits
-from adapterkit.convert import load
 from adapterkit.delta import difference
 from adapterkit.errors import AdapterKitError, UnsupportedError
 from adapterkit.factors import concatenated
 from adapterkit.formats.protocol import Options
 from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.reading import load
 from adapterkit.registry import detect
 from adapterkit.structure import check_structure
 

@@ -22,7 +22,6 @@ from adapterkit.tensor import LazyTensor
 BUILD = Path("build/bench")
 PEER_SCRIPT = "*/vendor/llama.cpp/convert_lora_to_gguf.py"
 LAYERS, HIDDEN, FFN, KV, RANK = 32, 4096, 14336, 1024, 16
-GRADIENCE = "gradience==0.11.0"
 PEER = "llama-cpp-python==0.3.36"
 # module -> (out, in)
 TARGETS = {
@@ -69,15 +68,15 @@ BASE_CONFIG = {
 }
 
 
-def adapter(seed: int = 0) -> None:
-    """Make an 84 MB adapter, if it is not there."""
-    folder = BUILD / f"adapter-{seed}"
+def adapter(seed: int = 0, layers: int = LAYERS) -> None:
+    """Make an adapter, 84 MB if it has all layers, if it is not there."""
+    folder = BUILD / (f"adapter-{seed}" if layers == LAYERS else f"adapter-{layers}-layers")
     if (folder / "adapter_config.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     tensors: dict[str, LazyTensor] = {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for target, (rows, columns) in TARGETS.items():
             name = f"base_model.model.model.layers.{layer}.{target}"
             tensors[f"{name}.lora_A.weight"] = _bf16(random, RANK, columns)
@@ -104,6 +103,21 @@ def base() -> None:
     folder = BUILD / "base"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(BASE_CONFIG, indent=2))
+
+
+def one_layer() -> None:
+    """Make a base of one layer, with weights: 436 MB."""
+    folder = BUILD / "base-1-layer"
+    if (folder / "model.safetensors").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(BASE_CONFIG | {"num_hidden_layers": 1}))
+    random = np.random.default_rng(1)
+    tensors = {
+        f"model.layers.0.{target}.weight": _bf16(random, *shape)
+        for target, shape in TARGETS.items()
+    }
+    write_safetensors(folder / "model.safetensors", tensors, {})
 
 
 def large_vocabulary() -> None:
@@ -160,16 +174,11 @@ def llama_cpp() -> None:
         file.extractall(BUILD, members=wanted, filter="data")
 
 
-def gradience() -> None:
-    """Install gradience beside the environment, without what it declares and does not use here."""
-    if not (BUILD / "peers" / "gradience").is_dir():
-        options = "-m pip install -q --no-deps --target"
-        run([executable, *options.split(), str(BUILD / "peers"), GRADIENCE], check=True)
-
-
 if __name__ == "__main__":
-    gradience()
     adapter()
+    for layers in (1, 8, 16):
+        adapter(layers=layers)
     base()
+    one_layer()
     large_vocabulary()
     llama_cpp()

@@ -13,13 +13,7 @@ from measure import Run, alternate
 BUILD = Path("build/bench")
 BIN = Path(sys.executable).parent
 KIT = str(BIN / "adapterkit")
-
-
-# gradience lies in a folder of its own: its declared dependencies are not those of this project.
-_GRADIENCE = (
-    "import sys; sys.path.append('build/bench/peers'); sys.argv[0] = 'gradience'\n"
-    "from gradience.cli import main; sys.exit(main())"
-)
+LAYERS = 32
 
 
 @dataclass(frozen=True)
@@ -56,8 +50,23 @@ def cases() -> list[Case]:
         Case(
             "audit the same adapter vs gradience 0.11",
             [KIT, "audit", adapter],
-            [sys.executable, "-c", _GRADIENCE, "audit", "--peft-dir", adapter],
+            [str(BIN / "gradience"), "audit", "--peft-dir", adapter],
             {"seconds": 1.0, "peak MiB": 80, "times faster": 4},
+        ),
+        *(
+            Case(
+                f"audit {7 * layers} modules vs half as many",
+                [KIT, "audit", adapter if layers == LAYERS else _layers(layers)],
+                [KIT, "audit", _layers(layers // 2)],
+                {"times the peer's time": 2},
+            )
+            for layers in (LAYERS, LAYERS // 2)
+        ),
+        Case(
+            "audit one layer against the weights of its base, 436 MB",
+            [KIT, "audit", _layers(1), "--base", str(BUILD / "base-1-layer")],
+            None,
+            {"seconds": 30},
         ),
         Case(
             "adapterkit --help vs python importing click",
@@ -66,6 +75,10 @@ def cases() -> list[Case]:
             {"times the peer's time": 3},
         ),
     ]
+
+
+def _layers(count: int) -> str:
+    return str(BUILD / f"adapter-{count}-layers")
 
 
 def kept(case: Case, ours: Run, peer: Run | None) -> dict[str, tuple[float, bool]]:

@@ -2,13 +2,15 @@
 
     python tests/audit_screenshots.py OUT [CHROMIUM]
 
-writes OUT/{one,several}-{light,dark,phone}.png for looking at, and fails if the page's own script
-did not run or if the page is wider than the screen. Not part of the test run: a machine may have no
-browser (Debian: `apt-get install chromium`); tests/test_audit_cli.py takes the page apart instead.
+writes OUT/{one,base,several}-{light,dark,phone}.png for looking at, and fails if the page's own
+script did not run or if the page is wider than the screen. Not part of the test run: a machine may
+have no browser (Debian: `apt-get install chromium`); tests/test_audit_cli.py takes the page apart
+instead.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -23,13 +25,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from audit_adapters import adapter, gaussian
 
-from adapterkit.audit import audit, html_page
+from adapterkit.audit import AuditReport, audit, bank, html_page
+from adapterkit.containers.safetensors import write_safetensors
+from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from adapterkit import AdapterTensorSet
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
-PHONE = 375
+PHONE = 390
+CONFIG = {"model_type": "llama", "hidden_size": 96, "num_hidden_layers": 16}
 # (name, width, height, preferred colour scheme as Chromium numbers it: 0 dark, 1 light)
 VIEWS = (("light", 1200, 3000, 1), ("dark", 1200, 3000, 0), ("phone", 500, 4200, 1))
 
@@ -45,6 +50,24 @@ def example(seed: int, *, turned: bool = False) -> AdapterTensorSet:
             b = b * np.float32(0 if (layer, place) == (7, 2) else -1 if turned and layer < 3 else 1)
             pairs[f"model.layers.{layer}.self_attn.{name}"] = (a, b)
     return adapter(pairs, scale=2.0)
+
+
+def beside(whole: AdapterTensorSet, folder: Path) -> AuditReport:
+    """Hold an adapter against a base with falling spectra, and against four others."""
+    random = np.random.default_rng(0)
+    weights = {}
+    for pair in whole.pairs():
+        out, inputs = pair.shape
+        left, right = (
+            random.standard_normal((out, inputs)),
+            random.standard_normal((inputs, inputs)),
+        )
+        falling = np.exp(-np.arange(inputs) / 12) / inputs**0.5
+        weights[f"{pair.module}.weight"] = LazyTensor.of(((left * falling) @ right).astype("f4"))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_safetensors(folder / "model.safetensors", weights, {})
+    bank(*(example(seed) for seed in range(4, 8)), path=folder / "bank.json")
+    return audit(whole, base=folder, reference=folder / "bank.json")
 
 
 def browse(chromium: str, page: Path, *arguments: str) -> str:
@@ -67,21 +90,30 @@ def browse(chromium: str, page: Path, *arguments: str) -> str:
 
 
 def check(chromium: str, page: Path) -> None:
-    """Let the page's script run, sort a column, and measure the page on a phone."""
+    """Let the page's script run, switch the metric, sort a column, and measure the page."""
     probe = page.with_name("probe.html")
     text = page.read_text(encoding="utf-8").replace(
         "</body>",
-        "<script>document.querySelectorAll('.sortable thead button')[3].click();"
+        "<script>const metric = document.querySelector('select[data-heat]');"
+        "metric.selectedIndex = metric.options.length - 1;"
+        "metric.dispatchEvent(new Event('change'));"
+        "const tables = document.querySelectorAll('.sortable');"
+        "for (const table of tables) table.querySelectorAll('thead button')[3].click();"
         "const fits = document.documentElement.scrollWidth <= innerWidth;"
         "document.body.dataset.fits = fits;</script></body>",
     )
     probe.write_text(text, encoding="utf-8")
     found = browse(chromium, probe, "--dump-dom", "--window-size=500,2000")
-    painted = len(re.findall(r'<td data-v="\[[^>]*background: rgb', found))
-    body = found.partition('class="list sortable"')[2].partition("<tbody>")[2]
-    rows = [re.findall(r'data-v="([^"]*)"', row) for row in body.split("</tr>")[:64]]
-    stable = [float(row[2]) for row in rows if row and row[2]]
-    assert painted >= 63, f"{painted} cells are painted"
+    cells = re.findall(r'<td data-v="\[([^"]*)\]"[^>]*background: rgb[^>]*>([^<]*)<', found)
+    body = found.partition("<h2>Every module</h2>")[2].partition("<tbody>")[2]
+    rows = [re.findall(r'<td(?: data-v="([^"]*)")?>([^<]*)<', row) for row in body.split("</tr>")]
+    stable = [
+        float(row[3][0] or row[3][1]) for row in rows[:64] if len(row) > 3 and row[3][1] != "-"
+    ]
+    assert len(cells) >= 63, f"{len(cells)} cells are painted"
+    for values, text in cells:
+        last = float(values.split(",")[-1])
+        assert abs(float(text) - last) <= 0.005 * abs(last), f"{text} is shown for {last}"
     assert stable == sorted(stable, reverse=True), "the table is not sorted"
     assert 'data-fits="true"' in found, "the page is wider than the screen"
     probe.unlink()
@@ -91,9 +123,12 @@ def main(out: Path, chromium: str) -> None:
     """Write the pages and their pictures."""
     out.mkdir(parents=True, exist_ok=True)
     adapters = [example(1), example(2, turned=True), example(3)]
-    for name, chosen in (("one", adapters[:1]), ("several", adapters)):
+    with tempfile.TemporaryDirectory() as folder:
+        base = beside(adapters[0], Path(folder))
+    reports = {"one": audit(adapters[0]), "base": base, "several": audit(*adapters)}
+    for name, report in reports.items():
         page = out / f"{name}.html"
-        page.write_text(html_page(audit(*chosen)), encoding="utf-8")
+        page.write_text(html_page(report), encoding="utf-8")
         check(chromium, page)
         framed = out / "phone.html"
         frame = (

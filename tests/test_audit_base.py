@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tracemalloc
 import warnings
 from dataclasses import replace
@@ -344,7 +345,16 @@ def test_the_command_shows_it_and_json_has_the_names_that_others_use(tmp_path: P
     assert "leading directions" in marked
     page = tmp_path / "page.html"
     assert invoke("audit", path, "--base", base, "--html", page).exit_code == 0
-    assert "Against the base" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "Against the base" in text
+    cells = [json.loads(v.replace("&quot;", '"')) for v in re.findall(r'data-v="(\[.*?\])"', text)]
+    metrics = re.findall(r'<option value="(\d+)" data-log="([01])">(.*?)</option>', text)
+    assert [int(place) for place, _, _ in metrics] == list(range(len(cells[0])))
+    assert metrics[-5:][0][2] == "‖ΔW‖₂ / ‖W‖₂"
+    row = json.loads(invoke("audit", path, "--base", base, "--json").stdout)["base"]["weights"][0]
+    beside = [row[name] for name in ("udr", "udr_f", "amplification")]
+    beside += [min(row["retention"]), row["intruder_dimensions"]]
+    assert cells[0][-5:] == pytest.approx(beside, rel=1e-4)
 
 
 def test_a_tiny_lora_is_measured_as_its_factors(tmp_path: Path) -> None:

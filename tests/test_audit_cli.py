@@ -196,8 +196,10 @@ def test_the_page_shows_the_numbers_that_were_measured(large: Path, tmp_path: Pa
     assert cells[0][0] == pytest.approx(first.utilization, rel=1e-4)
     row = re.search(rf"<td>{re.escape(first.module)}</td>(.*?)</tr>", text)
     assert row is not None
-    values = re.findall(r'data-v="([^"]*)"', row.group(1))
-    assert float(values[2]) == pytest.approx(first.stable_rank, rel=1e-5)
+    values = re.findall(r'<td(?: data-v="([^"]*)")?>([^<]*)<', row.group(1))
+    exact = [value or text for value, text in values]
+    assert [float(value) for value in exact[:2]] == [first.rank, first.scale]
+    assert float(exact[2]) == pytest.approx(first.stable_rank, rel=1e-5)
 
 
 def test_the_page_holds_several_adapters_against_each_other(large: Path, tmp_path: Path) -> None:
@@ -206,6 +208,16 @@ def test_the_page_holds_several_adapters_against_each_other(large: Path, tmp_pat
     assert "Interference" in page.text
     assert "redundant" in page.text
     assert "nothing shared" in page.text
+    assert len(text.encode()) < 1_000_000
+
+
+def test_a_page_of_many_adapters_keeps_what_tells_them_apart(large: Path, tmp_path: Path) -> None:
+    page, text = page_of(tmp_path, *[large] * 6)
+    assert page.open == []
+    assert page.tags.count("h1") == 7
+    assert page.text.count("Layer by module") == 6
+    assert "up to 3 adapters" in page.text
+    assert "Every module" not in page.text
     assert len(text.encode()) < 1_000_000
 
 
@@ -247,26 +259,44 @@ def test_the_same_adapter_in_another_format_measures_the_same(tmp_path: Path) ->
     assert both.pairs[0].cosine == pytest.approx(1, abs=1e-6)
 
 
+OF_TUNERS = ("--base", PEFT.parent / "tuners" / "base")
+
+
 @pytest.mark.parametrize(
-    ("name", "alpha"),
+    ("name", "more"),
     [
-        ("peft/patterns", None),
-        ("peft/dora", None),
-        ("mlx/lora", None),
-        ("mlx/experts", None),
-        ("handwritten/numpy-gpt2.npz", 8.0),
-        ("handwritten/loralib.safetensors", 2.0),
-        ("tinylora/self-contained.safetensors", None),
-        ("tuners/lokr", None),
-        ("tuners/loha", None),
-        ("pirate/adapter", None),
+        ("peft/patterns", ()),
+        ("peft/dora", ()),
+        ("mlx/lora", ()),
+        ("mlx/experts", ()),
+        ("mlx/unsloth", ()),
+        ("handwritten/numpy-gpt2.npz", ("--alpha", "8")),
+        ("handwritten/loralib.safetensors", ("--alpha", "2")),
+        ("handwritten/raschka.pt", ("--dialect", "raschka-alpha", "--alpha", "3")),
+        ("tinylora/self-contained.safetensors", ()),
+        ("tinylora/peft", ()),
+        ("tuners/adalora", ()),
+        ("tuners/delora", ()),
+        ("tuners/loha", ()),
+        ("tuners/lokr", ()),
+        ("tuners/lycoris/loha.safetensors", OF_TUNERS),
+        ("tuners/miss", OF_TUNERS),
+        ("tuners/vblora", ()),
+        ("tuners/vera", OF_TUNERS),
+        ("pirate/adapter", ()),
     ],
 )
-def test_every_format_is_measured_as_its_factors_say(name: str, alpha: float | None) -> None:
+def test_every_format_is_measured_as_its_factors_say(
+    name: str, more: tuple[str | Path, ...]
+) -> None:
     path = PEFT.parent / name
-    norms = {pair.module: norm(pair) for pair in read(path, alpha=alpha).pairs()}
+    told: dict[str, Any] = {
+        str(key)[2:]: value for key, value in zip(more[::2], more[1::2], strict=True)
+    }
+    if "alpha" in told:
+        told["alpha"] = float(told["alpha"])
+    norms = {pair.module: norm(pair) for pair in read(path, **told).pairs()}
     found: dict[str, float] = dict.fromkeys(norms, 0.0)
-    more = [] if alpha is None else ["--alpha", str(alpha)]
     for module in answer("audit", path, *more)["modules"]:
         found[module["module"]] += module["frobenius_norm"] ** 2
     assert norms

@@ -1,8 +1,8 @@
-"""Where the numbers of gradience (0.7.1 and 0.11.0) are wrong, and what they are in truth.
+"""gradience 0.11, whose names an audit keeps, run beside it: where both are right, and where not.
 
-It is the tool whose names an audit keeps. Each test restates one thing that it does, in a line of
-its own, shows that this is not so, by a dense decomposition or by PEFT's rules, and that the audit
-has the truth. Where it is right, test_audit_metrics.py holds the audit to its published example.
+Every command of gradience runs in one process. Where it measures plain LoRA, each of its numbers is
+that of the audit. Where it is wrong, a test shows what it says, what is so by a dense decomposition
+or by PEFT's rules, and that the audit says that. If gradience is corrected, these tests fail.
 """
 
 from __future__ import annotations
@@ -13,221 +13,381 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from audit_adapters import adapter, gaussian, layered, orthonormal, planted, written
+from audit_adapters import adapter, gaussian, layered
+from gradience_cases import (
+    BROKEN,
+    FALLING,
+    GPT2,
+    PATTERNED,
+    SMALL,
+    commands_for,
+    experts,
+    sharing_outputs,
+    sources,
+    stacked,
+)
+from gradience_oracle import gradience
 from terminal import PEFT, invoke
 
-from adapterkit.audit import audit, compress
+from adapterkit import read
+from adapterkit.audit import AuditReport, ModuleAudit, audit, compress
+from adapterkit.containers.safetensors import write_safetensors
+from adapterkit.delta import norm
+from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from adapterkit.audit import ModuleAudit
+    from gradience_oracle import Answer
 
-EPSILON = 1e-12  # that it adds to, or cuts off at, whatever the size of the numbers is
+# Its name of a value for each matrix, and the audit's.
+ROW = {
+    "r": "rank",
+    "scale": "scale",
+    "params": "parameters",
+    "stable_rank": "stable_rank",
+    "utilization": "utilization",
+    "effective_rank": "effective_rank",
+    "energy_rank_90": "energy_rank_90",
+    "energy_rank_95": "energy_rank_95",
+    "energy_rank_99": "energy_rank_99",
+    "delta_sigma_max": "spectral_norm",
+    "delta_fro_norm": "frobenius_norm",
+}
+WHOLE = {
+    "n_layers": "updates",
+    "total_lora_params": "parameters",
+    "stable_rank_mean": "stable_rank_mean",
+    "stable_rank_median": "stable_rank_median",
+    "stable_rank_weighted_mean": "stable_rank_weighted_mean",
+    "effective_rank_mean": "effective_rank_mean",
+    "utilization_mean": "utilization_mean",
+    "energy_rank_90_p50": "energy_rank_90_p50",
+    "energy_rank_90_p90": "energy_rank_90_p90",
+    "delta_sigma_max_scaled_mean": "spectral_norm_mean",
+    "delta_frob_norm_scaled_mean": "frobenius_norm_mean",
+}
+RIGHT = ("example", "tall-and-wide", "one-direction", "half", "falling", "gpt2", "pirate")
 
 
-def only(pair: Any, **settings: Any) -> ModuleAudit:
-    (module,) = audit(adapter({"layers.0.x": pair}, **settings)).modules
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return sources(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def theirs(found: dict[str, Path]) -> dict[str, Answer]:
+    """Run gradience on everything, once."""
+    commands = commands_for(found)
+    return dict(zip(commands, gradience(list(commands.values())), strict=True))
+
+
+def checkpoint(folder: Path, pairs: Mapping[str, Any], config: dict[str, Any]) -> Path:
+    """Write a base whose weights have the largest singular value 2 and the norm 5."""
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {}
+    for name, (a, b) in pairs.items():
+        size = min(len(b), a.shape[1])
+        values = np.full(size, math.sqrt(21 / (size - 1)))
+        values[0] = 2
+        matrix = np.zeros((len(b), a.shape[1]), np.float32)
+        matrix[range(size), range(size)] = values
+        weights[f"{name}.weight"] = LazyTensor.of(matrix)
+    write_safetensors(folder / "model.safetensors", weights, {})
+    return folder
+
+
+def rows(answer: Answer) -> dict[str, dict[str, Any]]:
+    listed = answer.json["layer_data"]["layer_rows"]
+    return {row["name"].removeprefix("base_model.model."): row for row in listed}
+
+
+def only(report: AuditReport) -> ModuleAudit:
+    (module,) = report.modules
     return module
 
 
-def saved(folder: Path, pairs: dict[str, Any], **config: Any) -> Path:
-    """Write an adapter whose config says what is given, and nothing of scales."""
-    path = written(adapter(pairs), folder)
-    known = json.loads((path / "adapter_config.json").read_text())
-    for name in ("use_rslora", "alpha_pattern", "rank_pattern"):
-        known.pop(name, None)
-    (path / "adapter_config.json").write_text(json.dumps(known | config))
-    return path
+@pytest.mark.parametrize("name", RIGHT)
+def test_plain_lora_measures_the_same(
+    name: str, theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    report = audit(found[name])
+    known = rows(theirs[name])
+    assert known.keys() == {module.module for module in report.modules}
+    for module in report.modules:
+        row = known[module.module]
+        for field, ours in ROW.items():
+            assert getattr(module, ours) == pytest.approx(row[field], rel=1e-8), (field, module)
+        values = np.array(row["top_singular_values"]) * row["scale"]
+        kept = np.array(module.singular_values)[: len(values)]
+        # Its Gram matrices hold half of the digits.
+        assert values[: len(kept)] == pytest.approx(kept, rel=1e-8, abs=1e-7 * kept[0])
+    whole = theirs[name].json
+    for field, ours in WHOLE.items():
+        assert getattr(report.summary, ours) == pytest.approx(whole[field], rel=1e-8), field
 
 
-def test_rslora_is_alpha_over_the_root_of_r(tmp_path: Path) -> None:
-    pair = gaussian(80, 90, 64)
-    its_scale = 16 / 64
-    path = saved(tmp_path / "a", {"layers.0.x": pair}, r=64, lora_alpha=16, use_rslora=True)
-    (module,) = audit(path).modules
-    assert module.scale == 16 / math.sqrt(64) == 8 * its_scale
-    dense = module.scale * pair[1].astype(float) @ pair[0].astype(float)
+def test_its_published_example_is_what_it_says(theirs: dict[str, Answer]) -> None:
+    whole = theirs["example"].json
+    assert whole["stable_rank_mean"] == pytest.approx(6.510343331416814, rel=1e-12)
+    assert whole["effective_rank_mean"] == pytest.approx(7.980436470004545, rel=1e-12)
+    assert whole["utilization_mean"] == pytest.approx(0.8137929164271017, rel=1e-12)
+    assert whole["total_lora_params"] == 221_184
+
+
+def test_layers_hold_the_same_shares(theirs: dict[str, Answer], found: dict[str, Path]) -> None:
+    for name in ("example", "falling", "gpt2"):
+        report = audit(found[name])
+        its = theirs[name].json["composition"]
+        shares = {share.layer: share.energy_share for share in report.adapters[0].layers}
+        assert shares == pytest.approx({row["layer"]: row["share"] for row in its["layers"]})
+        assert report.summary.energy == pytest.approx(its["energy_total_fro2"])
+        assert report.summary.concentration_index == pytest.approx(its["concentration_index"])
+
+
+def test_ratios_to_a_base_are_the_same_where_it_finds_the_base(
+    theirs: dict[str, Answer], found: dict[str, Path], tmp_path: Path
+) -> None:
+    config = {"model_type": "gpt2", "n_embd": 9, "n_layer": 6, "n_head": 3, "vocab_size": 20}
+    base = audit(found["gpt2"], base=checkpoint(tmp_path, GPT2, config)).adapters[0].base
+    assert base is not None
+    known = rows(theirs["gpt2"])
+    compared = [row for row in base.weights if row.modules[0] in GPT2]
+    assert len(compared) == 6
+    for row in compared:
+        its = known[row.modules[0]]
+        assert (row.base_spectral_norm, row.base_frobenius_norm) == pytest.approx((2, 5), rel=1e-6)
+        assert row.udr == pytest.approx(its["udr"], rel=1e-6)
+        assert row.udr_f == pytest.approx(its["udr_f"], rel=1e-6)
+        assert row.sdi == pytest.approx(its["sdi"], rel=1e-6)
+    whole = theirs["gpt2"].json
+    for field in ("udr_max", "udr_mean"):
+        assert getattr(base.summary, field) == pytest.approx(whole[field], rel=1e-6), field
+    for field in ("fraction_udr_gt_0_1", "fraction_udr_gt_0_3"):
+        assert getattr(base.summary, field) == whole[field]
+    # The median of six is between two of them; it takes the lower one.
+    ratios = sorted(its["udr"] for its in known.values() if its["udr"])
+    assert base.summary.udr_median == pytest.approx(sum(ratios[2:4]) / 2, rel=1e-6)
+    assert whole["udr_median"] == ratios[2]
+
+
+def test_rslora_is_alpha_over_the_root_of_r(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    (row,) = rows(theirs["rslora"]).values()
+    module = only(audit(found["rslora"]))
+    assert module.scale == 16 / math.sqrt(64) == 8 * row["scale"]
+    (pair,) = read(found["rslora"]).pairs()
+    dense = module.scale * pair.b.numpy().astype(float) @ pair.a.numpy().astype(float)
     assert module.spectral_norm == pytest.approx(np.linalg.norm(dense, 2), rel=1e-9)
+    assert row["delta_sigma_max"] == pytest.approx(module.spectral_norm / 8, rel=1e-6)
 
 
-def test_alpha_pattern_is_a_suffix_and_a_regular_expression(tmp_path: Path) -> None:
-    names = ["layers.1.self_attn.q_proj", "layers.11.self_attn.q_proj", "layers.2.mlp.q_proj_x"]
-    pairs = {f"model.{name}": gaussian(8, 8, 4) for name in names}
-    patterns = {"1.self_attn.q_proj": 64, r"^model\.layers\.2\..*": 12}
-    its_alphas = [
-        next((alpha for key, alpha in patterns.items() if key in name), 16) for name in pairs
-    ]
-    path = saved(tmp_path / "a", pairs, r=4, lora_alpha=16, alpha_pattern=patterns)
-    alphas = [module.scale * 4 for module in audit(path).modules]
-    assert its_alphas == [64, 64, 16]
-    assert alphas == [64, 16, 12]
+def test_alpha_pattern_is_a_suffix_and_a_regular_expression(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    its = rows(theirs["patterns"])
+    ours = {module.module: module.scale * 4 for module in audit(found["patterns"]).modules}
+    # PEFT: re.match(rf"(.*\.)?({key})$", name).
+    assert [ours[f"model.{name}"] for name in PATTERNED] == [64, 16, 12]
+    assert [its[f"model.{name}"]["scale"] * 4 for name in PATTERNED] == [64, 64, 16]
 
 
-@pytest.mark.parametrize("factor", [1e-8, 1e-9, 1e-20])
-def test_a_small_update_has_the_same_ranks_as_a_large_one(factor: float) -> None:
-    a, b = gaussian(40, 30, 6, dtype=np.float64)
-    values = np.linalg.svd(factor * b @ a, compute_uv=False)
-    its_stable_rank = float((values**2).sum() / max(values[0] ** 2, EPSILON))
-    large, small = only((a, b)), only((a, b * factor))
-    assert its_stable_rank < 0.1
-    assert small.stable_rank == pytest.approx(large.stable_rank, rel=1e-10)
-    assert small.energy_rank_90 == large.energy_rank_90
-    assert small.stable_rank is not None
-    assert small.stable_rank > 1
+def test_a_small_update_has_the_same_ranks_as_a_large_one(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    large = only(audit(adapter({"layers.0.x": SMALL})))
+    its = rows(theirs["small"])
+    for module in audit(found["small"]).modules:
+        assert its[module.module]["stable_rank"] < 0.1
+        assert module.stable_rank == pytest.approx(large.stable_rank, rel=1e-10)
+        assert module.energy_rank_90 == large.energy_rank_90
 
 
-def test_stacked_experts_are_matrices_of_their_own() -> None:
-    parts = [gaussian(20, 24, 3, seed=seed, dtype=np.float64) for seed in range(4)]
-    a, b = np.stack([p[0] for p in parts]), np.stack([p[1] for p in parts])
-    # As PEFT stores them: experts outside in A's rows, inside in B's columns.
-    its_a, its_b = a.reshape(12, 24), b.transpose(1, 2, 0).reshape(20, 12)
-    its_norm = np.linalg.norm(its_b @ its_a)
-    found = audit(adapter({"layers.0.experts": (a, b)})).modules
-    norms = [float(np.linalg.norm(b1 @ a1)) for a1, b1 in parts]
-    assert [module.rank for module in found] == [3, 3, 3, 3]
-    assert [module.frobenius_norm for module in found] == pytest.approx(norms)
+def test_stacked_experts_are_matrices_of_their_own(
+    theirs: dict[str, Answer],
+) -> None:
+    (row,) = rows(theirs["experts"]).values()
+    modules = audit(adapter({"model.layers.0.mlp.experts.down_proj": stacked()})).modules
+    norms = [float(np.linalg.norm(b @ a)) for a, b in experts()]
+    assert [module.rank for module in modules] == [3, 3, 3, 3]
+    assert [module.frobenius_norm for module in modules] == pytest.approx(norms)
+    assert (row["r"], row["scale"]) == (12, 0.25)
+    its_norm = row["delta_fro_norm"] / row["scale"]
     assert its_norm != pytest.approx(math.hypot(*norms), rel=0.01)
 
 
-def test_what_is_no_adapter_has_no_advice(tmp_path: Path) -> None:
-    # It exits 0, and says that rank 1 covers the worst case.
-    hostile = PEFT.parent / "hostile" / "peft"
-    for path in (tmp_path / "nowhere", tmp_path, hostile / "nan", hostile / "a-without-b"):
-        result = invoke("audit", path, "--suggest", "--json")
-        assert (result.exit_code, result.stdout) == (3, "")
+def test_what_it_does_not_measure_is_said(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    assert "issues" not in theirs["dora"].json
+    report = audit(found["dora"]).adapters[0]
+    assert any("magnitude" in each.reason for each in report.unaudited)
+    assert report.health == ("DoRA: 6 of 6 updates are audited without their magnitude",)
 
 
-def test_no_rank_of_zero_is_advised() -> None:
-    pairs = {name: (a, b * 0) for name, (a, b) in layered(2).items()}
-    report = audit(adapter(pairs), suggest=True)
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_adapter_has_no_advice(
+    name: str, theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    assert theirs[name].code == 0
+    assert "suggested_r" in theirs[name].out.lower().replace(" rank (p90)", "_r")
+    result = invoke("audit", found[name], "--suggest", "--json")
+    assert (result.exit_code, result.stdout) == (3, "")
+
+
+def test_no_rank_of_zero_is_advised(theirs: dict[str, Answer], found: dict[str, Path]) -> None:
+    assert theirs["zero"].json["rank_suggestions"]["default_r"] == 0
+    report = audit(found["zero"], suggest=True)
     assert {module.energy_rank_90 for module in report.modules} == {None}
     assert min(module.rank for module in report.plans[0].modules) >= 1
 
 
-def test_pattern_keys_have_no_prefix_that_peft_would_not_match() -> None:
-    pairs = layered(3, rank=6)
-    plan = audit(adapter(pairs), suggest=True, tol=0.3).plans[0]
+def test_pattern_keys_have_no_prefix_that_peft_would_not_match(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    # test_audit_plan.py loads the audit's in PEFT.
+    its = theirs["falling"].json["rank_suggestions"]
+    assert its["rank_pattern"]
+    assert all(key.startswith("base_model.model.model.") for key in its["rank_pattern"])
+    assert not any("alpha" in key for key in its)
+    plan = audit(found["falling"], suggest=True, tol=0.3).plans[0]
     assert plan.peft["rank_pattern"]
     assert not any("base_model" in key for key in plan.peft["rank_pattern"])
     assert plan.peft["alpha_pattern"].keys() >= plan.peft["rank_pattern"].keys()
 
 
-def test_ranks_over_64_are_advised_where_they_are_needed() -> None:
-    flat = planted([1.0] * 256, 300, 280)
-    module = only(flat)
-    its_rank = min(64, 256)
-    assert module.energy_rank_90 == 231
-    plan = audit(adapter({"layers.0.x": flat}), suggest=True, tol=0.32).plans[0]
-    (advised,) = plan.modules
-    assert advised.rank > 3 * its_rank
-    assert its_rank / 256 == 0.25  # of the energy, where it says 90 %
+def test_ranks_over_64_are_advised_where_they_are_needed(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    its = theirs["flat"].json
+    assert its["suggested_r_global_90"] == 32
+    assert its["rank_suggestions"]["default_r"] == 64  # a quarter of the energy
+    report = audit(found["flat"], suggest=True, tol=0.32)
+    assert only(report).energy_rank_90 == 231
+    (advised,) = report.plans[0].modules
+    assert advised.rank == 230
 
 
-def test_every_gpt2_layer_has_its_share() -> None:
-    pairs = {f"transformer.h.{layer}.attn.c_attn": gaussian(9, 9, 2) for layer in range(6)}
-    its_layers = {0 for name in pairs if ".layers." not in name}
-    found = audit(adapter(pairs)).adapters[0].layers
-    assert its_layers == {0}
-    assert [share.layer for share in found] == [0, 1, 2, 3, 4, 5]
-    assert [share.energy_share for share in found] == pytest.approx([1 / 6] * 6)
+def test_every_gpt2_layer_has_its_share(theirs: dict[str, Answer], found: dict[str, Path]) -> None:
+    assert [row["layer"] for row in theirs["gpt2"].json["per_layer_gain"]] == [0]
+    layers = audit(found["gpt2"]).adapters[0].layers
+    assert [share.layer for share in layers] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_wide_module_is_not_important_for_being_wide() -> None:
-    pairs = {
-        "h.0.c_attn": gaussian(3000, 100, 8, dtype=np.float64),
-        "h.1.c_proj": gaussian(1000, 100, 8, dtype=np.float64, seed=1),
-    }
-    layers = audit(adapter(pairs)).adapters[0].layers
-    its_share = layers[0].energy_share
-    assert its_share == pytest.approx(0.75, abs=0.05)
+def test_a_gpt2_mlp_is_a_family_of_its_own(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    assert rows(theirs["gpt2"])["transformer.h.0.mlp.c_proj"]["module_type"] == "attn"
+    families = [row.family for row in audit(found["gpt2"]).adapters[0].families]
+    assert families == ["transformer.h.*.attn.c_attn", "transformer.h.*.mlp.c_proj"]
+
+
+def test_a_wide_module_is_not_important_for_being_wide(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    listed = theirs["wide"].json["policies"]["per_layer"]
+    its = {row["layer_name"]: row["importance_metrics"]["energy_share"] for row in listed}
+    layers = audit(found["wide"]).adapters[0].layers
+    assert its["base_model.model.h.0.c_attn"] == pytest.approx(0.75, abs=0.05)
+    assert layers[0].energy_share == pytest.approx(0.75, abs=0.05)
     assert layers[0].mean_square_share == pytest.approx(0.5, abs=0.06)
 
 
-def test_small_singular_values_are_not_lost_in_a_gram_matrix() -> None:
-    true = np.array([1.0, 1e-4, 1e-10, 1e-12])
-    a, b = planted(true, 60, 50)
-    gram_a, gram_b = a @ a.T, b.T @ b
-    values, vectors = np.linalg.eigh(gram_a)
-    root = vectors * np.sqrt(np.maximum(values, 0))
-    squares = np.linalg.eigvalsh(root.T @ gram_b @ root)[::-1]
-    its_values = np.sqrt(np.maximum(squares, 0))
-    found = only((a, b)).singular_values
-    assert np.abs(its_values[2:] / true[2:] - 1).max() > 0.5
-    assert found == pytest.approx(true, abs=1e-15)
-    assert found[2] == pytest.approx(1e-10, rel=1e-4)
+def test_small_singular_values_are_not_lost_in_a_gram_matrix(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    (row,) = rows(theirs["lost"]).values()
+    values = np.array(row["top_singular_values"]) * row["scale"]
+    assert np.abs(values[2:] / FALLING[2:] - 1).max() > 0.5
+    ours = only(audit(found["lost"])).singular_values
+    assert ours == pytest.approx(FALLING, abs=1e-15)
+    assert ours[2] == pytest.approx(1e-10, rel=1e-4)
 
 
-def test_ninety_percent_of_the_energy_is_a_third_of_the_update_lost() -> None:
-    # It calls the rank for 90 % of the energy a suggestion, and gives no error.
-    module = only(planted([1.0] * 10, 40, 40))
-    assert module.energy_rank_90 == 9
-    assert module.energy_error_90 == pytest.approx(math.sqrt(0.1))
+def test_its_other_policies_advise_one_rank_for_a_flat_spectrum(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    its = theirs["flat-8"].json
+    policies = its["policy_global_suggestions"]
+    assert policies["knee"]["uniform_max"] == policies["oht"]["uniform_max"] == 1
+    # And 95 % of the energy is taken for 90 %.
+    assert its["policies"]["metadata"]["default_parameters"]["energy_threshold"] == {
+        "threshold": 0.9
+    }
+    report = audit(found["flat-8"], suggest=True)
+    assert only(report).energy_rank_95 == report.plans[0].modules[0].rank == 8
 
 
-def test_mixed_ranks_are_a_range_and_no_mean() -> None:
-    pairs = {"layers.0.x": gaussian(40, 40, 4), "layers.1.x": gaussian(40, 40, 32)}
-    summary = audit(adapter(pairs)).summary
-    stable, used = summary.stable_rank_mean, summary.utilization_mean
-    assert stable is not None
-    assert used is not None
-    its_rank = round(stable / used)
-    assert summary.ranks == (4, 32)
-    assert its_rank not in {4, 32}
+def test_ninety_percent_of_the_energy_is_a_third_of_the_update_lost(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    assert "error" not in theirs["flat"].out
+    module = only(audit(found["flat"]))
+    assert module.energy_error_90 == pytest.approx(math.sqrt(25 / 256))
+    assert "31% relative error" in invoke("audit", found["flat"], "--suggest").stdout
 
 
-def test_updates_that_share_outputs_only_do_not_agree() -> None:
-    random = np.random.default_rng(0)
-    b = orthonormal(random, 200, 8)
-    first, second = (random.standard_normal((8, 200)) for _ in range(2))
-    one, two = (np.linalg.svd(b @ a, full_matrices=False) for a in (first, second))
-    # Left vectors alone, each weighted by its own length.
-    its_agreement = np.linalg.norm(one[0][:, :8].T @ two[0][:, :8]) ** 2 / 8
-    found = audit(adapter({"layers.0.x": (first, b)}), adapter({"layers.0.x": (second, b)}))
-    assert found.interference is not None
-    (pair,) = found.interference.pairs
-    true = np.vdot(b @ first, b @ second) / np.linalg.norm(b @ first) / np.linalg.norm(b @ second)
-    assert its_agreement == pytest.approx(1)
-    assert pair.cosine == pytest.approx(true)
-    assert abs(true) < 0.1
+def test_json_of_fifty_modules_parses(theirs: dict[str, Answer], found: dict[str, Path]) -> None:
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(theirs["many"].out)
+    assert len(json.loads(invoke("audit", found["many"], "--json").stdout)["modules"]) == 50
+
+
+def test_updates_that_share_outputs_only_do_not_agree(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    its = theirs["pair"].json["aggregate"]
+    report = audit(found["one"], found["other"])
+    assert report.interference is not None
+    (pair,) = report.interference.pairs
+    (one, other) = ((b @ a).ravel() for a, b in sharing_outputs())
+    cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    assert pair.cosine == pytest.approx(cosine, rel=1e-6)
+    assert abs(cosine) < 0.05
+    assert its["mean_agreement"] > 2 * abs(cosine)
+    # Its overlap looks at the outputs alone, and at 90 % of the energy.
+    assert its["mean_overlap"] > 0.85
     assert pair.left_overlap == pytest.approx(1)
     assert pair.right_overlap is not None
     assert pair.right_overlap < 0.2
 
 
-def test_a_truncated_rslora_keeps_its_scale() -> None:
-    pair = planted([3.0, 2.0], 40, 30)
-    padded = (
-        np.concatenate([pair[0], np.zeros((14, 30))]),
-        np.concatenate([pair[1], np.zeros((40, 14))], axis=1),
-    )
-    scale = 8 / math.sqrt(16)
-    its_scale = (8 * 2 / 16) / 2  # alpha · k / r over k, with r instead of its root
-    small = compress(adapter({"layers.0.x": padded}, scale=scale), rank=2).adapter
+def test_a_truncated_rslora_keeps_its_scale(
+    theirs: dict[str, Answer], found: dict[str, Path]
+) -> None:
+    assert theirs["cut"].code == 0
+    true = norm(next(iter(read(found["padded"]).pairs())))
+    small = compress(found["padded"], rank=2).adapter
     (kept,) = small.pairs()
-    dense = kept.scale * kept.b.numpy().astype(float) @ kept.a.numpy().astype(float)
     assert kept.rank == 2
-    assert dense == pytest.approx(scale * pair[1] @ pair[0], abs=1e-6)
-    assert its_scale == scale / 4
+    assert norm(kept) == pytest.approx(true, rel=1e-6)
+    (its,) = read(found["empty"].parent / "cut").pairs()
+    assert its.rank == 2
+    assert norm(its) < 0.5 * true
 
 
-def test_a_llama_s_ratio_to_its_base_is_found(tmp_path: Path) -> None:
-    # It strips base_model.model.model. from one name and nothing from the other: no ratio at all.
-    from adapterkit.containers.safetensors import write_safetensors
-    from adapterkit.tensor import LazyTensor
+def test_a_llama_s_ratio_to_its_base_is_found(
+    theirs: dict[str, Answer], found: dict[str, Path], tmp_path: Path
+) -> None:
+    # It strips base_model.model.model. from one name and nothing from the other.
+    assert {row["udr"] for row in rows(theirs["falling"]).values()} == {None}
+    config = json.loads((PEFT / "base" / "config.json").read_text())
+    base = checkpoint(tmp_path, layered(3, rank=6), config)
+    report = audit(found["falling"], base=base).adapters[0].base
+    assert report is not None
+    assert len(report.weights) == 6
+    for row in report.weights:
+        assert row.udr == pytest.approx((row.update_spectral_norm or 0) / 2, rel=1e-6)
 
-    pairs = layered(2)
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text((PEFT / "base" / "config.json").read_text())
-    weights = {
-        f"{name}.weight": LazyTensor.of(np.ones((len(b), a.shape[1]), np.float32))
-        for name, (a, b) in pairs.items()
-    }
-    write_safetensors(base / "model.safetensors", weights, {})
-    found = audit(written(adapter(pairs), tmp_path / "a"), base=base).adapters[0].base
-    assert found is not None
-    for row in found.weights:
-        norm = math.sqrt(math.prod(row.shape))
-        assert row.base_spectral_norm == pytest.approx(norm, rel=1e-6)
-        assert row.udr == pytest.approx((row.update_spectral_norm or 0) / norm, rel=1e-6)
+
+def test_mixed_ranks_are_a_range_and_no_mean() -> None:
+    # Its rank_suggestion.py takes mean stable rank over mean utilization for the rank.
+    pairs = {"layers.0.x": gaussian(40, 40, 4), "layers.1.x": gaussian(40, 40, 32)}
+    summary = audit(adapter(pairs)).summary
+    stable, used = summary.stable_rank_mean, summary.utilization_mean
+    assert stable is not None
+    assert used is not None
+    assert summary.ranks == (4, 32)
+    assert round(stable / used) not in {4, 32}

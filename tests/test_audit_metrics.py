@@ -12,7 +12,7 @@ from audit_adapters import adapter, gaussian, layered, planted
 
 from adapterkit import AdapterTensorSet, FormatError, Role, TensorKey, UncheckableError, UsageError
 from adapterkit.audit import audit
-from adapterkit.audit.metrics import energy_rank, hoyer, top_share, truncation_error
+from adapterkit.audit.metrics import energy_ranks, hoyer, top_share, truncation_errors
 from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import notable, robust_z
 from adapterkit.tensor import LazyTensor
@@ -159,9 +159,10 @@ def test_flat_and_rank_one_spectra_are_the_ends_of_every_scale() -> None:
 
 
 def test_a_share_that_is_reached_exactly_counts() -> None:
-    assert energy_rank(np.sqrt(np.array([0.5, 0.4, 0.05, 0.05])), 0.9) == 2
-    assert energy_rank(np.sqrt(np.array([0.9, 0.1])), 0.9) == 1
-    assert truncation_error(np.sqrt(np.array([0.9, 0.1])), 1) == pytest.approx(math.sqrt(0.1))
+    assert energy_ranks(np.sqrt(np.array([0.5, 0.4, 0.05, 0.05])), (0.9, 0.95, 1)) == [2, 3, 4]
+    assert energy_ranks(np.sqrt(np.array([0.9, 0.1])), (0.9,)) == [1]
+    errors = truncation_errors(np.sqrt(np.array([0.9, 0.1])))
+    assert errors == pytest.approx([1, math.sqrt(0.1), 0])
 
 
 def test_90_percent_of_the_energy_is_up_to_32_percent_error() -> None:

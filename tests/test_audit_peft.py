@@ -13,6 +13,7 @@ import torch
 from audit_adapters import planted
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 
 from adapterkit.audit import audit, compress_file
@@ -196,3 +197,13 @@ def test_stacked_experts_are_compressed_to_what_peft_loads(tmp_path: Path) -> No
     apart = sum(float((old[name] - new[name]).norm()) ** 2 for name in old)
     whole = sum(float(delta.norm()) ** 2 for delta in old.values())
     assert math.sqrt(apart / whole) == pytest.approx(written.report.predicted_error, abs=1e-6)
+
+
+def test_a_pickle_is_measured_as_the_same_tensors_are(tmp_path: Path) -> None:
+    tuned(tmp_path, **VARIANTS["patterns"])
+    known = audit(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter_model.bin")
+    weights.unlink()
+    found = {module.module: module for module in audit(tmp_path).modules}
+    assert found == {module.module: module for module in known.modules}

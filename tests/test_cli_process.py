@@ -107,6 +107,24 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_is_cut_is_an_error(unbuffered: str, tmp_path: Path) -> None:
+    # The limit lets the first bytes through, as a disk does that fills up.
+    limited = f"ulimit -f 1; exec {sys.executable} -m adapterkit formats --json"
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run(
+            ["/bin/sh", "-c", limited],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "Error: standard output: could not be written (File too large)\n"
+
+
 def test_an_encoding_without_delta_is_no_error(tmp_path: Path) -> None:
     process = start(
         *("convert", TINY, "-o", tmp_path / "x.gguf", "--base", BASE),

@@ -36,6 +36,8 @@ def test_a_cached_adapter_is_read(name: str, cache: Path) -> None:
     assert adapterkit.diff(name, PIRATE).equal
     report = adapterkit.convert(name, cache / "copy")
     assert report.max_relative_error == 0
+    assert adapterkit.audit(name).summary.modules == 60
+    assert adapterkit.compress_file(name, cache / "small", rank=2).report.parameters == 115_200
 
 
 def test_what_is_not_cached_is_said_to_be_so(cache: Path) -> None:

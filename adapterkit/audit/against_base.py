@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapterkit.audit.base_report import BaseAudit, BaseSummary, WeightAudit
-from adapterkit.audit.base_sites import NotCompared, sites
+from adapterkit.audit.base_report import BaseAudit, BaseSummary, NotCompared, WeightAudit
+from adapterkit.audit.base_sites import sites
 from adapterkit.audit.krylov import Triplets, leading
 from adapterkit.audit.operators import Operator
 from adapterkit.audit.spectrum import factors, is_convolution, matrix_shape, not_finite

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapterkit.audit.base_sites import NotCompared
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightAudit:
@@ -64,6 +62,24 @@ class WeightAudit:
         """The modules, or the one expert of them."""
         shown = self.modules[0] if len(self.modules) == 1 else self.tensor
         return shown if self.expert is None else f"{shown}[{self.expert}]"
+
+    @property
+    def least_retention(self) -> float | None:
+        """The retention of the leading direction that W has least of."""
+        return min(self.retention) if self.retention else None
+
+
+@dataclass(frozen=True, slots=True)
+class NotCompared:
+    """A module whose weight is not there, or cannot be read.
+
+    Attributes:
+        module: Hugging Face path.
+        reason: why.
+    """
+
+    module: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

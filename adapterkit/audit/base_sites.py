@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
+from adapterkit.audit.base_report import NotCompared
 from adapterkit.base.weights import BaseWeights
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError
@@ -44,19 +45,6 @@ class Site:
     stored: LazyTensor
     turned: bool
     magnitude: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class NotCompared:
-    """A module whose weight is not there, or cannot be read.
-
-    Attributes:
-        module: Hugging Face path.
-        reason: why.
-    """
-
-    module: str
-    reason: str
 
 
 def sites(adapter: AdapterTensorSet, base: BaseModel) -> tuple[list[Site], list[NotCompared]]:

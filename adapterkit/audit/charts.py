@@ -23,9 +23,9 @@ RAMP = (
     (170, 220, 50),
     (253, 231, 37),
 )
-_COLD, _EVEN, _WARM = (33, 102, 172), (247, 247, 247), (178, 24, 43)
-# Above it black is read better than white.
-_BRIGHT = 105
+_COLD, _WARM = (33, 102, 172), (178, 24, 43)
+# From here on white is read better than the page's own ink, on light and on dark pages.
+_FULL = 0.75
 _FLOOR = -5.0
 _LINES = 64
 
@@ -43,14 +43,13 @@ def colour(share: float) -> str:
 
 
 def diverging(value: float | None) -> str:
-    """Return a style for -1 (blue) over 0 (white) to 1 (red), the ink to match."""
+    """Return a style for -1 (blue) over 0 (the page itself) to 1 (red), the ink to match."""
     if value is None:
         return ""
-    end = _WARM if value > 0 else _COLD
-    rgb = [round(e + (c - e) * min(abs(value), 1.0)) for e, c in zip(_EVEN, end, strict=True)]
-    red, green, blue = rgb
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > _BRIGHT
-    return f"background:rgb({red},{green},{blue});color:{'#000' if bright else '#fff'}"
+    red, green, blue = _WARM if value > 0 else _COLD
+    share = min(abs(value), 1.0)
+    ink = ";color:#fff" if share > _FULL else ""
+    return f"background:rgba({red},{green},{blue},{share:.2f}){ink}"
 
 
 def _mixed(low: tuple[int, int, int], high: tuple[int, int, int], share: float) -> str:

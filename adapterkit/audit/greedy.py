@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapterkit.audit.metrics import energy_rank
+from adapterkit.audit.metrics import energy_ranks
 from adapterkit.audit.spectrum import Array
 from adapterkit.errors import UsageError
 
@@ -136,15 +136,15 @@ def by_policy(each: Candidate, policy: str, threshold: float) -> int:
         if policy == "sv_ratio":
             ranks.append(int(np.count_nonzero(values > values[0] / threshold)))
         elif policy == "sv_cumulative":
-            ranks.append(energy_rank(np.sqrt(values), threshold))
+            ranks.append(energy_ranks(np.sqrt(values), (threshold,))[0])
         else:
-            ranks.append(energy_rank(values, threshold**2))
+            ranks.append(energy_ranks(values, (threshold**2,))[0])
     return max(ranks)
 
 
 def joint_energy_rank(each: Candidate) -> int:
     """Return the rank that holds 90 % of the energy, of experts the largest; 1 for ΔW = 0."""
-    return max((energy_rank(values, 0.9) for values in each.spectra if values[0]), default=1)
+    return max((energy_ranks(values, (0.9,))[0] for values in each.spectra if values[0]), default=1)
 
 
 def errors(wanted: Sequence[Candidate], ranks: Sequence[int]) -> tuple[float, list[float]]:

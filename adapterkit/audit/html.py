@@ -7,11 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from adapterkit.audit.charts import RAMP, bars, decay, shown, trade_off_chart
 from adapterkit.audit.definitions import DEFINITIONS
 from adapterkit.audit.html_base import base_section, reference_section
+from adapterkit.audit.html_heat import heat_map
 from adapterkit.audit.html_pairs import interference_section
 from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import notable
@@ -23,22 +22,9 @@ from adapterkit.storage import staged
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from adapterkit.audit.plan import Suggestion
+    from adapterkit.audit.rank_plan import Suggestion
     from adapterkit.audit.report import AdapterAudit, AuditReport, LayerShare, ModuleAudit
 
-# label, field of ModuleAudit, whether differences are a matter of factors
-_HEAT = (
-    ("utilization (stable rank / r)", "utilization", False),
-    ("stable rank", "stable_rank", False),
-    ("effective rank", "effective_rank", False),
-    ("energy rank 90 %", "energy_rank_90", False),
-    ("energy rank 99 %", "energy_rank_99", False),
-    ("stable rank over chance", "null_ratio", False),
-    ("root mean square of ΔW", "rms", True),
-    ("spectral norm of ΔW", "spectral_norm", True),
-    ("energy in the top 8 rows", "row_top8", False),
-    ("energy in the top 8 columns", "column_top8", False),
-)
 _COLUMNS = (
     ("rank", "rank"),
     ("scale", "scale"),
@@ -58,9 +44,9 @@ _COLUMNS = (
     ("rows top 8", "row_top8"),
     ("col. top 8", "column_top8"),
 )
-_PRINTED_COLUMNS = 16
-# A page stays under a megabyte; whoever has more rows than this wants the CSV.
-_ROWS = 1500
+# A page stays under a megabyte: whoever has more rows than this, or more adapters, wants the CSV.
+_ROWS = 1000
+_DETAILED = 3
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -71,7 +57,9 @@ def html_page(report: AuditReport) -> str:
     script = here.with_name("report.js").read_text(encoding="utf-8")
     names = [audited.source or "adapter" for audited in report.adapters]
     body = "".join(
-        _adapter(audited, index, next(iter(report.suggestions[index : index + 1]), None))
+        _title(audited, index, len(names))
+        + _overview(audited, f"heat{index}")
+        + _details(audited, next(iter(report.suggestions[index : index + 1]), None), len(names))
         for index, audited in enumerate(report.adapters)
     )
     pairs = interference_section(report) if report.interference else ""
@@ -98,15 +86,26 @@ def write_html(report: AuditReport, path: Path | str) -> None:
         staging.write_text(html_page(report), encoding="utf-8")
 
 
-def _adapter(audited: AdapterAudit, index: int, advice: Suggestion | None) -> str:
+def _title(audited: AdapterAudit, index: int, count: int) -> str:
+    number_of_it = f"{index + 1}. " if count > 1 else ""
+    return f"<h1>{number_of_it}{shown(audited.source or 'Adapter in memory')}</h1>"
+
+
+def _overview(audited: AdapterAudit, name: str) -> str:
+    return "".join(
+        (_facts(audited), _health(audited), heat_map(audited, name), _layers(audited.layers))
+    )
+
+
+def _details(audited: AdapterAudit, advice: Suggestion | None, count: int) -> str:
+    if count > _DETAILED:
+        return (
+            f'<p class="soft">Spectra and every module are on pages of up to {_DETAILED} adapters, '
+            "and in --csv.</p>"
+        )
     return "".join(
         (
-            f"<h1>{shown(audited.source or 'Adapter in memory')}</h1>",
-            _facts(audited),
-            _health(audited),
-            _heat_map(audited, f"heat{index}"),
             _decays(audited),
-            _layers(audited.layers),
             base_section(audited.base) if audited.base else "",
             reference_section(audited.reference) if audited.reference else "",
             _trade_off(audited, advice or suggestion(audited)),
@@ -158,59 +157,6 @@ def _health(audited: AdapterAudit) -> str:
         lines.insert(0, f'<li class="good">{text}</li>')
     lines += [f'<li class="good">{shown(note)}</li>' for note in audited.notes]
     return f'<ul class="health">{"".join(lines)}</ul>'
-
-
-def _heat_map(audited: AdapterAudit, name: str) -> str:
-    cells: defaultdict[tuple[str, str], list[ModuleAudit]] = defaultdict(list)
-    short = short_names(family.family for family in audited.families)
-    for module in audited.modules:
-        cells[_row_name(module), short[module.family]].append(module)
-    rows = [layer.name for layer in audited.layers]
-    stacks = {layer.stack for layer in audited.layers if layer.layer is not None}
-    labels = {
-        layer.name: f"{layer.layer}" if len(stacks) == 1 and layer.layer is not None else layer.name
-        for layer in audited.layers
-    }
-    columns = list(short.values())
-    head = "".join(f'<th scope="col">{shown(column)}</th>' for column in columns)
-    body = "".join(
-        f'<tr><th scope="row">{shown(labels[row])}</th>'
-        + "".join(_heat_cell(cells.get((row, column), []), row, column) for column in columns)
-        + "</tr>"
-        for row in rows
-    )
-    options = "".join(
-        f'<option value="{place}" data-log="{int(factors)}">{shown(label)}</option>'
-        for place, (label, _, factors) in enumerate(_HEAT)
-    )
-    ramp = ", ".join("rgb({},{},{})".format(*stop) for stop in RAMP)
-    return (
-        "<h2>Layer by module</h2>"
-        f'<p><select data-heat="{name}" aria-label="metric">{options}</select>'
-        f'<span class="key" id="{name}-key"><span></span>'
-        f'<i style="background:linear-gradient(90deg,{ramp})"></i><span></span></span></p>'
-        f'<div class="scroll"><table class="heat" id="{name}" '
-        f'data-numbers="{int(len(columns) <= _PRINTED_COLUMNS)}">'
-        f"<thead><tr><th>layer</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _row_name(module: ModuleAudit) -> str:
-    return "(no layer)" if module.layer is None else f"{module.stack}.{module.layer}".lstrip(".")
-
-
-def _heat_cell(modules: Sequence[ModuleAudit], row: str, column: str) -> str:
-    if not modules:
-        return '<td class="none" title="not adapted"></td>'
-    values = [_median([getattr(module, field) for module in modules]) for _, field, _ in _HEAT]
-    many = f" (median of {len(modules)})" if len(modules) > 1 else ""
-    label = shown(f"{row} {column}{many}")
-    return f'<td data-v="{shown(json.dumps(values))}" data-t="{label}"></td>'
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(f"{np.median(known):.5g}") if known else None
 
 
 def _decays(audited: AdapterAudit) -> str:
@@ -298,4 +244,5 @@ def _cells(module: ModuleAudit) -> Iterator[str]:
     for _, field in _COLUMNS:
         value = getattr(module, field)
         # Sorted by the number itself, not by its three digits.
-        yield f'<td data-v="{"" if value is None else f"{value:.6g}"}">{number(value)}</td>'
+        text, exact = number(value), "" if value is None else f"{value:.6g}"
+        yield f"<td>{text}</td>" if text == exact else f'<td data-v="{exact}">{text}</td>'

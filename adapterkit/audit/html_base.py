@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from adapterkit.audit.base_report import BaseAudit
-    from adapterkit.audit.reference_bank import ReferenceAudit
+    from adapterkit.audit.reference_report import ReferenceAudit
 
-_ROWS = 2000
+_ROWS = 1000
 
 
 def base_section(found: BaseAudit) -> str:
@@ -22,21 +22,34 @@ def base_section(found: BaseAudit) -> str:
     rows = [
         (
             row.name,
-            *map(number, (row.udr, row.udr_f, row.amplification)),
-            number(min(row.retention)) if row.retention else "-",
+            *map(number, (row.udr, row.udr_f, row.amplification, row.least_retention)),
             "-" if row.intruder_dimensions is None else str(row.intruder_dimensions),
             row.dtype,
         )
         for row in found.weights[:_ROWS]
     ]
-    rows += [(row.module, row.reason) for row in found.not_compared[:_ROWS]]
     head = ("module", "spectral", "Frobenius", "amplification", "least retention", "intruders", "W")
+    left = len(found.weights) - _ROWS
+    more = f" {left:,} more rows: see --json." if left > 0 else ""
     return (
         f'<h2>Against the base</h2><p class="soft">‖ΔW‖ / ‖W‖ in {shown(found.path)}. '
         f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions of "
-        f"W + ΔW are not W's ({found.method}); largest residual {number(whole.residual_max)}.</p>"
-        f"{_table(head, rows)}"
+        f"W + ΔW are not W's ({found.method}); largest residual {number(whole.residual_max)}."
+        f"{more}</p>{_missing(found)}{_table(head, rows)}"
     )
+
+
+def _missing(found: BaseAudit) -> str:
+    """Return the modules that no weight was found for, the first of each reason by name."""
+    reasons: dict[str, list[str]] = {}
+    for row in found.not_compared:
+        reasons.setdefault(row.reason, []).append(row.module)
+    lines = "".join(
+        f'<li class="look">not compared: {shown(modules[0])}'
+        f"{f' and {len(modules) - 1:,} more' if len(modules) > 1 else ''}: {shown(reason)}</li>"
+        for reason, modules in reasons.items()
+    )
+    return f'<ul class="health">{lines}</ul>' if lines else ""
 
 
 def reference_section(found: ReferenceAudit) -> str:
@@ -58,11 +71,16 @@ def reference_section(found: ReferenceAudit) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    labels = "".join(f'<th scope="col">{label}</th>' for label in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{shown(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    labels = "".join(
+        f'<th scope="col"><button type="button">{label}</button></th>' for label in head
     )
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return (
-        f'<div class="scroll tall"><table class="list"><thead><tr>{labels}</tr></thead>'
+        f'<div class="scroll tall"><table class="list sortable"><thead><tr>{labels}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _cell(text: str) -> str:
+    # What there is no number for is sorted last.
+    return '<td data-v="">-</td>' if text == "-" else f"<td>{shown(text)}</td>"

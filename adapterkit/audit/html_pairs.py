@@ -33,8 +33,9 @@ def interference_section(report: AuditReport) -> str:
     return (
         f"<h1>{len(report.adapters)} adapters</h1><ol>{names}</ol>"
         "<h2>Interference</h2>"
-        '<p class="soft">Below the diagonal: cosine of the updates. Above: overlap of the output / '
-        f"input directions.</p>{_matrix(found, len(report.adapters))}"
+        '<p class="soft">Below the diagonal: cosine of the updates, red where they agree, blue '
+        "where they oppose. Above: overlap of the output / input directions.</p>"
+        f"{_matrix(found, len(report.adapters))}"
         f"<h2>Cosine by layer</h2>{''.join(_strip(pair) for pair in found.pairs)}"
         "<h2>Energy that is left after adding</h2>"
         f'<p class="soft">1 is independent, 2 is equal, below 1 cancels.</p>{ratios}'

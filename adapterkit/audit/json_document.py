@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from adapterkit.audit.plan import Suggestion
+    from adapterkit.audit.rank_plan import Suggestion
     from adapterkit.audit.report import AdapterAudit, AuditReport
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import repeat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.audit.aggregate import families_of, layer_shares, summarise
@@ -16,16 +15,20 @@ from adapterkit.audit.places import place_of
 from adapterkit.audit.report import AdapterAudit, AuditReport, ModuleAudit, Unaudited
 from adapterkit.audit.spectrum import Spectrum, experts_of, matrix_shape, rank_of, spectra
 from adapterkit.base import open_base
-from adapterkit.convert import load
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.formats.protocol import Options
+from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet, Role
-from adapterkit.registry import detect
+from adapterkit.reading import load
+from adapterkit.registry import source_format
 from adapterkit.structure import problems
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
+    from adapterkit.audit.interference import Interference
+    from adapterkit.audit.rank_plan import Suggestion
     from adapterkit.audit.reference_bank import Bank
     from adapterkit.base import BaseModel
     from adapterkit.model import LoraPair, TensorKey
@@ -74,9 +77,6 @@ def audit(
         UsageError: if no adapter is given, `budget` and `tol` both are, or `exact` without weights.
         UnsupportedError: if the base does not fit.
     """
-    from adapterkit.audit.pairwise import interference
-    from adapterkit.audit.plan import suggestion
-
     if not adapters:
         raise UsageError("no adapter was given")
     model = open_base(base) if base is not None else None
@@ -89,10 +89,8 @@ def audit(
         audits = tuple(map(_with_reference, audits, loaded, repeat(reference)))
     return AuditReport(
         adapters=audits,
-        suggestions=tuple(suggestion(each, budget=budget, tol=tol) for each in audits)
-        if suggest
-        else (),
-        interference=interference(loaded, audits) if len(loaded) > 1 else None,
+        suggestions=_suggestions(audits, budget, tol) if suggest else (),
+        interference=_interference(loaded, audits) if len(loaded) > 1 else None,
     )
 
 
@@ -117,6 +115,22 @@ def bank(
     options = Options(base=model, dialect=dialect, alpha=alpha)
     loaded = (loaded_adapter(each, options) for each in adapters)
     return write_bank(((_source(each) or "in memory", each) for each in loaded), path)
+
+
+def _suggestions(
+    audits: Sequence[AdapterAudit], budget: int | None, tol: float | None
+) -> tuple[Suggestion, ...]:
+    from adapterkit.audit.plan import suggestion
+
+    return tuple(suggestion(each, budget=budget, tol=tol) for each in audits)
+
+
+def _interference(
+    adapters: Sequence[AdapterTensorSet], audits: Sequence[AdapterAudit]
+) -> Interference:
+    from adapterkit.audit.pairwise import interference
+
+    return interference(adapters, audits)
 
 
 def _source(adapter: AdapterTensorSet) -> str | None:
@@ -155,8 +169,8 @@ def loaded_adapter(
     if isinstance(source, AdapterTensorSet):
         adapter, path = source, None
     else:
-        path = Path(source)
-        adapter, _ = load(path, detect(path), options or Options())
+        path, options = located(source), options or Options()
+        adapter, _ = load(path, source_format(path, options.dialect), options)
     if broken := problems(adapter):
         more = f" (and {len(broken) - 1} more defects)" if len(broken) > 1 else ""
         raise FormatError(f"{broken[0]}{more}", path=path)

@@ -15,6 +15,8 @@ import numpy as np
 from adapterkit.dtype import DType
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from adapterkit.audit.spectrum import Array
 
 ENERGY_LEVELS = (0.90, 0.95, 0.99)
@@ -92,8 +94,8 @@ def shape_of(relative: Array, *, rank: int, size: tuple[int, int], epsilon: floa
     floor = max(size) * _EPSILON[DType.F64]
     numerical = int(np.count_nonzero(relative > floor))
     amplitude_entropy = _entropy(relative / relative.sum())
-    ranks = [energy_rank(relative, level) for level in ENERGY_LEVELS]
-    errors = [truncation_error(relative, kept) for kept in ranks]
+    ranks = energy_ranks(relative, ENERGY_LEVELS)
+    errors: list[float] = truncation_errors(relative)[ranks].tolist()
     return Shape(
         stable_rank=total,
         utilization=total / rank,
@@ -114,29 +116,36 @@ def shape_of(relative: Array, *, rank: int, size: tuple[int, int], epsilon: floa
     )
 
 
-def energy_rank(values: Array, level: float) -> int:
-    """Return the fewest leading directions that hold `level` of Σσ².
+def energy_ranks(values: Array, levels: Sequence[float]) -> list[int]:
+    """Return the fewest leading directions that hold each of some shares of Σσ².
 
     Args:
         values: σ, or σ over any common factor, descending, not all zero.
-        level: share between 0 and 1.
+        levels: shares between 0 and 1.
     """
     share: Array = np.cumsum(values**2, dtype=np.float64)
-    reached = share >= (level - _SLACK) * share[-1]
-    return int(reached.argmax()) + 1
+    total = float(share[-1])
+    return [int(share.searchsorted((level - _SLACK) * total)) + 1 for level in levels]
 
 
-def truncation_error(values: Array, kept: int) -> float:
-    """Return ‖ΔW - ΔW_k‖ / ‖ΔW‖, Frobenius: √(Σ_{i>k} σ² / Σσ²), Eckart and Young 1936."""
-    energy = values**2
-    total = float(energy.sum())
-    return math.sqrt(float(energy[kept:].sum()) / total) if total else 0.0
+def truncation_errors(values: Array) -> Array:
+    """Return ‖ΔW - ΔW_k‖ / ‖ΔW‖, Frobenius: √(Σ_{i>k} σ² / Σσ²), Eckart and Young 1936.
+
+    Args:
+        values: (n,) σ, or σ over any common factor, descending, not all zero.
+
+    Returns:
+        (n + 1,) for k = 0 to n.
+    """
+    # Summed from the smallest: a tail keeps its digits beside a large head.
+    rising: Array = np.cumsum(np.append(values, 0.0)[::-1] ** 2, dtype=np.float64)
+    return np.sqrt(rising[::-1] / rising[-1])
 
 
 def _entropy(shares: Array) -> float:
     """Return -Σ p ln p in nats, with 0 ln 0 = 0."""
     positive = shares[shares > 0]
-    return max(-float((positive * np.log(positive)).sum()), 0.0)
+    return max(-float(positive @ np.log(positive)), 0.0)
 
 
 def storage_epsilon(*dtypes: DType) -> float:

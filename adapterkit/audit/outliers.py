@@ -70,7 +70,10 @@ def robust_z(values: Array, depth: Array, *, spread: float | None = None) -> lis
 def _slope(values: Array, depth: Array) -> float:
     """Return the median slope between any two layers' medians (Theil 1950, Sen 1968)."""
     layers = np.unique(depth)
-    medians = np.array([np.median(values[depth == layer]) for layer in layers])
+    if len(layers) == len(depth):
+        medians = values[np.argsort(depth)]
+    else:
+        medians = np.array([np.median(values[depth == layer]) for layer in layers])
     first, second = np.triu_indices(len(layers), 1)
     if not len(first):
         return 0.0

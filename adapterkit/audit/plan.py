@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from adapterkit.audit.greedy import (
     within_budget,
     within_error,
 )
+from adapterkit.audit.rank_plan import Alternative, ModuleRank, RankPlan, Suggestion
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,90 +35,6 @@ DEFAULT_TOL = 0.1
 # Error bounds of the table of alternatives; the last is what keeps 90 % of the energy.
 BOUNDS = (0.02, 0.05, 0.1, 0.2, 0.1**0.5)
 POLICIES = ("sv_ratio", "sv_cumulative", "sv_fro")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleRank:
-    """The rank planned for one module.
-
-    Attributes:
-        module: Hugging Face path.
-        rank_before: inner dimension of the factors now.
-        rank: planned inner dimension; all experts of a module share it.
-        scale: effective multiplier, which stays.
-        parameters: elements of the planned factors.
-        relative_error: ‖ΔW - ΔW_k‖ / ‖ΔW‖ of the module; 0 for ΔW = 0.
-        next_singular_value: σ_{k+1}, the spectral norm of what is left out; 0 if nothing is.
-    """
-
-    module: str
-    rank_before: int
-    rank: int
-    scale: float
-    parameters: int
-    relative_error: float
-    next_singular_value: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankPlan:
-    """A rank for every module.
-
-    Attributes:
-        policy: how the ranks were chosen, in words.
-        parameters_before: elements of all factors now.
-        parameters: elements of all factors as planned.
-        relative_error: predicted ‖ΔW - ΔW_k‖ / ‖ΔW‖, Frobenius, of all modules together.
-        max_module_error: the largest of a single module.
-        modules: every module, in file order.
-        peft: `r`, `lora_alpha`, `use_rslora`, `rank_pattern` and `alpha_pattern` with which PEFT
-            creates these ranks and scales as now.
-    """
-
-    policy: str
-    parameters_before: int
-    parameters: int
-    relative_error: float
-    max_module_error: float
-    modules: tuple[ModuleRank, ...]
-    peft: Mapping[str, Any]
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Module -> planned rank."""
-        return {module.module: module.rank for module in self.modules}
-
-
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """One point of the trade-off between size and error.
-
-    Attributes:
-        limit: the relative error, the rank or the share of the energy that every plan here keeps.
-        parameters: elements of all factors.
-        relative_error: predicted, of all modules together.
-    """
-
-    limit: float
-    parameters: int
-    relative_error: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Suggestion:
-    """Rank advice for one adapter.
-
-    Attributes:
-        plan: the advised ranks.
-        bounds: the smallest plan for each of some relative errors.
-        energy_90: what every module at its energy_rank_90 costs and loses.
-        uniform: what the same rank everywhere costs and loses, for some ranks.
-    """
-
-    plan: RankPlan
-    bounds: tuple[Alternative, ...]
-    energy_90: Alternative
-    uniform: tuple[Alternative, ...]
 
 
 def suggest(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from adapterkit.audit.base_report import BaseAudit
 from adapterkit.audit.interference import Interference
-from adapterkit.audit.plan import RankPlan, Suggestion
-from adapterkit.audit.reference_bank import ReferenceAudit
+from adapterkit.audit.rank_plan import RankPlan, Suggestion
+from adapterkit.audit.reference_report import ReferenceAudit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ of the r x r matrix R_B·R_Aᵀ. All arithmetic is float64; B·A is never formed
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from adapterkit.model import LoraPair
     from adapterkit.tensor import LazyTensor
@@ -27,10 +28,14 @@ Array = NDArray[np.float64]
 # Cholesky factors of a Gram matrix lose twice the digits that QR does: the ratio of the extreme
 # singular values from which QR takes over. Below it they are right to 1e-12 of the largest.
 _GRAM_CONDITION = 1e3
+# The σ₁ that rounding alone leaves where B·A vanishes exactly, over the norms of the factors.
+_ROUNDING = 8 * 2.0**-52
 # Squared norms between this and its inverse leave room for the products of two.
 _SMALL = 1e-60
 _MATRIX = 2
 _EXPERTS = 3
+# Elements that are decoded at a time: both of their forms stay in the processor's cache.
+_CHUNK = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +107,33 @@ def matrix_shape(pair: LoraPair) -> tuple[int, int]:
     return pair.b.shape[-2], pair.a.shape[-1]
 
 
+class _Scratch(threading.local):
+    """Room for matrices, one set for each thread, filled anew for every pair.
+
+    To a process, memory that it gave back is new memory: its first use takes longer than the sums.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Array] = {}
+
+    def array(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Return an array that is good until the same name is asked for again."""
+        size = math.prod(shape)
+        room = self._rooms.get(name)
+        if room is None or room.size < size:
+            room = self._rooms[name] = np.empty(size)
+        return room[:size].reshape(shape)
+
+
+_SCRATCH = _Scratch()
+
+
 def factors(pair: LoraPair) -> Iterator[Factors]:
     """Yield the factors of each matrix of a pair, experts one by one."""
+    return _factors(pair, lambda _, shape: np.empty(shape))
+
+
+def _factors(pair: LoraPair, room: Callable[[str, tuple[int, ...]], Array]) -> Iterator[Factors]:
     rank, (out, inputs) = rank_of(pair), matrix_shape(pair)
     # Stored values stay as they are until their expert's turn: float64 is four times as large.
     a = _stored(pair.a).reshape(-1, rank, inputs)
@@ -111,8 +141,8 @@ def factors(pair: LoraPair) -> Iterator[Factors]:
     stacked = len(pair.a.shape) == _EXPERTS and not is_convolution(pair)
     for expert, (a_one, b_one) in enumerate(zip(a, b, strict=True)):
         yield Factors(
-            _widened(a_one, pair.a.dtype),
-            _widened(b_one, pair.b.dtype),
+            _widened(a_one, pair.a.dtype, room("a", a_one.shape)),
+            _widened(b_one, pair.b.dtype, room("b", b_one.shape)),
             expert if stacked else None,
         )
 
@@ -123,13 +153,20 @@ def _stored(tensor: LazyTensor) -> np.ndarray[Any, Any]:
     return tensor.numpy()
 
 
-def _widened(values: np.ndarray[Any, Any], dtype: DType) -> Array:
+def _widened(values: np.ndarray[Any, Any], dtype: DType, out: Array) -> Array:
     if dtype is not DType.BF16:
-        return values.astype(np.float64)
+        out[...] = values
+        return out
     # bf16 is the upper half of float32; through ml_dtypes the same takes four times as long.
-    wide = values.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32).astype(np.float64)
+    narrow, wide = values.reshape(-1), out.reshape(-1)
+    part = np.empty(min(_CHUNK, narrow.size), np.uint32)
+    for start in range(0, narrow.size, _CHUNK):
+        stored = narrow[start : start + _CHUNK]
+        part = part[: stored.size]
+        part[...] = stored
+        part <<= 16
+        wide[start : start + _CHUNK] = part.view(np.float32)
+    return out
 
 
 def spectra(pair: LoraPair) -> list[Spectrum]:
@@ -138,7 +175,7 @@ def spectra(pair: LoraPair) -> list[Spectrum]:
     Raises:
         FormatError: if a factor holds NaN or infinity.
     """
-    return [_spectrum(each, pair) for each in factors(pair)]
+    return [_spectrum(each, pair) for each in _factors(pair, _SCRATCH.array)]
 
 
 def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
@@ -146,23 +183,29 @@ def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
     b, b_size = _unit(each.b)
     if not math.isfinite(a_size + b_size):
         raise not_finite(pair)
-    r_a, r_b = triangular(a.T), triangular(b)
+    r_a, r_b = _triangulars(a, b)
+    a_norm, b_norm = float(np.linalg.norm(r_a)), float(np.linalg.norm(r_b))
     core = r_b @ r_a.T
     values: Array = np.asarray(np.linalg.svd(core, compute_uv=False), dtype=np.float64)
     top = float(values[0])
     # A zero update is one whose factors cancel to the last bit, not one that is merely small.
-    zero = not pair.scale or not a_size or not b_size or top <= _rounding(r_a, r_b)
+    zero = not pair.scale or not a_size or not b_size or top <= _ROUNDING * a_norm * b_norm
     relative = np.zeros_like(values) if zero else values / top
-    rows, columns = (b @ r_a.T, r_b @ a) if not zero else (np.zeros_like(b), np.zeros_like(a))
-    b_norm = float(np.linalg.norm(r_b)) * b_size
     return Spectrum(
         relative,
         0.0 if zero else top * a_size * b_size * abs(pair.scale),
-        np.einsum("ij,ij->i", rows, rows),
-        np.einsum("ij,ij->j", columns, columns),
-        float(np.linalg.norm(r_a)) * a_size / b_norm if b_norm else None,
+        np.zeros_like(b[:, 0]) if zero else _energies(a=r_a.T, b=b, axis=1),
+        np.zeros_like(a[0]) if zero else _energies(a=a, b=r_b, axis=0),
+        a_norm * a_size / (b_norm * b_size) if b_norm * b_size else None,
         each.expert,
     )
+
+
+def _energies(a: Array, b: Array, axis: int) -> Array:
+    """Return the squared norms of the columns (axis 0) or rows (axis 1) of a product b @ a."""
+    product = np.matmul(b, a, out=_SCRATCH.array("product", (b.shape[0], a.shape[1])))
+    sums = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", product, product)
+    return np.asarray(sums, dtype=np.float64)
 
 
 def _unit(matrix: Array) -> tuple[Array, float]:
@@ -181,9 +224,13 @@ def _unit(matrix: Array) -> tuple[Array, float]:
     return matrix / size, size
 
 
-def _rounding(r_a: Array, r_b: Array) -> float:
-    """Return the σ₁ that rounding alone leaves where B·A vanishes exactly."""
-    return 8 * float(np.finfo(np.float64).eps) * float(np.linalg.norm(r_a) * np.linalg.norm(r_b))
+def _triangulars(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return R_A and R_B of `triangular`, by half of its calls where both are well conditioned."""
+    if min(a.shape[1], b.shape[0]) > len(a):
+        lower = _cholesky(np.stack((a @ a.T, b.T @ b)))
+        if lower is not None:
+            return lower[0].T, lower[1].T
+    return triangular(a.T), triangular(b)
 
 
 def triangular(matrix: Array) -> Array:
@@ -192,15 +239,20 @@ def triangular(matrix: Array) -> Array:
     The Cholesky factor of XᵀX where X is well conditioned, else that of a QR decomposition.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        try:
-            lower = np.linalg.cholesky(matrix.T @ matrix)
-        except np.linalg.LinAlgError:
-            pass
-        else:
-            values = np.linalg.svd(lower, compute_uv=False)
-            if values[-1] * _GRAM_CONDITION > values[0]:
-                return np.asarray(lower.T, dtype=np.float64)
+        lower = _cholesky(matrix.T @ matrix)
+        if lower is not None:
+            return lower.T
     return np.asarray(np.linalg.qr(matrix, mode="r"), dtype=np.float64)
+
+
+def _cholesky(gram: Array) -> Array | None:
+    """Return L (..., r, r) with L·Lᵀ = XᵀX (..., r, r), or None if an X is ill conditioned."""
+    try:
+        lower = np.asarray(np.linalg.cholesky(gram), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    values = np.linalg.svd(lower, compute_uv=False)
+    return lower if (values[..., -1] * _GRAM_CONDITION > values[..., 0]).all() else None
 
 
 def not_finite(pair: LoraPair) -> FormatError:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from adapterkit.audit.base_report import BaseAudit
     from adapterkit.audit.interference import Interference
-    from adapterkit.audit.plan import Suggestion
+    from adapterkit.audit.rank_plan import Suggestion
 
 
 def csv_table(report: AuditReport) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.architectures import Architecture, Sizes
-from adapterkit.architectures.mapping import find_rule
 from adapterkit.tensor import LazyTensor
 
 
@@ -73,6 +72,8 @@ class BaseModel:
         """
         if len(self.candidates) == 1:
             return self
+        from adapterkit.architectures.mapping import find_rule
+
         known = {
             family.name: sum(find_rule(family, module) is not None for module in modules)
             for family in self.candidates

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.containers.safetensors import read_safetensors
-from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.delta import same_bits
 from adapterkit.errors import FormatError, NotFoundError
 from adapterkit.formats.peft_config import LoraConfig
@@ -139,6 +138,8 @@ def _stored(path: Path) -> Mapping[str, LazyTensor]:
         magic = file.read(2)
     if magic != b"PK" and path.suffix not in {".bin", ".pt", ".pth"}:
         return read_safetensors(path).tensors
+    from adapterkit.containers.torch_zip import flatten, read_torch_zip
+
     return flatten(read_torch_zip(path).root)
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base
-from adapterkit.convert import load
 from adapterkit.errors import FormatError, IncompatibleBaseError, UnsafePickleError
+from adapterkit.reading import load
 from adapterkit.registry import detect
 from adapterkit.validation.findings import Finding, Severity
 from adapterkit.validation.gguf_file import check_gguf_file

@@ -93,7 +93,7 @@ def command(
             raise click.UsageError("--bank writes a bank and nothing else")
         _bank(bank_file, sources, base, dialect, alpha, as_json=as_json)
         return
-    from adapterkit.audit import audit, write_html
+    from adapterkit.audit import audit
 
     report = audit(
         *sources,
@@ -107,6 +107,8 @@ def command(
         alpha=alpha,
     )
     if html is not None:
+        from adapterkit.audit import write_html
+
         write_html(report, html)
         rendering.remark("report", html)
     _show(report, as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)

@@ -12,6 +12,12 @@ def harden() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
+        # `python -u` writes without a buffer, and drops in silence what a full disk did not take.
+        descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
+        sys.stdout = os.fdopen(
+            descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False
+        )
 
 
 def discard_stdout() -> None:

@@ -21,7 +21,7 @@ LAYERS = (
     {"tinylora", "tuners"},
     {"formats"},
     {"registry"},
-    {"proof", "serving"},
+    {"proof", "reading", "serving"},
     {"diagnosis"},
     {"convert", "summary", "state_dict"},
     {"files", "torch", "merge", "audit", "validation"},

@@ -11,7 +11,8 @@ import numpy as np
 
 from adapterkit.audit.measure import audit_one, loaded_adapter
 from adapterkit.audit.parallel import in_parallel
-from adapterkit.audit.plan import ModuleRank, suggest
+from adapterkit.audit.plan import suggest
+from adapterkit.audit.rank_plan import ModuleRank
 from adapterkit.audit.spectrum import factors, is_convolution, rank_of, triangular
 from adapterkit.dtype import DType
 from adapterkit.errors import ProofError
@@ -189,11 +190,13 @@ def compress_file(
     """
     from adapterkit.base import open_base
     from adapterkit.base.vocabulary import matched
-    from adapterkit.convert import admitted, load, stored_type, write_proven
+    from adapterkit.convert import admitted, stored_type, write_proven
     from adapterkit.formats.protocol import Options
-    from adapterkit.registry import destination_format, detect
+    from adapterkit.hub import located
+    from adapterkit.reading import load
+    from adapterkit.registry import destination_format, source_format
 
-    source, destination = Path(source), Path(destination)
+    source, destination = located(source), Path(destination)
     target = destination_format(destination, to)
     dtype = stored_type(outtype)
     options = Options(
@@ -202,7 +205,7 @@ def compress_file(
         dialect=dialect,
         alpha=alpha,
     )
-    adapter, options = load(source, detect(source), options)
+    adapter, options = load(source, source_format(source, options.dialect), options)
     notes = list(adapter.provenance.notes if adapter.provenance else ())
     if options.base:
         adapter, changes = matched(adapter, options.base)
