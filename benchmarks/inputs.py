@@ -12,12 +12,16 @@ import tarfile
 from pathlib import Path
 from subprocess import run
 from sys import executable
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 BUILD = Path("build/bench")
 PEER_SCRIPT = "*/vendor/llama.cpp/convert_lora_to_gguf.py"
@@ -75,19 +79,35 @@ def adapter(seed: int = 0, layers: int = LAYERS) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
+    names = (f"layers.{layer}.{target}" for layer in range(layers) for target in TARGETS)
+    _write(folder, random, names)
+
+
+def one_module(seed: int) -> None:
+    """Make an adapter of one 4096 x 4096 module, if it is not there."""
+    folder = BUILD / f"one-module-{seed}"
+    if not (folder / "adapter_config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, np.random.default_rng(seed), ["layers.0.self_attn.q_proj"])
+
+
+def _write(folder: Path, random: np.random.Generator, modules: Iterable[str]) -> None:
     tensors: dict[str, LazyTensor] = {}
-    for layer in range(layers):
-        for target, (rows, columns) in TARGETS.items():
-            name = f"base_model.model.model.layers.{layer}.{target}"
-            tensors[f"{name}.lora_A.weight"] = _bf16(random, RANK, columns)
-            tensors[f"{name}.lora_B.weight"] = _bf16(random, rows, RANK)
+    targets: set[str] = set()
+    for module in modules:
+        target = module.split(".", 2)[2]
+        rows, columns = TARGETS[target]
+        name = f"base_model.model.model.{module}"
+        tensors[f"{name}.lora_A.weight"] = _bf16(random, RANK, columns)
+        tensors[f"{name}.lora_B.weight"] = _bf16(random, rows, RANK)
+        targets.add(target.rpartition(".")[2])
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": RANK,
         "lora_alpha": 2 * RANK,
-        "target_modules": sorted(name.rpartition(".")[2] for name in TARGETS),
+        "target_modules": sorted(targets),
         "base_model_name_or_path": None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

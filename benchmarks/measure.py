@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 
 # An installed program is compiled; a checkout is after its unmeasured run, unless told not to.
@@ -38,11 +40,20 @@ def once(command: Sequence[str]) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def alternate(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Run]:
-    """Run all commands in turn, once unmeasured and then `rounds` times; return medians."""
+def alternate(
+    commands: Mapping[str, Sequence[str]], rounds: int, fresh: Sequence[Path] = ()
+) -> dict[str, Run]:
+    """Run all commands in turn, once unmeasured and then `rounds` times; return medians.
+
+    Before each run the outputs in `fresh` are removed, and what earlier runs wrote is on the disk.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for number in range(rounds + 1):
         for name, command in commands.items():
+            for path in fresh:
+                shutil.rmtree(path, ignore_errors=True)
+            if fresh:
+                os.sync()
             result = once(command)
             if number:
                 runs[name].append(result)

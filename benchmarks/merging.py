@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-import checkpoints
-import inputs
-from cases import BUILD, KIT, Case
-
-from adapterkit.containers.safetensors import write_safetensors
+from cases import BUILD, KIT, LAYERS, TARGETS, Case
 
 PEERS = Path(__file__).with_name("peers")
-MODULES = inputs.LAYERS * len(inputs.TARGETS)
+MODULES = LAYERS * TARGETS
 # name -> layers; the larger has about a billion parameters, 2.1 GB.
 BASES = {"0.3B": 4, "1B": 16}
 
 
 def make() -> None:
-    """Make the inputs that are not there."""
+    """Make the inputs that are not there; imports what `run.py` should not hold in memory."""
+    import checkpoints
+    import inputs
+
     for seed in (0, 1):
         inputs.adapter(seed)
-        _one_module(seed)
+        inputs.one_module(seed)
     for name, layers in BASES.items():
         shape = checkpoints.Shape(layers=layers)
         checkpoints.checkpoint(BUILD / f"base-{name}", shape)
         checkpoints.adapter(BUILD / f"adapter-{name}", shape)
-
-
-def _one_module(seed: int) -> None:
-    folder = BUILD / f"one-module-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = inputs.factors(name, inputs.HIDDEN, inputs.HIDDEN, seed)
-    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    config = {"peft_type": "LORA", "r": inputs.RANK, "lora_alpha": 2 * inputs.RANK}
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
 
 
 def cases() -> list[Case]:
@@ -96,3 +84,7 @@ def _into(name: str) -> list[Case]:
             rounds=3,
         ),
     ]
+
+
+if __name__ == "__main__":
+    make()
