@@ -20,10 +20,12 @@ from adapterkit.merge.plane import Plane
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
 
 # Elements of a block of rows, and bytes up to which a difference is held.
 _BLOCK = 1 << 18
@@ -65,30 +67,35 @@ class Stored:
         return frozenset(part.dtype for part in self.parts)
 
     def rows(self, begin: int, end: int) -> list[LazyTensor]:
-        """Return the rows of a block, from all parts that it touches."""
+        """Return the rows of a block, from all parts that it touches, read once."""
         found: list[LazyTensor] = []
         top = 0
         for part in self.parts:
             height = part.size // max(width(part), 1)
             first, last = max(begin - top, 0), min(end - top, height)
             if first < last:
-                found.append(part.rows(first, last))
+                rows = part.rows(first, last)
+                found.append(LazyTensor(rows.dtype, rows.shape, partial(_given, rows.tobytes())))
             top += height
         return found
 
-    def values(self, begin: int, end: int, kind: np.dtype[Any]) -> Array:
+    def values(self, rows: Sequence[LazyTensor], kind: np.dtype[Any]) -> Array:
         """Return the rows of a block as numbers.
 
         Raises:
             UnsupportedError: if they are quantised in a way that nothing here decodes.
         """
         try:
-            decoded = [part.numpy().astype(kind) for part in self.rows(begin, end)]
+            decoded = [part.numpy().astype(kind) for part in rows]
         except NotImplementedError:
             kinds = ", ".join(sorted(self.dtypes))
             message = f"is stored as {kinds}, which cannot be decoded here"
             raise UnsupportedError(message, path=self.path, where=self.name) from None
         return decoded[0] if len(decoded) == 1 else np.concatenate(decoded)
+
+
+def _given(data: Bytes) -> Bytes:
+    return data
 
 
 def width(tensor: LazyTensor) -> int:
@@ -106,8 +113,9 @@ class Difference:
         norm: ‖ΔW‖, Frobenius, summed in float64.
         base_norm: ‖W_base‖.
         rounding: ‖E‖, where E is the rounding of W_tuned to its stored type: its entries are
-            uniform within half a unit in the last place, so their variance is that unit² / 12.
-            Entries that did not change have none. 0 for quantised types, of which it is not known.
+            uniform within half a unit in the last place, so their variance is that unit² / 12. An
+            entry that did not change lost its whole update, which is not more than the mean square
+            of its row. 0 for quantised types, of which it is not known.
         edge: largest singular value to expect of E, max √(Σ variance of a row) + max √(Σ variance
             of a column) (Bandeira and van Handel 2016); rms · (√rows + √columns) where all entries
             are alike.
@@ -123,9 +131,10 @@ class Difference:
 
 def differ(base: Stored, tuned: Stored) -> bool:
     """Tell whether anything differs: bytes are compared, where both have one type."""
-    if not _comparable(base, tuned):
-        return True
-    return any(not _same(base, tuned, begin, end) for begin, end in _blocks(base.shape))
+    return any(
+        not _same(base.rows(begin, end), tuned.rows(begin, end))
+        for begin, end in _blocks(base.shape)
+    )
 
 
 def difference(base: Stored, tuned: Stored) -> Difference:
@@ -146,8 +155,9 @@ def difference(base: Stored, tuned: Stored) -> Difference:
     rounding = _Rounding(shape, tuned)
     norm = base_norm = 0.0
     for begin, end in _blocks(shape):
-        old = base.values(begin, end, kind)
-        new = old if _same(base, tuned, begin, end) else tuned.values(begin, end, kind)
+        rows = base.rows(begin, end), tuned.rows(begin, end)
+        old = base.values(rows[0], kind)
+        new = old if _same(*rows) else tuned.values(rows[1], kind)
         delta = new - old
         squares = _squared(delta), _squared(old)
         if not math.isfinite(sum(squares)):
@@ -176,7 +186,8 @@ def _blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 def _read(base: Stored, tuned: Stored, kind: np.dtype[Any]) -> Iterator[Array]:
     for begin, end in _blocks(base.shape):
-        yield tuned.values(begin, end, kind) - base.values(begin, end, kind)
+        new = tuned.values(tuned.rows(begin, end), kind)
+        yield new - base.values(base.rows(begin, end), kind)
 
 
 def _held(whole: Array) -> Iterator[Array]:
@@ -184,16 +195,13 @@ def _held(whole: Array) -> Iterator[Array]:
         yield whole[begin:end]
 
 
-def _comparable(base: Stored, tuned: Stored) -> bool:
-    return len(base.dtypes) == 1 and base.dtypes == tuned.dtypes
+def _same(old: Sequence[LazyTensor], new: Sequence[LazyTensor]) -> bool:
+    kinds = {part.dtype for part in (*old, *new)}
+    return len(kinds) == 1 and _bytes(old) == _bytes(new)
 
 
-def _same(base: Stored, tuned: Stored, begin: int, end: int) -> bool:
-    return _comparable(base, tuned) and _bytes(base, begin, end) == _bytes(tuned, begin, end)
-
-
-def _bytes(stored: Stored, begin: int, end: int) -> bytes:
-    return b"".join(part.tobytes() for part in stored.rows(begin, end))
+def _bytes(rows: Sequence[LazyTensor]) -> Bytes:
+    return rows[0].tobytes() if len(rows) == 1 else b"".join(part.tobytes() for part in rows)
 
 
 def _squared(block: Array) -> float:
@@ -225,7 +233,9 @@ class _Rounding:
         powers = _powers(values)
         if self.least:
             powers = np.maximum(powers, powers.dtype.type(self.least))
-        powers *= delta != 0
+        square = np.einsum("ij,ij->i", delta, delta) / delta.shape[1]
+        lost = (np.sqrt(12 * square) / self.unit).astype(powers.dtype)
+        powers = np.where(delta != 0, powers, np.minimum(powers, lost[:, None]))
         self.rows[begin : begin + len(values)] = np.einsum("ij,ij->i", powers, powers)
         self.columns += np.einsum("ij,ij->j", powers, powers)
 

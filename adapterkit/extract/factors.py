@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 _SIXTEEN = (DType.BF16, DType.F16)
 # What 16 bits may add to the square of an error that is there anyway.
 _NEGLIGIBLE = 0.02
-_NOISE = "differs by no more than the rounding of its stored type"
+# Share of ‖ΔW‖ from which on it is called rounding and nothing else.
+_ROUNDED = 0.8
+_ROUNDING = "differs by no more than the rounding of its stored type"
+_FLAT = "has no singular value that stands out of the rest; --rank or --tol takes the largest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Outcome:
     @property
     def noise(self) -> bool:
         """Whether it is left over because nothing but rounding differs."""
-        return self.left is not None and self.left.reason == _NOISE
+        return self.left is not None and self.left.reason == _ROUNDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ def extract_tensor(twin: Twin, *, asked: Wish, seed: int, dtype: DType | None) -
     norm, base_norm = _total(p.norm for p in parts), _total(p.base_norm for p in parts)
     if not norm:
         return Outcome(twin)  # other bytes, such as another type, and the same numbers
-    reason = twin.reason or ("" if any(part.update.rank for part in parts) else _NOISE)
+    reason = twin.reason or _without_rank(parts)
     relative = norm / base_norm if base_norm else None
     if reason:
         return _left(twin, reason, relative)
@@ -134,6 +137,14 @@ def _part(old: Stored, new: Stored, key: Key, asked: Wish, *, factored: bool, al
         predicted_error(chosen.spectrum, chosen.rank),
         chosen.capped,
     )
+
+
+def _without_rank(parts: Sequence[_Part]) -> str:
+    """Return why nothing gets a rank; an empty text where something does."""
+    if any(part.update.rank for part in parts):
+        return ""
+    rounding, norm = _total(p.rounding for p in parts), _total(p.norm for p in parts)
+    return _ROUNDING if rounding >= _ROUNDED * norm else _FLAT
 
 
 def _total(norms: Iterable[float]) -> float:

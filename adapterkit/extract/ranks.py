@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from adapterkit.merge.elementwise import Key
     from adapterkit.merge.lowrank import Array
 
-# A singular value of noise may stand this much above the edge that is expected of it; less would
-# make noise of small matrices a signal (Tracy and Widom: the edge moves by about rows^(-2/3)).
-_ABOVE = 1.2
+# How far a singular value must stand above the edge that is expected of noise. Rounding's is a
+# bound; that of the rest is a mean, around which small matrices scatter (Tracy and Widom 1994).
+_ABOVE_ROUNDING, _ABOVE_REST = 1.05, 1.2
 _FIRST, _GROWTH = 24, 4
 # Engines serve up to a few hundred ranks; what needs more is no adapter.
 MOST = 256
@@ -80,7 +80,7 @@ def choose(found: Difference, asked: Wish, key: Key) -> Chosen:
     """Return as many singular values as a wish asks for, by as small a sketch as tells."""
     smaller = min(found.plane.shape)
     most = smaller if asked.most is None else min(asked.most, smaller)
-    floor = 0.0 if asked.rule.tolerance else _ABOVE * found.edge
+    floor = 0.0 if asked.rule.tolerance else _ABOVE_ROUNDING * found.edge
     start: Array = np.zeros((0, found.plane.shape[1]))
     wanted = min(_FIRST, most) if asked.rule.rank is None else min(asked.rule.rank, smaller)
     while True:
@@ -97,7 +97,7 @@ def _rank(spectrum: Spectrum, found: Difference, asked: Wish) -> tuple[int, bool
     everything = values.size >= min(found.plane.shape) or _tails(spectrum)[-1] == 0
     rule = asked.rule
     if rule.rank is not None:
-        above = int((values > _ABOVE * found.edge).sum())
+        above = int((values > _ABOVE_ROUNDING * found.edge).sum())
         return min(rule.rank, above), True
     if rule.tolerance:
         allowed = (rule.tolerance * found.norm) ** 2
@@ -127,5 +127,8 @@ def _signal(spectrum: Spectrum, found: Difference) -> int:
     rows, columns = (np.maximum(size - ranks, 0.5) for size in found.plane.shape)
     left = _tails(spectrum)[1:]
     edges = np.sqrt(left / (rows * columns)) * (np.sqrt(rows) + np.sqrt(columns))
-    above = values > _ABOVE * np.maximum(edges, found.edge)
+    above = values > np.maximum(_ABOVE_REST * edges, _ABOVE_ROUNDING * found.edge)
+    if not found.edge:
+        # Of the last values too little is left to tell; without a known rounding half must do.
+        above &= ranks <= min(found.plane.shape) // 2
     return int(ranks[above].max(initial=0))
