@@ -104,7 +104,8 @@ def extract(
         raise UsageError("whole parameters are saved from Hugging Face checkpoints only")
     factored = DType.F32 if dtype is not None and dtype.quantised else dtype
     work = partial(extract_tensor, asked=asked, seed=seed, dtype=factored)
-    outcomes = _worked(twins(before, after), work, jobs, progress)
+    found = twins(before, after, moe_layout or before.expert_layout)
+    outcomes = _worked(found, work, jobs, progress)
     options = Options(base=before, dtype=dtype, moe_layout=moe_layout, unverified=unverified)
     outcomes = fitting(outcomes, before, target, options)
     if save_rest:
@@ -166,7 +167,8 @@ def _worked(
 def _saving(outcome: Outcome) -> Outcome:
     """Return an outcome whose left-over parameter is saved whole, if it is a parameter."""
     left = outcome.left
-    if left is None or not outcome.twin.tensor.dtype.floating or outcome.noise:
+    twin = outcome.twin
+    if left is None or twin.respelled or not twin.tensor.dtype.floating or outcome.noise:
         return outcome
     return replace(outcome, left=replace(left, saved=True))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.architectures.mapping import find_rule
-
 if TYPE_CHECKING:
     from adapterkit.architectures.table import Match, Rule
     from adapterkit.base.model import BaseModel
@@ -19,7 +17,8 @@ def live_name(model: BaseModel, module: str, match: Match | None) -> str:
     """Return a stored module as the loaded model calls it.
 
     Checkpoints of a model with a head may leave out the component that it puts before all names
-    (`h.0.attn.c_attn` of GPT-2), and multimodal ones spell their text tower in older ways.
+    (`h.0.attn.c_attn` of GPT-2), and multimodal ones spell their text tower in older ways. Without
+    a stored name it is the table's.
     """
     if match is None or match.rule.alias:
         return module
@@ -27,7 +26,7 @@ def live_name(model: BaseModel, module: str, match: Match | None) -> str:
     if model.text_prefix and canonical.startswith("model."):
         return model.text_prefix + canonical.removeprefix("model.")
     headless = canonical == model.architecture.root + module
-    return canonical if headless and _has_head(model) else module
+    return canonical if not module or (headless and _has_head(model)) else module
 
 
 def output_module(model: BaseModel) -> str | None:
@@ -45,81 +44,83 @@ def _has_head(model: BaseModel) -> bool:
     return not any(str(n).endswith("Model") and "LMHead" not in str(n) for n in names)
 
 
-def other_spelling(
-    names: HuggingFaceNames, tuned: BaseModel, name: str
-) -> list[list[tuple[str, LazyTensor]]] | None:
-    """Find the rows of a base that spells the experts' block in the other way.
+def wanted_rule(model: BaseModel, match: Match | None, layout: str) -> Rule | None:
+    """Return the rule of another layout of the same experts' block, if that is the wanted one.
 
-    Experts are stored one by one, or all in one parameter with gate and up below one another; both
-    fill the same llama.cpp tensors, which is how the tables say that they are the same.
+    Both fill the same llama.cpp tensors, which is how the tables say that they are the same.
+    """
+    if match is None or match.rule.layout in {None, layout}:
+        return None
+    filled = {target.name for target in match.rule.targets}
+    for rule in model.architecture.rules:
+        if rule.layout == layout and filled & {target.name for target in rule.targets}:
+            return rule if _plain(rule) and _plain(match.rule) else None
+    return None
+
+
+def count_experts(names: HuggingFaceNames, rule: Rule, layer: int | None) -> int:
+    """Return how many experts a checkpoint has of a parameter that holds them all."""
+    count = 0
+    while rows_of(names, rule, layer, count):
+        count += 1
+    return count
+
+
+def rows_of(
+    names: HuggingFaceNames, rule: Rule, layer: int | None, expert: int | None
+) -> list[tuple[str, LazyTensor]]:
+    """Return the stored rows of one matrix, with their tensors' names, in any layout.
+
+    Experts are stored one by one, or all in one parameter with gate and up below one another.
 
     Args:
-        names: of the base.
-        tuned: the model that `name` is from.
-        name: one expert's matrix, the parameter of all, or the router.
+        names: of a checkpoint.
+        rule: the matrix, as one of its family's layouts has it.
+        layer: its layer.
+        expert: its expert; None for what has none.
 
     Returns:
-        For each expert of `name` the stored rows that make it up, with their names; None if there
-        are none, or their order differs.
+        The parts, one below the other; nothing where the checkpoint has no such matrix, or its
+        rows are in another order.
     """
-    match = find_rule(tuned.architecture, name.removesuffix(".weight"))
-    if match is None or not _plain(match.rule):
-        return None
-    if match.expert is not None:
-        found = _of_fused(names, match)
-        return None if found is None else [found]
-    shape = tuned.tensors[name].shape
-    if len(shape) != _STACK or match.rule.kind != "experts":
-        router = _same_targets(names, match)
-        return None if router is None else [[router]]
-    experts = [_one_by_one(names, match, expert) for expert in range(shape[0])]
-    complete = [expert for expert in experts if expert is not None]
-    return complete if len(complete) == len(experts) else None
+    stored = names.of(_name(rule, layer, expert))
+    if stored is not None:
+        tensor = names.base.tensors[stored]
+        if expert is None or rule.stacked:
+            return [(stored, tensor)]
+        height = tensor.shape[1] if len(tensor.shape) == _STACK else 0
+        inside = bool(height) and expert < tensor.shape[0]
+        return [(stored, tensor.rows(expert * height, (expert + 1) * height))] if inside else []
+    if not _plain(rule):
+        return []
+    parts = [_target_rows(names, target.name, layer, expert) for target in rule.targets]
+    return [part for part in parts if part] if all(parts) else []
+
+
+def _target_rows(
+    names: HuggingFaceNames, target: str, layer: int | None, expert: int | None
+) -> tuple[str, LazyTensor] | None:
+    """Return the rows that fill one llama.cpp tensor, by whatever rule the checkpoint spells."""
+    for rule in names.base.architecture.rules:
+        places = [place for place, each in enumerate(rule.targets) if each.name == target]
+        stored = names.of(_name(rule, layer, expert)) if places and _plain(rule) else None
+        if stored is None:
+            continue
+        tensor = names.base.tensors[stored]
+        if rule.stacked or expert is None:
+            return (stored, tensor) if len(rule.targets) == 1 else None
+        if len(tensor.shape) == _STACK and expert < tensor.shape[0]:
+            height = tensor.shape[1] // len(rule.targets)
+            begin = expert * tensor.shape[1] + places[0] * height
+            return stored, tensor.rows(begin, begin + height)
+    return None
+
+
+def _name(rule: Rule, layer: int | None, expert: int | None) -> str:
+    return rule.hf.replace("{i}", str(layer)).replace("{e}", str(expert))
 
 
 def _plain(rule: Rule) -> bool:
     """Tell whether rows are stored in the order of the table's targets."""
     moved = rule.rows or rule.cols or rule.scale or rule.per_head or rule.stored_turned
     return not moved and not any(t.rows or t.size or t.transpose for t in rule.targets)
-
-
-def _same_targets(names: HuggingFaceNames, match: Match) -> tuple[str, LazyTensor] | None:
-    for rule in names.base.architecture.rules:
-        if rule.targets == match.rule.targets and not rule.stacked and _plain(rule):
-            stored = names.of(rule.hf.replace("{i}", str(match.layer)))
-            if stored is not None:
-                return stored, names.base.tensors[stored]
-    return None
-
-
-def _of_fused(names: HuggingFaceNames, match: Match) -> list[tuple[str, LazyTensor]] | None:
-    wanted = match.rule.targets[0].name
-    for rule in names.base.architecture.rules:
-        places = [place for place, target in enumerate(rule.targets) if target.name == wanted]
-        if rule.kind != "experts" or not places or not _plain(rule):
-            continue
-        stored = names.of(rule.hf.replace("{i}", str(match.layer)))
-        if stored is None:
-            continue
-        tensor = names.base.tensors[stored]
-        if len(tensor.shape) != _STACK or match.expert is None:
-            continue
-        height = tensor.shape[1] // len(rule.targets)
-        begin = match.expert * tensor.shape[1] + places[0] * height
-        return [(stored, tensor.rows(begin, begin + height))]
-    return None
-
-
-def _one_by_one(
-    names: HuggingFaceNames, match: Match, expert: int
-) -> list[tuple[str, LazyTensor]] | None:
-    parts: list[tuple[str, LazyTensor]] = []
-    for target in match.rule.targets:
-        for rule in names.base.architecture.rules:
-            if not rule.stacked or rule.targets[0].name != target.name or not _plain(rule):
-                continue
-            module = rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(expert))
-            if (stored := names.of(module)) is not None:
-                parts.append((stored, names.base.tensors[stored]))
-                break
-    return parts if len(parts) == len(match.rule.targets) else None

@@ -9,9 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule
+from adapterkit.architectures.table import Match
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.extract.difference import Stored, differ
-from adapterkit.extract.spelling import live_name, other_spelling, output_module
+from adapterkit.extract.spelling import (
+    count_experts,
+    live_name,
+    output_module,
+    rows_of,
+    wanted_rule,
+)
 from adapterkit.merge.into.huggingface import HuggingFaceNames
 from adapterkit.tensor import LazyTensor
 
@@ -40,6 +47,7 @@ class Twin:
         stacked: whether it is a stack of experts.
         turned: whether it is stored as (in, out).
         reason: why it is no matrix of a linear layer; empty for those that are.
+        respelled: whether it is put together from parts of stored tensors.
     """
 
     name: str
@@ -51,6 +59,7 @@ class Twin:
     stacked: bool = False
     turned: bool = False
     reason: str = ""
+    respelled: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -58,13 +67,18 @@ class Twin:
         return sum(stored.nbytes for stored in (*self.base, *self.tuned))
 
 
-def twins(base: BaseModel, tuned: BaseModel) -> list[Twin]:
+def twins(base: BaseModel, tuned: BaseModel, layout: str) -> list[Twin]:
     """Return every tensor of the tuned checkpoint with its counterpart.
+
+    Args:
+        base: the checkpoint before.
+        tuned: the checkpoint after.
+        layout: `experts` or `fused`, how experts of Hugging Face models are wanted.
 
     Raises:
         IncompatibleBaseError: if a tensor is in one of them only, or has another shape.
     """
-    pairing = _Engine(base, tuned) if base.kind == "gguf" else _HuggingFace(base, tuned)
+    pairing = _Engine(base, tuned) if base.kind == "gguf" else _HuggingFace(base, tuned, layout)
     found = list(pairing.twins())
     if missing := pairing.missing():
         side, names = missing
@@ -117,8 +131,8 @@ class _Engine:
 class _HuggingFace:
     """Two directories: names in any spellings of one family."""
 
-    def __init__(self, base: BaseModel, tuned: BaseModel) -> None:
-        self.base, self.tuned = base, tuned
+    def __init__(self, base: BaseModel, tuned: BaseModel, layout: str) -> None:
+        self.base, self.tuned, self.layout = base, tuned, layout
         self.here, self.there = HuggingFaceNames(tuned), HuggingFaceNames(base)
         self.mine, self.theirs = _own_output(self.here), _own_output(self.there)
         # A stored copy of the embedding, in one of them only, counts under the embedding's name.
@@ -129,36 +143,42 @@ class _HuggingFace:
         }
         self.mine = None if self.mine in self.copies else self.mine
         self.theirs = None if self.theirs in self.copies else self.theirs
-        self.used = set(self.copies)
+        self.used, self.done = set(self.copies), set(self.copies)
         self.unpaired: list[str] = []
 
     def twins(self) -> Iterator[Twin]:
         for name, tensor in self.tuned.tensors.items():
-            if name in self.copies:
+            if name in self.done:
                 continue
             there = self.there.find(name)
             if there is None and name == self.mine and self.base.tied:
                 there = self.there.embedding
-            rule, module = self._rule(name)
+            match, module = self._match(name)
+            other = wanted_rule(self.tuned, match, self.layout)
+            if match is not None and (other is not None or there is None):
+                units = self._respelled(name, match, other or match.rule)
+                yield from units
+                if units:
+                    continue
             if there is None:
-                yield from self._respelled(name, rule, module)
+                self.unpaired.append(name)
                 continue
             self.used.add(there)
             yield _twin(
                 (self.base, there, self.base.tensors[there]),
                 (self.tuned, name, tensor),
-                rule,
+                match.rule if match else None,
                 self._modules(name, module),
             )
         yield from self._output_of_tied()
 
-    def _rule(self, name: str) -> tuple[Rule | None, str]:
+    def _match(self, name: str) -> tuple[Match | None, str]:
         """Return the rule of a parameter, if it is a weight, and its module as PEFT names it."""
         bias = ".bias" if name.endswith(".bias") else ""
         stem = name.removesuffix(bias or ".weight")
         match = find_rule(self.tuned.architecture, stem)
         module = live_name(self.tuned, stem, match) + bias
-        return (match.rule if match and not bias else None), module
+        return (None if bias else match), module
 
     def _modules(self, name: str, module: str) -> tuple[str, ...]:
         """Return what a tensor is the weight of: a table that both models share, of two modules."""
@@ -177,25 +197,45 @@ class _HuggingFace:
             return
         self.used.add(self.theirs)
         old, new = self.base.tensors[self.theirs], self.tuned.tensors[table]
-        rule = self._rule(output)[0]
+        match, _ = self._match(output)
+        rule = match.rule if match else None
         yield _twin((self.base, self.theirs, old), (self.tuned, table, new), rule, (output,))
 
-    def _respelled(self, name: str, rule: Rule | None, module: str) -> Iterator[Twin]:
-        rows = other_spelling(self.there, self.tuned, name)
-        if rows is None or rule is None:
-            self.unpaired.append(name)
-            return
-        self.used |= {each for expert in rows for each, _ in expert}
-        tensor = self.tuned.tensors[name]
-        new = _matrices(self.tuned, name, tensor)
-        old = tuple(
-            Stored(tuple(part for _, part in expert), self.base.path, expert[0][0])
-            for expert in rows
-        )
-        for first, second in zip(old, new, strict=True):
-            if first.shape != second.shape:
-                raise _other_shape((self.base, first.name, first.shape), (name, second.shape))
-        yield Twin(name, old, new, tensor, (module,), stacked=len(tensor.shape) == _STACK)
+    def _respelled(self, name: str, match: Match, rule: Rule) -> list[Twin]:
+        """Return the matrices that a rule makes of a tensor, put together from both checkpoints.
+
+        Nothing is returned if one of them does not have all parts.
+        """
+        if rule.stacked and match.expert is None:
+            groups = [(e,) for e in range(count_experts(self.here, match.rule, match.layer))]
+        elif rule.kind == "experts":
+            groups = [tuple(range(count_experts(self.here, rule, match.layer)))]
+        else:
+            groups = [(match.expert,)]
+        found: list[Twin] = []
+        for experts in groups:
+            new = [rows_of(self.here, rule, match.layer, expert) for expert in experts]
+            old = [rows_of(self.there, rule, match.layer, expert) for expert in experts]
+            if not experts or not all(new) or not all(old):
+                return []
+            self.done |= {part for rows in new for part, _ in rows}
+            self.used |= {part for rows in old for part, _ in rows}
+            place = Match(rule, layer=match.layer, expert=experts[0])
+            twin = Twin(
+                name,
+                tuple(_put_together(self.base, rows) for rows in old),
+                tuple(_put_together(self.tuned, rows) for rows in new),
+                self.tuned.tensors[name],
+                (live_name(self.tuned, "", place),),
+                stacked=rule.kind == "experts",
+                turned=rule.stored_turned,
+                respelled=True,
+            )
+            for first, second in zip(twin.base, twin.tuned, strict=True):
+                if first.shape != second.shape:
+                    raise _other_shape((self.base, first.name, first.shape), (name, second.shape))
+            found.append(twin)
+        return found
 
     def missing(self) -> tuple[BaseModel, list[str]] | None:
         if self.unpaired:
@@ -212,6 +252,10 @@ def _is_copy(names: HuggingFaceNames, output: str) -> bool:
     """Tell whether a stored output is the embedding's table to the bit."""
     table = names.embedding
     return table is not None and _equal(names.base, output, table)
+
+
+def _put_together(model: BaseModel, rows: list[tuple[str, LazyTensor]]) -> Stored:
+    return Stored(tuple(part for _, part in rows), model.path, rows[0][0])
 
 
 def _equal(model: BaseModel, name: str, other: str) -> bool:
