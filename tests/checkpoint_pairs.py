@@ -46,6 +46,7 @@ def pair(
     folder: Path, update: Array, *, dtype: DType = DType.F32, seed: int = 0, size: float = 0.02
 ) -> tuple[Path, Path]:
     """Write a base with one random matrix, and the same with an update added and rounded once."""
+    folder.mkdir(exist_ok=True)
     weight = size * np.random.default_rng(seed).standard_normal(update.shape)
     weight = np.asarray(LazyTensor.of(weight, dtype).numpy(), dtype=np.float64)
     base = checkpoint(folder / "base", {f"{Q}.weight": weight}, dtype)

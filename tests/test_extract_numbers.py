@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,11 @@ def test_what_is_not_of_low_rank_is_said_to_be(tmp_path: Path) -> None:
     assert only(report).rank == 5
     assert any("would take more than 5 ranks" in warning for warning in report.warnings)
     report = extract(base, tuned, tmp_path / "one", rank=1)
-    assert any("not of low rank" in warning for warning in report.warnings)
+    (warning,) = report.warnings
+    assert re.match("1 of 1 modules lose more than 10% .* 39% at rank 1; raise --rank", warning)
+    base, tuned = pair(tmp_path / "slow", spectrum(350, 300, SPECTRA["slow"]))
+    (warning,) = extract(base, tuned, tmp_path / "slow" / "out").warnings
+    assert "what is left has no low rank, as in a full fine-tune" in warning
 
 
 def test_white_noise_has_no_rank_of_its_own(tmp_path: Path) -> None:

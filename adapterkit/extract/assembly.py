@@ -49,7 +49,6 @@ def fitting(
             tensor=outcome.twin.name,
             reason=reason,
             relative_norm=outcome.module.relative_norm,
-            saved=False,
         )
         fitted.append(replace(outcome, pairs=(), module=None, left=left))
     return fitted

@@ -60,7 +60,7 @@ class Outcome:
     @property
     def noise(self) -> bool:
         """Whether it is left over because nothing but rounding differs."""
-        return self.left is not None and self.left.reason == _ROUNDING
+        return self.left is not None and self.left.rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,8 @@ def _total(norms: Iterable[float]) -> float:
 
 
 def _left(twin: Twin, reason: str, relative: float | None) -> Outcome:
-    left = LeftOver(tensor=twin.name, reason=reason, relative_norm=relative, saved=False)
+    rounding = reason == _ROUNDING
+    left = LeftOver(tensor=twin.name, reason=reason, relative_norm=relative, rounding=rounding)
     return Outcome(twin, left=left)
 
 

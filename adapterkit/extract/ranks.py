@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # How far a singular value must stand above the edge that is expected of noise. Rounding's is a
 # bound; that of the rest is a mean, around which small matrices scatter (Tracy and Widom 1994).
 _ABOVE_ROUNDING, _ABOVE_REST = 1.05, 1.2
+# An update of one or two ranks is rounded alike all along a row: its rounding has some structure,
+# and values up to this many times the edge.
+_FEW, _STRUCTURED = 2, 3.0
 _FIRST, _GROWTH = 24, 4
 # Engines serve up to a few hundred ranks; what needs more is no adapter.
 MOST = 256
@@ -97,8 +100,7 @@ def _rank(spectrum: Spectrum, found: Difference, asked: Wish) -> tuple[int, bool
     everything = values.size >= min(found.plane.shape) or _tails(spectrum)[-1] == 0
     rule = asked.rule
     if rule.rank is not None:
-        above = int((values > _ABOVE_ROUNDING * found.edge).sum())
-        return min(rule.rank, above), True
+        return min(rule.rank, _above_rounding(values, found.edge)), True
     if rule.tolerance:
         allowed = (rule.tolerance * found.norm) ** 2
         enough = np.flatnonzero(_tails(spectrum) <= allowed)
@@ -115,6 +117,14 @@ def _tails(spectrum: Spectrum) -> Array:
     return left
 
 
+def _above_rounding(values: Array, edge: float) -> int:
+    """Return how many singular values rounding does not explain."""
+    clear = int(np.count_nonzero(values > _STRUCTURED * edge))
+    if edge and 0 < clear <= _FEW:
+        return clear
+    return int(np.count_nonzero(values > _ABOVE_ROUNDING * edge))
+
+
 def _signal(spectrum: Spectrum, found: Difference) -> int:
     """Return how many singular values stand above what noise explains.
 
@@ -127,7 +137,7 @@ def _signal(spectrum: Spectrum, found: Difference) -> int:
     rows, columns = (np.maximum(size - ranks, 0.5) for size in found.plane.shape)
     left = _tails(spectrum)[1:]
     edges = np.sqrt(left / (rows * columns)) * (np.sqrt(rows) + np.sqrt(columns))
-    above = values > np.maximum(_ABOVE_REST * edges, _ABOVE_ROUNDING * found.edge)
+    above = (values > _ABOVE_REST * edges) & (ranks <= _above_rounding(values, found.edge))
     if not found.edge:
         # Of the last values too little is left to tell; without a known rounding half must do.
         above &= ranks <= min(found.plane.shape) // 2

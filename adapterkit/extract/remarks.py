@@ -21,13 +21,15 @@ def warnings(outcomes: Sequence[Outcome], asked: Wish) -> tuple[str, ...]:
     """Return what may make the adapter another one than was hoped for."""
     found: list[str] = []
     modules = [outcome.module for outcome in outcomes if outcome.module is not None]
-    poor = [module for module in modules if _lost(module) > POOR]
+    poor = [] if asked.rule.tolerance else [each for each in modules if _lost(each) > POOR]
     if poor:
         worst = max(poor, key=_lost)
+        advice = "what is left has no low rank, as in a full fine-tune; --tol sets an error instead"
+        if asked.rule.rank is not None:
+            advice = "raise --rank, or leave it to auto"
         found.append(
             f"{len(poor)} of {len(modules)} modules lose more than {POOR:.0%} of ‖ΔW‖² beyond "
-            f"rounding, {worst.tensor} {_lost(worst):.0%} at rank {worst.rank}: this difference is "
-            "not of low rank, as that of a full fine-tune is not"
+            f"rounding, {worst.tensor} {_lost(worst):.0%} at rank {worst.rank}; {advice}"
         )
     capped = [outcome for outcome in outcomes if outcome.capped]
     if capped and asked.most is not None:
@@ -35,20 +37,10 @@ def warnings(outcomes: Sequence[Outcome], asked: Wish) -> tuple[str, ...]:
             f"{len(capped)} of {len(modules)} modules would take more than {asked.most} ranks, "
             f"such as {capped[0].twin.name}; --max-rank raises the limit"
         )
-    for saved, what in ((False, "left over"), (True, "saved whole")):
-        left = [
-            o.left for o in outcomes if o.left is not None and o.left.saved is saved and not o.noise
-        ]
-        if left and not saved:
-            found.append(
-                f"{_tensors(len(left))} {what}: " + _listed([each.tensor for each in left])
-            )
-    noise = [outcome.twin.name for outcome in outcomes if outcome.noise]
-    if noise and modules:
-        found.append(
-            f"{_tensors(len(noise))} left over, which differ by no more than rounding: "
-            + _listed(noise)
-        )
+    left = [o.left for o in outcomes if o.left is not None and not o.left.saved and not o.noise]
+    if left:
+        names = _listed([each.tensor for each in left])
+        found.append(f"{_tensors(len(left))} left over: {names}")
     return tuple(found)
 
 
@@ -59,6 +51,12 @@ def notes(outcomes: Sequence[Outcome], base: BaseModel, tuned: BaseModel) -> tup
     if saved:
         found.append(f"{_tensors(len(saved))} saved whole: {_listed(saved)}")
     factored = [outcome for outcome in outcomes if outcome.module is not None]
+    noise = [outcome.twin.name for outcome in outcomes if outcome.noise]
+    if noise:
+        found.append(
+            f"{_tensors(len(noise))} left over that differ by no more than rounding: "
+            + _listed(noise)
+        )
     for model, what in ((base, "base"), (tuned, "tuned model")):
         kinds = {
             stored.value

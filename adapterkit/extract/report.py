@@ -45,12 +45,14 @@ class LeftOver:
         reason: why.
         relative_norm: ‖ΔW‖ / ‖W‖; None where the shapes differ, W is zero, or it holds no numbers.
         saved: whether the adapter holds it whole, as a saved module.
+        rounding: whether it differs by no more than the rounding of its stored type.
     """
 
     tensor: str
     reason: str
     relative_norm: float | None
-    saved: bool
+    saved: bool = False
+    rounding: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

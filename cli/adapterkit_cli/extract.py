@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Left-over tensors that are listed on a terminal; --json lists all.
 _LISTED = 8
+# Shares below this are not worth a word.
+_SOME = 0.005
 
 
 @click.command("extract")
@@ -138,17 +140,19 @@ def _text(report: ExtractReport) -> str:
 
 
 def _left_over(report: ExtractReport) -> list[str]:
+    # Rounding alone is a note: it may be in every tensor of the model.
+    found = [left for left in report.left_over if not left.rounding]
     rows = [
         (
             left.tensor,
             rendering.short(left.relative_norm),
-            left.reason + (" (saved)" if left.saved else ""),
+            left.reason + (" (saved whole)" if left.saved else ""),
         )
-        for left in report.left_over[:_LISTED]
+        for left in found[:_LISTED]
     ]
     if not rows:
         return []
-    more = len(report.left_over) - len(rows)
+    more = len(found) - len(rows)
     table = rendering.columns(rows, header=("not in factors", "‖ΔW‖/‖W‖", "because it"))
     return [table, *([f"and {more:,} more, which --json lists"] if more else [])]
 
@@ -162,7 +166,7 @@ def _error(report: ExtractReport) -> list[str]:
     where = f" ({rendering.printable(report.worst_module or '')})"
     line = f"{span}, largest relative error {error}{where}"
     worst = max(report.modules, key=lambda module: module.relative_error)
-    if worst.explained is not None:
+    if worst.explained is not None and worst.explained >= _SOME:
         kind = "of which rounding of the tuned weights explains"
         line += f", {kind} {worst.explained:.0%}"
     proof = rendering.short(report.proof_error)
