@@ -156,7 +156,7 @@ def test_the_base_may_be_stored_wider_and_in_other_shards(
     assert len(rounded) + sum("norm" in left.reason for left in report.left_over) == len(
         report.left_over
     )
-    assert any("differ by no more than rounding" in warning for warning in report.warnings)
+    assert any("differ by no more than rounding" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("fused", ["base", "tuned"])
