@@ -21,8 +21,11 @@ from test_into_checkpoint import (
     tensors,
     trained,
 )
+from test_into_gguf import retyped
 
 from adapterkit import ExtractReport, diff, extract, inspect, read
+from adapterkit.containers.gguf import read_gguf
+from adapterkit.dtype import DType
 from adapterkit.errors import UsageError
 from adapterkit.merge.into import merge_into
 
@@ -423,19 +426,43 @@ class TestGGUF:
         with pytest.raises(UsageError, match="from Hugging Face checkpoints only"):
             extract(base.gguf, tmp_path / "merged.gguf", tmp_path / "whole", save_rest=True)
 
-    def test_quantised_weights_are_said_to_be_noise(
+    def test_the_rounding_of_q8_0_is_known(
         self, bases: dict[str, BaseFixture], tmp_path: Path
     ) -> None:
         base = bases["llama"]
         trained(base, tmp_path / "adapter", target_modules=["q_proj"])
         merged = tmp_path / "merged.gguf"
+        plain = tmp_path / "plain.gguf"
         merge_into([tmp_path / "adapter"], base.gguf, merged, gguf_type="q8_0")
-        report = extract(base.gguf, merged, tmp_path / "back", rank=4)
+        merge_into([tmp_path / "adapter"], base.gguf, plain)
+        report = extract(base.gguf, merged, tmp_path / "back")
         assert ranks(report) == {4}
         assert report.notes[0].startswith("the tuned model is quantised (Q8_0)")
-        assert [module.explained for module in report.modules] == [None, None]
         found = diff(tmp_path / "adapter", tmp_path / "back", base=base.hf)
         assert 1e-4 < found.max_relative_error < 0.05
+        before, after = read_gguf(base.gguf).tensors, read_gguf(merged).tensors
+        update = read_gguf(plain).tensors
+        for module in report.modules:
+            old, new, exact = (
+                each[f"blk.{module.module.split('.')[2]}.attn_q.weight"].numpy().astype(float)
+                for each in (before, after, update)
+            )
+            noise = np.linalg.norm(new - exact) / np.linalg.norm(new - old)
+            assert module.rounding == pytest.approx(float(noise), rel=0.1)
+            assert module.explained is not None
+            assert module.explained > 0.9
+
+    def test_other_quantised_types_are_noise_of_unknown_size(
+        self, bases: dict[str, BaseFixture], tmp_path: Path
+    ) -> None:
+        base = bases["llama"]
+        trained(base, tmp_path / "adapter", target_modules=["q_proj"])
+        merge_into([tmp_path / "adapter"], base.gguf, tmp_path / "merged.gguf")
+        four = retyped(tmp_path / "merged.gguf", tmp_path / "four.gguf", DType.Q4_0)
+        report = extract(base.gguf, four, tmp_path / "back", rank=4)
+        assert [module.explained for module in report.modules] == [None] * len(report.modules)
+        assert any("quantised (Q4_0)" in note for note in report.notes)
+        assert any("raise --rank" in warning for warning in report.warnings)
 
 
 def test_nothing_depends_on_threads(bases: dict[str, BaseFixture], tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ _HELD = 1 << 25
 # Bits of the mantissa after its leading one.
 _MANTISSA = {DType.F64: 52, DType.F32: 23, DType.F16: 10, DType.BF16: 7}
 _LEAST_F16 = 2.0**-14
+# Q8_0 rounds 32 values at a time to whole multiples of the largest / 127.
+_LEVELS = 127
 # Variance of computing an update of up to a hundred ranks, in units² / 12 of the update itself.
 _ARITHMETIC = 12 * (100 / 6) / 4
 _WIDE = frozenset({DType.F32, DType.F64})
@@ -117,7 +119,8 @@ class Difference:
         rounding: ‖E‖, where E is the rounding of W_tuned to its stored type: its entries are
             uniform within half a unit in the last place, so their variance is that unit² / 12. An
             entry that did not change lost its whole update, which is not more than the mean square
-            of its row. 0 for quantised types, of which it is not known.
+            of its row. Of Q8_0 the unit is a block's step. 0 for other quantised types, of which it
+            is not known.
         edge: largest singular value to expect of E and of the arithmetic of the update, max √(Σ
             variance of a row) + max √(Σ variance of a column) (Bandeira and van Handel 2016); rms ·
             (√rows + √columns) where all entries are alike.
@@ -230,6 +233,9 @@ class _Rounding:
         bits = [_MANTISSA.get(dtype) for dtype in tuned.dtypes]
         known = [each for each in bits if each is not None]
         self.unit = 2.0 ** -min(known) if len(known) == len(bits) else 0.0
+        self.blocks = tuned.dtypes == frozenset({DType.Q8_0})
+        if self.blocks:
+            self.unit = 1.0 / _LEVELS
         self.least = _LEAST_F16 if DType.F16 in tuned.dtypes else 0.0
         self.computed = not _WIDE.isdisjoint(tuned.dtypes)
         self.rows, self.columns = np.zeros(shape[0]), np.zeros(shape[1])
@@ -238,7 +244,7 @@ class _Rounding:
     def add(self, begin: int, values: Array, delta: Array) -> None:
         if not self.unit:
             return
-        powers = _powers(values)
+        powers = _largest(values) if self.blocks else _powers(values)
         if self.least:
             powers = np.maximum(powers, powers.dtype.type(self.least))
         squares = _by_row(delta)
@@ -268,6 +274,12 @@ def _by_row(block: Array) -> Array:
 
 def _by_column(block: Array) -> Array:
     return np.einsum("ij,ij->j", block, block)
+
+
+def _largest(values: Array) -> Array:
+    """Return for each value the largest magnitude of its block of 32 in a row."""
+    blocks = np.abs(values).reshape(len(values), -1, DType.Q8_0.block)
+    return np.repeat(blocks.max(axis=2), DType.Q8_0.block, axis=1)
 
 
 def _powers(values: Array) -> Array:

@@ -171,7 +171,7 @@ def _factored(
         raise UnsupportedError(
             f"overflows {pair.b.dtype}; store it as f32 or bf16 (--outtype)", where=twin.name
         )
-    rounding = None if twin.tensor.dtype.quantised else _total(part.rounding for part in parts)
+    rounding = _total(part.rounding for part in parts) or None
     module = ExtractedModule(
         module=twin.modules[0],
         tensor=twin.name,

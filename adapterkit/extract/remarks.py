@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 # Share of ‖ΔW‖² that may be lost, beyond rounding, before the result is called poor.
 POOR = 0.1
 _SHOWN = 3
+_NOISE = {
+    True: "what was tuned from wider weights differs from it by its quantisation noise too",
+    False: "the difference contains its quantisation noise",
+}
 
 
 def warnings(outcomes: Sequence[Outcome], asked: Wish) -> tuple[str, ...]:
@@ -67,8 +71,7 @@ def notes(outcomes: Sequence[Outcome], base: BaseModel, tuned: BaseModel) -> tup
         }
         if kinds:
             found.append(
-                f"the {what} is quantised ({', '.join(sorted(kinds))}): the difference contains "
-                "its quantisation noise, whose size is not known"
+                f"the {what} is quantised ({', '.join(sorted(kinds))}): {_NOISE[model is base]}"
             )
     tied = next((outcome for outcome in factored if len(outcome.pairs) > 1), None)
     if tied is not None:

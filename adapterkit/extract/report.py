@@ -19,9 +19,9 @@ class ExtractedModule:
         relative_norm: ‖ΔW‖ / ‖W‖ of the base; None where W is zero.
         relative_error: ‖ΔW - B·A‖ / ‖ΔW‖ of the stored factors, measured against both checkpoints.
         rounding: ‖E‖ / ‖ΔW‖, where E is the rounding of the tuned weights to their stored type, by
-            its statistics; None for quantised types.
-        explained: share of ‖ΔW - B·A‖² that this rounding explains, 1 at most; None for quantised
-            types, and where nothing is left.
+            its statistics; None for quantised types other than Q8_0.
+        explained: share of ‖ΔW - B·A‖² that this rounding explains, 1 at most; None where that is
+            not known, or nothing is left.
         dtype: stored type of the factors.
     """
 
