@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         UsageError,
         WriteError,
     )
+    from adapterkit.extract import ExtractedModule, ExtractReport, LeftOver, extract
     from adapterkit.files import read, write
     from adapterkit.merge import (
         MergeFilesReport,
@@ -99,10 +100,13 @@ __all__ = [
     "DType",
     "DestinationExistsError",
     "DiffReport",
+    "ExtractReport",
+    "ExtractedModule",
     "Finding",
     "FormatError",
     "IncompatibleBaseError",
     "LazyTensor",
+    "LeftOver",
     "LoraPair",
     "Loss",
     "LossyConversionError",
@@ -135,6 +139,7 @@ __all__ = [
     "compress_file",
     "convert",
     "diff",
+    "extract",
     "from_state_dict",
     "inspect",
     "merge",
@@ -175,6 +180,7 @@ _HOMES = {
     "convert": ("ConversionReport", "convert"),
     "diff": ("DiffReport", "ModuleDifference", "diff"),
     "dtype": ("DType",),
+    "extract": ("ExtractReport", "ExtractedModule", "LeftOver", "extract"),
     "files": ("read", "write"),
     "stack": ("AdapterStack", *_STACK_ERRORS),
     "state_dict": ("from_state_dict", "to_state_dict"),

@@ -66,14 +66,7 @@ def staged(destination: Path, *, force: bool = False) -> Generator[Path]:
         DestinationExistsError: if there is something at `destination` and `force` is false.
         WriteError: if the operating system refuses (disk full, permission, missing parent).
     """
-    if not force and _occupied(destination):
-        raise DestinationExistsError("exists already; pass --force to replace it", path=destination)
-    try:
-        folder = Path(
-            tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".tmp", dir=destination.parent)
-        )
-    except OSError as error:
-        raise _write_error(error, destination) from error
+    folder = _temporary(destination, force=force)
     try:
         staging = folder / destination.name
         yield staging
@@ -82,6 +75,26 @@ def staged(destination: Path, *, force: bool = False) -> Generator[Path]:
         raise _write_error(error, destination) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_destination(destination: Path, *, force: bool = False) -> None:
+    """Raise now what `staged` would raise first, before long work is done for nothing.
+
+    Raises:
+        DestinationExistsError: if there is something at `destination` and `force` is false.
+        WriteError: if nothing can be created beside it.
+    """
+    _temporary(destination, force=force).rmdir()
+
+
+def _temporary(destination: Path, *, force: bool) -> Path:
+    if not force and _occupied(destination):
+        raise DestinationExistsError("exists already; pass --force to replace it", path=destination)
+    try:
+        name = f".{destination.name}."
+        return Path(tempfile.mkdtemp(prefix=name, suffix=".tmp", dir=destination.parent))
+    except OSError as error:
+        raise _write_error(error, destination) from error
 
 
 def synced(path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
+from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +60,23 @@ class LazyTensor:
             array = data.view(self.dtype.numpy()).reshape(self.shape)
         array.flags.writeable = False
         return array
+
+    def rows(self, begin: int, end: int) -> LazyTensor:
+        """Return some rows as a tensor of their own; of a file, only their bytes are read.
+
+        Args:
+            begin: first row, counted over all leading axes together.
+            end: the row after the last.
+        """
+        width = self.shape[-1] if self.shape else 1
+        size = self.dtype.nbytes((width,))
+        span, offset, length = self.read, begin * size, (end - begin) * size
+        if isinstance(span, FileSlice):
+            part = FileSlice(span.path, span.offset + offset, length)
+            return LazyTensor(self.dtype, (end - begin, width), part)
+        return LazyTensor(
+            self.dtype, (end - begin, width), lambda: self.read()[offset : offset + length]
+        )
 
     def map(
         self,

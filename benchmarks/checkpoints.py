@@ -31,6 +31,12 @@ class Shape:
     heads: int = 32
     kv_heads: int = 8
     vocabulary: int = 32000
+    only: tuple[str, ...] = ()
+
+    @property
+    def adapted(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of a block that the adapter is for; all of them by default."""
+        return {name: self.linear[name] for name in self.only or self.linear}
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
@@ -126,7 +132,7 @@ def adapter(
     deviation = (ratio * 0.02 / rank**0.5) ** 0.5
     held: dict[str, LazyTensor] = {}
     for layer in range(shape.layers):
-        for target, (rows, columns) in shape.linear.items():
+        for target, (rows, columns) in shape.adapted.items():
             stem = f"base_model.model.model.layers.{layer}.{target}"
             for name, size in (
                 (f"{stem}.lora_A.weight", (rank, columns)),
@@ -139,7 +145,7 @@ def adapter(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted(name.rpartition(".")[2] for name in shape.linear),
+        "target_modules": sorted(name.rpartition(".")[2] for name in shape.adapted),
         "base_model_name_or_path": None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

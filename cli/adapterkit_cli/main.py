@@ -22,6 +22,7 @@ COMMANDS = (
     "audit",
     "compress",
     "merge",
+    "extract",
     "formats",
     "architectures",
     "targets",

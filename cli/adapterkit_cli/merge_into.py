@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit_cli import options as shared
 from adapterkit_cli import rendering
+from adapterkit_cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from adapterkit import MergeIntoReport
 
@@ -82,7 +81,7 @@ def run(
     """Merge, and print what was done."""
     import adapterkit
 
-    with _bar() as progress:
+    with progress_bar("merging") as progress:
         report = adapterkit.merge_into(sources, base, destination, progress=progress, **arguments)
     if as_json:
         rendering.emit_json(report)
@@ -92,27 +91,6 @@ def run(
         rendering.remark("warning", warning)
     for note in report.notes:
         rendering.remark("note", note)
-
-
-@contextmanager
-def _bar() -> Generator[Callable[[int, int], None] | None]:
-    """Show the bytes that are done, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-    bar = Progress(
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("merging", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _text(report: MergeIntoReport) -> str:

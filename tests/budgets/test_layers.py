@@ -25,7 +25,7 @@ LAYERS = (
     {"diagnosis"},
     {"convert", "summary", "state_dict"},
     {"files", "torch", "merge", "audit", "validation"},
-    {"diff", "stack"},
+    {"diff", "stack", "extract"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may be known of the terminal by the package that never uses it.

@@ -1,0 +1,173 @@
+"""`adapterkit extract`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit_cli import options, rendering
+from adapterkit_cli.progress import progress_bar
+from adapterkit_cli.threads import single_threaded_blas
+
+if TYPE_CHECKING:
+    from adapterkit import ExtractReport
+
+# Left-over tensors that are listed on a terminal; --json lists all.
+_LISTED = 8
+# Shares below this are not worth a word.
+_SOME = 0.005
+
+
+@click.command("extract")
+@click.option(
+    "--base",
+    "--base-model-id",
+    metavar="BASE",
+    type=options.PATH,
+    required=True,
+    help="The model before: a directory with safetensors, or a GGUF file.",
+)
+@click.option(
+    "--tuned",
+    metavar="MODEL",
+    type=options.PATH,
+    required=True,
+    help="The same model after training or merging, of the same kind.",
+)
+@options.destination
+@click.option(
+    "--rank",
+    metavar="N|auto",
+    default="auto",
+    show_default=True,
+    help="Rank of every module; auto ends where noise begins. Rounding gets no rank.",
+)
+@click.option("--tol", type=float, metavar="X", help="Largest relative error; gives the rank.")
+@click.option("--energy", type=float, metavar="E", help="Smallest share of ‖ΔW‖² to keep.")
+@click.option(
+    "--max-rank", type=click.IntRange(1), metavar="N", help="Limit of auto; 256 by default."
+)
+@click.option(
+    "--save-rest",
+    is_flag=True,
+    help="Store norms, biases and the like whole, which are left over otherwise.",
+)
+@options.to
+@click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
+    default="auto",
+    show_default=True,
+    help="Stored type; auto is 16 bits where they add less than 1% to the error, else f32.",
+)
+@options.moe_layout
+@options.unverified
+@options.allow_lossy
+@click.option("--seed", type=int, metavar="N", default=0, help="Of the random directions.")
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Tensors at a time.")
+@options.force
+@options.as_json
+def command(
+    base: str,
+    tuned: str,
+    destination: str,
+    rank: str,
+    tol: float | None,
+    energy: float | None,
+    max_rank: int | None,
+    to: str | None,
+    outtype: str,
+    moe_layout: str | None,
+    seed: int,
+    jobs: int | None,
+    *,
+    save_rest: bool,
+    unverified: bool,
+    allow_lossy: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the adapter between two checkpoints of one model.
+
+    Both are read in blocks of rows, never as a whole. The error of every module is measured
+    against the files. What no factors hold is named, and left over unless --save-rest.
+    """
+    single_threaded_blas()
+    import adapterkit
+
+    with progress_bar("extracting") as progress:
+        report = adapterkit.extract(
+            base,
+            tuned,
+            destination,
+            rank=int(rank) if rank.isdecimal() else rank,
+            tol=tol,
+            energy=energy,
+            max_rank=max_rank,
+            save_rest=save_rest,
+            to=to,
+            outtype=outtype,
+            moe_layout=moe_layout,
+            unverified=unverified,
+            allow_lossy=allow_lossy,
+            seed=seed,
+            jobs=jobs,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        rendering.emit_json(report)
+        return
+    rendering.emit(_text(report))
+    for warning in report.warnings:
+        rendering.remark("warning", warning)
+    for note in report.notes:
+        rendering.remark("note", note)
+    for loss in report.losses:
+        rendering.remark("dropped", f"{loss.subject}: {loss.message}")
+
+
+def _text(report: ExtractReport) -> str:
+    facts = [
+        rendering.printable(report.destination),
+        report.format,
+        rendering.count(len(report.modules), "module"),
+        rendering.count(report.parameters, "parameter"),
+        rendering.size(report.bytes),
+    ]
+    return "\n".join(["  ".join(facts), *_error(report), *_left_over(report)])
+
+
+def _left_over(report: ExtractReport) -> list[str]:
+    # Rounding alone is a note: it may be in every tensor of the model.
+    found = [left for left in report.left_over if not left.rounding]
+    rows = [
+        (
+            left.tensor,
+            rendering.short(left.relative_norm),
+            left.reason + (" (saved whole)" if left.saved else ""),
+        )
+        for left in found[:_LISTED]
+    ]
+    if not rows:
+        return []
+    more = len(found) - len(rows)
+    table = rendering.columns(rows, header=("not in factors", "‖ΔW‖/‖W‖", "because it"))
+    return [table, *([f"and {more:,} more, which --json lists"] if more else [])]
+
+
+def _error(report: ExtractReport) -> list[str]:
+    if not report.modules:
+        return []
+    ranks = sorted({module.rank for module in report.modules})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    error = rendering.short(report.max_relative_error)
+    where = f" ({rendering.printable(report.worst_module or '')})"
+    line = f"{span}, largest relative error {error}{where}"
+    worst = max(report.modules, key=lambda module: module.relative_error)
+    if worst.explained is not None and worst.explained >= _SOME:
+        kind = "of which rounding of the tuned weights explains"
+        line += f", {kind} {worst.explained:.0%}"
+    proof = rendering.short(report.proof_error)
+    return [line, f"proof: written as computed, largest relative error {proof}"]
