@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
+
+
+class RowReader(ABC):
+    """A `LazyTensor.read` that computes values and can give some rows without the others."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The file that holds what they are computed from."""
+
+    @property
+    @abstractmethod
+    def stored(self) -> DType:
+        """The type that is stored there."""
+
+    @abstractmethod
+    def __call__(self) -> bytes | bytearray | memoryview:
+        """Return the bytes of the whole tensor."""
+
+    @abstractmethod
+    def rows(self, begin: int, end: int) -> memoryview:
+        """Return the bytes of rows [begin, end) of the tensor as (-1, last axis)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +100,15 @@ class LazyTensor:
         size = self.dtype.nbytes((width,))
         span, offset, length = self.read, begin * size, (end - begin) * size
         if isinstance(span, FileSlice):
-            part = FileSlice(span.path, span.offset + offset, length)
-            return LazyTensor(self.dtype, (end - begin, width), part)
-        return LazyTensor(
-            self.dtype, (end - begin, width), lambda: self.read()[offset : offset + length]
-        )
+            read = FileSlice(span.path, span.offset + offset, length)
+        elif isinstance(span, RowReader):
+            read = partial(span.rows, begin, end)
+        else:
+
+            def read() -> memoryview:
+                return memoryview(self.read()).cast("B")[offset : offset + length]
+
+        return LazyTensor(self.dtype, (end - begin, width), read)
 
     def map(
         self,

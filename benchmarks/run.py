@@ -1,4 +1,4 @@
-"""Run every case that a speed or memory promise is made for, against the peer it is made to beat."""
+"""Run every case that a speed or memory promise is made for, against its peer."""
 
 from __future__ import annotations
 

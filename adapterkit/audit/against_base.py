@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from adapterkit.audit.base_sites import sites
 from adapterkit.audit.krylov import Triplets, leading
 from adapterkit.audit.operators import Operator
 from adapterkit.audit.spectrum import factors, is_convolution, matrix_shape, not_finite
-from adapterkit.base.decoding import RowReader, stored_type
+from adapterkit.base.decoding import stored_type
 from adapterkit.base.initialisation import without_base_change
 from adapterkit.base.quantised import as_floats
 from adapterkit.errors import (
@@ -23,7 +22,6 @@ from adapterkit.errors import (
     IncompatibleBaseError,
     UncheckableError,
 )
-from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -153,14 +151,9 @@ def _weight(site: Site, each: Factors, size: tuple[int, int]) -> Weight:
 
 def _slice(stored: LazyTensor, index: int) -> LazyTensor:
     shape = stored.shape[1:]
-    length = stored.dtype.nbytes(shape)
-    if isinstance(span := stored.read, FileSlice):
-        part = FileSlice(span.path, span.offset + index * length, length)
-        return LazyTensor(stored.dtype, shape, part)
-    if isinstance(span, RowReader):
-        rows = stored.size // stored.shape[0] // shape[-1]
-        return LazyTensor(stored.dtype, shape, partial(span.rows, index * rows, (index + 1) * rows))
-    return LazyTensor.of(stored.numpy()[index])
+    rows = stored.size // stored.shape[0] // shape[-1]
+    found = stored.rows(index * rows, (index + 1) * rows)
+    return LazyTensor(found.dtype, shape, found.read)
 
 
 def _measured(

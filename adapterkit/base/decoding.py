@@ -7,7 +7,6 @@ so that a tensor never has to be there as a whole.
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
 from adapterkit.storage import FileSlice
-from adapterkit.tensor import LazyTensor
+from adapterkit.tensor import LazyTensor, RowReader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,26 +31,6 @@ _GROUP = 32
 _LARGEST = 252
 _BIAS = 127
 _opened = threading.local()
-
-
-class RowReader(ABC):
-    """A `LazyTensor.read` that can give some rows of its tensor without the others."""
-
-    __slots__ = ()
-
-    @property
-    @abstractmethod
-    def path(self) -> Path:
-        """The file that holds the values."""
-
-    @property
-    @abstractmethod
-    def stored(self) -> DType:
-        """The type that the values are stored as."""
-
-    @abstractmethod
-    def rows(self, begin: int, end: int) -> memoryview:
-        """Return the bytes of rows [begin, end) of the tensor as (-1, last axis)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapterkit.base.decoding import RowReader
 from adapterkit.storage import FileSlice
-from adapterkit.tensor import LazyTensor
+from adapterkit.tensor import LazyTensor, RowReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,33 +28,19 @@ class Place:
 def reader(tensor: LazyTensor, columns: int) -> Callable[[int, int], LazyTensor]:
     """Return a function that gives rows [begin, end) of a tensor seen as (-1, columns).
 
-    A byte range of a file is read in parts, and so is what is decoded by rows; anything else is
-    read once, whole.
+    What cannot be read in parts is read once, whole.
     """
-    width = tensor.dtype.nbytes((columns,))
-    span = tensor.read
-    if isinstance(span, FileSlice):
+    held = tensor
+    if not isinstance(tensor.read, (FileSlice, RowReader)):
+        data = tensor.tobytes()
+        held = LazyTensor(tensor.dtype, tensor.shape, lambda: data)
+    times = columns // (tensor.shape[-1] if tensor.shape else 1)
 
-        def ranged(begin: int, end: int) -> LazyTensor:
-            part = FileSlice(span.path, span.offset + begin * width, (end - begin) * width)
-            return LazyTensor(tensor.dtype, (end - begin, columns), part)
+    def part(begin: int, end: int) -> LazyTensor:
+        found = held.rows(begin * times, end * times)
+        return LazyTensor(found.dtype, (end - begin, columns), found.read)
 
-        return ranged
-    if isinstance(span, RowReader):
-        times = columns // tensor.shape[-1]
-
-        def by_rows(begin: int, end: int) -> LazyTensor:
-            part = partial(span.rows, begin * times, end * times)
-            return LazyTensor(tensor.dtype, (end - begin, columns), part)
-
-        return by_rows
-    data = memoryview(tensor.tobytes()).cast("B")
-
-    def held(begin: int, end: int) -> LazyTensor:
-        part = data[begin * width : end * width]
-        return LazyTensor(tensor.dtype, (end - begin, columns), lambda: part)
-
-    return held
+    return part
 
 
 def decoded(tensor: LazyTensor, kind: np.dtype[Any]) -> Array:

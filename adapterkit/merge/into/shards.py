@@ -17,7 +17,7 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from adapterkit.base.decoding import RowReader
+    from adapterkit.tensor import RowReader
 
 
 @dataclass(frozen=True, slots=True)
