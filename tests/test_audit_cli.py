@@ -107,6 +107,7 @@ def test_what_clashes_is_named(tmp_path: Path) -> None:
     paths = [written(adapter(p), tmp_path / name) for name, p in (("one", pairs), ("two", turned))]
     shown = invoke("audit", *paths).stdout
     (line,) = [line for line in shown.splitlines() if line.startswith("clash of 1 and 2: ")]
+    assert re.search(r"^1 2 .*, 2 clash$", shown, re.MULTILINE)
     named = line.removeprefix("clash of 1 and 2: ").split(", ")
     assert set(named) == {name for name in pairs if "q_proj" in name}
 

@@ -12,7 +12,7 @@ from audit_adapters import adapter, gaussian, layered, planted
 
 from adapterkit import AdapterTensorSet, FormatError, Role, TensorKey, UncheckableError, UsageError
 from adapterkit.audit import audit
-from adapterkit.audit.metrics import energy_ranks, hoyer, top_share, truncation_errors
+from adapterkit.audit.metrics import energy_ranks, hoyer, quantile, top_share, truncation_errors
 from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import notable, robust_z
 from adapterkit.tensor import LazyTensor
@@ -163,6 +163,13 @@ def test_a_share_that_is_reached_exactly_counts() -> None:
     assert energy_ranks(np.sqrt(np.array([0.9, 0.1])), (0.9,)) == [1]
     errors = truncation_errors(np.sqrt(np.array([0.9, 0.1])))
     assert errors == pytest.approx([1, math.sqrt(0.1), 0])
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_quantiles_are_those_of_numpy(count: int, part: float) -> None:
+    values = np.random.default_rng(count).standard_normal(count)
+    assert quantile(values.tolist(), part) == pytest.approx(np.quantile(values, part), rel=1e-14)
 
 
 def test_90_percent_of_the_energy_is_up_to_32_percent_error() -> None:
@@ -316,8 +323,9 @@ def test_the_null_model_is_what_random_factors_give() -> None:
     null = null_model(30, 20, 5)
     # The mean of 48 draws: four standard errors.
     assert abs(null.stable_rank - np.mean(drawn)) < 4 * np.std(drawn) / 48**0.5
-    assert (null.low <= null.high).all()
-    assert null_model(3, 2, 8).low.shape == (2,)
+    low, high = null.band()
+    assert (low <= high).all()
+    assert null_model(3, 2, 8).band()[0].shape == (2,)
     assert null_model.__wrapped__(30, 20, 5).stable_rank == null.stable_rank
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
+from adapterkit.audit.metrics import quantile
 from adapterkit.audit.report import AuditSummary, FamilyAudit, LayerShare
 
 if TYPE_CHECKING:
@@ -126,12 +126,12 @@ def _values(modules: Sequence[ModuleAudit], name: str) -> list[float]:
 
 def _mean(modules: Sequence[ModuleAudit], name: str) -> float | None:
     values = _values(modules, name)
-    return float(np.mean(values)) if values else None
+    return math.fsum(values) / len(values) if values else None
 
 
 def _quantile(modules: Sequence[ModuleAudit], name: str, part: float) -> float | None:
     values = _values(modules, name)
-    return float(np.quantile(values, part)) if values else None
+    return quantile(values, part) if values else None
 
 
 def _weighted_mean(trained: Sequence[ModuleAudit]) -> float | None:

@@ -173,7 +173,7 @@ def _decays(audited: AdapterAudit) -> str:
         ]
         alike = {(module.shape, module.rank) for module in members}
         null = null_model(*members[0].shape, members[0].rank) if len(alike) == 1 else None
-        chart = decay(lines, (null.low, null.high) if null else None)
+        chart = decay(lines, null.band() if null else None)
         figures.append(f"<figure><h3>{shown(short[family.family])}</h3>{chart}</figure>")
     return (
         "<h2>Decay of the singular values</h2>"

@@ -112,7 +112,7 @@ def _table(found: Interference) -> str:
                 pair.sign_conflict,
             )
         )
-        + f"<td>{pair.verdict or 'nothing shared'}</td></tr>"
+        + f"<td>{pair.words}</td></tr>"
         for pair in found.pairs
     )
     return (

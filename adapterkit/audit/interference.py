@@ -77,6 +77,13 @@ class PairInterference:
     clashes: tuple[str, ...]
     modules: tuple[ModuleInterference, ...]
 
+    @property
+    def words(self) -> str:
+        """The verdict for a reader: what is independent as a whole may clash in its parts."""
+        if self.verdict is None:
+            return "nothing shared"
+        return f"{self.verdict}, {len(self.clashes):,} clash" if self.clashes else self.verdict
+
 
 @dataclass(frozen=True, slots=True)
 class JointInterference:

@@ -15,7 +15,7 @@ import numpy as np
 from adapterkit.dtype import DType
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from adapterkit.audit.spectrum import Array
 
@@ -151,6 +151,17 @@ def _entropy(shares: Array) -> float:
 def storage_epsilon(*dtypes: DType) -> float:
     """Return the relative rounding of the coarsest stored type."""
     return max(_EPSILON.get(dtype, _COARSE) for dtype in dtypes)
+
+
+def quantile(values: Iterable[float], part: float) -> float:
+    """Return the quantile of at least one value, interpolated linearly.
+
+    As numpy's, which imports its masked arrays first; that takes longer than all of these here.
+    """
+    ordered = sorted(values)
+    place = part * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (high - low) * (place % 1)
 
 
 def hoyer(energy: Array) -> float | None:

@@ -25,13 +25,16 @@ class NullModel:
 
     Attributes:
         stable_rank: mean stable rank of the draws.
-        low: (min(r, out, in),) 5 % quantile of σ / σ₁.
-        high: likewise the 95 % quantile.
+        relative: (draws, min(r, out, in)) their σ / σ₁.
     """
 
     stable_rank: float
-    low: Array
-    high: Array
+    relative: Array
+
+    def band(self) -> tuple[Array, Array]:
+        """Return the 5 % and the 95 % quantile of σ / σ₁, by direction."""
+        low, high = np.quantile(self.relative, (0.05, 0.95), axis=0)
+        return low, high
 
 
 @functools.lru_cache(maxsize=256)
@@ -42,8 +45,7 @@ def null_model(out: int, inputs: int, rank: int) -> NullModel:
     cores = [_triangle(random, out, rank) @ _triangle(random, inputs, rank).T for _ in range(draws)]
     values = np.linalg.svd(np.stack(cores), compute_uv=False)
     relative = values / values[:, :1]
-    low, high = np.quantile(relative, (0.05, 0.95), axis=0)
-    return NullModel(float((relative**2).sum(axis=1).mean()), low, high)
+    return NullModel(float((relative**2).sum(axis=1).mean()), relative)
 
 
 def _triangle(random: np.random.Generator, count: int, rank: int) -> Array:

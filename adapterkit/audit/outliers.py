@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adapterkit.audit.metrics import quantile
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -60,8 +62,8 @@ def robust_z(values: Array, depth: Array, *, spread: float | None = None) -> lis
         n scores; all None if the residuals do not spread.
     """
     residuals = values - _slope(values, depth) * depth
-    residuals = residuals - np.median(residuals)
-    deviation = _MAD_OF_NORMAL * float(np.median(np.abs(residuals)))
+    residuals = residuals - _median(residuals)
+    deviation = _MAD_OF_NORMAL * _median(np.abs(residuals))
     if deviation <= _RELATIVE_ZERO * (spread or float(np.abs(values).max())):
         return [None] * len(values)
     return [float(z) for z in residuals / deviation]
@@ -69,15 +71,19 @@ def robust_z(values: Array, depth: Array, *, spread: float | None = None) -> lis
 
 def _slope(values: Array, depth: Array) -> float:
     """Return the median slope between any two layers' medians (Theil 1950, Sen 1968)."""
-    layers = np.unique(depth)
+    layers = np.array(sorted(set(depth.tolist())))
     if len(layers) == len(depth):
         medians = values[np.argsort(depth)]
     else:
-        medians = np.array([np.median(values[depth == layer]) for layer in layers])
+        medians = np.array([_median(values[depth == layer]) for layer in layers])
     first, second = np.triu_indices(len(layers), 1)
     if not len(first):
         return 0.0
-    return float(np.median((medians[second] - medians[first]) / (layers[second] - layers[first])))
+    return _median((medians[second] - medians[first]) / (layers[second] - layers[first]))
+
+
+def _median(values: Array) -> float:
+    return quantile(values.tolist(), 0.5)
 
 
 def notable(modules: Sequence[ModuleAudit], count: int = 5) -> list[tuple[ModuleAudit, str, float]]:

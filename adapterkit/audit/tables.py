@@ -137,7 +137,7 @@ def _interference(adapters: Sequence[AdapterAudit], found: Interference) -> Iter
                 number(pair.left_overlap),
                 number(pair.right_overlap),
                 number(pair.sign_conflict),
-                pair.verdict or "nothing shared",
+                pair.words,
             )
             for pair in found.pairs
         ],

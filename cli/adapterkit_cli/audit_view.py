@@ -236,7 +236,7 @@ def _pairs(found: Interference) -> list[str]:
             number(pair.right_overlap),
             number(pair.interference),
             number(pair.sign_conflict),
-            pair.verdict or "nothing shared",
+            pair.words,
         )
         for pair in found.pairs
     ]
