@@ -99,16 +99,18 @@ class LazyTensor:
         width = self.shape[-1] if self.shape else 1
         size = self.dtype.nbytes((width,))
         span, offset, length = self.read, begin * size, (end - begin) * size
+        read: Callable[[], bytes | memoryview]
         if isinstance(span, FileSlice):
             read = FileSlice(span.path, span.offset + offset, length)
         elif isinstance(span, RowReader):
             read = partial(span.rows, begin, end)
         else:
-
-            def read() -> memoryview:
-                return memoryview(self.read()).cast("B")[offset : offset + length]
+            read = partial(self._part, offset, length)
 
         return LazyTensor(self.dtype, (end - begin, width), read)
+
+    def _part(self, offset: int, length: int) -> memoryview:
+        return memoryview(self.read()).cast("B")[offset : offset + length]
 
     def map(
         self,

@@ -20,7 +20,7 @@ from adapterkit.merge.into.huggingface import HuggingFaceNames, checkpoint_steps
 from adapterkit.merge.into.shards import Shard, planned_shards
 from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsReplaced
 from adapterkit.merge.into.tying import Tying, resolved
-from adapterkit.merge.into.writing import write_file
+from adapterkit.merge.into.writing import write_files
 from adapterkit.storage import synced
 
 if TYPE_CHECKING:
@@ -284,9 +284,8 @@ def write_checkpoint(
     plan: CheckpointPlan, staging: Path, journal: Journal, jobs: int, progress: Progress
 ) -> list[TensorReport]:
     """Write shards, then everything else, then the index; what the journal has is skipped."""
-    reports: list[TensorReport] = []
-    for shard in plan.shards:
-        reports += write_file(shard.output(), staging, journal, jobs, progress)
+    files = [shard.output() for shard in plan.shards]
+    reports = write_files(files, staging, journal, jobs, progress)
     for other in plan.others:
         target = staging / other
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from adapterkit.merge.into.progress import counter
 from adapterkit.merge.into.reading import read_sources
 from adapterkit.merge.into.report import MergeIntoReport
 from adapterkit.merge.into.tying import check_choice
-from adapterkit.merge.into.writing import write_file
+from adapterkit.merge.into.writing import write_files
 from adapterkit.model import Role
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _merge_file(
     with staged_output(
         write.destination, key, resume=write.resume, force=write.force, single=True
     ) as (staging, journal):
-        tensors = write_file(file, staging, journal, write.jobs, count)
+        tensors = write_files([file], staging, journal, write.jobs, count)
     return tensors, list(plan.notes)
 
 

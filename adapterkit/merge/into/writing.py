@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int], None]
 
 # Bytes after which what is written is flushed and noted; no more than this is done again.
-SEGMENT = 1 << 28
+SEGMENT = 1 << 26
 # Bytes that one task copies, and elements that one task computes, so that several threads find
 # work at the end too and progress can be seen.
 _RUN = 1 << 26
@@ -93,8 +93,8 @@ class OutputFile:
         return [tuple(group) for group in found] or [()]
 
 
-def write_file(
-    file: OutputFile, folder: Path, journal: Journal, jobs: int, progress: Progress
+def write_files(
+    files: Sequence[OutputFile], folder: Path, journal: Journal, jobs: int, progress: Progress
 ) -> list[TensorReport]:
     """Write what the journal does not have yet; return what was done to each changed tensor.
 
@@ -104,32 +104,49 @@ def write_file(
             left in it.
         TruncatedFileError: if a file of the base has become shorter.
     """
-    path = folder / file.name
-    segments = file.segments()
-    known = [journal.finished(path, file.size, number) for number in range(len(segments))]
-    begun = any(reports is not None for reports in known)
-    with path.open("r+b" if begun else "wb") as out:
-        target = out.fileno()
-        if None in known:
-            os.truncate(target, file.size)
-            _write_header(file.header, target)
+    with ExitStack() as opened:
+        begun = [_Begun(file, folder, journal, opened) for file in files]
         with _pools(jobs) as (pool, flusher):
-            noted: dict[int, Future[list[TensorReport]]] = {}
-            for number, segment in enumerate(segments):
-                if known[number] is not None:
-                    progress(sum(piece.nbytes for piece in segment))
-                    continue
-                works = [_work(piece, target, progress) for piece in segment]
-                tasks = [(work, [pool.submit(task) for task in work.tasks()]) for work in works]
-                note = partial(journal.finish, path, number)
-                noted[number] = flusher.submit(_flushed, tasks, target, note)
-            wait(noted.values(), return_when=FIRST_EXCEPTION)
-            made = {number: future.result() for number, future in noted.items() if future.done()}
-    return [
-        report
-        for number, reports in enumerate(known)
-        for report in (made[number] if reports is None else reports)
-    ]
+            for file in begun:
+                file.submit(pool, flusher, progress)
+            futures = [future for file in begun for future in file.noted.values()]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for failed in filter(None, (future.exception() for future in done)):
+                raise failed
+            return [report for file in begun for report in file.reports()]
+
+
+class _Begun:
+    """A file that is being written, and what the journal has of it already."""
+
+    def __init__(self, file: OutputFile, folder: Path, journal: Journal, opened: ExitStack) -> None:
+        self.path, self.journal = folder / file.name, journal
+        self.segments = file.segments()
+        numbers = range(len(self.segments))
+        self.known = [journal.finished(self.path, file.size, number) for number in numbers]
+        self.noted: dict[int, Future[list[TensorReport]]] = {}
+        found = any(reports is not None for reports in self.known)
+        out = opened.enter_context(self.path.open("r+b" if found else "wb"))
+        self.target = out.fileno()
+        if None in self.known:
+            os.truncate(self.target, file.size)
+            _write_header(file.header, self.target)
+
+    def submit(self, pool: Executor, flusher: Executor, progress: Progress) -> None:
+        """Have every segment written, flushed and noted that is not yet."""
+        for number, segment in enumerate(self.segments):
+            if self.known[number] is not None:
+                progress(sum(piece.nbytes for piece in segment))
+                continue
+            works = [_work(piece, self.target, progress) for piece in segment]
+            tasks = [(work, [pool.submit(task) for task in work.tasks()]) for work in works]
+            note = partial(self.journal.finish, self.path, number)
+            self.noted[number] = flusher.submit(_flushed, tasks, self.target, note)
+
+    def reports(self) -> Iterator[TensorReport]:
+        """Yield what was done."""
+        for number, reports in enumerate(self.known):
+            yield from self.noted[number].result() if reports is None else reports
 
 
 def _write_header(parts: Sequence[bytes | FileSlice], target: int) -> None:
