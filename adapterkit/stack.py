@@ -15,9 +15,10 @@ from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base import open_base
 from adapterkit.base.fit import misfits
 from adapterkit.delta import difference
-from adapterkit.errors import AdapterKitError, UnsupportedError
+from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError
 from adapterkit.factors import concatenated
 from adapterkit.formats.protocol import Options
+from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet, LoraPair
 from adapterkit.reading import load
 from adapterkit.registry import detect
@@ -117,7 +118,10 @@ class AdapterStack:
             AdapterLoadFailedError: if it is malformed, not finite in its scale, or its name taken.
             AdapterIncompatibleError: if it does not fit the base.
         """
-        path = Path(path)
+        try:
+            path = located(path)
+        except NotFoundError as error:
+            raise AdapterNotFoundError(error.message, path=path) from error
         chosen = name or path.stem
         if chosen in self._members:
             raise AdapterLoadFailedError("is loaded already; give it another name", where=chosen)

@@ -38,6 +38,10 @@ def test_a_cached_adapter_is_read(name: str, cache: Path) -> None:
     assert report.max_relative_error == 0
     assert adapterkit.audit(name).summary.modules == 60
     assert adapterkit.compress_file(name, cache / "small", rank=2).report.parameters == 115_200
+    assert adapterkit.merge_files([name, PIRATE], cache / "merged").modules == 60
+    assert adapterkit.validate(name).coverage is not None
+    stack = adapterkit.AdapterStack()
+    assert stack.load(name, scale=0.5) == hub.located(name).stem
 
 
 def test_what_is_not_cached_is_said_to_be_so(cache: Path) -> None:

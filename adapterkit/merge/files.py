@@ -12,6 +12,7 @@ from adapterkit.base.vocabulary import matched
 from adapterkit.convert import ProvenFile, admitted, load, stored_type, write_proven
 from adapterkit.errors import UsageError
 from adapterkit.formats.protocol import Options
+from adapterkit.hub import located
 from adapterkit.merge.adapters import merge
 from adapterkit.merge.report import MergeReport
 from adapterkit.model import Loss
@@ -92,7 +93,7 @@ def merge_files(
         dialect=dialect,
         alpha=alpha,
     )
-    adapters, options, notes = _read([Path(source) for source in sources], options)
+    adapters, options, notes = _read([located(source) for source in sources], options)
     result = merge(adapters, dtype=_rounded_in_merge(dtype), **settings)
     adapter, losses, warnings = admitted(result.adapter, target, options, allow_lossy=allow_lossy)
     proven = write_proven(adapter, destination, target, options, force=force)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import open_base
 from adapterkit.formats.protocol import Options
+from adapterkit.hub import located
 from adapterkit.validation.coverage import cover, silent_no_ops
 from adapterkit.validation.engines import load_target, target_names
 from adapterkit.validation.facts import facts
@@ -28,6 +28,7 @@ from adapterkit.validation.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
@@ -116,7 +117,7 @@ def validate(
         FormatError: if the source or the base cannot be read at all.
         UsageError: if an engine is unknown.
     """
-    path = Path(source)
+    path = located(source)
     engines = [(reference, load_target(reference)) for reference in targets]
     options = Options(base=open_base(base) if base is not None else None)
     adapter, options, name, found = read_for_validation(path, options)

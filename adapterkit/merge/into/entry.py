@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adapterkit.base import open_base
 from adapterkit.convert import stored_type
 from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.hub import located
 from adapterkit.merge.into.checkpoint import checked, plan_checkpoint, write_checkpoint
 from adapterkit.merge.into.gguf import check_type, plan_gguf
 from adapterkit.merge.into.journal import plan_hash, staged_output
@@ -96,7 +97,7 @@ def merge_into(
     decoded = checked(opened, dequantize=dequantize) if opened.kind == "hf" else None
     opened = decoded.base if decoded else opened
     adapters, opened, notes = read_sources(
-        [Path(source) for source in sources], weights, opened, dialect=dialect, alpha=alpha
+        [located(source) for source in sources], weights, opened, dialect=dialect, alpha=alpha
     )
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
