@@ -8,6 +8,7 @@ from pathlib import Path
 from subprocess import check_call
 
 import adapters
+import extract
 import merging
 from cases import kept
 from measure import alternate
@@ -19,10 +20,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="cases whose title holds this text")
     arguments = parser.parse_args()
-    for maker in ("inputs.py", "merging.py"):
+    for maker in ("inputs.py", "merging.py", "extract.py"):
         check_call([sys.executable, str(Path(__file__).with_name(maker))])
     broken = 0
-    for case in (*adapters.cases(), *merging.cases()):
+    for case in (*adapters.cases(), *merging.cases(), *extract.cases()):
         if arguments.only not in case.title:
             continue
         commands = {"ours": case.ours} | ({"peer": case.peer} if case.peer else {})
