@@ -23,6 +23,10 @@ NUMERICAL_ZERO = 1e-7
 EXACT_ZERO = 1e-13
 # Directions of a factor with unit columns below this share are rounding of float64.
 _DEPENDENT = 1e-10
+# Ratio of the extreme singular values up to which a Gram matrix keeps 1e-10 of the smallest.
+_GRAM_CONDITION = 1e3
+# Lengths between this and its inverse have squares that are numbers.
+_SMALLEST = 1e-100
 # Rows of one block of a tall factor: what a second-level cache holds at rank 32.
 _BLOCK_ROWS = 512
 
@@ -116,14 +120,25 @@ def basis(tall: Array) -> tuple[Array, Array]:
     """Return T (r, k) and R (k, r) with tall · T orthonormal and tall = (tall · T) · R.
 
     Columns that depend on others add no direction: k is the numerical rank. Each column is brought
-    to unit length first, so that no basis of the factors, however lopsided, loses digits.
+    to unit length first, so that no basis of the factors, however lopsided, loses digits. Their
+    Gram matrix is enough where they are far from dependent: it is the square, and has half the
+    digits, of what a QR decomposition gives.
     """
+    squares = tall.T @ tall
+    lengths = np.sqrt(np.diagonal(squares))
+    if lengths.size and lengths.min() > _SMALLEST and lengths.max() < 1 / _SMALLEST:
+        values, vectors = np.linalg.eigh(squares / lengths / lengths[:, None])
+        if values[0] * _GRAM_CONDITION**2 > values[-1]:
+            return _directions(np.sqrt(values), vectors.T, lengths)
     upper = triangle(tall)
     lengths = np.linalg.norm(upper, axis=0)
     lengths[lengths == 0] = 1.0
     _, values, vectors = np.linalg.svd(upper / lengths, full_matrices=False)
     kept = values > _DEPENDENT * max(values[0], 1.0) if values.size else values > 0
-    values, vectors = values[kept], vectors[kept]
+    return _directions(values[kept], vectors[kept], lengths)
+
+
+def _directions(values: Array, vectors: Array, lengths: Array) -> tuple[Array, Array]:
     return (vectors.T / values) / lengths[:, None], (values[:, None] * vectors) * lengths
 
 
