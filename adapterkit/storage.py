@@ -33,6 +33,21 @@ class FileSlice:
     offset: int
     length: int
 
+    def read_into(self, buffer: memoryview) -> None:
+        """Read the range into memory of its size, which can be used again.
+
+        Raises:
+            TruncatedFileError: if the file has become shorter than the range.
+        """
+        done = 0
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while done < self.length and (count := file.readinto(buffer[done:])):
+                done += count
+        if done != self.length:
+            end = self.offset + self.length
+            raise TruncatedFileError(f"the file ends before byte {end}", path=self.path)
+
     def __call__(self) -> bytes:
         """Read the range.
 

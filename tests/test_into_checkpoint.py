@@ -243,6 +243,28 @@ def test_sixteen_bits_are_rounded_once_and_rightly(
     assert wrong < seen / 2**12
 
 
+def test_sixteen_bits_are_those_of_peft_s_own_merge(
+    bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    """PEFT adds a float32 adapter to 16-bit weights with one rounding too."""
+    base = bf16_base(bases["llama"], tmp_path / "base")
+    trained(bases["llama"], tmp_path / "adapter", target_modules=LINEAR, use_rslora=True)
+    merge_into([tmp_path / "adapter"], base, tmp_path / "merged")
+    model = hub.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    theirs = lora.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_file(tmp_path / "merged" / "model.safetensors")
+    wanted = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert ours.keys() == wanted.keys()
+    bits = {name: (ours[name].view(torch.int16), wanted[name].view(torch.int16)) for name in ours}
+    apart = {name: (mine - peer).abs() for name, (mine, peer) in bits.items()}
+    # Two sums in float32 may fall on either side of a tie, which is one unit.
+    assert max(int(each.max()) for each in apart.values()) <= 1
+    assert sum(int(each.sum()) for each in apart.values()) < 2**-12 * sum(
+        each.numel() for each in apart.values()
+    )
+
+
 def test_float32_is_the_float64_sum_rounded_once(
     bases: dict[str, BaseFixture], tmp_path: Path
 ) -> None:

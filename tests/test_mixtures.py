@@ -97,6 +97,27 @@ def test_a_mixture_is_what_the_merged_16_bit_file_quantises_to(
     assert 0 < coarse < max_kl(engine_logprobs(base, prompts), engine_logprobs(merged, prompts))
 
 
+@pytest.mark.parametrize("dtype", [DType.Q6_K, DType.Q5_K, DType.Q4_K])
+def test_k_types_can_be_kept_where_the_update_survives(
+    dtype: DType, llama: BaseFixture, tmp_path: Path
+) -> None:
+    base = stored_as(llama.gguf, tmp_path / "base.gguf", dtype)
+    trained(llama, tmp_path / "adapter", target_modules=["v_proj"])
+    merged = tmp_path / "merged.gguf"
+    report = merge_into([tmp_path / "adapter"], base, merged, gguf_type="keep")
+    assert report.min_survival is not None
+    assert report.min_survival > 0.9
+    assert {tensor.dtype for tensor in report.tensors} == {dtype.value}
+    assert read_gguf(merged).tensors["blk.0.attn_v.weight"].dtype is dtype
+    weak: dict[str, Any] = {"weights": [0.001], "gguf_type": "keep", "force": True}
+    with pytest.raises(UnsupportedError, match=rf"as {dtype} only \d+% of the update is left"):
+        merge_into([tmp_path / "adapter"], base, tmp_path / "weak.gguf", **{**weak, "force": False})
+    forced = merge_into([tmp_path / "adapter"], base, tmp_path / "weak.gguf", **weak)
+    assert forced.min_survival is not None
+    assert forced.min_survival < 0.9
+    assert any("less than 95% of the update is left" in warning for warning in forced.warnings)
+
+
 def test_a_quantised_base_is_not_quantised_again(llama: BaseFixture, tmp_path: Path) -> None:
     base = stored_as(llama.gguf, tmp_path / "base.gguf", DType.Q8_0)
     trained(llama, tmp_path / "adapter", target_modules=["v_proj"])

@@ -18,6 +18,7 @@ from adapterkit.merge.into.operations import Sum, operations
 from adapterkit.merge.into.report import TensorReport
 from adapterkit.merge.into.rows import Place, decoded, reader
 from adapterkit.merge.into.steps import Change, Product
+from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor, encode
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Merger:
             rows = place.matrix * self.rows
             found = self._read(rows + place.start, rows + place.stop)
             return memoryview(found.tobytes()), Sums()
-        base = self.base_block(place, memory.base)
+        base = self.base_block(place, memory)
         if not self.change.steps:
             data = memory.stored(base, self.change.via)
             if _overflows(data, self.change.dtype) and np.isfinite(base).all():
@@ -166,16 +167,16 @@ class Merger:
             where=where,
         )
 
-    def base_block(self, place: Place, out: Array | None = None) -> Array:
-        """Return the rows of the unmerged base, in `out` if given; zeros below its last row."""
-        if out is None:
-            out = np.empty((place.stop - place.start, self.columns), self.kind)
-        rows = out[: place.stop - place.start]
+    def base_block(self, place: Place, memory: _Memory | None = None) -> Array:
+        """Return the rows of the unmerged base, in `memory` if given; zeros below its last row."""
+        height = place.stop - place.start
+        rows = memory.base[:height] if memory else np.empty((height, self.columns), self.kind)
         have = self.change.source.size // (self.matrices * self.columns)
         stop = min(place.stop, have)
         start = min(place.start, stop)
         begin = place.matrix * have + start
-        np.copyto(rows[: stop - start], self._read(begin, begin + stop - start).numpy())
+        found = self._read(begin, begin + stop - start)
+        np.copyto(rows[: stop - start], memory.read(found) if memory else found.numpy())
         rows[stop - start :] = 0
         return rows
 
@@ -202,7 +203,19 @@ class _Memory:
         self.base = np.empty((height, columns), kind)
         self.merged = np.empty((height, columns), kind)
         self.update = np.empty((height, columns), kind)
+        self._raw = bytearray()
         self._stored = None if dtype.quantised else np.empty((height, columns), dtype.numpy())
+
+    def read(self, tensor: LazyTensor) -> Array:
+        """Return a tensor's values, good until the next one is read."""
+        span = tensor.read
+        if not isinstance(span, FileSlice) or tensor.dtype.quantised:
+            return tensor.numpy()
+        if len(self._raw) < span.length:
+            self._raw = bytearray(span.length)
+        view = memoryview(self._raw)[: span.length]
+        span.read_into(view)
+        return np.frombuffer(view, tensor.dtype.numpy()).reshape(tensor.shape)
 
     def stored(self, values: Array, via: DType | None) -> memoryview:
         """Return the bytes of `values` in the stored type, rounded to `via` before if given."""
