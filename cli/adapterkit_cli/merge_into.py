@@ -112,6 +112,6 @@ def _update(report: MergeIntoReport) -> str:
     if report.min_survival is None:
         return f"‖ΔW‖/‖W‖ {size}"
     worst = next(t for t in report.tensors if t.survival == report.min_survival)
-    share = f"{min(report.min_survival, 1.0):.1%}"
+    share = f"{min(max(report.min_survival, 0.0), 1.0):.1%}"
     where = "" if share == "100.0%" else f" ({rendering.printable(worst.tensor)})"
     return f"‖ΔW‖/‖W‖ {size}; at least {share} of the update is left after rounding{where}"

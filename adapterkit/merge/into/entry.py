@@ -244,6 +244,6 @@ def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
         found.append(
             f"less than {_SURVIVAL:.0%} of the update is left after rounding in {len(low)} of "
             f"{len(tensors)} tensors, least in {worst.tensor} "
-            f"({worst.survival:.0%}); store a wider type"
+            f"({max(worst.survival or 0.0, 0.0):.0%}); store a wider type"
         )
     return tuple(found)
