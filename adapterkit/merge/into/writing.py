@@ -257,9 +257,10 @@ class _Computed:
             return None
         report = Merger(self.change).report(sums)
         if report.survival is not None and report.survival < self.change.least:
+            left = max(report.survival, 0.0)
             raise UnsupportedError(
-                f"as {self.change.dtype} only {max(report.survival, 0.0):.0%} of the update is left; "
-                "leave out --gguf-type, and it becomes q8_0, or --force it",
+                f"as {self.change.dtype} only {left:.0%} of the update is left; leave "
+                "out --gguf-type, and it becomes q8_0, or --force it",
                 where=self.change.name,
             )
         return report
