@@ -59,6 +59,7 @@ def test_duplicates_and_cancellation_leave_no_rank_behind() -> None:
     one = update(2)
     assert decompose(stacked([one, one], [0.3, 0.7])).values.size == 5
     assert decompose(stacked([one, one], [1.0, -1.0])).values.size == 0
+    assert decompose(stacked([one, one], [1.0, -1.0])).norm == 0
     assert decompose(nothing((4, 3))).values.size == 0
     # B shared, as after a split of a fused layer: the rank is that of B.
     other = LowRank(one.b, update(3).a)

@@ -255,6 +255,11 @@ def _warnings(how: Combination, modules: Sequence[ModuleReport]) -> list[str]:
     found: list[str] = []
     if how.spec.basis_dependent:
         found.append(f"{how.spec.name} depends on the basis of the factors; linear does not")
+    if zero := sum(not module.norm for module in modules):
+        found.append(
+            f"{zero} of {len(modules)} modules are zero: their weighted updates cancel, or none "
+            "was trained"
+        )
     weak = [module for module in modules if module.retained_energy < _ENERGY]
     if weak:
         worst = min(weak, key=lambda module: module.retained_energy)

@@ -195,14 +195,14 @@ def decompose(update: LowRank, zero: float = NUMERICAL_ZERO) -> Spectrum:
     u, values, vt = np.linalg.svd(left @ right.T, full_matrices=False)
     # What cancels leaves rounding of the parts behind, however large it is against the rest.
     parts = np.linalg.norm(update.b, axis=0) * np.linalg.norm(update.a, axis=1)
-    floor = max(EXACT_ZERO * parts.max(initial=0.0), zero * values.max(initial=0.0))
-    kept = values > floor
+    cancelled = EXACT_ZERO * parts.max(initial=0.0)
+    kept = values > max(cancelled, zero * values.max(initial=0.0))
     return Spectrum(
         update,
         to_left @ u[:, kept],
         values[kept],
         (to_right @ vt[kept].T).T,
-        float(np.linalg.norm(values)),
+        float(np.linalg.norm(values[values > cancelled])),
     )
 
 
