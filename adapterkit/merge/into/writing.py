@@ -129,7 +129,7 @@ class _Begun:
         out = opened.enter_context(self.path.open("r+b" if found else "wb"))
         self.target = out.fileno()
         if None in self.known:
-            os.truncate(self.target, file.size)
+            _reserve(self.target, file.size)
             _write_header(file.header, self.target)
 
     def submit(self, pool: Executor, flusher: Executor, progress: Progress) -> None:
@@ -147,6 +147,14 @@ class _Begun:
         """Yield what was done."""
         for number, reports in enumerate(self.known):
             yield from self.noted[number].result() if reports is None else reports
+
+
+def _reserve(target: int, size: int) -> None:
+    """Give a file its size, and its place on the disk: one that is too full says so at once."""
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(target, 0, size)
+    else:
+        os.truncate(target, size)
 
 
 def _write_header(parts: Sequence[bytes | FileSlice], target: int) -> None:
