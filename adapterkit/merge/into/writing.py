@@ -37,6 +37,7 @@ SEGMENT = 1 << 26
 # work at the end too and progress can be seen.
 _RUN = 1 << 26
 _TASK = 1 << 22
+_IDLE = 0.02  # seconds between two flushes where nothing was written
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,9 @@ def _flushed(
     note: Callable[[list[TensorReport]], None],
 ) -> list[TensorReport]:
     """Wait for a segment, flush it to the disk, and only then note it."""
+    pending = [part for _, parts in tasks for part in parts]
+    while wait(pending, timeout=_IDLE).not_done:
+        os.fdatasync(target)  # so that the disk is never idle while the processors are not
     made = [work.report(total(part.result() for part in parts)) for work, parts in tasks]
     reports = [report for report in made if report is not None]
     os.fsync(target)
