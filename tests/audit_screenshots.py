@@ -79,7 +79,7 @@ def browse(chromium: str, page: Path, *arguments: str) -> str:
                 *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
                 *("--no-first-run", "--hide-scrollbars", f"--user-data-dir={profile}"),
                 *arguments,
-                page.as_uri(),
+                page.resolve().as_uri(),
             ],
             capture_output=True,
             text=True,
@@ -94,9 +94,9 @@ def check(chromium: str, page: Path) -> None:
     probe = page.with_name("probe.html")
     text = page.read_text(encoding="utf-8").replace(
         "</body>",
-        "<script>const metric = document.querySelector('select[data-heat]');"
+        "<script>for (const metric of document.querySelectorAll('select[data-heat]')) {"
         "metric.selectedIndex = metric.options.length - 1;"
-        "metric.dispatchEvent(new Event('change'));"
+        "metric.dispatchEvent(new Event('change'));}"
         "const tables = document.querySelectorAll('.sortable');"
         "for (const table of tables) table.querySelectorAll('thead button')[3].click();"
         "const fits = document.documentElement.scrollWidth <= innerWidth;"
