@@ -23,17 +23,27 @@ from adapterkit.merge.into.journal import JOURNAL
 if TYPE_CHECKING:
     from pathlib import Path
 
-# A merge that kills itself, as `kill -9` would, as soon as so many bytes are done.
+# A merge that kills itself, as `kill -9` would, as soon as so many bytes are done; at 100 when all
+# are on the disk and noted, and nothing has its name yet.
 SUICIDE = """
 import os, signal, sys, time
-from adapterkit.merge.into import merge_into, writing
+from adapterkit.merge.into import checkpoint, entry, merge_into, writing
 
 writing.SEGMENT = 20_000
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def written(*arguments, write=writing.write_files):
+    write(*arguments)
+    die()
+
+checkpoint.write_files = entry.write_files = written
+
 def progress(done, total):
-    if done >= int(sys.argv[4]) * total / 100:
+    if int(sys.argv[4]) < 100 and done >= int(sys.argv[4]) * total / 100:
         time.sleep(0.5)  # what is whole by now is flushed and noted
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
 
 merge_into([sys.argv[1]], sys.argv[2], sys.argv[3], progress=progress, resume=True, jobs=2)
 """
