@@ -150,5 +150,4 @@ def _show(report: AuditReport, *, as_json: bool, as_csv: bool, as_markdown: bool
 
     rendering.emit(view(report))
     for audited in report.adapters:
-        for note in audited.notes:
-            rendering.remark("note", note)
+        rendering.remarks("note", audited.notes)

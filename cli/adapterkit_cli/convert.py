@@ -74,8 +74,7 @@ def command(
         rendering.emit_json(report)
         return
     rendering.emit(_text(report))
-    for note in report.notes:
-        rendering.remark("note", note)
+    rendering.remarks("note", report.notes)
     for loss in report.losses:
         rendering.remark("dropped", f"{loss.subject}: {loss.message}")
 

@@ -120,10 +120,8 @@ def command(
         rendering.emit_json(report)
         return
     rendering.emit(_text(report))
-    for warning in report.warnings:
-        rendering.remark("warning", warning)
-    for note in report.notes:
-        rendering.remark("note", note)
+    rendering.remarks("warning", report.warnings)
+    rendering.remarks("note", report.notes)
     for loss in report.losses:
         rendering.remark("dropped", f"{loss.subject}: {loss.message}")
 

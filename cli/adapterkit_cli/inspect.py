@@ -38,8 +38,7 @@ def command(
         rendering.emit_json(summary)
         return
     rendering.emit(rendering.sheet(_entries(summary)))
-    for note in summary.notes:
-        rendering.remark("note", note)
+    rendering.remarks("note", summary.notes)
 
 
 def _entries(summary: Summary) -> list[tuple[str, str]]:

@@ -122,12 +122,10 @@ def command(
 
 
 def _remarks(report: MergeFilesReport) -> None:
-    for warning in report.merge.warnings:
-        rendering.remark("warning", warning)
+    rendering.remarks("warning", report.merge.warnings)
     for key, how in report.merge.beside.items():
         rendering.remark("note", f"{key}: {how}")
-    for note in report.notes:
-        rendering.remark("note", note)
+    rendering.remarks("note", report.notes)
     for loss in report.losses:
         rendering.remark("dropped", f"{loss.subject}: {loss.message}")
 

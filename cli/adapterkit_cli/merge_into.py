@@ -87,10 +87,8 @@ def run(
         rendering.emit_json(report)
         return
     rendering.emit(_text(report))
-    for warning in report.warnings:
-        rendering.remark("warning", warning)
-    for note in report.notes:
-        rendering.remark("note", note)
+    rendering.remarks("warning", report.warnings)
+    rendering.remarks("note", report.notes)
 
 
 def _text(report: MergeIntoReport) -> str:

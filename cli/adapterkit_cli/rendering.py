@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -58,6 +58,12 @@ def emit(text: str) -> None:
 def remark(kind: str, text: str) -> None:
     """Write something beside the data, such as a note, to stderr."""
     click.echo(click.style(f"{kind}: ", bold=True) + printable(text), err=True)
+
+
+def remarks(kind: str, texts: Iterable[str]) -> None:
+    """Write several of a kind."""
+    for text in texts:
+        remark(kind, text)
 
 
 def printable(text: str) -> str:

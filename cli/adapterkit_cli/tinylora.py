@@ -168,8 +168,7 @@ def project(
         rendering.emit_json({**written, **cast("dict[str, object]", rendering.plain(report))})
         return
     rendering.emit(_project_text(report, destination, to))
-    for note in report.notes:
-        rendering.remark("note", note)
+    rendering.remarks("note", report.notes)
 
 
 def _words(text: str | None) -> tuple[str, ...]:

@@ -103,14 +103,14 @@ class Merger:
         """
         height = max(place.stop - place.start for place in places)
         memory = _Memory(height, self.columns, self.kind, self.change.dtype)
-        total = Sums()
+        done = Sums()
         for place in places:
             # An overflow, in the base or of a sum, is looked for in what the block adds up to.
             with np.errstate(all="ignore"):
                 data, sums = self._block(place, memory)
             write(data, self.offset(place))
-            total += sums
-        return total
+            done += sums
+        return done
 
     def _block(self, place: Place, memory: _Memory) -> tuple[memoryview, Sums]:
         if self._unchanged:

@@ -156,7 +156,7 @@ def _merge_directory(
     plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied, decoded=decoded)
     settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None}
     key = plan_hash(sources, [shard.path for shard in plan.shards], settings)
-    count = counter(sum(shard.nbytes for shard in plan.shards), write.progress)
+    count = counter(plan.nbytes, write.progress)
     with staged_output(write.destination, key, resume=write.resume, force=write.force) as (
         staging,
         journal,
