@@ -15,15 +15,16 @@ from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet, Loss
+from adapterkit.output import staged
 from adapterkit.proof import prove
 from adapterkit.reading import load
 from adapterkit.registry import FormatSpec, destination_format, source_format
 from adapterkit.serving import PREPARATIONS
-from adapterkit.storage import staged
+from adapterkit.storage import FileSlice
 from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 OUTTYPES = {
@@ -157,6 +158,7 @@ def write_proven(
     *,
     force: bool = False,
     against: AdapterTensorSet | None = None,
+    spared: Iterable[Path] = (),
 ) -> ProvenFile:
     """Write an adapter, read the file back, compare every update, and only then keep it.
 
@@ -167,6 +169,7 @@ def write_proven(
         options: base, dtype and layout to write with.
         force: replace an existing destination.
         against: what the file must be equal to, where `adapter` is a changed form of it.
+        spared: further files that the output is made from and must not replace.
 
     Raises:
         FormatError: if a factor of the adapter is not finite.
@@ -174,7 +177,8 @@ def write_proven(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
-    with staged(destination, force=force) as staging:
+    spared = {*spared, *_read_from(against or adapter, options)}
+    with staged(destination, force=force, directory=target.directory, spared=spared) as staging:
         target.format.write(adapter, staging, options)
         written = target.format.read(staging, replace(options, like=adapter.modules))
         worst, error = prove(against or adapter, written, path=destination)
@@ -235,6 +239,14 @@ def _without(adapter: AdapterTensorSet, losses: Sequence[Loss]) -> AdapterTensor
     return adapter.replace(
         tensors={key: tensor for key, tensor in adapter.tensors.items() if key not in dropped}
     )
+
+
+def _read_from(adapter: AdapterTensorSet, options: Options) -> set[Path]:
+    """Return the files that an output is made from."""
+    found = {t.read.path for t in adapter.tensors.values() if isinstance(t.read, FileSlice)}
+    if adapter.provenance:
+        found.add(adapter.provenance.path)
+    return found | ({options.base.path} if options.base else set())
 
 
 def _size(path: Path) -> int:

@@ -4,7 +4,7 @@ A path and a tensor or key travel with each, so that a message names them:
 
     AdapterKitError                 1  base; catch this
       WriteError                    1  the output could not be written (disk full, no permission)
-      DestinationExistsError        2  the output is there already and `force` was not given
+        DestinationExistsError         what is there is not to be replaced, or not without `force`
       UsageError                    2  arguments that contradict each other
       FormatError                   3  the bytes are not what the format says
         NotFoundError                  no file, or no adapter, at the path
@@ -54,10 +54,8 @@ class WriteError(AdapterKitError):
     """The output could not be written; nothing was left behind."""
 
 
-class DestinationExistsError(AdapterKitError):
-    """The output exists already, and overwriting was not asked for."""
-
-    exit_code = 2
+class DestinationExistsError(WriteError):
+    """There is something at the destination that is not to be replaced, or not unasked."""
 
 
 class UsageError(AdapterKitError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
+from adapterkit.output import Directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -47,7 +48,7 @@ class FormatSpec:
         probe: `module:function` that looks into a path that neither magic nor config keys told;
             takes the path, returns whether it is this format, and raises nothing for strangers.
         suffixes: file suffixes that mean this format as a destination.
-        directory: whether it is written as a directory.
+        files: names or patterns of the files of a format that is a directory; empty for a file.
         takes_dialect: whether its reader understands `--dialect`.
     """
 
@@ -62,8 +63,16 @@ class FormatSpec:
     config_match: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     probe: str = ""
     suffixes: tuple[str, ...] = ()
-    directory: bool = False
+    files: tuple[str, ...] = ()
     takes_dialect: bool = False
+
+    @property
+    def directory(self) -> Directory | None:
+        """The kind of directory that it is written as: any adapter's, or None for a file."""
+        if not self.files:
+            return None
+        files = tuple(dict.fromkeys(name for known in formats() for name in known.files))
+        return Directory("adapter directory", marks=files, files=files)
 
     @property
     def format(self) -> Format:
@@ -84,7 +93,13 @@ BUILTIN = (
         cannot_hold="DoRA or lora_bias on some modules only",
         config_keys=("peft_type", "lora_alpha", "target_modules"),
         config_match={"peft_type": ("LORA",)},
-        directory=True,
+        files=(
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "adapter_model.bin",
+            "adapter_model.safetensors.index.json",
+            "adapter_model-*-of-*.safetensors",
+        ),
     ),
     FormatSpec(
         name="gguf",
@@ -107,7 +122,7 @@ BUILTIN = (
         target="adapterkit.formats.tinylora_pack:FORMAT",
         cannot_hold="anything but coefficients of its own projections; see `tinylora project`",
         probe="adapterkit.formats.tinylora_pack:is_pack",
-        directory=True,
+        files=("adapter_state.pt", "tinylora.json", "manifest.json", "COMPLETED"),
         takes_dialect=True,
     ),
     FormatSpec(
@@ -116,7 +131,7 @@ BUILTIN = (
         target="adapterkit.formats.peft_tinylora:FORMAT",
         cannot_hold="any update that is no TinyLoRA; token rows",
         config_match={"peft_type": ("TINYLORA",)},
-        directory=True,
+        files=("adapter_config.json", "adapter_model.safetensors"),
     ),
     FormatSpec(
         name="mlx",
@@ -125,7 +140,7 @@ BUILTIN = (
         cannot_hold="DoRA on some modules only, biases, saved modules, token rows",
         config_keys=("fine_tune_type", "lora_parameters"),
         probe="adapterkit.formats.mlx:is_mlx",
-        directory=True,
+        files=("adapter_config.json", "adapters.safetensors", "adapters.npz"),
     ),
     FormatSpec(
         name="lycoris",
@@ -141,7 +156,7 @@ BUILTIN = (
         target="adapterkit.formats.peft_tuners:FORMAT",
         writes=False,
         config_match={"peft_type": ()},
-        directory=True,
+        files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     ),
     # Last: it claims whatever numpy or torch wrote and nobody else knows, to say what is wrong.
     FormatSpec(

@@ -129,7 +129,9 @@ def test_the_command_writes_a_bank(folder: Path, tmp_path: Path) -> None:
         0,
         f"{tmp_path / 'b.json'}: 3 adapters, 2 families of modules\n",
     )
-    answer = json.loads(invoke("audit", *sources, "--bank", tmp_path / "b.json", "--json").stdout)
+    assert invoke("audit", *sources, "--bank", tmp_path / "b.json").exit_code == 1
+    again = invoke("audit", *sources, "--bank", tmp_path / "b.json", "--force", "--json")
+    answer = json.loads(again.stdout)
     assert [each["source"] for each in answer["members"]] == [str(each) for each in sources]
     assert invoke("audit", *sources, "--bank", tmp_path / "c", "--suggest").exit_code == 2
     assert not (tmp_path / "c").exists()

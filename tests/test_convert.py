@@ -238,6 +238,10 @@ def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.json"]
 
 
-def test_an_unwritable_folder_is_one_line(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match="No such file or directory"):
-        convert(PIRATE, tmp_path / "missing" / "a.gguf", base=base)
+def test_missing_parents_are_made_and_a_file_in_their_place_is_one_line(
+    base: Path, tmp_path: Path
+) -> None:
+    convert(PIRATE, tmp_path / "new" / "er" / "a.gguf", base=base)
+    assert (tmp_path / "new" / "er" / "a.gguf").is_file()
+    with pytest.raises(WriteError, match="Not a directory"):
+        convert(PIRATE, tmp_path / "new" / "er" / "a.gguf" / "b.gguf", base=base)

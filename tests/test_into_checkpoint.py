@@ -428,7 +428,7 @@ def test_refusals_say_what_to_do(bases: dict[str, BaseFixture], tmp_path: Path) 
         merge_into(adapters, bases["llama"].hf, tmp_path / "out", gguf_type="q8_0")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not lose")
-    with pytest.raises(DestinationExistsError, match="pass --force"):
+    with pytest.raises(DestinationExistsError, match="no model directory"):
         merge_into(adapters, bases["llama"].hf, tmp_path / "mine")
     with pytest.raises(DestinationExistsError, match="no model directory"):
         merge_into(adapters, bases["llama"].hf, tmp_path / "mine", force=True)

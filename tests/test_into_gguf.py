@@ -174,7 +174,9 @@ def test_low_bit_types_become_eight_bits_that_keep_the_update(
     with pytest.raises(UnsupportedError, match=r"as Q4_0 only \d+% of the update is left"):
         merge_into([tmp_path / "adapter"], base, kept, gguf_type="keep", **small)
     assert [path.name for path in tmp_path.iterdir() if "kept" in path.name] == []
-    forced = merge_into([tmp_path / "adapter"], base, kept, gguf_type="keep", force=True, **small)
+    forced = merge_into(
+        [tmp_path / "adapter"], base, kept, gguf_type="keep", allow_weak=True, **small
+    )
     assert forced.min_survival is not None
     assert forced.min_survival < 0.9
     assert read_gguf(kept).metadata["general.file_type"] == 2

@@ -16,7 +16,7 @@ from engine import BaseFixture, family_row, make_base
 from test_into_checkpoint import LINEAR, loaded, trained
 
 from adapterkit.errors import UsageError, WriteError
-from adapterkit.merge.into import merge_into, writing
+from adapterkit.merge.into import entry, merge_into, writing
 from adapterkit.merge.into.blocks import Merger
 from adapterkit.merge.into.journal import JOURNAL
 
@@ -29,7 +29,7 @@ SUICIDE = """
 import os, signal, sys, time
 from adapterkit.merge.into import checkpoint, entry, merge_into, writing
 
-writing.SEGMENT = 20_000
+writing.SEGMENT = entry.SEGMENT = 20_000
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -65,11 +65,16 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
+def staging_of(destination: Path) -> Path:
+    begun = f".{destination.name}.adapterkit-"
+    (left,) = [path for path in destination.parent.iterdir() if path.name.startswith(begun)]
+    return left
+
+
 def noted(staging: Path) -> set[str]:
     """Return the changed tensors that the journal of a killed merge has."""
-    journal = json.loads((staging / JOURNAL).read_text())
-    segments = [reports for file in journal["files"].values() for reports in file.values()]
-    return {report["tensor"] for reports in segments for report in reports}
+    _, *lines = map(json.loads, (staging / JOURNAL).read_text().splitlines())
+    return {report["tensor"] for line in lines for report in line["reports"]}
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -97,6 +102,7 @@ def test_killed_and_resumed_it_gives_the_same_bytes(
     trained(tiny, adapter, target_modules=LINEAR)
     whole, target = tmp_path / "whole", tmp_path / "merged"
     monkeypatch.setattr(writing, "SEGMENT", 20_000)
+    monkeypatch.setattr(entry, "SEGMENT", 20_000)
     merge_into([adapter], base, whole)
     done = subprocess.run(
         [sys.executable, "-c", SUICIDE, str(adapter), str(base), str(target), str(percent)],
@@ -105,10 +111,8 @@ def test_killed_and_resumed_it_gives_the_same_bytes(
     )
     assert done.returncode == -signal.SIGKILL
     assert not target.exists()
-    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
-    found = {path.name for path in left.iterdir()}
-    assert JOURNAL in found
-    assert "model.safetensors.index.json" not in found
+    left = staging_of(target)
+    assert not (left / "merged" / "model.safetensors.index.json").exists() or percent == 100
     finished = noted(left)
     assert finished or percent < 100
     other = tmp_path / "other"
@@ -138,10 +142,10 @@ def test_a_gguf_goes_on_too(
     )
     assert done.returncode == -signal.SIGKILL
     assert not target.exists()
-    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".merged.gguf")]
-    finished = noted(left)
+    finished = noted(staging_of(target))
     assert finished or percent < 100
     monkeypatch.setattr(writing, "SEGMENT", 20_000)
+    monkeypatch.setattr(entry, "SEGMENT", 20_000)
     computed = watched(monkeypatch)
     report = merge_into([adapter], tiny.gguf, target, resume=True)
     assert finished.isdisjoint(computed)
@@ -155,9 +159,9 @@ def test_without_resume_a_killed_merge_is_swept_away(
 ) -> None:
     adapter = tmp_path / "adapter"
     trained(tiny, adapter, target_modules=["q_proj"])
-    left = tmp_path / ".merged.adapterkit-merge"
-    left.mkdir()
-    (left / "model-00001-of-00002.safetensors").write_bytes(b"stale")
+    left = tmp_path / ".merged.adapterkit-abcd1234"
+    (left / "merged").mkdir(parents=True)
+    (left / "merged" / "model-00001-of-00002.safetensors").write_bytes(b"stale")
     merge_into([adapter], base, tmp_path / "merged")
     assert hashes(tmp_path / "merged").keys() == hashes(base).keys()
     assert not left.exists()

@@ -109,9 +109,11 @@ def test_k_types_can_be_kept_where_the_update_survives(
     assert report.min_survival > 0.9
     assert {tensor.dtype for tensor in report.tensors} == {dtype.value}
     assert read_gguf(merged).tensors["blk.0.attn_v.weight"].dtype is dtype
-    weak: dict[str, Any] = {"weights": [0.001], "gguf_type": "keep", "force": True}
+    weak: dict[str, Any] = {"weights": [0.001], "gguf_type": "keep", "allow_weak": True}
     with pytest.raises(UnsupportedError, match=rf"as {dtype} only \d+% of the update is left"):
-        merge_into([tmp_path / "adapter"], base, tmp_path / "weak.gguf", **{**weak, "force": False})
+        merge_into(
+            [tmp_path / "adapter"], base, tmp_path / "weak.gguf", **{**weak, "allow_weak": False}
+        )
     forced = merge_into([tmp_path / "adapter"], base, tmp_path / "weak.gguf", **weak)
     assert forced.min_survival is not None
     assert forced.min_survival < 0.9
@@ -124,7 +126,8 @@ def test_a_quantised_base_is_not_quantised_again(llama: BaseFixture, tmp_path: P
     merged: dict[str, Any] = {"destination": tmp_path / "merged.gguf", "gguf_type": "q4_k_m"}
     with pytest.raises(UnsupportedError, match=r"is Q8_0 already.* f16 or bf16 GGUF"):
         merge_into([tmp_path / "adapter"], base, **merged)
-    merge_into([tmp_path / "adapter"], base, **merged, force=True)
+    report = merge_into([tmp_path / "adapter"], base, **merged, allow_requantise=True)
+    assert any("quantised twice" in note for note in report.notes)
     assert {t.dtype for t in read_gguf(tmp_path / "merged.gguf").tensors.values()} == {
         DType.F32,
         DType.Q4_K,

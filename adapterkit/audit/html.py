@@ -17,7 +17,7 @@ from adapterkit.audit.outliers import notable
 from adapterkit.audit.places import short_names
 from adapterkit.audit.plan import suggestion, trade_off
 from adapterkit.audit.tables import number, span
-from adapterkit.storage import staged
+from adapterkit.output import staged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -76,13 +76,19 @@ def html_page(report: AuditReport) -> str:
     )
 
 
-def write_html(report: AuditReport, path: Path | str) -> None:
-    """Write the page; an existing file is replaced when the new one is whole.
+def write_html(report: AuditReport, path: Path | str, *, force: bool = False) -> None:
+    """Write the page.
+
+    Args:
+        report: what to show.
+        path: file to create.
+        force: replace a file that is there.
 
     Raises:
+        DestinationExistsError: if there is something at the path and `force` is false.
         WriteError: if it cannot be written.
     """
-    with staged(Path(path), force=True) as staging:
+    with staged(Path(path), force=force) as staging:
         staging.write_text(html_page(report), encoding="utf-8")
 
 

@@ -10,7 +10,6 @@ from adapterkit.audit.aggregate import families_of, layer_shares, summarise
 from adapterkit.audit.metrics import Shape, hoyer, shape_of, storage_epsilon, top_share
 from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import with_scores
-from adapterkit.audit.parallel import in_parallel
 from adapterkit.audit.places import place_of
 from adapterkit.audit.report import AdapterAudit, AuditReport, ModuleAudit, Unaudited
 from adapterkit.audit.spectrum import Spectrum, experts_of, matrix_shape, rank_of, spectra
@@ -22,6 +21,7 @@ from adapterkit.model import AdapterTensorSet, Role
 from adapterkit.reading import load
 from adapterkit.registry import source_format
 from adapterkit.structure import problems
+from adapterkit.work import mapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -100,12 +100,15 @@ def bank(
     base: Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
+    force: bool = False,
 ) -> Bank:
     """Write a bank of adapters for `audit(..., reference=path)`; they are read one by one.
 
     Raises:
         FormatError: if one is no adapter, or it is malformed, unpaired or not finite.
         UsageError: if no adapter is given.
+        DestinationExistsError: if there is something at `path` and `force` is false.
+        WriteError: if it cannot be written.
     """
     from adapterkit.audit.reference_bank import write_bank
 
@@ -114,7 +117,7 @@ def bank(
     model = open_base(base) if base is not None else None
     options = Options(base=model, dialect=dialect, alpha=alpha)
     loaded = (loaded_adapter(each, options) for each in adapters)
-    return write_bank(((_source(each) or "in memory", each) for each in loaded), path)
+    return write_bank(((_source(each) or "in memory", each) for each in loaded), path, force=force)
 
 
 def _suggestions(
@@ -195,7 +198,7 @@ def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
         return _measured(pair, low_rank_only=pair.module in magnitudes)
 
     try:
-        rows = [row for group in in_parallel(measured, pairs) for row in group]
+        rows = [row for group in mapped(measured, pairs) for row in group]
     except FormatError as error:
         if path is None or error.path is not None:
             raise

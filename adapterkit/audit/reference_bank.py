@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from adapterkit.audit.moments import kurtosis
-from adapterkit.audit.parallel import in_parallel
 from adapterkit.audit.places import place_of
 from adapterkit.audit.reference_report import ReferenceAudit, Standing
 from adapterkit.audit.spectrum import factors, spectra
 from adapterkit.errors import FormatError, UncheckableError
 from adapterkit.json_file import read_json_object
-from adapterkit.storage import staged
+from adapterkit.output import check_destination, staged
+from adapterkit.work import mapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -67,7 +67,7 @@ def member_of(adapter: AdapterTensorSet, source: str) -> Member:
     """Measure one adapter for a bank; updates that are zero have no statistics."""
     pairs = list(adapter.pairs())
     values: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for pair, rows in zip(pairs, in_parallel(_statistics, pairs), strict=True):
+    for pair, rows in zip(pairs, mapped(_statistics, pairs), strict=True):
         for row in rows:
             for name, value in row.items():
                 values[place_of(pair.module).family][name].append(value)
@@ -97,13 +97,21 @@ def _statistics(pair: LoraPair) -> list[dict[str, float]]:
     return rows
 
 
-def write_bank(adapters: Iterable[tuple[str, AdapterTensorSet]], path: Path | str) -> Bank:
-    """Measure adapters and write a bank of them; a bank that is there is replaced.
+def write_bank(
+    adapters: Iterable[tuple[str, AdapterTensorSet]], path: Path | str, *, force: bool = False
+) -> Bank:
+    """Measure adapters and write a bank of them.
 
     Args:
         adapters: names and adapters, taken one after the other.
-        path: the JSON file.
+        path: the JSON file to create.
+        force: replace a file that is there.
+
+    Raises:
+        DestinationExistsError: if there is something at the path and `force` is false.
+        WriteError: if it cannot be written.
     """
+    check_destination(Path(path), force=force)
     bank = Bank(tuple(member_of(adapter, source) for source, adapter in adapters))
     content = {
         "kind": _KIND,
@@ -113,7 +121,7 @@ def write_bank(adapters: Iterable[tuple[str, AdapterTensorSet]], path: Path | st
             for m in bank.members
         ],
     }
-    with staged(Path(path), force=True) as temporary:
+    with staged(Path(path), force=force) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return bank
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +18,9 @@ from adapterkit.extract.remarks import notes, warnings
 from adapterkit.extract.report import ExtractReport
 from adapterkit.extract.twins import twins
 from adapterkit.formats.protocol import Options
-from adapterkit.merge.into.progress import counter
+from adapterkit.output import check_destination
 from adapterkit.registry import destination_format
-from adapterkit.storage import check_destination
+from adapterkit.work import counter, mapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from adapterkit.extract.factors import Outcome
     from adapterkit.extract.report import ExtractedModule
     from adapterkit.extract.twins import Twin
-
-_MOST_JOBS = 4
 
 
 def extract(
@@ -98,7 +94,7 @@ def extract(
     destination = Path(destination)
     target = destination_format(destination, to)
     dtype = stored_type(outtype)
-    check_destination(destination, force=force)
+    check_destination(destination, force=force, directory=target.directory)
     before, after = open_both(base, tuned)
     if save_rest and before.kind == "gguf":
         raise UsageError("whole parameters are saved from Hugging Face checkpoints only")
@@ -113,7 +109,7 @@ def extract(
     _check_any(outcomes, before, after, save_rest=save_rest)
     adapter, modules = assembled(outcomes, before, options)
     adapter, losses, said = admitted(adapter, target, options, allow_lossy=allow_lossy)
-    proven = write_proven(adapter, destination, target, options, force=force)
+    proven = write_proven(adapter, destination, target, options, force=force, spared=[after.path])
     return ExtractReport(
         base=str(before.path),
         tuned=str(after.path),
@@ -157,11 +153,7 @@ def _worked(
         count(twin.nbytes)
         return outcome
 
-    workers = jobs or min(os.cpu_count() or 1, _MOST_JOBS)
-    if workers == 1:
-        return [one(twin) for twin in found]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, found))
+    return mapped(one, found, jobs)
 
 
 def _saving(outcome: Outcome) -> Outcome:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from adapterkit.merge.registry import SPACES, Kind, MethodSpec
 from adapterkit.merge.registry import method as find_method
 from adapterkit.merge.report import MergeReport, ModuleReport
 from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
+from adapterkit.work import mapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from adapterkit.merge.planning import ModulePlan, Source
     from adapterkit.tensor import LazyTensor
 
-_MOST_THREADS = 4
 _ENERGY = 0.9
 # Planes from here on are merged one after the other: each holds up to 64 MB.
 _LARGE = 1 << 22
@@ -164,13 +162,8 @@ def _alpha(planned: Sequence[ModulePlan], how: Combination) -> int:
 def _merged(
     planned: Sequence[ModulePlan], work: Any, threads: int | None, how: Combination
 ) -> list[MergedModule]:
-    workers = threads or min(os.cpu_count() or 1, _MOST_THREADS)
-    if how.dense and any(np.prod(plan.present[0].shape[-2:]) > _LARGE for plan in planned):
-        workers = 1
-    if workers == 1:
-        return [work(plan) for plan in planned]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, planned))
+    large = any(np.prod(plan.present[0].shape[-2:]) > _LARGE for plan in planned)
+    return mapped(work, planned, 1 if how.dense and large else threads)
 
 
 def _assembled(

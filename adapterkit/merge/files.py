@@ -93,10 +93,11 @@ def merge_files(
         dialect=dialect,
         alpha=alpha,
     )
-    adapters, options, notes = _read([located(source) for source in sources], options)
+    paths = [located(source) for source in sources]
+    adapters, options, notes = _read(paths, options)
     result = merge(adapters, dtype=_rounded_in_merge(dtype), **settings)
     adapter, losses, warnings = admitted(result.adapter, target, options, allow_lossy=allow_lossy)
-    proven = write_proven(adapter, destination, target, options, force=force)
+    proven = write_proven(adapter, destination, target, options, force=force, spared=paths)
     return MergeFilesReport(
         **vars(proven),
         sources=tuple(str(source) for source in sources),

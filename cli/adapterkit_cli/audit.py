@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Compare with the adapters of a bank: z-scores, no verdict.",
 )
+@options.force
 @options.as_json
 @click.option("--csv", "as_csv", is_flag=True, help="Print one row of CSV for each module.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print a section for a model card.")
@@ -72,6 +74,7 @@ def command(
     *,
     suggest: bool,
     exact: bool,
+    force: bool,
     as_json: bool,
     as_csv: bool,
     as_markdown: bool,
@@ -91,8 +94,12 @@ def command(
     if bank_file is not None:
         if any((suggest, exact, as_csv, as_markdown, html, reference)):
             raise click.UsageError("--bank writes a bank and nothing else")
-        _bank(bank_file, sources, base, dialect, alpha, as_json=as_json)
+        _bank(bank_file, sources, base, dialect, alpha, force=force, as_json=as_json)
         return
+    if html is not None:
+        from adapterkit.output import check_destination
+
+        check_destination(Path(html), force=force)
     from adapterkit.audit import audit
 
     report = audit(
@@ -109,7 +116,7 @@ def command(
     if html is not None:
         from adapterkit.audit import write_html
 
-        write_html(report, html)
+        write_html(report, html, force=force)
         rendering.remark("report", html)
     _show(report, as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)
 
@@ -121,11 +128,12 @@ def _bank(
     dialect: str | None,
     alpha: float | None,
     *,
+    force: bool,
     as_json: bool,
 ) -> None:
     from adapterkit.audit import bank
 
-    written = bank(*sources, path=file, base=base, dialect=dialect, alpha=alpha)
+    written = bank(*sources, path=file, base=base, dialect=dialect, alpha=alpha, force=force)
     if as_json:
         rendering.emit_json(written)
         return

@@ -21,7 +21,7 @@ def command(*, as_json: bool) -> None:
                 "title": spec.title,
                 "reads": spec.reads,
                 "writes": spec.writes,
-                "directory": spec.directory,
+                "directory": bool(spec.files),
                 "suffixes": spec.suffixes,
                 "cannot_hold": spec.cannot_hold,
             }

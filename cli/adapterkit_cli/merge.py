@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -155,6 +156,8 @@ def _with_recipe(
     out = said.get("out")
     if out is not None and destination is not None:
         raise click.UsageError("the recipe has out; leave out -o")
+    if Path(destination or out or "").absolute() == Path(recipe).absolute():
+        raise click.UsageError("the recipe itself would be replaced; name another DST")
     for name, value in said.items():
         if name in arguments:
             raise click.UsageError(f"the recipe has {name}; leave out the option")

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
     from adapterkit import MergeIntoReport
 
-_OWN = ("dtype", "gguf_type", "tied", "dequantize", "resume", "jobs")
+_OWN = (
+    "dtype",
+    "gguf_type",
+    "tied",
+    "dequantize",
+    "allow_requantise",
+    "allow_weak",
+    "resume",
+    "jobs",
+)
 _BOTH = ("weights", "dialect", "alpha", "force")
 
 
@@ -48,6 +57,16 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             "--dequantize",
             is_flag=True,
             help="Where the base is stored as fp8 or MXFP4: store the whole result in 16 bits.",
+        ),
+        click.option(
+            "--allow-requantise",
+            is_flag=True,
+            help="Quantise a base to a mixture that is quantised already, with the errors of both.",
+        ),
+        click.option(
+            "--allow-weak",
+            is_flag=True,
+            help="Keep a GGUF type that most of the update does not survive.",
         ),
         click.option("--resume", is_flag=True, help="Go on where a killed merge ended."),
         click.option("--jobs", type=click.IntRange(1), metavar="N", help="Tensors at a time."),

@@ -86,4 +86,4 @@ unverified = click.option(
 allow_lossy = click.option(
     "--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it."
 )
-force = click.option("--force", is_flag=True, help="Replace DST if it exists.")
+force = click.option("--force", is_flag=True, help="Replace what is at the destination.")

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up. A module imports from lower layers and from its own folder.
 LAYERS = (
     {"errors", "dtype"},
-    {"storage", "quantisation"},
-    {"tensor"},
+    {"storage", "quantisation", "disk", "work"},
+    {"tensor", "output"},
     {"model"},
     {"containers", "factors", "json_file", "patterns", "hub", "delta", "structure"},
     {"architectures"},
@@ -116,7 +116,8 @@ def test_only_the_command_line_prints_reads_arguments_or_exits(path: Path) -> No
 def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
     public = {"adapterkit", "adapterkit.errors", "adapterkit.registry", "adapterkit.architectures"}
     public |= {
-        f"adapterkit.{name}" for name in ("tinylora", "audit", "validation", "stack", "serving")
+        f"adapterkit.{name}"
+        for name in ("tinylora", "audit", "validation", "stack", "serving", "output")
     }
     used = {name for name in imports(path) if name.split(".")[0] == "adapterkit"}
     assert used <= public

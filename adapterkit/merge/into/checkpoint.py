@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,7 @@ from adapterkit.merge.into.shards import Shard, planned_shards
 from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsReplaced
 from adapterkit.merge.into.tying import Tying, resolved
 from adapterkit.merge.into.writing import write_files
-from adapterkit.storage import synced
+from adapterkit.output import Directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,11 +31,35 @@ if TYPE_CHECKING:
     from adapterkit.merge.into.journal import Journal
     from adapterkit.merge.into.report import TensorReport
     from adapterkit.merge.into.steps import Step
-    from adapterkit.merge.into.writing import Progress
+    from adapterkit.merge.into.writing import OutputFile, Progress
     from adapterkit.merge.planning import Source
+    from adapterkit.storage import FileSlice
     from adapterkit.tensor import LazyTensor
 
 INDEX = "model.safetensors.index.json"
+# What a model directory consists of, whoever has written it; adapters have other names.
+MODEL = Directory(
+    "model directory",
+    marks=("config.json",),
+    files=(
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "*.safetensors.index.json",
+        "consolidated*.safetensors",
+        "pytorch_model*.bin",
+        "pytorch_model.bin.index.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "chat_template*",
+        "*processor_config.json",
+    ),
+)
 _PLAIN = {DType.F64, DType.F32, DType.F16, DType.BF16}
 _TORCH = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
 # Other copies of the weights: they would still be the unmerged model.
@@ -44,7 +69,7 @@ _WEIGHTS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CheckpointPlan:
     """What will be written.
 
@@ -68,6 +93,16 @@ class CheckpointPlan:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def outputs(self) -> list[OutputFile]:
+        """The files with tensors, as they are written."""
+        return [shard.output() for shard in self.shards]
+
+    @property
+    def spans(self) -> list[FileSlice]:
+        """The byte ranges of the base that are read."""
+        return [span for file in self.outputs for span in file.spans()]
 
 
 def plan_checkpoint(
@@ -284,8 +319,8 @@ def write_checkpoint(
     plan: CheckpointPlan, staging: Path, journal: Journal, jobs: int, progress: Progress
 ) -> list[TensorReport]:
     """Write shards, then everything else, then the index; what the journal has is skipped."""
-    files = [shard.output() for shard in plan.shards]
-    reports = write_files(files, staging, journal, jobs, progress)
+    staging.mkdir(exist_ok=True)
+    reports = write_files(plan.outputs, staging, journal, jobs, progress)
     for other in plan.others:
         target = staging / other
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -331,4 +366,3 @@ def _write_index(plan: CheckpointPlan, path: Path) -> None:
         index["weight_map"] = dict(sorted(held.items()))
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
-    synced(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,15 +12,16 @@ from adapterkit.base import open_base
 from adapterkit.convert import stored_type
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.hub import located
-from adapterkit.merge.into.checkpoint import checked, plan_checkpoint, write_checkpoint
-from adapterkit.merge.into.gguf import check_type, plan_gguf
-from adapterkit.merge.into.journal import plan_hash, staged_output
-from adapterkit.merge.into.progress import counter
+from adapterkit.merge.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
+from adapterkit.merge.into.gguf import Allowed, check_type, plan_gguf
+from adapterkit.merge.into.journal import journalled, plan_hash
 from adapterkit.merge.into.reading import read_sources
 from adapterkit.merge.into.report import MergeIntoReport
 from adapterkit.merge.into.tying import check_choice
-from adapterkit.merge.into.writing import write_files
+from adapterkit.merge.into.writing import SEGMENT, write_files
 from adapterkit.model import Role
+from adapterkit.output import Output, check_destination
+from adapterkit.work import counter, threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from adapterkit.dtype import DType
     from adapterkit.merge.into.report import TensorReport
     from adapterkit.merge.planning import Source
+    from adapterkit.output import Directory
 
 _SURVIVAL = 0.95
-_MOST_JOBS = 4
 
 
 def merge_into(
@@ -48,6 +48,8 @@ def merge_into(
     dequantize: bool = False,
     dialect: str | None = None,
     alpha: float | None = None,
+    allow_requantise: bool = False,
+    allow_weak: bool = False,
     resume: bool = False,
     force: bool = False,
     jobs: int | None = None,
@@ -75,8 +77,10 @@ def merge_into(
             bits or `dtype`, and add to the decoded values.
         dialect: key grammar of hand-written adapters, where the files cannot tell.
         alpha: scale numerator of adapters whose files do not hold it.
+        allow_requantise: quantise again what a GGUF base has quantised already, for a mixture.
+        allow_weak: keep a GGUF type that loses much of the update.
         resume: go on where a killed merge with the same arguments ended.
-        force: replace the destination, or keep a GGUF type that loses much of the update.
+        force: replace a file, or the parts of a model directory, that is there.
         jobs: tensors at a time; by default one for each processor, 4 at most.
         progress: called with the bytes that are done, and all of them.
 
@@ -92,6 +96,7 @@ def merge_into(
     destination = Path(destination)
     opened = open_base(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
+    check_destination(destination, force=force, directory=MODEL if opened.kind == "hf" else None)
     if dequantize and opened.kind == "gguf":
         raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
     decoded = checked(opened, dequantize=dequantize) if opened.kind == "hf" else None
@@ -101,11 +106,10 @@ def merge_into(
     )
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
-    write = _Write(
-        destination, jobs or min(os.cpu_count() or 1, _MOST_JOBS), progress, resume, force
-    )
+    write = _Write(destination, threads(jobs), progress, resume, force)
     if opened.kind == "gguf":
-        tensors, more = _merge_file(adapters, opened, write, kind=gguf_type, tied=tied)
+        allow = Allowed(requantise=allow_requantise, weak=allow_weak)
+        tensors, more = _merge_file(adapters, opened, write, allow, kind=gguf_type, tied=tied)
     else:
         stored = stored_type(dtype) if dtype else None
         tensors, more = _merge_directory(
@@ -127,6 +131,17 @@ class _Write:
     progress: Callable[[int, int], None] | None
     resume: bool
     force: bool
+
+    def output(self, sources: Sequence[Source], directory: Directory | None = None) -> Output:
+        """Return the destination; the adapters are not replaced by it."""
+        read = [source.adapter.provenance for source in sources]
+        return Output(
+            self.destination,
+            force=self.force,
+            directory=directory,
+            spared=[provenance.path for provenance in read if provenance],
+            resume=self.resume,
+        )
 
 
 def _check_places(
@@ -155,13 +170,12 @@ def _merge_directory(
 ) -> tuple[list[TensorReport], list[str]]:
     plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied, decoded=decoded)
     settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None}
-    key = plan_hash(sources, [shard.path for shard in plan.shards], settings)
-    count = counter(plan.nbytes, write.progress)
-    with staged_output(write.destination, key, resume=write.resume, force=write.force) as (
-        staging,
-        journal,
-    ):
-        tensors = write_checkpoint(plan, staging, journal, write.jobs, count)
+    with write.output(sources, MODEL) as output:
+        others = [base.path / path for path in plan.others]
+        key = plan_hash(sources, plan.spans, others, settings | {"segment": SEGMENT})
+        count = counter(plan.nbytes, write.progress)
+        with journalled(output, key) as journal:
+            tensors = write_checkpoint(plan, output.path, journal, write.jobs, count)
     left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
     return tensors, left
 
@@ -170,19 +184,19 @@ def _merge_file(
     sources: Sequence[Source],
     base: BaseModel,
     write: _Write,
+    allow: Allowed,
     *,
     kind: str | None,
     tied: str | None,
 ) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_gguf(sources, base, kind=kind, tied=tied, force=write.force)
+    plan = plan_gguf(sources, base, kind=kind, tied=tied, allow=allow)
     file = plan.output(write.destination.name)
-    settings = {"gguf_type": kind, "tied": tied, "force": write.force}
-    key = plan_hash(sources, file.origins(), settings)
-    count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)
-    with staged_output(
-        write.destination, key, resume=write.resume, force=write.force, single=True
-    ) as (staging, journal):
-        tensors = write_files([file], staging, journal, write.jobs, count)
+    settings = {"gguf_type": kind, "tied": tied, "segment": SEGMENT, "weak": allow.weak}
+    with write.output(sources) as output:
+        key = plan_hash(sources, file.spans(), (), settings)
+        count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)
+        with journalled(output, key) as journal:
+            tensors = write_files([file], output.folder, journal, write.jobs, count)
     return tensors, list(plan.notes)
 
 

@@ -44,6 +44,19 @@ _LEAST_SURVIVAL = 0.9
 
 
 @dataclass(frozen=True, slots=True)
+class Allowed:
+    """What is refused for the quality of the result, unless it is asked for.
+
+    Attributes:
+        requantise: quantise again what is quantised already.
+        weak: keep a type that loses much of the update.
+    """
+
+    requantise: bool = False
+    weak: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EnginePlan:
     """What will be written.
 
@@ -89,7 +102,12 @@ def check_type(kind: str | None) -> None:
 
 
 def plan_gguf(
-    sources: Sequence[Source], base: BaseModel, *, kind: str | None, tied: str | None, force: bool
+    sources: Sequence[Source],
+    base: BaseModel,
+    *,
+    kind: str | None,
+    tied: str | None,
+    allow: Allowed,
 ) -> EnginePlan:
     """Decide what every tensor gets and as which type it is stored.
 
@@ -108,12 +126,15 @@ def plan_gguf(
     if mixture is None:
         types = {name: _changed_type(tensors[name], kind) for name, each in steps.items() if each}
     else:
-        types = _mixed_types(mixture, base, tensors, force=force)
+        types = _mixed_types(mixture, base, tensors, allow)
     changes = _changes(tensors, steps, types, mixture)
-    if kind == "keep" and not force:
+    if kind == "keep" and not allow.weak:
         changes = {n: _held_to(change, _LEAST_SURVIVAL) for n, change in changes.items()}
     stored = {name: changes[name].stored if name in changes else t for name, t in tensors.items()}
     notes: list[str] = []
+    twice = [name for name in tensors if mixture and _requantised(tensors[name], types[name])]
+    if twice:
+        notes.append(f"quantised twice, with the errors of both: {len(twice)} tensors ({twice[0]})")
     file = _first_file(base, notes)
     metadata = _metadata(base, file, stored, mixture, notes)
     return EnginePlan(stored, changes, metadata, file.alignment, tuple(notes))
@@ -148,19 +169,24 @@ def _changed_type(tensor: LazyTensor, kind: str | None) -> DType:
 
 
 def _mixed_types(
-    mixture: Mixture, base: BaseModel, tensors: Mapping[str, LazyTensor], *, force: bool
+    mixture: Mixture, base: BaseModel, tensors: Mapping[str, LazyTensor], allow: Allowed
 ) -> dict[str, DType]:
     """Return the types that llama.cpp's quantiser would give the whole merged model."""
     types = mixture.types(base.architecture.gguf, base.facts, tensors)
     for name, tensor in tensors.items():
-        if tensor.dtype.quantised and tensor.dtype is not types[name] and not force:
+        if _requantised(tensor, types[name]) and not allow.requantise:
             raise UnsupportedError(
                 f"is {tensor.dtype} already, and {types[name]} would add its own error to that: "
-                f"merge into the f16 or bf16 GGUF that {mixture.name} is made from, or --force it",
+                f"merge into the f16 or bf16 GGUF that {mixture.name} is made from, or pass "
+                "--allow-requantise",
                 path=base.path,
                 where=name,
             )
     return types
+
+
+def _requantised(tensor: LazyTensor, dtype: DType) -> bool:
+    return tensor.dtype.quantised and tensor.dtype is not dtype
 
 
 def _changes(

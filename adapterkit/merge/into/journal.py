@@ -1,76 +1,189 @@
-"""What an interrupted merge had finished, so that it can go on."""
+"""What an interrupted merge had finished, so that it can go on, and of what it was a merge."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from adapterkit.errors import DestinationExistsError, UsageError, WriteError
-from adapterkit.json_file import read_json_object
+from adapterkit.errors import AdapterKitError, FormatError, UsageError
 from adapterkit.merge.into.report import TensorReport
-from adapterkit.storage import synced
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
 
     from adapterkit.merge.planning import Source
+    from adapterkit.output import Output
+    from adapterkit.storage import FileSlice
 
-JOURNAL = "adapterkit-merge.json"
+JOURNAL = "journal.jsonl"
+# Counts up when the same merge would be written in other bytes.
+_VERSION = 2
+# A base counts by its headers and by so many bytes at a place of every so many; small files whole.
+_SAMPLE = 1 << 12
+_EVERY = 1 << 20
+_SMALL = 1 << 24
+
+
+class Written(NamedTuple):
+    """Computed bytes of an output file.
+
+    Attributes:
+        at: the first byte.
+        length: how many.
+        crc32: their checksum.
+    """
+
+    at: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A finished part of an output file.
+
+    Attributes:
+        reports: what was done to the tensors in it.
+        written: what of it was computed; the rest is the base's own bytes.
+    """
+
+    reports: tuple[TensorReport, ...]
+    written: tuple[Written, ...]
 
 
 @dataclass
 class Journal:
-    """The list of finished segments of the files in a staging directory.
+    """The finished segments of the files in a staging folder, one line each as they are finished.
 
     Attributes:
         path: where it is kept.
-        plan: hash of everything that the output depends on.
-        files: file name -> segment number -> the reports of its tensors.
+        segments: (file name, segment number) -> what is finished.
     """
 
     path: Path
-    plan: str
-    files: dict[str, Any] = field(default_factory=dict[str, Any])
+    segments: dict[tuple[str, int], Segment] = field(default_factory=dict[tuple[str, int], Segment])
 
-    def finished(self, file: Path, size: int, segment: int) -> list[TensorReport] | None:
-        """Return the reports of a finished segment, or None if it is to be written."""
-        known: list[dict[str, Any]] | None = self.files.get(file.name, {}).get(str(segment))
-        if known is None or not file.is_file() or file.stat().st_size != size:
-            return None
-        found = [dict(each, modules=tuple(each["modules"])) for each in known]
-        return [TensorReport(**each) for each in found]
+    def finished(self, file: str, segment: int) -> Segment | None:
+        """Return a finished segment, or None if it is to be written."""
+        return self.segments.get((file, segment))
 
-    def finish(self, file: Path, segment: int, reports: Sequence[TensorReport]) -> None:
-        """Note a segment that is on the disk; the note itself appears whole or not at all."""
-        segments = self.files.setdefault(file.name, {})
-        segments[str(segment)] = [asdict(report) for report in reports]
-        self.save()
+    def finish(self, file: str, segment: int, done: Segment) -> None:
+        """Note a segment that is on the disk."""
+        line = {
+            "file": file,
+            "segment": segment,
+            "reports": [asdict(report) for report in done.reports],
+            "written": done.written,
+        }
+        self._append(line)
 
-    def save(self) -> None:
-        """Write the journal."""
-        text = json.dumps({"plan": self.plan, "files": self.files})
-        staging = self.path.with_suffix(".tmp")
-        staging.write_text(text, encoding="utf-8")
-        synced(staging)
-        staging.replace(self.path)
+    def begin(self, plan: str) -> None:
+        """Note what the merge is of."""
+        self._append({"plan": plan})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def plan_hash(sources: Sequence[Source], files: Sequence[Path], settings: Mapping[str, Any]) -> str:
-    """Return a hash of the adapters' tensors, the base's files as they are now, and the settings.
+def read_journal(path: Path) -> tuple[str, Journal]:
+    """Return what a merge was of, and its journal; a last line that was cut counts for nothing.
 
-    Base files count by name, size and time of change: hashing them would take longer than merging.
+    Raises:
+        FormatError: if it is no journal.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in files:
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rindex("\n") + 1] if "\n" in text else ""
+        first, *others = [cast("dict[str, Any]", json.loads(line)) for line in whole.splitlines()]
+        journal = Journal(path, dict(_segment(line) for line in others))
+        plan = str(first["plan"])
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise FormatError(
+            "is no journal of a merge; repeat without --resume to begin anew", path=path
+        ) from error
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return plan, journal
+
+
+def _segment(line: Mapping[str, Any]) -> tuple[tuple[str, int], Segment]:
+    """Return a line of the journal by its place.
+
+    Raises:
+        ValueError: if something in it is of another type.
+    """
+    reports = [
+        TensorReport(**{**report, "modules": tuple(map(_text, report["modules"]))})
+        for report in line["reports"]
+    ]
+    for report in reports:
+        for name in ("tensor", "stored", "dtype"):
+            _text(getattr(report, name))
+        for number in (report.relative_norm, report.survival):
+            if number is not None and not isinstance(number, (int, float)):
+                raise ValueError(number)
+    written = [Written(*map(_count, each)) for each in line["written"]]
+    return (_text(line["file"]), _count(line["segment"])), Segment(tuple(reports), tuple(written))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(value)  # noqa: TRY004  (the caller tells what is wrong)
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def plan_hash(
+    sources: Sequence[Source],
+    spans: Iterable[FileSlice],
+    others: Iterable[Path],
+    settings: Mapping[str, Any],
+) -> str:
+    """Return a hash of all that the output depends on.
+
+    Adapters and small files count whole; files with the base's weights by path, size, time of
+    change, everything before the first tensor, and a sample of the rest.
+
+    Args:
+        sources: the adapters.
+        spans: byte ranges of the base that are read.
+        others: further files of the base.
+        settings: what was asked for.
+    """
+    digest = hashlib.sha256(f"{_VERSION} ".encode())
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    headers: defaultdict[Path, list[int]] = defaultdict(list)
+    for span in spans:
+        headers[span.path].append(span.offset)
+    for path, offsets in sorted(headers.items()):
+        _add_file(digest, path, min(offsets))
+    for path in others:
+        _add_file(digest, path, 0)
     for source in sources:
-        digest.update(f"{source.weight} {dict(source.adapter.scales)}\n".encode())
+        digest.update(f"{source.weight} {source.patterns}\n".encode())
+        digest.update(f"{dict(source.adapter.scales)}\n".encode())
         digest.update(repr(sorted(source.adapter.traits.items(), key=str)).encode())
         for key, tensor in source.adapter.tensors.items():
             digest.update(f"{key} {tensor.dtype} {tensor.shape}\n".encode())
@@ -78,97 +191,62 @@ def plan_hash(sources: Sequence[Source], files: Sequence[Path], settings: Mappin
     return digest.hexdigest()
 
 
+def _add_file(digest: hashlib._Hash, path: Path, header: int) -> None:
+    status = path.stat()
+    real = os.path.realpath(path)
+    digest.update(f"{real} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+    size = status.st_size
+    with path.open("rb", buffering=0) as file:
+        digest.update(file.read(size if size <= _SMALL else header))
+        for start in range(header, size, _EVERY) if size > _SMALL else ():
+            room = min(_EVERY, size - start) - _SAMPLE
+            # Always the same place of this file and run of bytes, and another in each.
+            spot = int.from_bytes(hashlib.sha256(f"{start}".encode()).digest()[:4], "little")
+            file.seek(start + (spot % room if room > 0 else 0))
+            digest.update(file.read(_SAMPLE))
+
+
 @contextmanager
-def staged_output(
-    destination: Path, plan: str, *, resume: bool, force: bool, single: bool = False
-) -> Generator[tuple[Path, Journal]]:
-    """Yield a directory beside the destination; rename it there at the end, else remove it.
+def journalled(output: Output, plan: str) -> Generator[Journal]:
+    """Yield the journal of an output; what it has of an earlier run is there when it is taken up.
 
-    With `resume` an interrupt leaves it, as a kill always does, for the next `resume` to go on.
-
-    Args:
-        destination: the directory to create, or the file.
-        plan: hash of everything that the output depends on.
-        resume: go on with what an earlier run of the same plan left.
-        force: replace what is at the destination.
-        single: the output is one file, which the caller writes under the destination's name.
+    With `resume`, whatever ends the block early but a refusal leaves the folder for the next.
 
     Raises:
-        DestinationExistsError: if there is something at the destination and `force` is false, or
-            something that is no model.
         UsageError: if what is to be resumed is another merge.
-        WriteError: if the operating system refuses.
+        FormatError: if its journal is malformed.
     """
-    _check_destination(destination, force=force, single=single)
-    staging = destination.with_name(f".{destination.name}.adapterkit-merge")
-    kept = False
-    try:
-        journal = _begun(staging, plan, resume=resume)
-        yield staging, journal
-        journal.path.unlink()
-        _moved(staging, destination, single=single)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteError(
-            f"could not be written ({reason}); nothing was left behind", path=destination
-        ) from error
-    except UsageError:
-        kept = True
-        raise
-    except Exception:
-        raise
-    except BaseException:
-        kept = resume  # interrupted or told to end
-        raise
-    finally:
-        if not kept:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_destination(destination: Path, *, force: bool, single: bool) -> None:
-    if not destination.exists():
-        return
-    if not single and destination.is_dir() and not any(destination.iterdir()):
-        return
-    if not force:
-        raise DestinationExistsError("exists already; pass --force to replace it", path=destination)
-    replaced = destination.is_file() if single else (destination / "config.json").is_file()
-    if not replaced:
-        kind = "file" if single else "model directory"
-        raise DestinationExistsError(
-            f"is no {kind}, and is not replaced; name another", path=destination
-        )
-
-
-def _begun(staging: Path, plan: str, *, resume: bool) -> Journal:
-    """Take up what an earlier run left, or begin anew."""
-    path = staging / JOURNAL
-    if resume and path.is_file():
-        found = read_json_object(path)
-        if found.get("plan") != plan:
+    path = output.folder / JOURNAL
+    if output.left and path.is_file() and not path.is_symlink():
+        known, journal = read_journal(path)
+        if known != plan:
             raise UsageError(
                 "holds another merge (other adapters, weights, base or options); repeat without "
                 "--resume to begin anew",
-                path=staging,
+                path=output.folder,
             )
-        return Journal(path, plan, cast("dict[str, Any]", found.get("files") or {}))
-    if staging.is_dir():
-        shutil.rmtree(staging)
-    staging.mkdir()
-    journal = Journal(path, plan)
-    journal.save()
-    return journal
-
-
-def _moved(staging: Path, destination: Path, *, single: bool) -> None:
-    synced(staging)
-    if single:
-        (staging / destination.name).replace(destination)
-        staging.rmdir()
-    elif destination.is_dir() and any(destination.iterdir()):
-        old = staging.with_suffix(".replaced")
-        destination.replace(old)
-        staging.replace(destination)
-        shutil.rmtree(old, ignore_errors=True)
+        _sweep(output.folder, {path, output.path})
+        if output.path.is_dir():
+            _sweep(output.path, {output.path / file for file, _ in journal.segments})
     else:
-        staging.replace(destination)
+        _sweep(output.folder, set())
+        journal = Journal(path)
+        journal.begin(plan)
+    try:
+        yield journal
+    except AdapterKitError as error:
+        output.kept = output.left and isinstance(error, UsageError)
+        raise
+    except BaseException:
+        output.kept = output.resume
+        raise
+
+
+def _sweep(folder: Path, kept: set[Path]) -> None:
+    """Remove what is not kept, links and whatever else lies there in the place of a file."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if path not in kept:
+                shutil.rmtree(path)
+        elif path not in kept or path.is_symlink():
+            path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +121,8 @@ class Change:
         shape: the shape to store; more rows than the source only where all of them are replaced.
         via: a type that the result is rounded to before it is quantised, as a file of that type
             would have held it.
-        least: the smallest survival at which the change is stored.
+        least: the smallest survival at which the change is stored; rounding can make it less than
+            zero.
     """
 
     name: str
@@ -129,7 +131,7 @@ class Change:
     dtype: DType
     shape: tuple[int, ...]
     via: DType | None = None
-    least: float = 0.0
+    least: float = -math.inf
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -1,28 +1,33 @@
 """A file of the merged model: byte ranges of the base, and computed tensors, at known places.
 
 Its size is known before the first byte is written, so several threads write to it in any order. It
-is flushed to the disk and noted in the journal in segments, while the next ones are computed.
+is flushed to the disk and noted in the journal in segments, while the next ones are computed. The
+main thread flushes: an error of a worker, or a signal, ends the wait at once.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import UnsupportedError
+from adapterkit.disk import copy_range, reserve, sync, sync_data, write_at
+from adapterkit.errors import TruncatedFileError, UnsupportedError, UsageError
 from adapterkit.merge.into.blocks import BLOCK, Merger, Sums, total
-from adapterkit.merge.into.copying import copy_range, write_all
+from adapterkit.merge.into.journal import Segment, Written
 from adapterkit.merge.into.steps import Change
 from adapterkit.storage import FileSlice
+from adapterkit.tensor import RowReader
+from adapterkit.work import Crew, mapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from adapterkit.merge.into.journal import Journal
@@ -38,6 +43,7 @@ SEGMENT = 1 << 26
 _RUN = 1 << 26
 _TASK = 1 << 22
 _IDLE = 0.02  # seconds between two flushes where nothing was written
+_COMPARED = 1 << 22  # bytes that are compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +81,15 @@ class OutputFile:
     pieces: tuple[Piece, ...]
     size: int
 
-    def origins(self) -> list[Path]:
-        """Return the files of the base that it is made from."""
+    def spans(self) -> list[FileSlice]:
+        """Return the byte ranges of the base that it is made from, a whole file where unknown."""
         contents = [piece.content for piece in self.pieces]
-        spans = [c if isinstance(c, FileSlice) else c.source.read for c in contents]
-        return sorted({span.path for span in spans if isinstance(span, FileSlice)})
+        reads = [c if isinstance(c, FileSlice) else c.source.read for c in contents]
+        return [
+            read if isinstance(read, FileSlice) else FileSlice(read.path, 0, 0)
+            for read in reads
+            if isinstance(read, (FileSlice, RowReader))
+        ]
 
     def segments(self) -> list[tuple[Piece, ...]]:
         """Return the pieces in groups of about `SEGMENT` bytes."""
@@ -103,18 +113,15 @@ def write_files(
         FormatError: if an adapter or the base holds NaN or infinity.
         UnsupportedError: if a value does not fit the stored type, or too little of a change is
             left in it.
+        UsageError: if something that the journal has was changed since.
         TruncatedFileError: if a file of the base has become shorter.
     """
     with ExitStack() as opened:
         begun = [_Begun(file, folder, journal, opened) for file in files]
-        with _pools(jobs) as (pool, flusher):
+        with Crew(jobs) as crew:
             for file in begun:
-                file.submit(pool, flusher, progress)
-            futures = [future for file in begun for future in file.noted.values()]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for failed in filter(None, (future.exception() for future in done)):
-                raise failed
-            return [report for file in begun for report in file.reports()]
+                file.submit(crew, progress)
+            return [report for file in begun for report in file.finished(crew)]
 
 
 class _Begun:
@@ -124,85 +131,137 @@ class _Begun:
         self.path, self.journal = folder / file.name, journal
         self.segments = file.segments()
         numbers = range(len(self.segments))
-        self.known = [journal.finished(self.path, file.size, number) for number in numbers]
-        self.noted: dict[int, Future[list[TensorReport]]] = {}
-        found = any(reports is not None for reports in self.known)
-        out = opened.enter_context(self.path.open("r+b" if found else "wb"))
-        self.target = out.fileno()
-        if None in self.known:
-            _reserve(self.target, file.size)
-            _write_header(file.header, self.target)
+        self.known = [journal.finished(file.name, number) for number in numbers]
+        self.works: dict[int, list[tuple[_Copied | _Computed, list[Future[Sums]]]]] = {}
+        found = any(segment is not None for segment in self.known)
+        # What an earlier run has left is a file of its own, and no way to another.
+        how = os.O_RDWR | (0 if found else os.O_CREAT | os.O_EXCL)
+        how |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        if not found:
+            self.path.unlink(missing_ok=True)
+        self.target = os.open(self.path, how, 0o666)
+        opened.callback(os.close, self.target)
+        if found:
+            self._check(file.size)
+        else:
+            reserve(self.target, file.size)
+        _write_header(file.header, self.target)
+        _write_gaps(file, self.target)
 
-    def submit(self, pool: Executor, flusher: Executor, progress: Progress) -> None:
-        """Have every segment written, flushed and noted that is not yet."""
+    def _check(self, size: int) -> None:
+        """Raise if what is noted is not what is there."""
+        status = os.fstat(self.target)
+        if status.st_nlink != 1 or status.st_size != size:
+            raise _changed(self.path)
+        noted = [
+            (segment, known)
+            for segment, known in zip(self.segments, self.known, strict=True)
+            if known is not None
+        ]
+        if not all(mapped(lambda pair: _intact(*pair, self.path), noted)):
+            raise _changed(self.path)
+
+    def submit(self, crew: Crew, progress: Progress) -> None:
+        """Have every segment written that is not yet."""
         for number, segment in enumerate(self.segments):
             if self.known[number] is not None:
                 progress(sum(piece.nbytes for piece in segment))
                 continue
             works = [_work(piece, self.target, progress) for piece in segment]
-            tasks = [(work, [pool.submit(task) for task in work.tasks()]) for work in works]
-            note = partial(self.journal.finish, self.path, number)
-            self.noted[number] = flusher.submit(_flushed, tasks, self.target, note)
+            self.works[number] = [
+                (work, [crew.submit(task) for task in work.tasks()]) for work in works
+            ]
 
-    def reports(self) -> Iterator[TensorReport]:
-        """Yield what was done."""
-        for number, reports in enumerate(self.known):
-            yield from self.noted[number].result() if reports is None else reports
+    def finished(self, crew: Crew) -> Iterator[TensorReport]:
+        """Flush and note one segment after the other; yield what was done."""
+        for number, known in enumerate(self.known):
+            done = known or self._flushed(self.works[number], crew)
+            if known is None:
+                self.journal.finish(self.path.name, number, done)
+            yield from done.reports
+
+    def _flushed(
+        self, works: Sequence[tuple[_Copied | _Computed, Sequence[Future[Sums]]]], crew: Crew
+    ) -> Segment:
+        """Wait for a segment and flush it to the disk."""
+        pending = [part for _, parts in works for part in parts]
+        while wait(pending, timeout=_IDLE).not_done:
+            crew.check()
+            sync_data(self.target)  # so that the disk is never idle while the processors are not
+        crew.check()
+        made = [work.report(total(part.result() for part in parts)) for work, parts in works]
+        sync(self.target)
+        return Segment(
+            tuple(report for report in made if report is not None),
+            tuple(written for work, _ in works for written in work.written),
+        )
 
 
-def _reserve(target: int, size: int) -> None:
-    """Give a file its size, and its place on the disk: one that is too full says so at once."""
-    if hasattr(os, "posix_fallocate") and size:
-        os.posix_fallocate(target, 0, size)
-    else:
-        os.truncate(target, size)
+def _changed(path: Path) -> UsageError:
+    return UsageError(
+        "was changed since the merge that wrote it ended; repeat without --resume to begin anew",
+        path=path,
+    )
+
+
+def _intact(segment: Sequence[Piece], noted: Segment, path: Path) -> bool:
+    """Tell whether a noted segment is what was written: the base's bytes, the computed sums."""
+    computed = [piece for piece in segment if isinstance(piece.content, Change)]
+    at = {piece.at: piece.nbytes for piece in computed}
+    ends: dict[int, int] = {}
+    for written in sorted(noted.written):
+        if zlib.crc32(FileSlice(path, written.at, written.length)()) != written.crc32:
+            return False
+        ends[written.at] = written.at + written.length
+    for begin, nbytes in at.items():
+        place = begin
+        while place in ends and place < begin + nbytes:
+            place = ends[place]
+        if place != begin + nbytes:
+            return False
+    copied = [piece for piece in segment if isinstance(piece.content, FileSlice)]
+    return all(_same(piece, path) for piece in copied)
+
+
+def _same(piece: Piece, path: Path) -> bool:
+    span = piece.content
+    assert isinstance(span, FileSlice)  # noqa: S101
+    for begin in range(0, span.length, _COMPARED):
+        length = min(_COMPARED, span.length - begin)
+        here = FileSlice(path, piece.at + begin, length)()
+        if here != FileSlice(span.path, span.offset + begin, length)():
+            return False
+    return True
 
 
 def _write_header(parts: Sequence[bytes | FileSlice], target: int) -> None:
     at = 0
     for part in parts:
         if isinstance(part, bytes):
-            write_all(target, part, at)
+            write_at(target, part, at)
             at += len(part)
         else:
             _copy(part, target, at)
             at += part.length
 
 
+def _write_gaps(file: OutputFile, target: int) -> None:
+    """Write the zeros between pieces, which a file that was taken up may not have."""
+    at = sum(len(p) if isinstance(p, bytes) else p.length for p in file.header)
+    for piece in file.pieces:
+        write_at(target, bytes(piece.at - at), at)
+        at = piece.at + piece.nbytes
+    write_at(target, bytes(file.size - at), at)
+
+
 def _copy(span: FileSlice, target: int, at: int) -> None:
-    source = os.open(span.path, os.O_RDONLY)
+    source = os.open(span.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        copy_range(source, span.offset, target, at, span.length)
+        if copy_range(source, span.offset, target, at, span.length) != span.length:
+            end = span.offset + span.length
+            raise TruncatedFileError(f"the file ends before byte {end}", path=span.path)
     finally:
         os.close(source)
-
-
-@contextmanager
-def _pools(jobs: int) -> Generator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
-    """Yield workers, and one thread that flushes; an error or interrupt ends both early."""
-    with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(1) as flusher:
-        try:
-            yield pool, flusher
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            flusher.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _flushed(
-    tasks: Sequence[tuple[_Copied | _Computed, Sequence[Future[Sums]]]],
-    target: int,
-    note: Callable[[list[TensorReport]], None],
-) -> list[TensorReport]:
-    """Wait for a segment, flush it to the disk, and only then note it."""
-    pending = [part for _, parts in tasks for part in parts]
-    while wait(pending, timeout=_IDLE).not_done:
-        os.fdatasync(target)  # so that the disk is never idle while the processors are not
-    made = [work.report(total(part.result() for part in parts)) for work, parts in tasks]
-    reports = [report for report in made if report is not None]
-    os.fsync(target)
-    note(reports)
-    return reports
 
 
 def _work(piece: Piece, target: int, progress: Progress) -> _Copied | _Computed:
@@ -213,6 +272,8 @@ def _work(piece: Piece, target: int, progress: Progress) -> _Copied | _Computed:
 
 class _Copied:
     """A byte range of the base."""
+
+    written: tuple[Written, ...] = ()
 
     def __init__(self, at: int, span: FileSlice, target: int, progress: Progress) -> None:
         self.at, self.span, self.target, self.progress = at, span, target, progress
@@ -238,6 +299,7 @@ class _Computed:
     def __init__(self, at: int, change: Change, target: int, progress: Progress) -> None:
         self.at, self.change, self.target, self.progress = at, change, target, progress
         self.merger: Merger | None = None
+        self.written: list[Written] = []
         self.lock = threading.Lock()
         self.left = 0
 
@@ -260,7 +322,9 @@ class _Computed:
         return sums
 
     def _write(self, data: memoryview, offset: int) -> None:
-        write_all(self.target, data, self.at + offset)
+        at = self.at + offset
+        write_at(self.target, data, at)
+        self.written.append(Written(at, len(data), zlib.crc32(data)))
         self.progress(len(data))
 
     def report(self, sums: Sums) -> TensorReport | None:
@@ -272,7 +336,7 @@ class _Computed:
             left = max(report.survival, 0.0)
             raise UnsupportedError(
                 f"as {self.change.dtype} only {left:.0%} of the update is left; leave "
-                "out --gguf-type, and it becomes q8_0, or --force it",
+                "out --gguf-type, and it becomes q8_0, or pass --allow-weak",
                 where=self.change.name,
             )
         return report

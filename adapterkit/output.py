@@ -1,0 +1,475 @@
+"""A path that appears whole or not at all, and replaces nothing that is no output of its kind.
+
+Everything that adapterkit writes goes this way: beside the destination, under a hidden name of its
+own, flushed to the disk, and then into place in one step. A killed process leaves the old output or
+the new one, and a hidden folder that the next writer of the same destination sweeps away.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import hashlib
+import os
+import shutil
+import socket
+import stat
+import tempfile
+import threading
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from adapterkit.disk import exchange, rename_new, sync_path
+from adapterkit.errors import DestinationExistsError, UsageError, WriteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+    from types import TracebackType
+
+    from filelock import BaseFileLock
+
+_Result = TypeVar("_Result")
+
+_MARK = "adapterkit"
+_FORMER = ".former"
+# Bytes of a name that hidden names repeat; file systems allow 255 in all.
+_SHOWN = 150
+_TRIES = 5
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A kind of directory that is written, and what of an existing one belongs to it.
+
+    Attributes:
+        what: one word for messages, such as `adapter`.
+        marks: names or patterns of files of which one tells that a directory is of this kind.
+        files: names or patterns of files that it consists of: a new one replaces all of them, and
+            what else lies there stays.
+    """
+
+    what: str
+    marks: tuple[str, ...]
+    files: tuple[str, ...]
+
+    def owns(self, name: str) -> bool:
+        """Tell whether a file of this name is part of such a directory."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.files)
+
+    def marked(self, folder: Path) -> bool:
+        """Tell whether a directory is one of this kind."""
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+        return any(fnmatch.fnmatchcase(name, mark) for name in names for mark in self.marks)
+
+
+class Output:
+    """One destination that is being written: locked, beside it, and moved into place at the end.
+
+    As a context manager it holds the destination until the block ends. If the block ends early, by
+    an error or an interrupt, the destination is as it was and nothing is left; a block that ends
+    normally must have made a file or directory at `path`.
+
+    Attributes:
+        destination: as it was given.
+        path: where to write.
+        folder: the hidden folder around `path`, for what is needed only until the end.
+        left: the folder of an earlier writer that was killed, with `resume`.
+        kept: set it to have an early end leave the folder for a later `resume`.
+    """
+
+    def __init__(
+        self,
+        destination: Path,
+        *,
+        force: bool = False,
+        directory: Directory | None = None,
+        spared: Iterable[Path] = (),
+        resume: bool = False,
+    ) -> None:
+        """Describe an output; nothing happens before the block is entered.
+
+        Args:
+            destination: file or directory to create; missing parents are made.
+            force: replace a regular file, or the parts of a directory that belong to its kind.
+            directory: the kind of directory to create; None for a file.
+            spared: what the output is made from and must not be replaced by it.
+            resume: take up what an earlier writer left that was killed.
+        """
+        self.destination = destination
+        self.force = force
+        self.directory = directory
+        self.spared = [Path(os.path.realpath(path)) for path in spared]
+        self.resume = resume
+        self.left = False
+        self.kept = False
+        self._absolute = Path(os.path.abspath(destination))  # noqa: PTH100  (links stay links)
+        self._made: list[Path] = []
+        self._lock: BaseFileLock | None = None
+
+    def __enter__(self) -> Self:
+        """Hold the destination.
+
+        Raises:
+            DestinationExistsError: if there is something at the destination that is not to be
+                replaced.
+            WriteError: if another process is writing it, or the operating system refuses.
+        """
+        check_destination(
+            self.destination, force=self.force, directory=self.directory, spared=self.spared
+        )
+        try:
+            self._made = _made(self._absolute.parent)
+            self._lock = self._locked()
+            self._take_up()
+            check_destination(
+                self.destination, force=self.force, directory=self.directory, spared=self.spared
+            )
+        except BaseException as error:
+            self._end(kept=False)
+            if isinstance(error, OSError):
+                raise self._refusal(error) from error
+            raise
+        self.path = self.folder / self._absolute.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Move what was written into place, or remove it.
+
+        Raises:
+            WriteError: if the operating system refuses, in the block too.
+            DestinationExistsError: if another program has taken the name meanwhile.
+        """
+        if error is not None:
+            uninterrupted(lambda: self._end(kept=self.kept))
+            if self.kept:
+                error.add_note(f"what is finished is kept in {self.folder}; --resume goes on there")
+            if isinstance(error, OSError):
+                raise self._refusal(error) from error
+            return
+        try:
+            uninterrupted(self._finish)
+        except OSError as refusal:
+            raise self._refusal(refusal) from refusal
+        except BaseException as late:
+            if isinstance(late, Exception):
+                raise
+            late.add_note(f"{self.destination} is complete")
+            raise
+
+    def _finish(self) -> None:
+        try:
+            _sync_all(self.path)
+            self._move()
+            with suppress(OSError):
+                sync_path(self._absolute.parent)
+            self._made = []
+        finally:
+            self._end(kept=False)
+
+    def _move(self) -> None:
+        target, former = self._absolute, self._absolute
+        try:
+            if self.directory is None:
+                if self.force:
+                    self.path.replace(target)
+                else:
+                    rename_new(self.path, target)
+            elif former.is_dir() and any(former.iterdir()):
+                self._replace_directory(self.directory)
+            elif former.is_dir():
+                former.rmdir()  # fails if another program has put something there
+                rename_new(self.path, target)
+            else:
+                rename_new(self.path, target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise DestinationExistsError(
+                "was created by another program meanwhile; nothing was replaced",
+                path=self.destination,
+            ) from error
+
+    def _replace_directory(self, directory: Directory) -> None:
+        """Put the new directory in the place of the old, with what does not belong to its kind."""
+        target = self._absolute
+        if not self.force:
+            raise FileExistsError
+        _check_spared(self._victims(directory), self.spared, self.destination)
+        self.path.chmod(stat.S_IMODE(target.stat().st_mode))
+        _carry(target, self.path, directory)
+        sync_path(self.path)
+        former = self.folder / _FORMER
+        if exchange(self.path, target):
+            self.path.rename(former)
+        else:
+            target.rename(former)  # a writer that is killed here is made good by the next
+            self.path.rename(target)
+        _carry(former, target, directory)  # what came while the names were changed
+
+    def _victims(self, directory: Directory) -> list[Path]:
+        new = {path.name for path in self.path.iterdir()}
+        old = self._absolute.iterdir()
+        return [path for path in old if path.name in new or directory.owns(path.name)]
+
+    def _locked(self) -> BaseFileLock | None:
+        """Take the lock beside the destination; None where the file system has no locks."""
+        from filelock import FileLock, Timeout
+
+        path = self._absolute.parent / _hidden(self._absolute.name, f"{_MARK}.lock")
+        if path.is_symlink():
+            raise WriteError(
+                f"cannot be locked: {path} is a link; remove it", path=self.destination
+            )
+        lock = FileLock(path, timeout=0, thread_local=False)
+        for _ in range(_TRIES):
+            try:
+                lock.acquire()
+            except Timeout:
+                if path.exists():  # else its holder has just ended
+                    break
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return None
+                raise
+            else:
+                with suppress(OSError):
+                    path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+                return lock
+        raise WriteError(
+            f"is being written by {_holder(path)}; wait for its end or name another",
+            path=self.destination,
+        )
+
+    def _take_up(self) -> None:
+        """Make a folder of its own, or take that of a killed writer, and sweep up the others."""
+        target, begun = self._absolute, _hidden(self._absolute.name, f"{_MARK}-")
+        earlier = [
+            path
+            for path in (target.parent.iterdir() if self._lock else ())
+            if path.name.startswith(begun) and "." not in path.name[len(begun) :]
+            if path.is_dir() and not path.is_symlink()
+        ]
+        for path in earlier:
+            if (path / _FORMER).is_dir() and not os.path.lexists(target):
+                (path / _FORMER).rename(target)
+        usable = [path for path in earlier if os.path.lexists(path / target.name)]
+        if self.resume and usable:
+            self.folder = max(usable, key=lambda path: path.stat().st_mtime_ns)
+            self.left = self.kept = True
+        else:
+            self.folder = Path(tempfile.mkdtemp(prefix=begun, dir=target.parent))
+        for path in earlier:
+            if path != self.folder:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _end(self, *, kept: bool) -> None:
+        if not kept and hasattr(self, "folder"):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            with suppress(OSError):  # Windows removes no open file
+                Path(self._lock.lock_file).unlink()
+            self._lock.release()
+        for parent in self._made if not kept else ():
+            with suppress(OSError):  # not empty: somebody else uses it
+                parent.rmdir()
+
+    def _refusal(self, error: OSError) -> WriteError:
+        reason = error.strerror or str(error)
+        left = "what is finished is kept" if self.kept else "nothing was left behind"
+        return WriteError(f"could not be written ({reason}); {left}", path=self.destination)
+
+
+@contextmanager
+def staged(
+    destination: Path,
+    *,
+    force: bool = False,
+    directory: Directory | None = None,
+    spared: Iterable[Path] = (),
+) -> Generator[Path]:
+    """Yield a path to write at; what is there at the end appears at `destination`, or nothing.
+
+    Args:
+        destination: file or directory to create; missing parents are made.
+        force: replace a regular file, or the parts of a directory that belong to its kind.
+        directory: the kind of directory to create; None for a file.
+        spared: what the output is made from and must not be replaced by it.
+
+    Raises:
+        DestinationExistsError: if there is something at `destination` that is not to be replaced.
+        WriteError: if another process is writing it, or the operating system refuses.
+    """
+    with Output(destination, force=force, directory=directory, spared=spared) as output:
+        yield output.path
+
+
+def check_destination(
+    destination: Path,
+    *,
+    force: bool = False,
+    directory: Directory | None = None,
+    spared: Iterable[Path] = (),
+) -> None:
+    """Raise now what an output would raise first, before long work is done for nothing.
+
+    Raises:
+        DestinationExistsError: if there is something at the destination that is not to be replaced.
+        WriteError: if nothing can be replaced there in one step.
+        UsageError: if it is empty, or would replace what it is made from.
+    """
+    if not str(destination) or "\0" in str(destination):
+        raise UsageError("no path that could be created", path=str(destination) or "''")
+    try:
+        mode = destination.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(f"could not be written ({reason})", path=destination) from error
+    if stat.S_ISLNK(mode):
+        message = f"is a link to {destination.readlink()}; name what it points to"
+    elif directory is None:
+        message = _kept_file(mode, force=force)
+    else:
+        message = _kept_directory(destination, mode, directory, force=force)
+    if message:
+        raise DestinationExistsError(message, path=destination)
+    victims = [destination]
+    if directory is not None:
+        _check_not_current(destination)
+        victims = [path for path in destination.iterdir() if directory.owns(path.name)]
+    _check_spared(victims, spared, destination)
+
+
+def _kept_file(mode: int, *, force: bool) -> str:
+    """Return why what is there is not replaced by a file; empty if it is."""
+    if stat.S_ISDIR(mode):
+        return "is a directory, and the output is a file; name another"
+    if not stat.S_ISREG(mode):
+        return "is no regular file, and is never replaced; name another"
+    return "" if force else "exists already; pass --force to replace it"
+
+
+def _kept_directory(path: Path, mode: int, directory: Directory, *, force: bool) -> str:
+    """Return why what is there is not replaced by a directory; empty if it is."""
+    if not stat.S_ISDIR(mode):
+        return "is no directory, and the output is one; name another"
+    if not any(path.iterdir()):
+        return ""
+    if not directory.marked(path):
+        return f"is no {directory.what}, and what is there is never replaced; name another"
+    return "" if force else "exists already; pass --force to replace it"
+
+
+def _check_not_current(destination: Path) -> None:
+    with suppress(OSError):
+        if destination.samefile(Path.cwd()):
+            raise WriteError(
+                "is the current folder, which cannot be replaced; run this from another",
+                path=destination,
+            )
+
+
+def _check_spared(victims: Iterable[Path], spared: Iterable[Path], destination: Path) -> None:
+    kept = {Path(os.path.realpath(path)) for path in spared}
+    for victim in victims:
+        real = Path(os.path.realpath(victim))
+        if real in kept or real.parent in kept:
+            raise UsageError(
+                f"would replace {victim}, which it is made from; name another", path=destination
+            )
+
+
+def _carry(old: Path, new: Path, directory: Directory | None) -> None:
+    """Give a new directory a second link to everything of the old that is not replaced."""
+    for entry in sorted(old.iterdir()):
+        target = new / entry.name
+        if directory is not None and directory.owns(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            if not os.path.lexists(target):
+                target.mkdir()
+                shutil.copystat(entry, target)
+            if target.is_dir() and not target.is_symlink():
+                _carry(entry, target, None)
+        elif not os.path.lexists(target):
+            try:
+                os.link(entry, target, follow_symlinks=False)
+            except (OSError, NotImplementedError):
+                shutil.copy2(entry, target, follow_symlinks=False)
+
+
+def _made(folder: Path) -> list[Path]:
+    """Make a folder and its parents; return those that are new, the innermost first."""
+    missing: list[Path] = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return missing
+
+
+def _hidden(name: str, end: str) -> str:
+    """Return a hidden name that belongs to a destination of this name."""
+    if len(os.fsencode(name)) > _SHOWN:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = f"{os.fsencode(name)[: _SHOWN // 2].decode(errors='ignore')}.{digest}"
+    return f".{name}.{end}"
+
+
+def _holder(lock: Path) -> str:
+    try:
+        return lock.read_text(encoding="utf-8").strip() or "another process"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def _sync_all(path: Path) -> None:
+    """Flush a file, or a directory with all that is in it."""
+    if path.is_dir():
+        for inner in sorted(path.iterdir()):
+            _sync_all(inner)
+    sync_path(path)
+
+
+def uninterrupted(work: Callable[[], _Result]) -> _Result:
+    """Run to its end what an interrupt must not cut in two; the interrupt is raised after it.
+
+    Signals are raised in the main thread, so the work is done in another.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    done: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001  (raised below)
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    late: BaseException | None = None
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no thread left
+        return work()
+    except BaseException as signal:  # noqa: BLE001  (raised below)
+        late = signal
+    while not done.done():
+        try:
+            thread.join()
+        except BaseException as signal:  # noqa: BLE001  (raised below)
+            late = signal
+    if late is not None and done.exception() is None:
+        raise late
+    return done.result()
