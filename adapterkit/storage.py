@@ -31,6 +31,9 @@ def readable(path: Path) -> Generator[None]:
         NotFoundError: if there is nothing at the path.
         FormatError: for every other refusal.
     """
+    if "\0" in str(path):
+        # Python says so with a ValueError; no operating system has such a file.
+        raise NotFoundError("no such file or directory", path=path)
     try:
         yield
     except FileNotFoundError as error:

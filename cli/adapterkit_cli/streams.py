@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -46,15 +46,16 @@ def harden() -> None:
     `python -u` writes without a buffer, and drops in silence what a full disk did not take: stdout
     always gets one, which click empties after each text.
     """
-    if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    buffer: Any = getattr(sys.stdout, "buffer", None)
+    if buffer is not None:
         sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(_Output(raw)),
+            io.BufferedWriter(_Output(getattr(buffer, "raw", buffer))),
             encoding=sys.stdout.encoding,
             errors="backslashreplace",
-            line_buffering=sys.stdout.line_buffering,
+            line_buffering=sys.stdout.isatty(),
         )
 
 
