@@ -18,11 +18,14 @@ A path and a tensor or key travel with each, so that a message names them:
         IncompatibleBaseError          the adapter does not fit this base
         ProofError                     the written file does not hold the same update
       UncheckableError              5  nothing is known to be wrong, but it could not be looked at
+
+All of them pickle and copy whole, whatever their arguments are, those of plugins too. The program
+gives 5 to MemoryError as well: nothing is known to be wrong, and it could not be finished.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,7 +50,21 @@ class AdapterKitError(Exception):
         self.message = message
         self.path = path
         self.where = where
-        super().__init__(": ".join(str(part) for part in (path, where, message) if part))
+        named = [_on_one_line(str(part)) for part in (path, where) if part]
+        super().__init__(": ".join([*named, message] if message else named))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as text and attributes: Python would call the class with the text alone."""
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _on_one_line(name: str) -> str:
+    return "".join(c.encode("unicode_escape").decode() if c in "\n\r" else c for c in name)
+
+
+def _restored(kind: type[AdapterKitError], arguments: tuple[Any, ...]) -> AdapterKitError:
+    """Make an error without its constructor; pickle then sets the attributes."""
+    return kind.__new__(kind, *arguments)
 
 
 class WriteError(AdapterKitError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import NotFoundError
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,9 +67,11 @@ def located(source: Path | str) -> Path:
 
     Raises:
         NotFoundError: if a hub id is neither in the cache nor can be downloaded.
+        FormatError: if the operating system will not say what is there.
     """
     path = Path(source)
-    reference = None if path.exists() else parse(str(source))
+    with readable(path):
+        reference = None if path.exists() else parse(str(source))
     if reference is None:
         return path
     for snapshot in cached(reference):

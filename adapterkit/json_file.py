@@ -6,7 +6,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.errors import FormatError, NotFoundError
+from adapterkit.errors import FormatError
+from adapterkit.storage import read_document
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,17 +24,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
         NotFoundError: if there is no such file.
         FormatError: if it is not UTF-8 JSON, not an object, or absurdly large.
     """
+    data = read_document(path, _LIMIT)
     try:
-        if path.stat().st_size > _LIMIT:
-            raise FormatError(f"is larger than {_LIMIT >> 20} MB; not a configuration", path=path)
-        data = path.read_bytes()
         value = json.loads(data.decode("utf-8"))
         if _SURROGATE.search(data):
             # Half a surrogate pair passes for text until it is written somewhere.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except FileNotFoundError:
-        raise NotFoundError("no such file", path=path) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"is not readable JSON ({error})", path=path) from None
     if not isinstance(value, dict):
         raise FormatError("is not a JSON object", path=path)

@@ -154,13 +154,16 @@ class BaseReference:
     architecture: str | None = None
 
 
+_MAPPINGS = ("tensors", "scales", "traits", "metadata", "extras")
+
+
 def _frozen(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return MappingProxyType(dict(value))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdapterTensorSet:
-    """An adapter in neutral form.
+    """An adapter in neutral form; it pickles and copies, whatever its tensors are read from.
 
     Attributes:
         tensors: every tensor by its key, in file order.
@@ -185,8 +188,26 @@ class AdapterTensorSet:
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tensors", "scales", "traits", "metadata", "extras"):
+        for name in _MAPPINGS:
             object.__setattr__(self, name, _frozen(getattr(self, name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields with plain dictionaries, which can be pickled and copied."""
+        return {**vars(self), **{name: dict(getattr(self, name)) for name in _MAPPINGS}}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take the fields and close their dictionaries again."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def __repr__(self) -> str:
+        """Return counts and names; what is in the tensors is for `summarize` to tell."""
+        facts = [f"{len(self.modules)} modules", f"{len(self.tensors)} tensors"]
+        if self.provenance:
+            facts.append(self.provenance.format)
+        if self.base.name:
+            facts.append(f"base {self.base.name!r}")
+        return f"<AdapterTensorSet: {', '.join(facts)}>"
 
     def pairs(self) -> Iterator[LoraPair]:
         """Yield every complete pair of factors, in file order; halves alone are skipped."""

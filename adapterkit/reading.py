@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base
 from adapterkit.errors import UnknownArchitectureError
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 def load(path: Path, spec: FormatSpec, options: Options) -> tuple[AdapterTensorSet, Options]:
     """Read an adapter, with the base that it names if none was given and that one is cached."""
+    with readable(path):
+        return _load(path, spec, options)
+
+
+def _load(path: Path, spec: FormatSpec, options: Options) -> tuple[AdapterTensorSet, Options]:
     adapter = spec.format.read(path, options)
     if options.base is None and (found := _recorded_base(adapter)) is not None:
         options = replace(options, base=found)

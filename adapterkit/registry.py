@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
 from adapterkit.output import Directory
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -213,10 +214,14 @@ def detect(path: Path) -> FormatSpec:
     Raises:
         NotFoundError: if there is nothing at the path.
         UnknownFormatError: if no format recognises it.
+        FormatError: if it is a pipe or device, or cannot be read.
     """
-    if not path.exists():
-        raise NotFoundError("no such file or directory", path=path)
-    found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
+    with readable(path):
+        if not path.exists():
+            raise NotFoundError("no such file or directory", path=path)
+        if not path.is_file() and not path.is_dir():
+            raise FormatError("is neither a file nor a directory", path=path)
+        found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
     if found:
         return found
     if path.is_dir():
@@ -280,11 +285,8 @@ def _matches(config: Mapping[str, Any], wanted: Mapping[str, tuple[str, ...]]) -
 def _first_bytes(path: Path) -> bytes:
     if not path.is_file():
         return b""
-    try:
-        with path.open("rb") as file:
-            return file.read(16)
-    except OSError as error:
-        raise FormatError(f"could not be read ({error.strerror})", path=path) from None
+    with path.open("rb") as file:
+        return file.read(16)
 
 
 def _config(path: Path) -> Mapping[str, Any]:

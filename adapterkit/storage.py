@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
+import stat
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import TruncatedFileError
+from adapterkit.errors import FormatError, NotFoundError, TruncatedFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+
+@contextmanager
+def readable(path: Path) -> Generator[None]:
+    """Turn what the operating system has against reading `path` into errors that name the file.
+
+    Raises:
+        NotFoundError: if there is nothing at the path.
+        FormatError: for every other refusal.
+    """
+    if "\0" in str(path):
+        # Python says so with a ValueError; no operating system has such a file.
+        raise NotFoundError("no such file or directory", path=path)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFoundError("no such file or directory", path=error.filename or path) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FormatError(f"could not be read ({reason})", path=error.filename or path) from error
+
+
+def read_document(path: Path, limit: int) -> bytes:
+    """Return the whole of a small file; a pipe or device is never opened, it could wait for ever.
+
+    Raises:
+        NotFoundError: if there is nothing at the path.
+        FormatError: if it is no regular file, has more than `limit` bytes, or cannot be read.
+    """
+    with readable(path):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError("is not a regular file", path=path)
+        if status.st_size > limit:
+            raise FormatError(f"has {status.st_size} bytes, the most is {limit}", path=path)
+        return path.read_bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,34 +67,59 @@ class FileSlice:
     offset: int
     length: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel with the whole path: another process may stand in another directory."""
+        return FileSlice, (self.path.absolute(), self.offset, self.length)
+
     def read_into(self, buffer: memoryview) -> None:
         """Read the range into memory of its size, which can be used again.
 
         Raises:
             TruncatedFileError: if the file has become shorter than the range.
+            FormatError: if it is gone or cannot be read.
         """
         done = 0
-        with self.path.open("rb", buffering=0) as file:
+        with readable(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             while done < self.length and (count := file.readinto(buffer[done:])):
                 done += count
         if done != self.length:
-            end = self.offset + self.length
-            raise TruncatedFileError(f"the file ends before byte {end}", path=self.path)
+            raise self._truncated()
+
+    def chunks(self, size: int) -> Generator[memoryview]:
+        """Yield the range piece by piece, in memory of `size` bytes that is used again.
+
+        Raises:
+            TruncatedFileError: if the file has become shorter than the range.
+            FormatError: if it is gone or cannot be read.
+        """
+        left = self.length
+        buffer = memoryview(bytearray(min(left, size)))
+        with readable(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while left and (count := file.readinto(buffer[: min(left, size)])):
+                yield buffer[:count]
+                left -= count
+        if left:
+            raise self._truncated()
 
     def __call__(self) -> bytes:
         """Read the range.
 
         Raises:
             TruncatedFileError: if the file has become shorter than the range.
+            FormatError: if it is gone or cannot be read.
         """
-        with self.path.open("rb", buffering=0) as file:
+        with readable(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             data = file.read(self.length)
             # An unbuffered read may return less than asked for without being at the end.
             while len(data) < self.length and (more := file.read(self.length - len(data))):
                 data += more
         if len(data) != self.length:
-            end = self.offset + self.length
-            raise TruncatedFileError(f"the file ends before byte {end}", path=self.path)
+            raise self._truncated()
         return data
+
+    def _truncated(self) -> TruncatedFileError:
+        end = self.offset + self.length
+        return TruncatedFileError(f"the file ends before byte {end}", path=self.path)

@@ -14,6 +14,7 @@ from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
 from adapterkit.model import Role
 from adapterkit.registry import source_format
+from adapterkit.storage import readable
 from adapterkit.structure import problems
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ def inspect(
     path = located(path)
     model = open_base(base) if base is not None else None
     options = Options(base=model, dialect=dialect, alpha=alpha)
-    return summarize(source_format(path, dialect).format.read(path, options))
+    with readable(path):
+        adapter = source_format(path, dialect).format.read(path, options)
+    return summarize(adapter)
 
 
 def summarize(adapter: AdapterTensorSet) -> Summary:

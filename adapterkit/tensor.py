@@ -42,8 +42,21 @@ class RowReader(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """A `LazyTensor.read` whose bytes are in memory."""
+
+    data: bytes
+
+    def __call__(self) -> bytes:
+        """Return them."""
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor that is read only when it is asked for, every time anew.
+
+    Another process gets a range of a file as that range, and computed values as their bytes.
 
     Attributes:
         dtype: type of the stored elements.
@@ -54,6 +67,19 @@ class LazyTensor:
     dtype: DType
     shape: tuple[int, ...]
     read: Callable[[], bytes | bytearray | memoryview] = field(compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as the range of a file where it is one, else as the bytes of the values."""
+        read = self.read if isinstance(self.read, FileSlice) else Held(bytes(self.tobytes()))
+        return LazyTensor, (self.dtype, self.shape, read)
+
+    def __copy__(self) -> LazyTensor:
+        """Return the tensor itself: it never changes."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> LazyTensor:
+        """Return the tensor itself: it never changes."""
+        return self
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from terminal import BASE, TINY, start
 
-from adapterkit_cli.signals import Terminated, stopping_cleanly
+from adapterkit_cli.boundary import told
+from adapterkit_cli.signals import stopping_cleanly
 
 # Stops in the middle of a conversion, when the temporary file is written and the proof begins.
 SLOW = """
@@ -64,11 +65,101 @@ def test_a_signal_in_the_middle_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_signal_does_not_cut_the_clean_up_short() -> None:
-    with stopping_cleanly():
-        with pytest.raises(Terminated):
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+# Stops where a conversion cleans up, as a slow disk would.
+STUCK = """
+import sys, time
+from adapterkit_cli.signals import stopping_cleanly
+with stopping_cleanly():
+    try:
+        print("working", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaning", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGHUP, signal.SIGHUP),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
+)
+def test_a_second_signal_ends_the_process_at_once(
+    first: signal.Signals, second: signal.Signals
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "working\n"
+        run.send_signal(first)
+        assert run.stdout.readline() == "cleaning\n"
+        run.send_signal(second)
+        assert run.wait(PATIENCE) == -second
+
+
+def test_a_signal_that_nohup_ignores_is_ignored_twice() -> None:
+    program = f"trap '' HUP; exec {sys.executable} -c \"$0\""
+    shell = ["/bin/sh", "-c", program, STUCK]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "working\n"
+        run.send_signal(signal.SIGHUP)
+        run.send_signal(signal.SIGTERM)
+        assert run.stdout.readline() == "cleaning\n"
+        run.send_signal(signal.SIGHUP)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(PATIENCE) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_what_is_kept_is_said(
+    number: int, code: int, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as stopped:
+            stopped.add_note("what is finished is kept in x; repeat with --resume")
+            stopped.add_note("a second note")
+            raise
+
+    with stopping_cleanly(), pytest.raises(SystemExit) as ended, told():
+        work()
+    assert ended.value.code == code
+    wanted = f"Error: {word}; what is finished is kept in x; repeat with --resume\n"
+    assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), 3, "a/b: Permission denied"),
+        (OSError(28, "No space left on device", "a/b"), 1, "a/b: No space left on device"),
+        (MemoryError(), 5, "not enough memory; nothing was written"),
+        (MemoryError("9 GB"), 5, "not enough memory (9 GB); nothing was written"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    error: Exception, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, told():
+        raise error
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"Error: {line}\n"
+
+
+@pytest.mark.parametrize("bug", [RecursionError(), OSError(5, "Input/output error"), KeyError("x")])
+def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
+    with pytest.raises(type(bug)) as caught, told():
+        raise bug
+    assert caught.value is bug
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -89,7 +180,16 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-@pytest.mark.parametrize("arguments", [("formats",), ("inspect", str(TINY), "--json")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("formats",),
+        ("inspect", str(TINY), "--json"),
+        ("--help",),
+        ("convert", "-h"),
+        ("--version",),
+    ],
+)
 def test_a_closed_pipe_is_quiet(arguments: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -100,9 +200,26 @@ def test_a_closed_pipe_is_quiet(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
-def test_a_full_disk_behind_stdout_is_one_line() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    ["formats", "targets --json", "--help", "-h", "convert --help", "tinylora --help", "--version"],
+)
+@pytest.mark.parametrize("settings", [{}, {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}])
+def test_a_full_disk_behind_stdout_is_one_line(arguments: str, settings: dict[str, str]) -> None:
     with Path("/dev/full").open("w") as full:
-        process = start("formats", stdout=full)
+        process = start(*arguments.split(), stdout=full, env=os.environ | settings)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert err == "Error: standard output: could not be written (No space left on device)\n"
+    assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("instruction", ["bash_source", "bash_complete"])
+def test_a_full_disk_behind_completion_is_one_line(instruction: str) -> None:
+    # The word is what click looks for: the name of the program, as the shell knows it.
+    asked = {"_ADAPTERKIT_COMPLETE": instruction, "COMP_WORDS": "adapterkit c", "COMP_CWORD": "1"}
+    with Path("/dev/full").open("w") as full:
+        process = start(stdout=full, env=os.environ | asked)
         _, err = process.communicate(timeout=PATIENCE)
     assert err == "Error: standard output: could not be written (No space left on device)\n"
     assert process.returncode == 1

@@ -11,6 +11,7 @@ from adapterkit.architectures import Sizes, find, refusal
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
 from adapterkit.json_file import read_json_object
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -41,6 +42,11 @@ def open_base(reference: str | Path) -> BaseModel:
         UnknownArchitectureError: if no family file describes the model.
     """
     path = Path(reference)
+    with readable(path):
+        return _opened(path, reference)
+
+
+def _opened(path: Path, reference: str | Path) -> BaseModel:
     if path.is_dir():
         return _open_directory(path)
     if path.suffix == ".json" and path.is_file():

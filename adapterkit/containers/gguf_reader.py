@@ -35,9 +35,9 @@ from adapterkit.containers.gguf_values import (
     Typed,
     ValueType,
 )
-from adapterkit.containers.opening import check_shape, file_size, unreadable
+from adapterkit.containers.opening import check_shape, file_size
 from adapterkit.errors import FormatError, TruncatedFileError
-from adapterkit.storage import FileSlice
+from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -95,11 +95,8 @@ def read_gguf(path: Path) -> GGUFFile:
         FormatError: if it is no regular file, or the header breaks another rule of the format.
     """
     file_size(path)
-    try:
-        with path.open("rb", buffering=0) as file:
-            return _parse(_Cursor(file, path))
-    except OSError as error:
-        raise unreadable(error, path) from error
+    with readable(path), path.open("rb", buffering=0) as file:
+        return _parse(_Cursor(file, path))
 
 
 def _parse(cursor: _Cursor) -> GGUFFile:

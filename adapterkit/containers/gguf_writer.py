@@ -29,7 +29,6 @@ from adapterkit.containers.gguf_values import (
 )
 from adapterkit.errors import (
     DestinationExistsError,
-    TruncatedFileError,
     UnsupportedError,
     UsageError,
 )
@@ -255,23 +254,9 @@ def _copy(piece: bytes | Callable[[], bytes | bytearray | memoryview], out: Buff
     if isinstance(piece, bytes):
         out.write(piece)
     elif isinstance(piece, FileSlice):
-        _copy_range(piece, out)
+        out.writelines(piece.chunks(_CHUNK))
     else:
         out.write(piece())
-
-
-def _copy_range(span: FileSlice, out: BufferedWriter) -> None:
-    left = span.length
-    buffer = memoryview(bytearray(min(left, _CHUNK)))
-    with span.path.open("rb", buffering=0) as file:
-        file.seek(span.offset)
-        while left:
-            count = file.readinto(buffer[: min(left, _CHUNK)])
-            if not count:
-                end = span.offset + span.length
-                raise TruncatedFileError(f"the file ends before byte {end}", path=span.path)
-            out.write(buffer[:count])
-            left -= count
 
 
 def _pad(out: BufferedWriter, alignment: int) -> None:

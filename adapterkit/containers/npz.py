@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from adapterkit.containers.opening import check_shape, file_size, unreadable
+from adapterkit.containers.opening import check_shape, file_size
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, TruncatedFileError
-from adapterkit.storage import FileSlice
+from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor, encode
 
 if TYPE_CHECKING:
@@ -128,14 +128,12 @@ def read_npz(path: Path) -> Mapping[str, LazyTensor]:
             counterpart, a header that contradicts the zip, or a file that expands too far.
     """
     size = file_size(path)
-    try:
+    with readable(path):
         members = _members(path, size)
         _check_expansion(members, size, path)
         tensors: dict[str, LazyTensor] = {}
         for member in members:
             tensors[member.name.removesuffix(_SUFFIX)] = _tensor(member, path)
-    except OSError as error:
-        raise unreadable(error, path) from error
     return MappingProxyType(tensors)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import stat
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import FormatError, NotFoundError, TruncatedFileError
+from adapterkit.errors import FormatError, TruncatedFileError
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,7 @@ def file_size(path: Path) -> int:
         TruncatedFileError: if the file is empty.
         FormatError: for a directory, a pipe or device, an unreadable file, or a Git LFS pointer.
     """
-    try:
+    with readable(path):
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise FormatError("is a directory, not a file", path=path)
@@ -35,10 +36,6 @@ def file_size(path: Path) -> int:
             raise FormatError("is not a regular file", path=path)
         with path.open("rb") as file:
             begin = file.read(len(_LFS_POINTER))
-    except FileNotFoundError:
-        raise NotFoundError("no such file", path=path) from None
-    except OSError as error:
-        raise unreadable(error, path) from error
     if not begin:
         raise TruncatedFileError("the file is empty; download or copy it again", path=path)
     if begin == _LFS_POINTER:
@@ -46,11 +43,6 @@ def file_size(path: Path) -> int:
             "is a Git LFS pointer, not the file itself; run `git lfs pull`", path=path
         )
     return status.st_size
-
-
-def unreadable(error: OSError, path: Path) -> FormatError:
-    """Return the error for a file that the operating system would not let us read."""
-    return FormatError(f"could not be read ({error.strerror or error})", path=path)
 
 
 def check_shape(dtype: DType, shape: tuple[int, ...], *, path: Path, where: str) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.containers.opening import MAX_AXES, check_shape, file_size, unreadable
+from adapterkit.containers.opening import MAX_AXES, check_shape, file_size
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, TruncatedFileError, UnsupportedError
-from adapterkit.storage import FileSlice
+from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -177,24 +177,20 @@ def _check_writable(name: str, tensor: LazyTensor) -> None:
 
 
 def _read_header(path: Path, size: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(PREFIX), "little")
-            if size >= PREFIX and length > MAX_HEADER:
-                raise FormatError(
-                    f"a header of {length} bytes is claimed, the most is {MAX_HEADER}: "
-                    "this is no safetensors file",
-                    path=path,
-                )
-            if size < PREFIX or length > size - PREFIX:
-                raise TruncatedFileError(
-                    f"the file has {size} bytes and ends within its header; "
-                    "download or copy it again",
-                    path=path,
-                )
-            return file.read(length)
-    except OSError as error:
-        raise unreadable(error, path) from error
+    with readable(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(PREFIX), "little")
+        if size >= PREFIX and length > MAX_HEADER:
+            raise FormatError(
+                f"a header of {length} bytes is claimed, the most is {MAX_HEADER}: "
+                "this is no safetensors file",
+                path=path,
+            )
+        if size < PREFIX or length > size - PREFIX:
+            raise TruncatedFileError(
+                f"the file has {size} bytes and ends within its header; download or copy it again",
+                path=path,
+            )
+        return file.read(length)
 
 
 def _validated(path: Path, header: bytes, room: int) -> tuple[list[_Entry], dict[str, str]]:
@@ -203,7 +199,8 @@ def _validated(path: Path, header: bytes, room: int) -> tuple[list[_Entry], dict
 
     try:
         # `safe_open` has no typed methods.
-        with cast("Any", safetensors.safe_open)(str(path), framework="np") as file:
+        opening = cast("Any", safetensors.safe_open)
+        with readable(path), opening(str(path), framework="np") as file:
             entries: list[_Entry] = []
             for name in file.offset_keys():
                 view = file.get_slice(name)
@@ -211,8 +208,6 @@ def _validated(path: Path, header: bytes, room: int) -> tuple[list[_Entry], dict
             metadata: dict[str, str] | None = file.metadata()
     except safetensors.SafetensorError as error:
         raise _defect(header, room, str(error).removeprefix(_LIBRARY_PREAMBLE), path) from error
-    except OSError as error:
-        raise unreadable(error, path) from error
     return entries, metadata or {}
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from adapterkit.containers.opening import file_size, unreadable
+from adapterkit.containers.opening import file_size
 from adapterkit.containers.pickle_reader import RESAVE, read_pickle
 from adapterkit.containers.torch_tensor import TORCH_NAMES, PickledTensor, Storage, StorageType
 from adapterkit.errors import FormatError, TruncatedFileError, UnsafePickleError
-from adapterkit.storage import FileSlice
+from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -75,12 +75,10 @@ def read_torch_zip(path: Path) -> TorchFile:
             members, a big-endian file, or a tensor that leaves its storage.
     """
     size = file_size(path)
-    try:
+    with readable(path):
         members = _members(path, size)
         data = members[_PICKLE.removeprefix("/")]()
         _check_byteorder(members, path)
-    except OSError as error:
-        raise unreadable(error, path) from error
     raw = read_pickle(
         data,
         names=TORCH_NAMES,

@@ -12,6 +12,7 @@ from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.errors import FormatError
 from adapterkit.json_file import read_json_object
+from adapterkit.storage import read_document
 from adapterkit.tensor import LazyTensor
 
 _ZIP = b"PK"
@@ -159,15 +160,14 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     """Return the mapping that a YAML file holds; its tags build nothing but plain data."""
     import yaml
 
+    data = read_document(path, _LARGEST_YAML)
     try:
-        if path.stat().st_size > _LARGEST_YAML:
-            raise FormatError(f"is larger than {_LARGEST_YAML} bytes; no settings", path=path)
-        text = path.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
         # Merged aliases unfold to exponentially many keys, and no settings file needs any.
         if any(isinstance(event, yaml.AliasEvent) for event in _events(text)):
             raise FormatError("holds YAML aliases; write its values out", path=path)
         value: object = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(f"is not readable YAML ({reason})", path=path) from None
     if not isinstance(value, dict):

@@ -21,7 +21,8 @@ from adapterkit.dialects.grammar import (
     WeightRule,
 )
 from adapterkit.dialects.table import Table
-from adapterkit.errors import FormatError, NotFoundError, UsageError
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.storage import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -84,13 +85,10 @@ def _read(path: Path, name: str) -> Dialect:
 
 def _document(path: Path, trail: tuple[Path, ...]) -> dict[str, Any]:
     """Return the fields of a file over those of what it extends."""
+    data = read_document(path, _LARGEST)
     try:
-        if path.stat().st_size > _LARGEST:
-            raise FormatError(f"is larger than {_LARGEST} bytes; not a dialect", path=path)
-        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFoundError("no such dialect file", path=path) from None
-    except (OSError, ValueError, RecursionError) as error:
+        raw: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"is not readable TOML ({error})", path=path) from None
     parent = raw.get("extends")
     if parent is None:

@@ -12,6 +12,7 @@ from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.json_file import read_json_object
 from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -134,7 +135,7 @@ def interpret(
 
 
 def _stored(path: Path) -> Mapping[str, LazyTensor]:
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         magic = file.read(2)
     if magic != b"PK" and path.suffix not in {".bin", ".pt", ".pth"}:
         return read_safetensors(path).tensors

@@ -21,6 +21,7 @@ from adapterkit.formats.peft_reader import locate
 from adapterkit.formats.peft_tinylora_order import base_type, find_order, round_through
 from adapterkit.json_file import read_json_object
 from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, TensorKey
+from adapterkit.storage import readable
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import streams
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule, neutral
@@ -95,7 +96,7 @@ def read_peft_tinylora(path: Path, options: Options) -> AdapterTensorSet:
 
 
 def _sorted(path: Path) -> _Stored:
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     tensors = flatten(read_torch_zip(path).root) if zipped else read_safetensors(path).tensors
     stored = _Stored(ordered=zipped)

@@ -16,6 +16,7 @@ from adapterkit.formats.peft_tuners_refused import REFUSED
 from adapterkit.formats.peft_tuners_rules import LEAF, RULES, SHARED, Context, Parts
 from adapterkit.json_file import read_json_object
 from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -88,7 +89,7 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
 
 
 def _stored(path: Path) -> Mapping[str, LazyTensor]:
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         magic = file.read(2)
     if magic != b"PK" and path.suffix not in {".bin", ".pt", ".pth"}:
         return read_safetensors(path).tensors

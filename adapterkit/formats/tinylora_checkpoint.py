@@ -18,6 +18,7 @@ from typing import Any, cast
 from adapterkit.containers.torch_zip import read_torch_zip
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.json_file import read_json_object
+from adapterkit.storage import readable
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora.settings import SETTINGS_FILE, TinySettings, settings_from
 from adapterkit.tinylora.witness import Witness, parse_witnesses
@@ -207,7 +208,7 @@ def _checked(entry: Any, folder: Path, manifest: Path) -> str:
     file = folder / name
     if file.is_symlink() or not file.is_file():
         raise FormatError("is listed, but is no file of the checkpoint", path=manifest, where=name)
-    with file.open("rb") as stream:
+    with readable(file), file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != digest.lower():
         raise FormatError(

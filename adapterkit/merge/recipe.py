@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from adapterkit.errors import FormatError, NotFoundError
+from adapterkit.errors import FormatError
+from adapterkit.storage import read_document
 
 # key -> what its value must be
 _SETTINGS: dict[str, str] = {
@@ -101,14 +102,7 @@ def read_recipe(path: Path | str) -> Recipe:
 def _document(path: Path) -> dict[str, Any]:
     import yaml
 
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError("no such file", path=path) from None
-    except OSError as error:
-        raise FormatError(f"could not be read ({error.strerror})", path=path) from None
-    if len(data) > _LARGEST:
-        raise FormatError(f"has {len(data)} bytes; not a recipe", path=path)
+    data = read_document(path, _LARGEST)
     try:
         value = yaml.safe_load(data)
         twice = _twice(cast("Any", yaml).compose(data, Loader=yaml.SafeLoader))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.storage import readable
 from adapterkit.validation.findings import Finding, Severity
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ _HEADER_LIMIT = 10 << 20
 
 def check_security(path: Path) -> Iterator[Finding]:
     """Yield findings about the files at a path; contents are never executed."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    with readable(path):
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.is_symlink() and not _inside(file, path):
             message = f"is a link that leads to {file.readlink()}"
@@ -30,7 +32,7 @@ def check_security(path: Path) -> Iterator[Finding]:
 
 
 def _header(file: Path) -> Iterator[Finding]:
-    with file.open("rb") as stream:
+    with readable(file), file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     if length > _HEADER_LIMIT:
         message = f"has a header of {length >> 20} MB"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import errno
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,33 +12,84 @@ from adapterkit_cli.rendering import printable
 from adapterkit_cli.signals import Terminated
 from adapterkit_cli.streams import discard_stdout
 
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
 # What a shell reports for a program that the signal ended: 128 + its number.
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+NOT_WRITTEN, NOT_READ, NOT_FINISHED = 1, 3, 5
+# What the operating system has against writing only.
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class ErrorBoundary(click.Group):
-    """Tells users what they can act on in one line; a bug keeps its traceback."""
+    """Tells users what they can act on in one line; a bug keeps its traceback.
+
+    Click runs completion, then reads the arguments (and prints help), then the command; it has an
+    answer of its own to what leaves one of the three, so each of them is fenced.
+    """
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the program."""
+        with told():
+            return super().main(*args, **extra)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Read the arguments."""
+        with told():
+            return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        # Not before it is needed: completion and help run without the error tree.
-        from adapterkit.errors import AdapterKitError
-
-        try:
+        with told():
             return super().invoke(ctx)
-        except AdapterKitError as error:
-            report(str(error))
-            ctx.exit(error.exit_code)
-        except BrokenPipeError:
-            discard_stdout()
-            ctx.exit(BROKEN_PIPE)
-        except KeyboardInterrupt:
-            report("interrupted; nothing was written")
-            ctx.exit(INTERRUPTED)
-        except Terminated as error:
-            report("terminated; nothing was written")
-            ctx.exit(error.status)
+
+
+@contextmanager
+def told() -> Generator[None]:
+    """Turn errors into a line on stderr and SystemExit; a bug passes."""
+    try:
+        yield
+    except BrokenPipeError:
+        discard_stdout()
+        raise SystemExit(BROKEN_PIPE) from None
+    except KeyboardInterrupt as stopped:
+        report(f"interrupted; {_what_is_left(stopped)}")
+        raise SystemExit(INTERRUPTED) from None
+    except Terminated as stopped:
+        report(f"terminated; {_what_is_left(stopped)}")
+        raise SystemExit(stopped.status) from None
+    except MemoryError as error:
+        report(f"not enough memory{f' ({error})' if str(error) else ''}; {_what_is_left(error)}")
+        raise SystemExit(NOT_FINISHED) from None
+    except (click.ClickException, click.exceptions.Exit):
+        raise  # click's own way to say what is wrong, and to end
+    except Exception as error:
+        if (answer := _answer(error)) is None:
+            raise
+        message, code = answer
+        report(message)
+        raise SystemExit(code) from None
+
+
+def _answer(error: Exception) -> tuple[str, int] | None:
+    """Return what to say of an error and the exit code; None for a bug."""
+    # Not before it is needed: completion and help run without the error tree.
+    from adapterkit.errors import AdapterKitError
+
+    if isinstance(error, AdapterKitError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        code = NOT_WRITTEN if error.errno in _OF_WRITING else NOT_READ
+        return f"{error.filename}: {error.strerror or error}", code
+    return None
+
+
+def _what_is_left(stopped: BaseException) -> str:
+    """Return the first note on what ended the program: a writer that keeps something says so."""
+    notes: list[str] = getattr(stopped, "__notes__", [])
+    return notes[0] if notes else "nothing was written"
 
 
 def report(message: str) -> None:

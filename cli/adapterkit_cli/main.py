@@ -51,7 +51,7 @@ class Program(ErrorBoundary):
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "Exit codes: 0 done, 1 findings, 2 usage, 3 unreadable or malformed input, "
-        "4 the target cannot hold this adapter, 5 could not be checked."
+        "4 the target cannot hold this adapter, 5 could not be checked or not enough memory."
     ),
 )
 @click.version_option(adapterkit.__version__, prog_name="adapterkit")

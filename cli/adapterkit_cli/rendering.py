@@ -41,18 +41,7 @@ def plain(value: object) -> object:
 
 def emit(text: str) -> None:
     """Write data to stdout."""
-    from adapterkit.errors import WriteError
-
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        from adapterkit_cli.streams import discard_stdout
-
-        discard_stdout()
-        reason = error.strerror or str(error)
-        raise WriteError(f"could not be written ({reason})", path="standard output") from error
+    click.echo(text)
 
 
 def remark(kind: str, text: str) -> None:

@@ -27,29 +27,31 @@ class Terminated(SystemExit):
 
 @contextmanager
 def stopping_cleanly() -> Generator[None]:
-    """Raise in the main thread when the program is told to end; a second request is ignored.
+    """Raise in the main thread when the program is told to end; told again, it dies at once.
 
-    A signal that the caller ignores (`nohup`) stays ignored.
+    No more than one exception ever comes of signals, so that what cleans up is interrupted once at
+    most. A signal that the caller ignores (`nohup`) stays ignored.
     """
     before = {number: signal.getsignal(number) for number in _numbers()}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+    heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        del frame
+        # From here on the operating system answers, even where no Python code gets to run.
+        for each in heeded:
+            signal.signal(each, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Terminated(number)
+
+    for number in heeded:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
 def _numbers() -> list[signal.Signals]:
     return [signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__]
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    del frame
-    # Cleaning up takes a moment; an impatient second Ctrl-C must not cut it short.
-    signal.signal(number, signal.SIG_IGN)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Terminated(number)

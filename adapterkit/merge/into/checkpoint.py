@@ -23,6 +23,7 @@ from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsRe
 from adapterkit.merge.into.tying import Tying, resolved
 from adapterkit.merge.into.writing import write_files
 from adapterkit.output import Directory
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -324,7 +325,10 @@ def write_checkpoint(
     for other in plan.others:
         target = staging / other
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.base.path / other, target)
+        with readable(plan.base.path / other):
+            data = (plan.base.path / other).open("rb")
+        with data, target.open("wb") as copy:
+            shutil.copyfileobj(data, copy)
     if plan.config or plan.without:
         _edit_config(staging / "config.json", plan.config, plan.without)
     if (plan.base.path / INDEX).is_file():

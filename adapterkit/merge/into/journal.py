@@ -10,10 +10,11 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from adapterkit.errors import AdapterKitError, FormatError, UsageError
 from adapterkit.merge.into.report import TensorReport
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -29,6 +30,14 @@ _VERSION = 2
 _SAMPLE = 1 << 12
 _EVERY = 1 << 20
 _SMALL = 1 << 24
+
+
+class Digest(Protocol):
+    """A hash that is being computed."""
+
+    def update(self, data: bytes, /) -> None:
+        """Add bytes."""
+        ...
 
 
 class Written(NamedTuple):
@@ -130,15 +139,16 @@ def _segment(line: Mapping[str, Any]) -> tuple[tuple[str, int], Segment]:
         ValueError: if something in it is of another type.
     """
     reports = [
-        TensorReport(**{**report, "modules": tuple(map(_text, report["modules"]))})
+        TensorReport(
+            tensor=_text(report["tensor"]),
+            modules=tuple(map(_text, report["modules"])),
+            stored=_text(report["stored"]),
+            dtype=_text(report["dtype"]),
+            relative_norm=_number(report["relative_norm"]),
+            survival=_number(report["survival"]),
+        )
         for report in line["reports"]
     ]
-    for report in reports:
-        for name in ("tensor", "stored", "dtype"):
-            _text(getattr(report, name))
-        for number in (report.relative_norm, report.survival):
-            if number is not None and not isinstance(number, (int, float)):
-                raise ValueError(number)
     written = [Written(*map(_count, each)) for each in line["written"]]
     return (_text(line["file"]), _count(line["segment"])), Segment(tuple(reports), tuple(written))
 
@@ -146,6 +156,12 @@ def _segment(line: Mapping[str, Any]) -> tuple[tuple[str, int], Segment]:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(value)  # noqa: TRY004  (the caller tells what is wrong)
+    return value
+
+
+def _number(value: object) -> float | None:
+    if value is not None and not isinstance(value, (int, float)):
+        raise ValueError(value)
     return value
 
 
@@ -191,7 +207,12 @@ def plan_hash(
     return digest.hexdigest()
 
 
-def _add_file(digest: hashlib._Hash, path: Path, header: int) -> None:
+def _add_file(digest: Digest, path: Path, header: int) -> None:
+    with readable(path):
+        _add(digest, path, header)
+
+
+def _add(digest: Digest, path: Path, header: int) -> None:
     status = path.stat()
     real = os.path.realpath(path)
     digest.update(f"{real} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))

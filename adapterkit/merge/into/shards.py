@@ -11,7 +11,7 @@ from adapterkit.containers.safetensors import PREFIX, read_safetensors
 from adapterkit.errors import UnsupportedError
 from adapterkit.merge.into.steps import Change
 from adapterkit.merge.into.writing import OutputFile, Piece
-from adapterkit.storage import FileSlice
+from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
 def _header(shard: Shard) -> bytes:
     """Return the base's own header, or one with the new types and shapes, metadata kept."""
     if not shard.rewritten:
-        with shard.path.open("rb") as file:
+        with readable(shard.path), shard.path.open("rb") as file:
             prefix = file.read(PREFIX)
             return prefix + file.read(int.from_bytes(prefix, "little"))
     fields: dict[str, object] = {}

@@ -22,7 +22,7 @@ from adapterkit.errors import TruncatedFileError, UnsupportedError, UsageError
 from adapterkit.merge.into.blocks import BLOCK, Merger, Sums, total
 from adapterkit.merge.into.journal import Segment, Written
 from adapterkit.merge.into.steps import Change
-from adapterkit.storage import FileSlice
+from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import RowReader
 from adapterkit.work import Crew, mapped
 
@@ -255,7 +255,8 @@ def _write_gaps(file: OutputFile, target: int) -> None:
 
 
 def _copy(span: FileSlice, target: int, at: int) -> None:
-    source = os.open(span.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    with readable(span.path):
+        source = os.open(span.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         if copy_range(source, span.offset, target, at, span.length) != span.length:
             end = span.offset + span.length
