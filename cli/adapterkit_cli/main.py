@@ -9,7 +9,7 @@ import click
 
 import adapterkit
 from adapterkit_cli.boundary import ErrorBoundary
-from adapterkit_cli.signals import stopping_cleanly
+from adapterkit_cli.signals import ended_by_signal, leave_at_once, stopping_cleanly
 from adapterkit_cli.streams import harden
 
 # In the order of `--help`; each is the attribute `command` of the module of its name.
@@ -66,4 +66,9 @@ def main() -> None:
     """Run the program and exit."""
     harden()
     with stopping_cleanly():
-        cli.main(prog_name="adapterkit")
+        try:
+            cli.main(prog_name="adapterkit")
+        except SystemExit as end:
+            if ended_by_signal(end.code):
+                leave_at_once(int(end.code or 0))
+            raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -51,6 +53,17 @@ def stopping_cleanly() -> Generator[None]:
     finally:
         for number in heeded:
             signal.signal(number, before[number])
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """Exit without waiting for threads that compute what nobody will see any more."""
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def ended_by_signal(status: object) -> bool:
+    """Tell whether an exit code says that a signal asked for it."""
+    return any(status == 128 + number for number in _numbers())
 
 
 def _numbers() -> list[signal.Signals]:
