@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +17,16 @@ import torch
 from engine import BaseFixture, family_row, make_base
 from test_into_checkpoint import LINEAR, loaded, trained
 
-from adapterkit.errors import UsageError, WriteError
+from adapterkit.containers.gguf import read_gguf
+from adapterkit.containers.safetensors import read_safetensors
+from adapterkit.errors import FormatError, UsageError, WriteError
 from adapterkit.merge.into import entry, merge_into, writing
 from adapterkit.merge.into.blocks import Merger
 from adapterkit.merge.into.journal import JOURNAL
+from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 # A merge that kills itself, as `kill -9` would, as soon as so many bytes are done; at 100 when all
@@ -196,3 +202,147 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(WriteError, match="No space left on device"):
         merge_into([adapter], base, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def killed(adapter: Path, base: Path, target: Path, percent: int = 60) -> Path:
+    """Kill a merge when so much is written; return what it left."""
+    done = subprocess.run(
+        [sys.executable, "-c", SUICIDE, str(adapter), str(base), str(target), str(percent)],
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL
+    return staging_of(target)
+
+
+def segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "SEGMENT", 20_000)
+    monkeypatch.setattr(entry, "SEGMENT", 20_000)
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_another_base_under_the_same_names_sizes_and_times_is_refused(
+    kind: str, tiny: BaseFixture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments(monkeypatch)
+    trained(tiny, tmp_path / "adapter", target_modules=LINEAR)
+    mine = tmp_path / ("base" if kind == "hf" else "base.gguf")
+    shutil.copytree(base, mine) if kind == "hf" else shutil.copy(tiny.gguf, mine)
+    target = tmp_path / ("merged" if kind == "hf" else "merged.gguf")
+    left = killed(tmp_path / "adapter", mine, target)
+    twin = min(mine.glob("*.safetensors")) if kind == "hf" else mine
+    status, data = twin.stat(), bytearray(twin.read_bytes())
+    data[-64:] = bytes(64)
+    twin.write_bytes(data)
+    os.utime(twin, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UsageError, match="holds another merge"):
+        merge_into([tmp_path / "adapter"], mine, target, resume=True)
+    assert left.is_dir()
+    assert not target.exists()
+    merge_into([tmp_path / "adapter"], mine, target)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+@pytest.mark.parametrize("where", ["computed", "copied", "shorter"])
+def test_what_was_changed_since_is_refused_by_name(
+    kind: str,
+    where: str,
+    tiny: BaseFixture,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    segments(monkeypatch)
+    trained(tiny, tmp_path / "adapter", target_modules=LINEAR)
+    target = tmp_path / ("merged" if kind == "hf" else "merged.gguf")
+    left = killed(tmp_path / "adapter", base if kind == "hf" else tiny.gguf, target, 100)
+    _, *lines = map(json.loads, (left / JOURNAL).read_text().splitlines())
+    line = next(line for line in lines if line["written"])
+    folder = left if kind == "gguf" else left / "merged"
+    file, at = folder / line["file"], line["written"][0][0]
+    if where == "copied":
+        file, at = next(place for path in folder.iterdir() for place in embeddings(path))
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data[:-1] if where == "shorter" else data)
+    with pytest.raises(UsageError, match=f"{re.escape(file.name)}.*was changed since"):
+        merge_into([tmp_path / "adapter"], base if kind == "hf" else tiny.gguf, target, resume=True)
+    assert not target.exists()
+
+
+def embeddings(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yield where a table stands that the adapter does not touch."""
+    if path.suffix in {".gguf", ".safetensors"}:
+        read = read_gguf(path) if path.suffix == ".gguf" else read_safetensors(path)
+        for name in read.tensors.keys() & {"token_embd.weight", "model.embed_tokens.weight"}:
+            span = read.tensors[name].read
+            assert isinstance(span, FileSlice)
+            yield path, span.offset
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}\n", "[1]\n", '{"plan": 1}\nnull\n', "\xff\n", '{"plan": "x"}\n{"file": []}\n', "[" * 9999],
+)
+def test_a_malformed_journal_is_malformed_input(
+    text: str, tiny: BaseFixture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments(monkeypatch)
+    trained(tiny, tmp_path / "adapter", target_modules=LINEAR)
+    left = killed(tmp_path / "adapter", base, tmp_path / "merged")
+    (left / JOURNAL).write_text(text, encoding="latin-1")
+    with pytest.raises(FormatError, match="no journal of a merge"):
+        merge_into([tmp_path / "adapter"], base, tmp_path / "merged", resume=True)
+
+
+def test_nothing_is_written_through_a_link(
+    tiny: BaseFixture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments(monkeypatch)
+    trained(tiny, tmp_path / "adapter", target_modules=LINEAR)
+    merge_into([tmp_path / "adapter"], base, tmp_path / "whole")
+    left = killed(tmp_path / "adapter", base, tmp_path / "merged")
+    mine = tmp_path / "mine"
+    mine.write_text("do not lose")
+    for name in ("config.json", "generation_config.json", "other"):
+        (left / "merged" / name).unlink(missing_ok=True)
+        (left / "merged" / name).symlink_to(mine)
+    merge_into([tmp_path / "adapter"], base, tmp_path / "merged", resume=True)
+    assert hashes(tmp_path / "merged") == hashes(tmp_path / "whole")
+    assert mine.read_text() == "do not lose"
+
+
+@pytest.mark.parametrize("how", [os.symlink, os.link])
+def test_a_finished_file_that_is_a_link_is_refused(
+    how: Callable[[Path, Path], None],
+    tiny: BaseFixture,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    segments(monkeypatch)
+    trained(tiny, tmp_path / "adapter", target_modules=LINEAR)
+    left = killed(tmp_path / "adapter", base, tmp_path / "merged")
+    _, line, *_ = map(json.loads, (left / JOURNAL).read_text().splitlines())
+    file = left / "merged" / line["file"]
+    file.rename(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    how(tmp_path / "elsewhere", file)
+    with pytest.raises((UsageError, WriteError)):
+        merge_into([tmp_path / "adapter"], base, tmp_path / "merged", resume=True)
+    assert (tmp_path / "elsewhere").read_bytes() == before
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_last_line_that_was_cut_counts_for_nothing(
+    tiny: BaseFixture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments(monkeypatch)
+    trained(tiny, tmp_path / "adapter", target_modules=LINEAR)
+    merge_into([tmp_path / "adapter"], base, tmp_path / "whole")
+    left = killed(tmp_path / "adapter", base, tmp_path / "merged")
+    text = (left / JOURNAL).read_text()
+    (left / JOURNAL).write_text(text[:-9])
+    merge_into([tmp_path / "adapter"], base, tmp_path / "merged", resume=True)
+    assert hashes(tmp_path / "merged") == hashes(tmp_path / "whole")
