@@ -1,0 +1,115 @@
+"""Every command that writes: what is there is kept, unless it is an output and --force is said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+from terminal import BASE, PEFT, TINY, invoke, start
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PATIENCE = 60  # seconds
+# Command -> arguments before the destination, and its suffix; a directory without one.
+WRITERS = {
+    "convert to gguf": (["convert", TINY, "--base", BASE, "-o"], ".gguf"),
+    "convert to peft": (["convert", TINY, "-o"], ""),
+    "convert to mlx": (["convert", TINY, "--base", BASE, "--to", "mlx", "-o"], ""),
+    "merge": (["merge", TINY, TINY, "-o"], ""),
+    "compress": (["compress", TINY, "--rank", "1", "-o"], ""),
+    "audit --html": (["audit", TINY, "--html"], ".html"),
+    "audit --bank": (["audit", TINY, "--bank"], ".json"),
+}
+EVERY = pytest.mark.parametrize(("arguments", "suffix"), WRITERS.values(), ids=WRITERS.keys())
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@EVERY
+def test_what_exists_is_kept_and_an_output_is_replaced_when_asked(
+    arguments: list[str | Path], suffix: str, tmp_path: Path
+) -> None:
+    target = tmp_path / f"out{suffix}"
+    assert invoke(*arguments, target).exit_code == 0
+    before = contents(tmp_path)
+    again = invoke(*arguments, target)
+    assert (again.exit_code, "pass --force to replace it" in again.stderr) == (1, True)
+    assert contents(tmp_path) == before
+    assert invoke(*arguments, target, "--force").exit_code == 0
+    assert contents(tmp_path).keys() == before.keys()
+
+
+@EVERY
+def test_what_is_no_output_is_never_replaced(
+    arguments: list[str | Path], suffix: str, tmp_path: Path
+) -> None:
+    pipe = tmp_path / f"pipe{suffix}"
+    os.mkfifo(pipe)
+    result = invoke(*arguments, pipe, "--force")
+    assert (result.exit_code, "name another" in result.stderr) == (1, True)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    foreign = tmp_path / f"work{suffix}"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("do not lose")
+    assert invoke(*arguments, foreign, "--force").exit_code == 1
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+
+
+@EVERY
+def test_of_two_at_once_one_writes(
+    arguments: list[str | Path], suffix: str, tmp_path: Path
+) -> None:
+    target = tmp_path / f"out{suffix}"
+    assert invoke(*arguments, tmp_path / f"reference{suffix}").exit_code == 0
+    processes = [start(*arguments, target) for _ in range(3)]
+    ended = [
+        (process.communicate(timeout=PATIENCE)[1], process.returncode) for process in processes
+    ]
+    assert sorted(code for _, code in ended) == [0, 1, 1]
+    for err, code in ended:
+        assert code == 0 or "exists already" in err or "is being written by process" in err
+    written = {name for name in contents(tmp_path) if name.startswith("out")}
+    assert len(written) == len({n for n in contents(tmp_path) if n.startswith("reference")})
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_former_adapter_goes_and_other_files_stay(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    shutil.copytree(TINY, target)
+    (target / "adapter_model.safetensors").rename(target / "adapter_model.bin")
+    (target / "adapters.safetensors").write_text("of another format")
+    (target / "notes.txt").write_text("mine")
+    (target / "log").mkdir()
+    (target / "log" / "loss.csv").write_text("mine too")
+    assert invoke("convert", PEFT / "dora", "-o", target, "--force").exit_code == 0
+    assert contents(target).keys() == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "log/loss.csv",
+        "notes.txt",
+    }
+    assert json.loads((target / "adapter_config.json").read_text())["use_dora"] is True
+
+
+def test_nothing_is_replaced_by_what_is_made_from_it(tmp_path: Path) -> None:
+    source = tmp_path / "adapter"
+    shutil.copytree(TINY, source)
+    before = contents(source)
+    for arguments in (
+        ("convert", source, "-o", source),
+        ("merge", source, TINY, "-o", source),
+        ("compress", source, "--rank", "1", "-o", source),
+    ):
+        result = invoke(*arguments, "--force")
+        assert result.exit_code == 2, result.output
+        assert "which it is made from" in result.stderr
+        assert contents(source) == before
