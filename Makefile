@@ -20,7 +20,7 @@ demo: $(STAMP)  ## inspect, convert and run a real adapter in llama.cpp
 test: $(STAMP)  ## run every test, oracles included
 	$(BIN)/pytest -n 2
 
-soak: $(STAMP)  ## kill, race and starve every command that writes, for hours; counts in build/soak.json
+soak: $(STAMP)  ## kill, race and starve every command that writes, at real size; counts in build/soak.json
 	$(BIN)/pytest tests/soak -m soak
 
 lint: $(STAMP)  ## formatting and lint

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
     from soak.inputs import Inputs
@@ -49,6 +49,7 @@ INTO_MIXTURE = Command(
 REPORT = Command("audit-html", "audit {adapter} --html {out}", ".html")
 BANK = Command("audit-bank", "audit {adapter} {other} --bank {out}", ".json")
 COMPRESS = Command("compress", "compress {adapter} --rank 4 -o {out}")
+EXTRACT = Command("extract", "extract --base {base} --tuned {tuned} --rank 8 -o {out}")
 MERGE = Command("merge", "merge {adapter} {other} -o {out}")
 COMMANDS = (
     CONVERT_FILE,
@@ -58,16 +59,26 @@ COMMANDS = (
     INTO_FILE,
     INTO_REAL,
     INTO_MIXTURE,
-    Command("extract", "extract --base {base} --tuned {tuned} --rank 8 -o {out}"),
+    EXTRACT,
     COMPRESS,
 )
 RACED = (CONVERT_FILE, CONVERT_DIRECTORY, INTO_DIRECTORY, INTO_FILE, REPORT)
 RESUMED = (INTO_DIRECTORY, INTO_FILE, INTO_MIXTURE)
 
 
-def each(commands: Iterable[Command]) -> pytest.MarkDecorator:
-    """Run a test with every one of some commands."""
-    return pytest.mark.parametrize("command", [pytest.param(c, id=c.name) for c in commands])
+def each(
+    commands: Iterable[Command], quick: Collection[Command] | None = None
+) -> pytest.MarkDecorator:
+    """Run a test with every one of some commands; in the quick slice with a few."""
+    rows = [
+        pytest.param(c, id=c.name, marks=whole_only(quick is None or c in quick)) for c in commands
+    ]
+    return pytest.mark.parametrize("command", rows)
+
+
+def whole_only(quick: bool) -> list[pytest.MarkDecorator]:
+    """Return the marks of a row that is in the quick slice too, or is not."""
+    return [] if quick else [pytest.mark.soak]
 
 
 def former(command: Command, inputs: Inputs, place: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from soak.commands import INTO_DIRECTORY
 from soak.inputs import Inputs, make_inputs
 from soak.references import References
@@ -15,6 +16,21 @@ from soak.scales import QUICK, SOAK, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave rows that only the whole has out of the quick slice."""
+    dropped = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("scale") is QUICK
+        and item.get_closest_marker("soak")
+    ]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
 
 
 @pytest.fixture(

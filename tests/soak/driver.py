@@ -49,9 +49,9 @@ def at_steps(call: Call) -> None:
     """Call before every step, from any thread."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in EVENTS:
-            call(event)
-        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
+        if event in EVENTS or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING
+        ):
             call(event)
 
     sys.addaudithook(hook)

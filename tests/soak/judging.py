@@ -45,7 +45,7 @@ def judged(
     """
     found = digest(out)
     whole = found in right
-    counts.ran(ended, {*codes, 0, -2, -15, -1} if whole else codes, trace=trace)
+    counts.ran(ended, {*codes, 0, -2, -15, -1} if whole else {*codes, 0}, trace=trace)
     if ended.code == 0 and not whole and not ended.hung:
         counts.add("wrong", f"success, but {difference(found, right[0])}: {ended}")
     elif not whole and found != before:
@@ -70,6 +70,8 @@ def succeeded(counts: Counts, ended: Ended, out: Path, right: Digest) -> None:
 
 def said(counts: Counts, ended: Ended, names: str = "") -> None:
     """Count a failed run that does not end with one message, of one line, that names something."""
+    if ended.hung or ended.code == 0:
+        return
     messages = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
-    if not ended.hung and (len(messages) != 1 or names not in messages[0]):
+    if len(messages) != 1 or names not in messages[0]:
         counts.add("messages", f"expected one about {names or 'it'}: {ended}")

@@ -40,6 +40,8 @@ class References:
         folder.mkdir()
         self.folder, self.inputs = folder, inputs
         self.known: dict[str, Reference] = {}
+        # The last step before which a merge still has its journal, where that was looked for.
+        self.latest: dict[str, int] = {}
         self.counted: dict[str, list[str]] = {}
 
     def of(self, command: Command, **instead: Path) -> Reference:
@@ -68,5 +70,3 @@ class References:
             assert digest(reference.path) == reference.digest, f"{command.name} is not repeatable"
             self.counted[command.name] = listed.read_text().splitlines()
         return self.counted[command.name]
-
-

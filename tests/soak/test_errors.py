@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+
 from soak.commands import (
     CONVERT_DIRECTORY,
     CONVERT_FILE,
@@ -15,7 +16,9 @@ from soak.commands import (
     INTO_MIXTURE,
     INTO_REAL,
     Command,
+    each,
     former,
+    whole_only,
 )
 from soak.inputs import CHANGED, linked, own, poke, shard_of
 from soak.judging import FULL, judged, said
@@ -79,14 +82,35 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+QUICK_ROWS = {
+    "memory-in-worker",
+    "bug-in-mixture",
+    "pwrite-full",
+    "fallocate-full",
+    "second-flush-fails",
+    "convert-directory-flush-full",
+    "progress-raises",
+    "interrupt-in-worker",
+    "weight-too-large",
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=whole_only(name in QUICK_ROWS))
+        for name, case in CASES.items()
+    ],
+)
 def test_an_error_is_a_message(
     case: Case, scale: Scale, inputs: Inputs, references: References, place: Path, counts: Counts
 ) -> None:
     check(case, scale, inputs, references, place, counts)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+@pytest.mark.parametrize(
+    "value", [float("nan"), 1e6, pytest.param(float("inf"), marks=whole_only(quick=False))]
+)
 def test_a_value_of_the_base(
     value: float,
     scale: Scale,
@@ -104,7 +128,7 @@ def test_a_value_of_the_base(
     check(case, scale, inputs, references, place, counts, names="q_proj", base=base)
 
 
-@pytest.mark.parametrize("command", [INTO_DIRECTORY, INTO_FILE], ids=lambda c: c.name)
+@each([INTO_DIRECTORY, INTO_FILE], quick=[INTO_DIRECTORY])
 def test_a_source_is_cut_meanwhile(
     command: Command,
     scale: Scale,

@@ -9,7 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from soak.commands import COMMANDS, Command, each, former
+
+from soak.commands import COMMANDS, CONVERT_DIRECTORY, INTO_FILE, Command, each, former
 from soak.judging import FULL, judged, said
 from soak.runs import PATIENCE, Run, digest, hidden, restored
 
@@ -57,7 +58,7 @@ def test_files_may_not_grow(
     counts.settle()
 
 
-@each(COMMANDS)
+@each(COMMANDS, quick=[CONVERT_DIRECTORY, INTO_FILE])
 def test_a_disk_is_full(
     command: Command,
     scale: Scale,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from soak.commands import (
     BANK,
     COMMANDS,
@@ -23,6 +24,7 @@ from soak.commands import (
     Command,
     each,
     former,
+    whole_only,
 )
 from soak.judging import said
 from soak.runs import PATIENCE, Run, difference, digest, hidden
@@ -87,8 +89,19 @@ def run(words: list[str], references: References, command: Command) -> Ended:
     return Run(words).end(PATIENCE + 2 * references.of(command).seconds)
 
 
-@pytest.mark.parametrize("make", [pipe, device, endpoint, foreign])
-@each([CONVERT_FILE, CONVERT_DIRECTORY, INTO_DIRECTORY, INTO_FILE, REPORT, BANK])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pipe,
+        foreign,
+        pytest.param(device, marks=whole_only(quick=False)),
+        pytest.param(endpoint, marks=whole_only(quick=False)),
+    ],
+)
+@each(
+    [CONVERT_FILE, CONVERT_DIRECTORY, INTO_DIRECTORY, INTO_FILE, REPORT, BANK],
+    quick=[CONVERT_FILE, CONVERT_DIRECTORY, REPORT],
+)
 def test_force_spares_what_is_not_ours(
     command: Command,
     make: Callable[[Path], Path],
@@ -110,7 +123,7 @@ def test_force_spares_what_is_not_ours(
     counts.settle()
 
 
-@each([CONVERT_FILE, INTO_FILE, REPORT, BANK])
+@each([CONVERT_FILE, INTO_FILE, REPORT, BANK], quick=[CONVERT_FILE])
 def test_force_does_not_follow_links(
     command: Command, inputs: Inputs, references: References, place: Path, counts: Counts
 ) -> None:
@@ -126,7 +139,7 @@ def test_force_does_not_follow_links(
     counts.settle()
 
 
-@each([*COMMANDS, REPORT, BANK])
+@each([*COMMANDS, REPORT, BANK], quick=[CONVERT_DIRECTORY, INTO_FILE, REPORT, BANK])
 def test_nothing_is_replaced_unasked(
     command: Command, inputs: Inputs, references: References, place: Path, counts: Counts
 ) -> None:
@@ -140,7 +153,10 @@ def test_nothing_is_replaced_unasked(
     counts.settle()
 
 
-@each([CONVERT_DIRECTORY, MERGE, COMPRESS, INTO_DIRECTORY])
+@each(
+    [CONVERT_DIRECTORY, MERGE, COMPRESS, INTO_DIRECTORY],
+    quick=[CONVERT_DIRECTORY, INTO_DIRECTORY],
+)
 def test_force_keeps_what_is_not_the_adapters(
     command: Command, inputs: Inputs, references: References, place: Path, counts: Counts
 ) -> None:

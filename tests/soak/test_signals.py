@@ -6,7 +6,17 @@ from random import Random
 from signal import SIGINT, SIGKILL, SIGTERM
 from typing import TYPE_CHECKING
 
-from soak.commands import COMMANDS, CONVERT_DIRECTORY, INTO_REAL, each, former
+from soak.commands import (
+    COMMANDS,
+    CONVERT_DIRECTORY,
+    CONVERT_FILE,
+    EXTRACT,
+    INTO_DIRECTORY,
+    INTO_FILE,
+    INTO_REAL,
+    each,
+    former,
+)
 from soak.judging import CODES, SIGNALS, judged, succeeded
 from soak.runs import PATIENCE, WHOLE, Run, digest, disturbed, hidden, removed, restored
 
@@ -35,7 +45,7 @@ def test_signalled_at_any_moment(
     place: Path,
     counts: Counts,
 ) -> None:
-    random = Random(command.name)
+    random = Random(command.name)  # noqa: S311  (the same on every machine)
     reference, out = references.of(command), place / f"out{command.suffix}"
     old = former(command, inputs, place)
     for number in range(scale.moments):
@@ -61,7 +71,7 @@ def test_signalled_at_any_moment(
     counts.settle()
 
 
-@each(COMMANDS)
+@each(COMMANDS, quick=[CONVERT_FILE, CONVERT_DIRECTORY, INTO_DIRECTORY, INTO_FILE])
 def test_signalled_before_any_step(
     command: Command,
     scale: Scale,
@@ -70,12 +80,14 @@ def test_signalled_before_any_step(
     place: Path,
     counts: Counts,
 ) -> None:
-    random = Random(command.name)
+    random = Random(command.name)  # noqa: S311  (the same on every machine)
     reference, steps = references.of(command), len(references.steps(command))
     out, fired = place / f"out{command.suffix}", place / "fired"
     old = former(command, inputs, place)
     for number in range(scale.steps):
-        step = steps - random.randrange(min(_LAST, steps)) if number % 2 else random.randint(1, steps)
+        step = (
+            steps - random.randrange(min(_LAST, steps)) if number % 2 else random.randint(1, steps)
+        )
         signal = SIGNALS[number % len(SIGNALS)]
         restored(out, old)
         before, there = digest(out), hidden(out)
@@ -98,7 +110,7 @@ def test_signalled_before_any_step(
     counts.settle()
 
 
-@each([INTO_REAL, *(c for c in COMMANDS if c.name in {"into-hf", "extract"})])
+@each([INTO_REAL, INTO_DIRECTORY, EXTRACT], quick=[INTO_REAL])
 def test_a_second_signal_ends_it_at_once(
     command: Command,
     scale: Scale,
@@ -107,7 +119,7 @@ def test_a_second_signal_ends_it_at_once(
     place: Path,
     counts: Counts,
 ) -> None:
-    random = Random(command.name)
+    random = Random(command.name)  # noqa: S311  (the same on every machine)
     reference, out = references.of(command), place / f"out{command.suffix}"
     for number in range(max(1, scale.moments // 10)):
         signals = [SIGINT, SIGINT] if number % 2 == 0 else [SIGTERM, SIGINT]
