@@ -49,9 +49,8 @@ def at_steps(call: Call) -> None:
     """Call before every step, from any thread."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in EVENTS or (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING
-        ):
+        flags = arguments[2] if event == "open" else 0
+        if event in EVENTS or (isinstance(flags, int) and flags & _WRITING):
             call(event)
 
     sys.addaudithook(hook)
@@ -140,7 +139,7 @@ def barrier(_: Path, folder: str, count: str, event: str) -> None:
         descriptor = os.open(here / str(os.getpid()), os.O_WRONLY | os.O_CREAT, 0o600)
         os.close(descriptor)
         patience = time.monotonic() + (10 * _PATIENCE if event == "start" else _PATIENCE)
-        while len(os.listdir(here)) < int(count) and time.monotonic() < patience:
+        while len(list(here.iterdir())) < int(count) and time.monotonic() < patience:
             time.sleep(0.001)
 
     if event == "start":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soak.runs import WHOLE, Digest, Run, digest, undisturbed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from soak.commands import Command
     from soak.inputs import Inputs
 

@@ -72,7 +72,7 @@ class Run:
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,
-                preexec_fn=prepare,
+                preexec_fn=prepare,  # noqa: PLW1509  (there are no threads here)
                 env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TERM": "dumb"},
             )
 

@@ -32,5 +32,5 @@ class Scale:
     repeated: bool
 
 
-QUICK = Scale("quick", 4, 8_000, 1, moments=2, steps=2, rounds=3, kills=2, repeated=False)
+QUICK = Scale("quick", 3, 8_000, 1, moments=2, steps=2, rounds=3, kills=2, repeated=False)
 SOAK = Scale("soak", 16, 32_000, 4, moments=50, steps=30, rounds=50, kills=30, repeated=True)

@@ -178,7 +178,7 @@ def test_what_is_staged_is_not_trusted(
     counts.settle()
 
 
-@each([INTO_DIRECTORY, INTO_FILE], quick=[INTO_DIRECTORY])
+@each([INTO_DIRECTORY, INTO_FILE], quick=[INTO_FILE])
 def test_a_base_is_swapped_meanwhile(
     command: Command, inputs: Inputs, references: References, place: Path, counts: Counts
 ) -> None:

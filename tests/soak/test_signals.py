@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _END, _AFTER, _SHARE = 0.85, 1.05, 0.25
 # Steps at the end, half of the kills: the moves into place.
 _LAST = 8
-_AT_ONCE = 1.0
+_AT_ONCE = 2.0
 
 
 @each(COMMANDS)
