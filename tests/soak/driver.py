@@ -46,17 +46,21 @@ def wrap(owner: Any, name: str, before: Call) -> None:
 
 
 def at_steps(call: Call) -> None:
-    """Call before every step, from any thread."""
+    """Call before every step, from any thread, while signals are the program's own."""
+
+    def own(name: str) -> None:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            call(name)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         flags = arguments[2] if event == "open" else 0
         if event in EVENTS or (isinstance(flags, int) and flags & _WRITING):
-            call(event)
+            own(event)
 
     sys.addaudithook(hook)
     for name in CALLS:
         if hasattr(os, name):
-            wrap(os, name, lambda name: call(f"os.{name}"))
+            wrap(os, name, lambda name: own(f"os.{name}"))
 
 
 def numbered(number: int, call: Call) -> Call:
