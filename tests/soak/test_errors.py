@@ -56,7 +56,7 @@ class Case:
 
 
 CASES = {
-    "memory-in-worker": Case(INTO_REAL, "fail,numpy.matmul,MemoryError,3", {1, 4}, bug=True),
+    "memory-in-worker": Case(INTO_REAL, "fail,numpy.matmul,MemoryError,3", {1, 4, 5}, bug=True),
     "bug-in-worker": Case(INTO_DIRECTORY, "fail,numpy.matmul,RuntimeError,3", {1}, bug=True),
     "bug-in-mixture": Case(INTO_MIXTURE, "fail,numpy.matmul,RuntimeError,1", {1}, bug=True),
     "interrupt-in-worker": Case(INTO_REAL, "fail,numpy.matmul,KeyboardInterrupt,3", {1, 130}),

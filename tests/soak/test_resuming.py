@@ -56,7 +56,7 @@ def flipped(staging: Path, names: set[str], place: Path) -> None:
     """Change a byte in every megabyte of what is staged, and no size or time."""
     del names, place
     for file in staging.rglob("*"):
-        if file.is_file() and file.suffix != ".json":
+        if file.is_file() and not file.suffix.startswith(".json"):
             times = file.stat()
             with file.open("r+b") as opened:
                 for at in range(4096, times.st_size, 1 << 20):
@@ -71,7 +71,7 @@ def zeroed(staging: Path, names: set[str], place: Path) -> None:
     """Lose what is staged as a disk may after a crash: sizes are there, bytes are not."""
     del names, place
     for file in staging.rglob("*"):
-        if file.is_file() and file.suffix != ".json":
+        if file.is_file() and not file.suffix.startswith(".json"):
             size = file.stat().st_size
             os.truncate(file, 0)
             os.truncate(file, size)
@@ -122,12 +122,13 @@ def mistyped(staging: Path, names: set[str], place: Path) -> None:
         return value if isinstance(value, str) else "7"
 
     for journal in journals(staging, names):
-        journal.write_text(json.dumps(other(json.loads(journal.read_text()))))
+        lines = [json.dumps(other(json.loads(line))) for line in journal.read_text().splitlines()]
+        journal.write_text("\n".join(lines) + "\n")
 
 
 def journals(staging: Path, names: set[str]) -> list[Path]:
     """Return the JSON that is no part of the output."""
-    found = [file for file in staging.rglob("*.json") if file.name not in names]
+    found = [file for file in staging.rglob("*.json*") if file.name not in names]
     assert found, sorted(staging.rglob("*"))
     return found
 
@@ -217,7 +218,7 @@ def killed_late(words: list[str], references: References, command: Command, out:
         Run(words, fault=f"kill,SIGKILL,{step}", fired=out.with_name("fired")).end(patience)
         for name in hidden(out):
             folder = out.with_name(name)
-            if folder.is_dir() and any(f.name not in names for f in folder.rglob("*.json")):
+            if folder.is_dir() and any(f.name not in names for f in folder.rglob("*.json*")):
                 references.latest[command.name] = step
                 return folder
         removed(out)
