@@ -16,3 +16,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Models are built here or not at all.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The counts of tests/soak reach the end of the run through every process.
+pytest_plugins = ["soak.counts"]
