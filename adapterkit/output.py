@@ -463,7 +463,9 @@ def uninterrupted(work: Callable[[], _Result]) -> _Result:
         thread.start()
     except RuntimeError:  # the system has no thread left
         return work()
-    except BaseException as signal:  # noqa: BLE001  (raised below)
+    except BaseException as signal:
+        if thread.ident is None:
+            raise
         late = signal
     while not done.done():
         try:
