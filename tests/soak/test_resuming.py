@@ -218,6 +218,8 @@ def killed_late(words: list[str], references: References, command: Command, out:
         Run(words, fault=f"kill,SIGKILL,{step}", fired=out.with_name("fired")).end(patience)
         for name in hidden(out):
             folder = out.with_name(name)
+            if out.exists():
+                break  # it was complete already
             if folder.is_dir() and any(f.name not in names for f in folder.rglob("*.json*")):
                 references.latest[command.name] = step
                 return folder
