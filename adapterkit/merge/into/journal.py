@@ -179,7 +179,7 @@ def plan_hash(
 ) -> str:
     """Return a hash of all that the output depends on.
 
-    Adapters and small files count whole; files with the base's weights by path, size, time of
+    Adapters and small files count whole; files with the base's weights by path, size, times of
     change, everything before the first tensor, and a sample of the rest.
 
     Args:
@@ -215,7 +215,9 @@ def _add_file(digest: Digest, path: Path, header: int) -> None:
 def _add(digest: Digest, path: Path, header: int) -> None:
     status = path.stat()
     real = os.path.realpath(path)
-    digest.update(f"{real} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+    # The time of the last change of the file's status is the one that nobody can set back.
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    digest.update(f"{real} {status.st_size} {times}\n".encode(errors="replace"))
     size = status.st_size
     with path.open("rb", buffering=0) as file:
         digest.update(file.read(size if size <= _SMALL else header))
