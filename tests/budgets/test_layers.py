@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up. A module imports from lower layers and from its own folder.
 LAYERS = (
     {"errors", "dtype"},
-    {"storage", "quantisation"},
+    {"storage", "quantisation", "tables"},
     {"tensor"},
     {"model"},
     {"containers", "factors", "json_file", "patterns", "hub", "delta", "structure"},
