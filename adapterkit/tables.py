@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
 _U = TypeVar("_U")
 
 LONGEST_TEXT = 1 << 16
@@ -51,7 +52,7 @@ class UnfitError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Kind(Generic[_T]):
+class Kind(Generic[_T_co]):
     """What a field must be.
 
     Attributes:
@@ -60,7 +61,7 @@ class Kind(Generic[_T]):
     """
 
     expected: str
-    read: Callable[[object], _T]
+    read: Callable[[object], _T_co]
 
     def held_by(self, value: object) -> bool:
         """Tell whether a value is of this kind."""
@@ -123,7 +124,7 @@ class Table:
         Raises:
             FormatError: if it is something else.
         """
-        fields = self.optional(name, mapping())
+        fields = self.optional(name, ANY_MAPPING)
         return None if fields is None else self.inner(name, fields)
 
     def inner(self, name: str, fields: Mapping[Any, Any]) -> Table:
@@ -281,11 +282,6 @@ def mapped(kind: Kind[_T], most: int = MOST_ITEMS) -> Kind[dict[str, _T]]:
     return Kind(expected, read)
 
 
-def mapping() -> Kind[Mapping[str, Any]]:
-    """Return the kind of mappings from names to anything, to be asked in their turn."""
-    return mapped(Kind("anything", lambda value: value))
-
-
 def _inside(kind: Kind[_T], value: object, within: str) -> _T:
     try:
         return kind.read(value)
@@ -301,6 +297,8 @@ def _flag(value: object) -> bool:
 
 FLAG = Kind("true or false", _flag)
 TEXT = text()
+# A mapping of names to anything, to be asked in its turn.
+ANY_MAPPING: Kind[Mapping[str, Any]] = mapped(Kind("anything", lambda value: value))
 NAME = text(empty=False)
 
 

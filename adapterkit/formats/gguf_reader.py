@@ -168,7 +168,7 @@ def _family(
     known = {pair.module for pair in pairs}
     candidates.sort(key=lambda a: -sum(bool(a.match_gguf(module)) for module in known))
     if base:
-        return candidates[0], Sizes(candidates[0], base.kind, base.facts)
+        return candidates[0], Sizes(candidates[0], base.kind, base.facts, base.path)
     return (candidates[0] if candidates else None), None
 
 

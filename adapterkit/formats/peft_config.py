@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from adapterkit.errors import UnsupportedError
 from adapterkit.patterns import compiled
 from adapterkit.tables import (
+    ANY_MAPPING,
     FLAG,
     TEXT,
     Kind,
     Table,
     listed,
     mapped,
-    mapping,
     number,
     shown,
     whole,
@@ -143,7 +143,7 @@ class LoraConfig:
 
     def mapping(self, name: str) -> Table:
         """Return a field that holds an object, empty when absent, null or false."""
-        return self.fields.inner(name, self._given(name, mapping(), {}))
+        return self.fields.inner(name, self._given(name, ANY_MAPPING, {}))
 
     def names(self, name: str) -> tuple[str, ...]:
         """Return a field that holds one or several names, empty when absent or null."""

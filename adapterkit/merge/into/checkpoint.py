@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.base.model import BaseModel
+from adapterkit.base.opening import INDEX, weight_map
 from adapterkit.base.quantised import decoded as decoded_base
 from adapterkit.base.schemes import BESIDE, FIELDS, Refused, decodable, quantisation
 from adapterkit.containers.safetensors import read_safetensors
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from adapterkit.merge.planning import Source
     from adapterkit.tensor import LazyTensor
 
-INDEX = "model.safetensors.index.json"
 _PLAIN = {DType.F64, DType.F32, DType.F16, DType.BF16}
 _TORCH = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
 # Other copies of the weights: they would still be the unmerged model.
@@ -158,15 +158,15 @@ def _check_complete(base: BaseModel) -> None:
     """Refuse a checkpoint of which shards are missing, or whose shards share a name."""
     if not (base.path / INDEX).is_file():
         return
-    listed = cast("dict[str, Any]", read_json_object(base.path / INDEX)["weight_map"])
+    listed = weight_map(base.path)
     for name, shard in listed.items():
         if name not in base.tensors:
             raise NotFoundError(
-                f"{shard} does not hold it or is missing; download the model again",
+                f"{shard.name} does not hold it or is missing; download the model again",
                 path=base.path,
                 where=name,
             )
-    files = dict.fromkeys(base.path / Path(str(shard)).name for shard in listed.values())
+    files = dict.fromkeys(listed.values())
     held = sum(len(read_safetensors(file).tensors) for file in files)
     if held != len(base.tensors):
         raise FormatError(
