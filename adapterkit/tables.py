@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
 from adapterkit.errors import FormatError
 
@@ -118,7 +118,7 @@ class Table:
         value = self.fields.get(name)
         return None if value is None else self.checked(name, value, kind)
 
-    def table(self, name: str) -> Table | None:
+    def table(self, name: str) -> Self | None:
         """Return a mapping inside this one, None if it is absent or null.
 
         Raises:
@@ -127,9 +127,9 @@ class Table:
         fields = self.optional(name, ANY_MAPPING)
         return None if fields is None else self.inner(name, fields)
 
-    def inner(self, name: str, fields: Mapping[Any, Any]) -> Table:
+    def inner(self, name: str, fields: Mapping[Any, Any]) -> Self:
         """Return a mapping that stands under `name` in this one."""
-        return Table(fields, self.path, f"{self.where}.{name}" if self.where else name)
+        return type(self)(fields, self.path, f"{self.where}.{name}" if self.where else name)
 
     def only(self, known: Collection[str], what: str = "field") -> None:
         """Refuse fields that are none of the known ones.
@@ -211,7 +211,8 @@ def _finite(value: object, *, spelled: bool) -> float | None:
 
 def text(longest: int = LONGEST_TEXT, *, empty: bool = True) -> Kind[str]:
     """Return the kind of texts of at most so many characters."""
-    expected = "text" if longest == LONGEST_TEXT else f"text of at most {longest} characters"
+    expected = "text" if empty else "text that is not empty"
+    expected += "" if longest == LONGEST_TEXT else f" of at most {longest} characters"
 
     def read(value: object) -> str:
         if not isinstance(value, str) or len(value) > longest or not (value or empty):
@@ -250,9 +251,8 @@ def either(*kinds: Kind[Any]) -> Kind[Any]:
 
 def listed(kind: Kind[_T], most: int = MOST_ITEMS, least: int = 0) -> Kind[tuple[_T, ...]]:
     """Return the kind of lists of at least and at most so many items of one kind."""
-    expected = f"a list, each {kind.expected}"
-    if least or most != MOST_ITEMS:
-        expected = f"a list of {least} to {most}, each {kind.expected}"
+    count = f" of {least} to {most}" if least or most != MOST_ITEMS else ""
+    expected = f"a list{count} ({kind.expected} each)"
 
     def read(value: object) -> tuple[_T, ...]:
         if not isinstance(value, (list, tuple)):
@@ -265,9 +265,12 @@ def listed(kind: Kind[_T], most: int = MOST_ITEMS, least: int = 0) -> Kind[tuple
     return Kind(expected, read)
 
 
+_ANYTHING: Kind[Any] = Kind("anything", lambda value: value)
+
+
 def mapped(kind: Kind[_T], most: int = MOST_ITEMS) -> Kind[dict[str, _T]]:
     """Return the kind of mappings from names to at most so many values of one kind."""
-    expected = f"a mapping of names, each to {kind.expected}"
+    expected = "a mapping" if kind is _ANYTHING else f"a mapping of names ({kind.expected} each)"
 
     def read(value: object) -> dict[str, _T]:
         if not isinstance(value, Mapping):
@@ -298,7 +301,7 @@ def _flag(value: object) -> bool:
 FLAG = Kind("true or false", _flag)
 TEXT = text()
 # A mapping of names to anything, to be asked in its turn.
-ANY_MAPPING: Kind[Mapping[str, Any]] = mapped(Kind("anything", lambda value: value))
+ANY_MAPPING: Kind[Mapping[str, Any]] = mapped(_ANYTHING)
 NAME = text(empty=False)
 
 

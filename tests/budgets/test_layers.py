@@ -14,7 +14,7 @@ LAYERS = (
     {"storage", "quantisation", "tables"},
     {"tensor"},
     {"model"},
-    {"containers", "factors", "json_file", "patterns", "hub", "delta", "structure"},
+    {"containers", "factors", "json_file", "yaml_file", "patterns", "hub", "delta", "structure"},
     {"architectures"},
     {"dialects"},
     {"base"},
