@@ -21,6 +21,7 @@ from adapterkit.tables import (
     TEXT,
     Kind,
     Table,
+    either,
     listed,
     mapped,
     number,
@@ -42,6 +43,20 @@ _NOT_A_WEIGHT_UPDATE = {
 _T = TypeVar("_T")
 LARGEST_RANK = 1 << 20
 _RANK = whole(1, LARGEST_RANK)
+_NAMES = either(TEXT, listed(TEXT))
+_NUMBERS = listed(whole(0, 1 << 40))
+# What later steps take from the document as it is: it is checked once, here.
+_TAKEN: dict[str, Kind[Any]] = {
+    "target_modules": _NAMES,
+    "target_parameters": _NAMES,
+    "modules_to_save": _NAMES,
+    "layers_to_transform": either(whole(0, 1 << 20), listed(whole(0, 1 << 20))),
+    "layer_replication": listed(listed(whole(0, 1 << 20), 2, 2), 1 << 12),
+    "init_lora_weights": either(FLAG, TEXT),
+    "alora_invocation_tokens": _NUMBERS,
+    "trainable_token_indices": either(_NUMBERS, mapped(_NUMBERS)),
+    "bias": TEXT,
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,8 @@ class LoraConfig:
         for name, reason in _NOT_A_WEIGHT_UPDATE.items():
             if self.raw.get(name):
                 raise UnsupportedError(f"{name}: {reason}; it is not read", path=self.path)
+        for name, kind in _TAKEN.items():
+            self._given(name, kind, None)
 
     @cached_property
     def fields(self) -> Table:
