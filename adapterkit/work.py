@@ -24,7 +24,7 @@ def threads(wished: int | None = None) -> int:
     return wished or min(os.cpu_count() or 1, MOST_THREADS)
 
 
-def mapped(
+def in_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None = None
 ) -> list[_Result]:
     """Return function of each item, in order, computed by a few threads.

@@ -212,14 +212,14 @@ def test_alpha_may_lie_beside_the_file(tmp_path: Path, settings_file: str, value
     ("text", "message"),
     [
         ("a: [", "is not readable YAML"),
-        ("- 1\n", "is not a YAML mapping"),
+        ("- 1\n", "is not a mapping of keys to values"),
         ("a: &x 1\nb: *x\n", "holds YAML aliases"),
         (
             "a: !!python/object/apply:os.system ['touch adapterkit-was-executed']\n",
             "is not readable",
         ),
         ("#" * 70_000, "the most is 65536"),
-        ("a:\n  b: many\n", "alpha is nan, not a finite number"),
+        ("a:\n  b: many\n", "beside:lora.yaml:a.b: expects a finite number, has 'many'"),
     ],
 )
 def test_broken_settings_beside_the_file(
@@ -352,7 +352,9 @@ def test_a_litgpt_file_without_its_settings_says_which_are_missing(tmp_path: Pat
     with pytest.raises(FormatError, match="known for Llama-like models only"):
         adapterkit.read(source, alpha=1)
     (tmp_path / "model_config.yaml").write_text(sizes.replace("groups: 4", "groups: zero"))
-    with pytest.raises(FormatError, match="n_query_groups is 'zero'"):
+    with pytest.raises(
+        FormatError, match=r"n_query_groups: expects a whole number from 1 .*'zero'"
+    ):
         adapterkit.read(source, alpha=1)
 
 
@@ -416,12 +418,16 @@ axes = "out r"
 """
 # a change of the minimal file -> what is said of it
 WRONG = {
-    "oops = 1\n" + MINIMAL: "oops: is no field here",
-    MINIMAL.replace('"mine"', "3"): "title: is not text",
+    "oops = 1\n" + MINIMAL: "oops: unknown field; known are title",
+    MINIMAL.replace('"mine"', "3"): "title: expects text, has 3",
     MINIMAL.replace('title = "mine"', ""): "title: is missing",
-    MINIMAL.replace("alpha/r", "alpha*r"): "scale: 'alpha*r' is none of",
-    MINIMAL.replace('["safetensors"]', '["zip"]'): "containers: must be some of",
-    MINIMAL.replace('["safetensors"]', '"npz"'): "containers: is not a list of texts",
+    MINIMAL.replace(
+        "alpha/r", "alpha*r"
+    ): "scale: expects one of alpha/r, alpha/sqrt(r), alpha, 1, has 'alpha*r'",
+    MINIMAL.replace(
+        '["safetensors"]', '["zip"]'
+    ): "containers[0]: expects one of torch, npz, safetensors, has 'zip'",
+    MINIMAL.replace('["safetensors"]', '"npz"'): "containers: expects a list of 1 to 3 (one of",
     MINIMAL.replace('"r in"', '"r out in"'): "tensor[0].axes: 'r out in' are no axes",
     MINIMAL.replace('"out r"', '"r r"'): "tensor[1].axes: 'r r' are no axes",
     MINIMAL.replace("(?P<module>.+)[.]up", ".+"): "tensor[1].match: '.+' has no group (?P<module>",
@@ -431,27 +437,29 @@ WRONG = {
     MINIMAL + 'unless = "{layer}"\n': "tensor[1].unless: '{layer}' makes no sense here",
     'alpha = ["alpha.txt"]\n' + MINIMAL: "alpha: 'alpha.txt' is no source",
     'alpha = ["beside:../x.json:a"]\n' + MINIMAL: "is no source",
-    "detect = 1\n" + MINIMAL: "detect: is not true or false",
-    "stride = 0\n" + MINIMAL: "stride: is not a whole number from 1",
-    "tensor = 3\n" + MINIMAL.partition("[[")[0]: "tensor: is not an array of tables [[tensor]]",
+    "detect = 1\n" + MINIMAL: "detect: expects true or false, has 1",
+    "stride = 0\n" + MINIMAL: "stride: expects a whole number from 1 to 1048576, has 0",
+    "tensor = 3\n" + MINIMAL.partition("[[")[0]: "tensor: expects a list (a mapping each), has 3",
     MINIMAL.partition("[[")[0]: "tensor: no rule has axes",
     MINIMAL + "[weight]\nname = 'x'\n": "weight.name: 'x' does not hold {module}",
     MINIMAL + "[weight]\nname = '{module}'\naxes = 'in'\n": "weight.axes: is neither",
-    "weight = 3\n" + MINIMAL: "weight: is not a table",
+    "weight = 3\n" + MINIMAL: "weight: expects a mapping, has 3",
     MINIMAL + "[[blocks]]\nmatch = '.+'\n": "blocks[0].slots: is empty",
     MINIMAL + "[[blocks]]\nmatch = '.+'\nslots = ['q']\nenabled = ['k']\n": "'k' is none of the",
     MINIMAL + "[[blocks]]\nmatch = '.+'\nslots = ['q']\n[blocks.sizes]\n": "sizes: has no 'q'",
     MINIMAL + "[[blocks]]\nmatch='.+'\nslots=['q']\nnumbers='beside:a.json'\nsizes={q='2 **'}\n": (
         "blocks[0].sizes.q: '2 **' makes no sense"
     ),
-    MINIMAL + "[[convolution]]\nmatch = '.+'\nkernel = 0\n": "kernel: is not a whole number from 1",
+    MINIMAL
+    + "[[convolution]]\nmatch = '.+'\nkernel = 0\n": "kernel: expects a whole number from 1",
     MINIMAL + "[[rename]]\nmatch = 'a'\nto = '{b}'\n": "rename[0].to: '{b}' makes no sense",
     MINIMAL + "[[rename]]\nmatch = 'a'\nto = 'b'\nslot = 1\n": "1 is not below slots = 1",
     MINIMAL + "[[rename]]\nmatch = 'a'\nto = 'b'\nrows = {llama = 'spin(2)'}\n": "no row order",
-    MINIMAL + "[[rename]]\nmatch = 'a'\nto = 'b'\nrows = 3\n": "rows: is not a table of texts",
-    MINIMAL + "[[expect]]\nsource = 'file:a'\nvalues = 3\nmessage = ''\n": "values: is not a list",
+    MINIMAL + "[[rename]]\nmatch = 'a'\nto = 'b'\nrows = 3\n": "rows: expects a mapping of names",
+    MINIMAL
+    + "[[expect]]\nsource = 'file:a'\nvalues = 3\nmessage = ''\n": "values: expects a list of 1 to",
     'extends = "nothing"\n' + MINIMAL: "extends: 'nothing' is no built-in dialect",
-    "modules = 3\n" + MINIMAL: "modules: is not a table",
+    "modules = 3\n" + MINIMAL: "modules: expects a mapping of names",
     "title = ": "is not readable TOML",
     "#" * ((1 << 20) + 1): "the most is 1048576",
 }

@@ -191,14 +191,14 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], type[Exception],
         linear(),
         {"lora_parameters": {"rank": R, "scale": "20"}},
         adapterkit.FormatError,
-        "scale is '20'",
+        r"lora_parameters\.scale: expects a finite number, has '20'",
     ),
-    "parameters": (linear(), {"lora_parameters": [8]}, adapterkit.FormatError, "not an object"),
+    "parameters": (linear(), {"lora_parameters": [8]}, adapterkit.FormatError, "has a list of 1"),
     "rank": (
         linear(),
         {"lora_parameters": {"rank": 2.5, "scale": 1.0}},
         adapterkit.FormatError,
-        "rank is 2.5",
+        "rank: expects a whole number from 0 to 1048576, has 2.5",
     ),
     "empty": ({}, {}, adapterkit.FormatError, "holds no tensors"),
 }
@@ -377,7 +377,7 @@ HOSTILE = {
     "not-an-adapter-tensor": "model.norm.weight: is no tensor of an adapter",
     "not-turned": "ranks disagree, A is [6, 2], B is [2, 4]",
     "old-alpha": "choose with --alpha",
-    "scale-is-text": "scale is '20', not a finite number",
+    "scale-is-text": "lora_parameters.scale: expects a finite number, has '20'",
 }
 
 

@@ -2,7 +2,8 @@
 
 `heads * head_dim`, `num_kv_heads if new_decoder_architecture else heads`: names, whole numbers,
 `+ - * // %`, comparisons, `in`, `and or not` and a conditional. Parsed by Python's own grammar,
-evaluated by an allow-list of nodes, so a table can compute and nothing more.
+evaluated by an allow-list of nodes, so a table can compute and nothing more. Arithmetic takes
+numbers only: the names stand for what strangers' files say, and text times a number is a long text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from adapterkit.tables import shown
+
 Lookup = Callable[[str], Any]
+# Beyond this a float is no exact whole number any more, and nothing is that large.
+LARGEST = 1 << 53
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -68,7 +73,8 @@ def evaluate(text: str, lookup: Lookup) -> Any:
 
     Raises:
         KeyError: if a name that is needed has no value.
-        ValueError: if the expression holds anything outside the allow-list.
+        ValueError: if the expression holds anything outside the allow-list, or computes with what
+            is no number, divides by zero, or leads beyond `LARGEST`.
     """
     return _evaluate(_parse(text), lookup)
 
@@ -80,9 +86,9 @@ def _evaluate(node: ast.expr, lookup: Lookup) -> Any:  # noqa: PLR0911  (one ret
         case ast.Name(id=name):
             return lookup(name)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return _BINARY[type(op)](_evaluate(left, lookup), _evaluate(right, lookup))
+            return _computed(op, _operand(left, lookup), _operand(right, lookup))
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-            return _COMPARE[type(op)](_evaluate(left, lookup), _evaluate(right, lookup))
+            return _compared(op, _evaluate(left, lookup), _evaluate(right, lookup))
         case ast.BoolOp(op=ast.And(), values=values):
             return all(_evaluate(value, lookup) for value in values)
         case ast.BoolOp(op=ast.Or(), values=values):
@@ -93,3 +99,28 @@ def _evaluate(node: ast.expr, lookup: Lookup) -> Any:  # noqa: PLR0911  (one ret
             return _evaluate(body if _evaluate(test, lookup) else orelse, lookup)
         case _:
             raise ValueError(f"{ast.unparse(node)!r} is not allowed in a table")
+
+
+def _operand(node: ast.expr, lookup: Lookup) -> float:
+    """Return a number, which bounds what arithmetic can cost."""
+    value = _evaluate(node, lookup)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(  # noqa: TRY004  (one error for all that makes no sense)
+            f"{ast.unparse(node)} is {shown(value)}, not a number"
+        )
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{ast.unparse(node)} is {shown(value)}, which no size is")
+    return value
+
+
+def _computed(op: ast.operator, left: float, right: float) -> float:
+    if right == 0 and isinstance(op, (ast.FloorDiv, ast.Mod)):
+        raise ValueError("divides by zero")
+    return _BINARY[type(op)](left, right)
+
+
+def _compared(op: ast.cmpop, left: Any, right: Any) -> bool:
+    try:
+        return _COMPARE[type(op)](left, right)
+    except TypeError:
+        raise ValueError(f"compares {shown(left)} with {shown(right)}") from None

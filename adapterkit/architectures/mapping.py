@@ -307,7 +307,7 @@ def _reordered(rule: Rule, sizes: Sizes, layer: int | None, pair: LoraPair) -> L
         order = row_order(rule.cols, pair.a.shape[-1], sizes, layer, pair.module)
         pair = factors.take_columns(pair, order)
     if rule.scale:
-        pair = replace(pair, scale=pair.scale * sizes.value(rule.scale, layer))
+        pair = replace(pair, scale=pair.scale * sizes.number(rule.scale, layer))
     return pair
 
 
@@ -321,7 +321,7 @@ def _unordered(rule: Rule, sizes: Sizes | None, layer: int | None, pair: LoraPai
         order = row_order(rule.cols, pair.a.shape[-1], sizes, layer, pair.module)
         pair = factors.take_columns(pair, inverse(order))
     if rule.scale:
-        pair = replace(pair, scale=pair.scale / sizes.value(rule.scale, layer))
+        pair = replace(pair, scale=pair.scale / sizes.number(rule.scale, layer))
     return pair
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.dtype import DType
+from adapterkit.tables import Table, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +22,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 _ATTENTION_V, _OUTPUT, _EMBEDDING = "attention_v", "output", "embedding"
 _FEED_FORWARD = "ffn_"
 _STACK = 3
+_SIZE = whole(0, 1 << 40, integral=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,10 @@ def _known(architecture: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the numbers that the table's conditions ask for; of the first layer, if they vary."""
     known: dict[str, Any] = {"arch": architecture}
     for word, names in _table()["facts"].items():
-        fact = next((facts[name] for name in names if name in facts), 0)
-        known[word] = int(cast("list[Any]", fact)[0] if isinstance(fact, list) else fact)
+        name = next((name for name in names if name in facts), names[0])
+        fact = facts.get(name, 0)
+        first = next(iter(cast("list[Any]", fact)), 0) if isinstance(fact, list) else fact
+        known[word] = Table(facts, None).checked(name, first, _SIZE)
     return known
 
 

@@ -45,7 +45,7 @@ from adapterkit.architectures.expressions import Call, parse_call
 
 _HERE = Path(__file__).parent
 _FAMILIES = _HERE / "families"
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ def _moved(place: _Place, sizes: Sizes, name: str, array: Array) -> list[tuple[s
     if rule.cols and not vector:
         array = array.take(row_order(rule.cols, array.shape[-1], sizes, layer, name), -1)
     if rule.scale:
-        array = array.astype("float32") * sizes.value(rule.scale, layer)
+        array = array.astype("float32") * sizes.number(rule.scale, layer)
     if rule.add and place.suffix != ".bias":
         array = array.astype("float32") + rule.add
     if rule.per_head:

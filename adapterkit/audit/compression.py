@@ -18,7 +18,7 @@ from adapterkit.errors import ProofError
 from adapterkit.model import AdapterTensorSet, LoraPair, Role, TensorKey
 from adapterkit.proof import tolerance_for
 from adapterkit.tensor import LazyTensor, encode
-from adapterkit.work import mapped
+from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +127,7 @@ def compress(
     )
     pairs = list(whole.pairs())
     ranks = plan.ranks
-    cut = mapped(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
+    cut = in_threads(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
     result = _replaced(whole, cut)
     measured = distance(pairs, cut)
     changed = [new for old, new in zip(pairs, cut, strict=True) if new is not old]
@@ -314,7 +314,7 @@ def distance(first: Sequence[LoraPair], second: Sequence[LoraPair]) -> float:
     The difference is taken as one product [B₁, -B₂]·[A₁; A₂], whose norm comes from orthogonal
     decompositions: nothing is lost to cancellation.
     """
-    parts = mapped(lambda pair: _apart(*pair), list(zip(first, second, strict=True)))
+    parts = in_threads(lambda pair: _apart(*pair), list(zip(first, second, strict=True)))
     total = sum(norm for _, norm in parts)
     return (sum(apart for apart, _ in parts) / total) ** 0.5 if total else 0.0
 

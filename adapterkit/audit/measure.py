@@ -21,7 +21,7 @@ from adapterkit.model import AdapterTensorSet, Role
 from adapterkit.reading import load
 from adapterkit.registry import source_format
 from adapterkit.structure import problems
-from adapterkit.work import mapped
+from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -198,7 +198,7 @@ def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
         return _measured(pair, low_rank_only=pair.module in magnitudes)
 
     try:
-        rows = [row for group in mapped(measured, pairs) for row in group]
+        rows = [row for group in in_threads(measured, pairs) for row in group]
     except FormatError as error:
         if path is None or error.path is not None:
             raise

@@ -24,7 +24,7 @@ from adapterkit.audit.interference import (
 )
 from adapterkit.audit.spectrum import Array, factors, matrix_shape, triangular
 from adapterkit.errors import UncheckableError
-from adapterkit.work import mapped
+from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,7 +110,7 @@ def interference(
         {number: table[name] for number, table in enumerate(tables) if name in table}
         for name in shared
     ]
-    compared = [each for group in mapped(_compare, groups) for each in group]
+    compared = [each for group in in_threads(_compare, groups) for each in group]
     energies = [audited.summary.energy for audited in audits]
     return Interference(
         tuple(

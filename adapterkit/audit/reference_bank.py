@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from adapterkit.audit.spectrum import factors, spectra
 from adapterkit.errors import FormatError, UncheckableError
 from adapterkit.json_file import read_json_object
 from adapterkit.output import check_destination, staged
-from adapterkit.work import mapped
+from adapterkit.tables import ANY_MAPPING, TEXT, Table, listed, mapped, number
+from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -67,7 +68,7 @@ def member_of(adapter: AdapterTensorSet, source: str) -> Member:
     """Measure one adapter for a bank; updates that are zero have no statistics."""
     pairs = list(adapter.pairs())
     values: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for pair, rows in zip(pairs, mapped(_statistics, pairs), strict=True):
+    for pair, rows in zip(pairs, in_threads(_statistics, pairs), strict=True):
         for row in rows:
             for name, value in row.items():
                 values[place_of(pair.module).family][name].append(value)
@@ -132,25 +133,25 @@ def read_bank(path: Path | str) -> Bank:
     Raises:
         FormatError: if the file is no bank, or holds what is no number.
     """
-    content = read_json_object(Path(path))
-    if content.get("kind") != _KIND or content.get("schema") != _SCHEMA:
+    content = Table(read_json_object(Path(path)), Path(path))
+    if content.fields.get("kind") != _KIND or content.fields.get("schema") != _SCHEMA:
         message = "is no bank of this version; make one with `adapterkit audit A B ... --bank FILE`"
         raise FormatError(message, path=path)
-    try:
-        members = tuple(_member(each) for each in cast("list[Any]", content["members"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"is a damaged bank ({error})", path=path) from None
-    return Bank(members)
+    return Bank(
+        tuple(
+            _member(content.inner(f"members[{place}]", member))
+            for place, member in enumerate(content.get("members", listed(ANY_MAPPING)))
+        )
+    )
 
 
-def _member(content: Mapping[str, Any]) -> Member:
-    families: dict[str, dict[str, float]] = {}
-    for family, known in content["families"].items():
-        families[family] = {name: float(known[name]) for name in STATISTICS if name in known}
-        if not all(map(math.isfinite, families[family].values())):
-            raise ValueError(f"{family} is not finite")
-    base = content["base_model"]
-    return Member(str(content["source"]), None if base is None else str(base), families)
+def _member(content: Table) -> Member:
+    known = content.get("families", mapped(mapped(number())))
+    families = {
+        family: {name: values[name] for name in STATISTICS if name in values}
+        for family, values in known.items()
+    }
+    return Member(content.get("source", TEXT), content.optional("base_model", TEXT), families)
 
 
 def against_bank(adapter: AdapterTensorSet, source: str, path: Path | str) -> ReferenceAudit:

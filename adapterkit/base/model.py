@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.architectures import Architecture, Sizes
+from adapterkit.tables import TEXT, Table
 from adapterkit.tensor import LazyTensor
 
 
@@ -48,7 +49,7 @@ class BaseModel:
     @property
     def sizes(self) -> Sizes:
         """Sizes of this model in the tables' words."""
-        return Sizes(self.architecture, self.kind, self.facts)
+        return Sizes(self.architecture, self.kind, self.facts, self.path)
 
     @property
     def expert_layout(self) -> str:
@@ -57,7 +58,8 @@ class BaseModel:
         transformers 5 holds them fused, whatever the checkpoint's names are; so does a base of
         which no more is known, since that is what current PEFT loads.
         """
-        version = str(self.facts.get("transformers_version", "5")) if self.kind == "hf" else "5"
+        fields = Table(self.facts if self.kind == "hf" else {}, self.path)
+        version = fields.optional("transformers_version", TEXT) or "5"
         return "experts" if version.split(".")[0] in {"2", "3", "4"} else "fused"
 
     @property

@@ -12,9 +12,10 @@ from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
 from adapterkit.json_file import read_json_object
 from adapterkit.storage import readable
+from adapterkit.tables import FLAG, TEXT, Table, listed, mapped, shown, text, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from adapterkit.architectures import Architecture
     from adapterkit.tensor import LazyTensor
@@ -26,7 +27,9 @@ _TEXT_TOWERS = {
     "llm_config": "model.language_model.",
     "language_config": "model.language_model.",
 }
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+_WORD = text(1 << 8)
+_LONGEST_NAME, _MOST_PARTS = 255, 99_999
 
 
 def open_base(reference: str | Path) -> BaseModel:
@@ -88,19 +91,20 @@ def _open_directory(path: Path) -> BaseModel:
 
 def _open_config(path: Path, name: str | None) -> BaseModel:
     config = read_json_object(path)
+    fields = Table(config, path)
     architectures = _families(config, path)
-    text = _text_config(config)
+    facts = _text_config(config)
     tensors, names = _safetensors(path.parent)
-    recorded = name or config.get("_name_or_path")
+    recorded = name or fields.optional("_name_or_path", TEXT)
     return BaseModel(
         path=path.parent if tensors else path,
         kind="hf",
-        name=recorded if isinstance(recorded, str) and recorded else None,
+        name=recorded or None,
         candidates=architectures,
-        facts=text,
+        facts=facts,
         tensors=tensors,
         names=names,
-        tied=_tied(config, text, architectures[0], names),
+        tied=_tied((fields, Table(facts, path)), architectures[0], names),
         text_prefix=next((p for key, p in _TEXT_TOWERS.items() if _is_map(config, key)), ""),
     )
 
@@ -113,15 +117,15 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]:
-    texts = [cast("dict[str, Any]", config[key]) for key in _TEXT_TOWERS if _is_map(config, key)]
+    fields = Table(config, path)
+    sources = [fields, *filter(None, (_tower(fields, key) for key in _TEXT_TOWERS))]
     named: list[str] = []
-    for source in (config, *texts):
-        classes = source.get("architectures")
-        named += map(str, cast("list[Any]", classes)) if isinstance(classes, list) else []
-    named += [str(kind) for source in (config, *texts) if (kind := source.get("model_type"))]
+    for source in sources:
+        named += source.optional("architectures", listed(_WORD)) or ()
+    named += [kind for source in sources if (kind := source.optional("model_type", _WORD))]
     for name in named:
         if found := tuple(a for a in find(name) if name in {*a.classes, *a.model_types}):
-            return _selected(found, "hf", _text_config(config))
+            return _selected(found, "hf", _text_config(config), path)
     shown = ", ".join(dict.fromkeys(named)) or "no architecture"
     if reason := next(filter(None, map(refusal, named)), None):
         raise UnknownArchitectureError(f"{shown}: {reason}", path=path)
@@ -130,31 +134,32 @@ def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]
     )
 
 
+def _tower(fields: Table, key: str) -> Table | None:
+    return fields.table(key) if _is_map(fields.fields, key) else None
+
+
 def _is_map(config: Mapping[str, Any], key: str) -> bool:
     return isinstance(config.get(key), dict)
 
 
 def _selected(
-    found: tuple[Architecture, ...], side: str, facts: Mapping[str, Any]
+    found: tuple[Architecture, ...], side: str, facts: Mapping[str, Any], path: Path
 ) -> tuple[Architecture, ...]:
     """Put families whose `select` holds first, and leave out those whose does not.
 
     Those of which the facts do not tell come last.
     """
-    held = {a: a.select and Sizes(a, side, facts).get(a.select) for a in found}
+    held = {a: a.select and Sizes(a, side, facts, path).fact(a.select) for a in found}
     special = tuple(a for a in found if a.select and held[a])
     plain = tuple(a for a in found if not a.select)
     return (*special, *plain, *(a for a in found if held[a] is None and a.select)) or found
 
 
 def _tied(
-    config: Mapping[str, Any],
-    text: Mapping[str, Any],
-    architecture: Architecture,
-    names: Collection[str],
+    sources: Iterable[Table], architecture: Architecture, names: Collection[str]
 ) -> bool | None:
-    for source in (config, text):
-        if isinstance(value := source.get("tie_word_embeddings"), bool):
+    for source in sources:
+        if (value := source.optional("tie_word_embeddings", FLAG)) is not None:
             return value
     if names:
         return not any(name.endswith("lm_head.weight") for name in names)
@@ -167,12 +172,10 @@ def _safetensors(folder: Path) -> tuple[dict[str, LazyTensor], frozenset[str]]:
 
     names: set[str] = set()
     files = [folder / "model.safetensors"]
-    if (folder / _INDEX).is_file():
-        found = read_json_object(folder / _INDEX).get("weight_map")
-        weights = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    if (folder / INDEX).is_file():
+        weights = weight_map(folder)
         names.update(weights)
-        # Only plain file names: an index must not lead out of its directory.
-        files = [folder / Path(name).name for name in dict.fromkeys(map(str, weights.values()))]
+        files = list(dict.fromkeys(weights.values()))
     tensors: dict[str, LazyTensor] = {}
     for file in files:
         if file.is_file():
@@ -180,14 +183,27 @@ def _safetensors(folder: Path) -> tuple[dict[str, LazyTensor], frozenset[str]]:
     return tensors, frozenset(names | tensors.keys())
 
 
+def weight_map(folder: Path) -> dict[str, Path]:
+    """Return the shard of every tensor, as the index of a checkpoint has it.
+
+    Raises:
+        FormatError: if the index maps no names to names of files.
+    """
+    table = Table(read_json_object(folder / INDEX), folder / INDEX)
+    # Only plain file names: an index must not lead out of its directory.
+    shards = table.get("weight_map", mapped(text(_LONGEST_NAME, empty=False)), dict[str, str]())
+    return {name: folder / Path(shard).name for name, shard in shards.items()}
+
+
 def _open_gguf(path: Path) -> BaseModel:
     from adapterkit.containers.gguf import read_gguf
 
     file = read_gguf(path)
-    kind = file.metadata.get("general.type", "model")
+    fields = Table(file.metadata, path)
+    kind = fields.get("general.type", TEXT, "model")
     if kind != "model":
-        raise FormatError(f"is a GGUF of type {kind!r}, not a base model", path=path)
-    name = str(file.metadata.get("general.architecture"))
+        raise FormatError(f"is a GGUF of type {shown(kind)}, not a base model", path=path)
+    name = fields.get("general.architecture", _WORD)
     found = tuple(a for a in find(name) if a.gguf == name)
     if not found:
         raise UnknownArchitectureError(
@@ -205,7 +221,7 @@ def _open_gguf(path: Path) -> BaseModel:
         path=path,
         kind="gguf",
         name=identity.get("name"),
-        candidates=_selected(found, "gguf", facts),
+        candidates=_selected(found, "gguf", facts, path),
         facts=facts,
         tensors=tensors,
         identity=identity,
@@ -217,8 +233,8 @@ def _other_shards(path: Path, metadata: Mapping[str, Any]) -> dict[str, LazyTens
     """Read the tensor tables of the other files of a split model, `name-00002-of-00003.gguf`."""
     from adapterkit.containers.gguf import read_gguf
 
-    count = metadata.get("split.count")
-    if not isinstance(count, int) or count < 2:  # noqa: PLR2004  (one file is no split)
+    count = Table(metadata, path).get("split.count", whole(0, _MOST_PARTS), 0)
+    if count < 2:  # noqa: PLR2004  (one file is no split)
         return {}
     named = _SPLIT.match(path.name)
     if named is None:
@@ -252,7 +268,7 @@ def _gguf_facts(
         if key.startswith(f"{name}."):
             short = key.removeprefix(f"{name}.").replace(".", "__")
             facts[short] = list(value.values()) if hasattr(value, "values") else value
-    if embedding := tensors.get("token_embd.weight"):
+    if (embedding := tensors.get("token_embd.weight")) and embedding.shape:
         # The stored table is what factors must fit, whatever the header says of the vocabulary.
         facts["vocab_size"] = embedding.shape[0]
     return facts

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.dtype import DType
 from adapterkit.json_file import read_json_object
+from adapterkit.tables import Table, listed, printable, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +23,7 @@ _TABLE = Path(__file__).with_name("quantised.toml")
 FIELDS = ("quantization_config", "compression_config")
 BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _PAIR = 2
+_BLOCK = listed(whole(-1, 1 << 30, integral=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,7 @@ class Scheme:
 
     Attributes:
         config: the checkpoint's own quantization_config.
+        path: the checkpoint, for messages.
     """
 
     name: str
@@ -43,14 +46,20 @@ class Scheme:
     matrices: bool = False
     left_out: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    path: Path | None = None
 
     def declared_blocks(self) -> tuple[tuple[int, int], ...]:
-        """Return every (rows, columns) that the configuration names, or the default where none."""
+        """Return every (rows, columns) that the configuration names, or the default where none.
+
+        Raises:
+            FormatError: if the sizes of a block are no whole numbers.
+        """
+        fields = Table(self.config, self.path)
         found: dict[tuple[int, int], None] = {}
         for name in self.blocks:
             for value in _looked_up(self.config, name.split(".")):
                 if isinstance(value, (list, tuple)):
-                    pair = tuple(int(size) for size in cast("list[Any]", value))
+                    pair = fields.checked(name, cast("object", value), _BLOCK)
                     if len(pair) == _PAIR and min(pair) > 0:
                         found[pair[0], pair[1]] = None
         if self.default and self.blocks[0] not in self.config:
@@ -77,9 +86,9 @@ def quantisation(base: BaseModel) -> Scheme | Refused | None:
     document = _document()
     for row in document["scheme"]:
         if _holds(row["when"], config):
-            return _scheme(row, config)
+            return replace(_scheme(row, config), path=base.path)
     row = next(row for row in document["refused"] if _holds(row["when"], config))
-    name = row.get("name") or str(config.get("quant_method", "unknown"))
+    name = row.get("name") or printable(config.get("quant_method", "unknown"))
     details = [_detail(key, config[key]) for key in row.get("shown", ()) if config.get(key)]
     return Refused(", ".join([name, *details]))
 
@@ -143,4 +152,4 @@ def _looked_up(config: Any, path: list[str]) -> Iterator[Any]:
 
 
 def _detail(key: str, value: Any) -> str:
-    return f"{value} bits" if key == "bits" else str(value)
+    return f"{printable(value)} bits" if key == "bits" else printable(value)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule
 from adapterkit.base.model import BaseModel
-from adapterkit.errors import BaseRequiredError
+from adapterkit.errors import BaseRequiredError, FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _WEIGHT = ".weight"
 _MATRIX = 2
+_MOST_MODULES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class BaseWeights:
             rows, columns = (self.base.sizes.value(text, match.layer) for text in match.rule.shape)
         except BaseRequiredError:
             return None
-        return int(rows), int(columns)
+        return rows, columns
 
     def modules(self) -> Iterator[str]:
         """Yield every module that has a matrix: from the weights, or else from the tables."""
@@ -81,8 +82,11 @@ class BaseWeights:
                 yield from self._spelled(rule.hf)
 
     def _spelled(self, pattern: str) -> Iterator[str]:
-        layers = range(int(self.base.sizes.value("layers"))) if "{i}" in pattern else range(1)
-        experts = range(int(self.base.sizes.value("experts"))) if "{e}" in pattern else range(1)
+        layers = range(self.base.sizes.value("layers") if "{i}" in pattern else 1)
+        experts = range(self.base.sizes.value("experts") if "{e}" in pattern else 1)
+        if len(layers) * len(experts) > _MOST_MODULES:
+            message = f"{len(layers)} layers of {len(experts)} experts are no model"
+            raise FormatError(message, path=self.base.path)
         for layer in layers:
             for expert in experts:
                 yield pattern.replace("{i}", str(layer)).replace("{e}", str(expert))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -10,10 +10,10 @@ from typing import Any, cast
 from adapterkit.containers.npz import read_npz
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
-from adapterkit.errors import FormatError
 from adapterkit.json_file import read_json_object
-from adapterkit.storage import read_document
+from adapterkit.tables import Table
 from adapterkit.tensor import LazyTensor
+from adapterkit.yaml_file import read_yaml_mapping
 
 _ZIP = b"PK"
 _PROTOCOLS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
@@ -66,10 +66,10 @@ class Document:
         beside = self.path.parent / name
         return _descend(_settings(beside), key) if beside.is_file() else None
 
-    def numbers(self, source: str) -> Mapping[str, Any]:
+    def settings(self, source: str) -> Table:
         """Return all settings of a `beside:file` source; empty without the file."""
         beside = self.path.parent / source.partition(":")[2]
-        return _settings(beside) if beside.is_file() else {}
+        return Table(_settings(beside) if beside.is_file() else {}, beside)
 
 
 def open_document(path: Path) -> Document:
@@ -146,30 +146,6 @@ def _descend(node: object, path: str) -> object | None:
 
 
 def _settings(path: Path) -> Mapping[str, Any]:
-    return read_json_object(path) if path.suffix == ".json" else _read_yaml(path)
-
-
-def _events(text: str) -> Iterable[object]:
-    import yaml
-
-    # The function has no typed result.
-    return cast("Any", yaml).parse(text, Loader=yaml.SafeLoader)
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    """Return the mapping that a YAML file holds; its tags build nothing but plain data."""
-    import yaml
-
-    data = read_document(path, _LARGEST_YAML)
-    try:
-        text = data.decode("utf-8")
-        # Merged aliases unfold to exponentially many keys, and no settings file needs any.
-        if any(isinstance(event, yaml.AliasEvent) for event in _events(text)):
-            raise FormatError("holds YAML aliases; write its values out", path=path)
-        value: object = yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"is not readable YAML ({reason})", path=path) from None
-    if not isinstance(value, dict):
-        raise FormatError("is not a YAML mapping", path=path)
-    return cast("dict[str, Any]", value)
+    if path.suffix == ".json":
+        return read_json_object(path)
+    return read_yaml_mapping(path, largest=_LARGEST_YAML)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.architectures.expressions import evaluate, parse_call
 from adapterkit.architectures.transforms import TRANSFORMS
@@ -20,9 +20,10 @@ from adapterkit.dialects.grammar import (
     TensorRule,
     WeightRule,
 )
-from adapterkit.dialects.table import Table
+from adapterkit.dialects.table import RuleTable
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.storage import read_document
+from adapterkit.tables import FLAG, TEXT, either, listed, mapped, number, one_of, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _Parsed = TypeVar("_Parsed")
 _HERE = Path(__file__).parent
 _LARGEST = 1 << 20
+_MOST = 1 << 20
+_VALUE = either(FLAG, number(), TEXT)
 _CONTAINERS = ("torch", "npz", "safetensors")
 _AXES = {
     frozenset({"r", "in"}): ("r", "in"),
@@ -80,7 +83,7 @@ def load(reference: str) -> Dialect:
 
 def _read(path: Path, name: str) -> Dialect:
     raw = _document(path, ())
-    return _dialect(Table(raw, path, ""), name, path)
+    return _dialect(RuleTable(raw, path, ""), name, path)
 
 
 def _document(path: Path, trail: tuple[Path, ...]) -> dict[str, Any]:
@@ -105,40 +108,36 @@ def _document(path: Path, trail: tuple[Path, ...]) -> dict[str, Any]:
     return {**_document(source, (*trail, path)), "detect": True, **raw}
 
 
-def _dialect(table: Table, name: str, path: Path) -> Dialect:
+def _dialect(table: RuleTable, name: str, path: Path) -> Dialect:
     """Return the dialect that this, the whole document, describes."""
-    table.only(*_FIELDS)
-    scale = table.text("scale")
-    if scale not in SCALES:
-        raise table.error("scale", f"{scale!r} is none of {', '.join(SCALES)}")
+    table.only(_FIELDS)
+    scale = table.get("scale", one_of(*SCALES))
     tensors = table.rows("tensor", _tensor)
     if not any(rule.axes for rule in tensors):
         raise table.error("tensor", "no rule has axes: nothing would be a factor")
-    containers = table.texts("containers")
-    if not containers or not set(containers) <= set(_CONTAINERS):
-        raise table.error("containers", f"must be some of {', '.join(_CONTAINERS)}")
+    containers = table.get("containers", listed(one_of(*_CONTAINERS), len(_CONTAINERS), 1))
     weight = table.table("weight")
     return Dialect(
         name=name,
         path=path,
-        title=table.text("title"),
+        title=table.get("title", TEXT),
         containers=containers,
         tensors=tensors,
         scale=scale,
-        extends=table.optional("extends"),
-        detect=table.flag("detect", usual=True),
-        rivals=table.flag("rivals", usual=False),
-        file=table.text("file", ""),
-        select=table.texts("select") or ("",),
+        extends=table.optional("extends", TEXT),
+        detect=table.get("detect", FLAG, usual=True),
+        rivals=table.get("rivals", FLAG, usual=False),
+        file=table.get("file", TEXT, ""),
+        select=table.get("select", listed(TEXT), ()) or ("",),
         outside=table.patterns("outside"),
         requires=table.sources("requires"),
         expect=table.rows("expect", _expectation),
-        strip=table.texts("strip"),
+        strip=table.get("strip", listed(TEXT), ()),
         alpha=_alpha(table),
         base_name=table.sources("base_name"),
         weight=_weight(weight) if weight else None,
         modules=_modules(table),
-        stride=table.number("stride", 1, 1),
+        stride=table.get("stride", whole(1, _MOST), 1),
         ignore=table.rows("ignore", _ignore),
         blocks=table.rows("blocks", _blocks),
         convolutions=table.rows("convolution", _convolution),
@@ -172,26 +171,30 @@ _FIELDS = (
 )
 
 
-def _tensor(table: Table) -> TensorRule:
-    table.only("match", "axes", "embedding", "role", "unless")
-    axes, role = table.optional("axes"), table.optional("role")
+def _tensor(table: RuleTable) -> TensorRule:
+    table.only(("match", "axes", "embedding", "role", "unless"))
+    axes, role = table.optional("axes", TEXT), table.optional("role", TEXT)
     if (axes is None) == (role is None):
         raise table.error("axes", "a rule has either axes or a role")
     if role is not None and role not in _ROLES:
         raise table.error("role", f"{role!r} is none of {', '.join(_ROLES)}")
-    pattern, unless = table.pattern("match", ("module", "position")), table.optional("unless")
+    pattern, unless = table.pattern("match", ("module", "position")), table.optional("unless", TEXT)
     if unless is not None:
         _checked(table, "unless", _filled, unless, pattern.groupindex)
     return TensorRule(
         match=pattern,
         axes=_axes(table, "axes", axes, ("r", "in", "out")),
-        embedding=_axes(table, "embedding", table.optional("embedding"), ("r", "vocab", "width")),
+        embedding=_axes(
+            table, "embedding", table.optional("embedding", TEXT), ("r", "vocab", "width")
+        ),
         role=role,
         unless=unless,
     )
 
 
-def _axes(table: Table, key: str, text: str | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
+def _axes(
+    table: RuleTable, key: str, text: str | None, allowed: tuple[str, ...]
+) -> tuple[str, ...]:
     if text is None:
         return ()
     axes = tuple(text.split())
@@ -201,25 +204,25 @@ def _axes(table: Table, key: str, text: str | None, allowed: tuple[str, ...]) ->
     return axes
 
 
-def _ignore(table: Table) -> IgnoreRule:
-    table.only("match", "what", "whole")
-    return IgnoreRule(table.pattern("match"), table.text("what"), table.flag("whole", usual=False))
+def _ignore(table: RuleTable) -> IgnoreRule:
+    table.only(("match", "what", "whole"))
+    return IgnoreRule(
+        table.pattern("match"), table.get("what", TEXT), table.get("whole", FLAG, usual=False)
+    )
 
 
-def _expectation(table: Table) -> Expectation:
-    table.only("source", "values", "message")
-    values = table.raw("values")
-    if not isinstance(values, list) or not values:
-        raise table.error("values", "is not a list of values")
-    source = table.check_source("source", table.text("source"))
-    return Expectation(source, tuple(cast("list[Any]", values)), table.text("message"))
+def _expectation(table: RuleTable) -> Expectation:
+    table.only(("source", "values", "message"))
+    values = table.get("values", listed(_VALUE, least=1))
+    source = table.check_source("source", table.get("source", TEXT))
+    return Expectation(source, values, table.get("message", TEXT))
 
 
-def _weight(table: Table) -> WeightRule:
-    table.only("name", "axes")
-    listed = isinstance(table.raw("name"), list)
-    names = table.texts("name") if listed else (table.text("name"),)
-    axes = table.text("axes", "out in")
+def _weight(table: RuleTable) -> WeightRule:
+    table.only(("name", "axes"))
+    several = isinstance(table.fields.get("name"), list)
+    names = table.get("name", listed(TEXT)) if several else (table.get("name", TEXT),)
+    axes = table.get("axes", TEXT, "out in")
     for name in names:
         _checked(table, "name", _filled, name, ("module",))
         if "{module}" not in name:
@@ -229,23 +232,23 @@ def _weight(table: Table) -> WeightRule:
     return WeightRule(names, axes)
 
 
-def _blocks(table: Table) -> BlockRule:
-    table.only("match", "slots", "enabled", "sizes", "numbers")
-    slots = table.texts("slots")
+def _blocks(table: RuleTable) -> BlockRule:
+    table.only(("match", "slots", "enabled", "sizes", "numbers"))
+    slots = table.get("slots", listed(TEXT), ())
     if not slots:
         raise table.error("slots", "is empty")
     enabled: Mapping[str, str] | tuple[str, ...]
-    if isinstance(table.raw("enabled"), dict):
-        enabled = table.mapping("enabled") or {}
+    if isinstance(table.fields.get("enabled"), dict):
+        enabled = table.get("enabled", mapped(TEXT))
         for source in enabled.values():
             table.check_source("enabled", source)
     else:
-        enabled = table.texts("enabled")
-    sizes = table.mapping("sizes")
+        enabled = table.get("enabled", listed(TEXT), ())
+    sizes = table.optional("sizes", mapped(TEXT))
     for key, given in (("enabled", enabled), ("sizes", sizes or {})):
         if unknown := [slot for slot in given if slot not in slots]:
             raise table.error(key, f"{unknown[0]!r} is none of the slots")
-    numbers = table.text("numbers", "")
+    numbers = table.get("numbers", TEXT, "")
     if sizes is not None:
         if missing := [slot for slot in slots if slot not in sizes]:
             raise table.error("sizes", f"has no {missing[0]!r}")
@@ -255,28 +258,27 @@ def _blocks(table: Table) -> BlockRule:
     return BlockRule(table.pattern("match"), slots, enabled, sizes, numbers)
 
 
-def _convolution(table: Table) -> ConvolutionRule:
-    table.only("match", "kernel")
-    kernel = table.number("kernel", None, 1) if table.raw("kernel") is not None else None
-    return ConvolutionRule(table.pattern("match"), kernel)
+def _convolution(table: RuleTable) -> ConvolutionRule:
+    table.only(("match", "kernel"))
+    return ConvolutionRule(table.pattern("match"), table.optional("kernel", whole(1, _MOST)))
 
 
-def _rename(table: Table) -> RenameRule:
-    table.only("match", "to", "slot", "slots", "rows")
-    pattern, to = table.pattern("match"), table.text("to")
+def _rename(table: RuleTable) -> RenameRule:
+    table.only(("match", "to", "slot", "slots", "rows"))
+    pattern, to = table.pattern("match"), table.get("to", TEXT)
     _checked(table, "to", _filled, to, pattern.groupindex)
-    slots = table.number("slots", 1, 1)
-    slot = table.number("slot", 0, 0)
+    slots = table.get("slots", whole(1, _MOST), 1)
+    slot = table.get("slot", whole(0, _MOST), 0)
     if slot >= slots:
         raise table.error("slot", f"{slot} is not below slots = {slots}")
-    rows = table.mapping("rows")
+    rows = table.optional("rows", mapped(TEXT))
     for family, call in (rows or {}).items():
         if call and _checked(table, f"rows.{family}", parse_call, call).name not in TRANSFORMS:
             raise table.error("rows", f"{call!r} is no row order; known: {', '.join(TRANSFORMS)}")
     return RenameRule(pattern, to, slot, slots, rows)
 
 
-def _checked(table: Table, key: str, parse: Callable[..., _Parsed], *arguments: Any) -> _Parsed:
+def _checked(table: RuleTable, key: str, parse: Callable[..., _Parsed], *arguments: Any) -> _Parsed:
     try:
         return parse(*arguments)
     except _SENSELESS as error:
@@ -292,20 +294,17 @@ def _any_size(name: str) -> int:
     return 1
 
 
-def _alpha(table: Table) -> float | tuple[str, ...]:
-    value = table.raw("alpha")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+def _alpha(table: RuleTable) -> float | tuple[str, ...]:
+    value = table.fields.get("alpha")
+    if isinstance(value, (int, float)):
+        return table.get("alpha", number())
     return table.sources("alpha")
 
 
-def _modules(table: Table) -> Mapping[str, tuple[str, ...]] | None:
-    value = table.raw("modules")
+def _modules(table: RuleTable) -> Mapping[str, tuple[str, ...]] | None:
+    value = table.fields.get("modules")
     if value is None:
         return None
     if isinstance(value, list):
-        return {"": table.texts("modules")}
-    inner = table.table("modules")
-    if inner is None:
-        return None
-    return {name: inner.texts(name) for name in cast("dict[str, Any]", value)}
+        return {"": table.get("modules", listed(TEXT))}
+    return table.get("modules", mapped(listed(TEXT)))

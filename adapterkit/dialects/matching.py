@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adapterkit.dialects.grammar import Dialect
 from adapterkit.errors import FormatError
 from adapterkit.factors import turned
+from adapterkit.tables import shown
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _problem(
     for expected in dialect.expect:
         value = document.value(expected.source)
         if value is not None and value not in expected.values:
-            return None, f"{expected.source} is {value!r}; {expected.message}"
+            return None, f"{expected.source} is {shown(value)}; {expected.message}"
     return next(_misfits(explanation), None)
 
 

@@ -20,7 +20,7 @@ from adapterkit.extract.twins import twins
 from adapterkit.formats.protocol import Options
 from adapterkit.output import check_destination
 from adapterkit.registry import destination_format
-from adapterkit.work import counter, mapped
+from adapterkit.work import counter, in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,7 +153,7 @@ def _worked(
         count(twin.nbytes)
         return outcome
 
-    return mapped(one, found, jobs)
+    return in_threads(one, found, jobs)
 
 
 def _saving(outcome: Outcome) -> Outcome:

@@ -22,6 +22,7 @@ from adapterkit.model import (
     Role,
     TensorKey,
 )
+from adapterkit.tables import Table, listed, number, shown, text, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +43,7 @@ OWN_KEYS = {
     "adapter.alora.invocation_tokens",
 }
 EMBEDDING = "token_embd"
+_TOKENS = listed(whole(0, 1 << 40), 1 << 16)
 
 
 def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
@@ -61,7 +63,7 @@ def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
     notes: list[str] = []
     halves = _halves(file)
     pairs = _pairs(halves, _alpha(file, notes))
-    name = str(file.metadata.get("general.architecture"))
+    name = Table(file.metadata, path).get("general.architecture", text(1 << 8))
     architecture, sizes = _family(name, pairs, options, path)
     mapped, engine_names = _renamed(architecture, sizes, pairs, options)
     if architecture is None:
@@ -102,20 +104,18 @@ def _check_kind(file: GGUFFile) -> None:
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = file.metadata.get(key)
         if value != wanted:
-            shown = "missing" if value is None else repr(value)
+            found = "missing" if value is None else shown(value)
             raise FormatError(
-                f"{key} is {shown}, not {wanted!r}: not a LoRA adapter", path=file.path
+                f"{key} is {found}, not {wanted!r}: not a LoRA adapter", path=file.path
             )
 
 
 def _alpha(file: GGUFFile, notes: list[str]) -> float:
-    value = file.metadata.get(ALPHA, 0.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise FormatError(f"is {value!r}, not a number", path=file.path, where=ALPHA)
+    value = Table(file.metadata, file.path).get(ALPHA, number(), 0.0)
     kind = file.kinds.get(ALPHA, ValueType.FLOAT32)
     if kind is not ValueType.FLOAT32:
         notes.append(f"{ALPHA} is stored as {kind.name}; llama.cpp aborts unless it is FLOAT32")
-    return float(value)
+    return value
 
 
 def _halves(file: GGUFFile) -> dict[str, dict[str, LazyTensor]]:
@@ -168,7 +168,7 @@ def _family(
     known = {pair.module for pair in pairs}
     candidates.sort(key=lambda a: -sum(bool(a.match_gguf(module)) for module in known))
     if base:
-        return candidates[0], Sizes(candidates[0], base.kind, base.facts)
+        return candidates[0], Sizes(candidates[0], base.kind, base.facts, base.path)
     return (candidates[0] if candidates else None), None
 
 
@@ -200,9 +200,10 @@ def _traits(file: GGUFFile, engine_names: Mapping[str, str]) -> dict[str, Any]:
     traits: dict[str, Any] = {}
     if engine_names:
         traits["engine_layout"] = dict(engine_names)
-    tokens = file.metadata.get(INVOCATION_TOKENS)
-    if isinstance(tokens, GGUFArray):
-        traits["alora_invocation_tokens"] = [int(token) for token in tokens.values()]
+    if (tokens := file.metadata.get(INVOCATION_TOKENS)) is not None:
+        values = tokens.values() if isinstance(tokens, GGUFArray) else tokens
+        kept = Table({}, file.path).checked(INVOCATION_TOKENS, values, _TOKENS)
+        traits["alora_invocation_tokens"] = list(kept)
     return traits
 
 

@@ -11,6 +11,7 @@ from adapterkit.dialects import builtin
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.factors import scaled, slice_rows
 from adapterkit.model import LoraPair
+from adapterkit.tables import whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 _ON = (True, 1, "true", "True")
+_SIZE = whole(1, 1 << 40)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +140,10 @@ def _heights(
 
 
 def _computed(rule: BlockRule, document: Document, module: str) -> tuple[int, ...]:
-    numbers = document.numbers(rule.numbers)
+    settings = document.settings(rule.numbers)
 
     def lookup(name: str) -> int:
-        value = numbers[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise FormatError(
-                f"{name} is {value!r} in {rule.numbers}, not a whole number from 1",
-                path=document.path,
-                where=module,
-            )
-        return value
+        return settings.checked(name, settings.fields[name], _SIZE)
 
     try:
         sizes = rule.sizes or {}
@@ -160,6 +155,8 @@ def _computed(rule: BlockRule, document: Document, module: str) -> tuple[int, ..
             path=document.path,
             where=module,
         ) from None
+    except ValueError as error:
+        raise settings.error(module, f"its rows do not divide by these sizes: {error}") from None
 
 
 def convolution(pair: LoraPair, kernel: int) -> LoraPair:

@@ -19,6 +19,7 @@ from adapterkit.model import (
     Role,
     TensorKey,
 )
+from adapterkit.tables import Table, number
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -113,16 +114,7 @@ def _alpha(
 
 
 def _number(value: object, source: str, document: Document) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            value = math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise FormatError(
-            f"alpha is {value!r}, not a finite number", path=document.path, where=source
-        )
-    return float(value)
+    return Table({}, document.path).checked(source, value, number(spelled=True))
 
 
 def _scale(dialect: Dialect, alpha: float, rank: int) -> float:

@@ -8,6 +8,7 @@ already.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -160,11 +161,14 @@ def _matrix(parts: Parts, name: str) -> Matrix:
 
 def _scale(parts: Parts, rank: int | None) -> float:
     stored = parts.get("alpha")
-    if stored is None or rank is None:
+    if stored is None or not rank:
         return 1.0
     if stored.size != 1:
         raise ValueError(f"alpha has shape {list(stored.shape)}, not that of a number")
-    return (float(stored.numpy().reshape(())) or rank) / rank
+    alpha = float(stored.numpy().reshape(()))
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}, not a finite number")
+    return (alpha or rank) / rank
 
 
 def _modules(stems: list[str], base: BaseModel | None, path: Path) -> dict[str, str]:

@@ -6,17 +6,20 @@ what its loader reads (mlx_lm/tuner/utils.py, load_adapters).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.errors import UnsupportedError
 from adapterkit.formats.mlx_names import in_block
+from adapterkit.tables import TEXT, Table, number, shown, whole
 
 if TYPE_CHECKING:
     from adapterkit.model import BaseReference
+
+
+_RANK = whole(0, 1 << 20, integral=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class MLXConfig:
     path: Path
 
     def __post_init__(self) -> None:
-        kind = self.raw.get("fine_tune_type", "lora")
+        kind = self.fields.get("fine_tune_type", TEXT, "lora")
         if kind == "full":
             raise UnsupportedError(
                 "fine_tune_type is full: the file holds whole weights, not an adapter; serve "
@@ -41,24 +44,29 @@ class MLXConfig:
             )
         if kind not in {"lora", "dora"}:
             raise UnsupportedError(
-                f"fine_tune_type {kind!r} is unknown; known are lora and dora", path=self.path
+                f"fine_tune_type {shown(kind)} is unknown; known are lora and dora", path=self.path
             )
 
     @property
-    def parameters(self) -> Mapping[str, Any]:
+    def fields(self) -> Table:
+        """The document, to be asked field by field."""
+        return Table(self.raw, self.path)
+
+    @property
+    def base(self) -> str | None:
+        """Hub id or path of the model, if stated."""
+        return self.fields.optional("model", TEXT)
+
+    @property
+    def parameters(self) -> Table:
         """`lora_parameters`, empty if absent."""
-        value = self.raw.get("lora_parameters")
-        if value is not None and not isinstance(value, dict):
-            raise FormatError("lora_parameters is not an object", path=self.path)
-        return cast("dict[str, Any]", value or {})
+        return self.fields.table("lora_parameters") or self.fields.inner("lora_parameters", {})
 
     @property
     def rank(self) -> int | None:
         """The one rank of all modules, if stated."""
-        value = self.parameters.get("rank", self.raw.get("rank"))
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise FormatError(f"rank is {value!r}, not a whole number", path=self.path)
-        return value
+        holder = self.parameters if "rank" in self.parameters.fields else self.fields
+        return holder.optional("rank", _RANK)
 
     def scale(self, rank: int, alpha: float | None) -> float:
         """Return the multiplier of a · b.
@@ -72,8 +80,8 @@ class MLXConfig:
         """
         if alpha is not None:
             return alpha / rank
-        scale = self._number(self.parameters, "scale")
-        old = self._number(self.parameters, "alpha")
+        scale = self.parameters.optional("scale", number())
+        old = self.parameters.optional("alpha", number())
         if scale is None:
             raise UnsupportedError(self._without_scale(rank), path=self.path)
         # mlx-lm multiplied by scale * alpha / rank until June 2024 and ignores alpha since. The
@@ -88,7 +96,7 @@ class MLXConfig:
         return scale
 
     def _without_scale(self, rank: int) -> str:
-        alpha = self._number(self.raw, "alpha")
+        alpha = self.fields.optional("alpha", number())
         if alpha is None:
             return "holds no scale; give scale times rank with --alpha"
         return (
@@ -96,15 +104,6 @@ class MLXConfig:
             f"(--alpha {alpha * rank:g}), later by alpha / rank (--alpha {alpha:g}); choose with "
             "--alpha"
         )
-
-    def _number(self, fields: Mapping[str, Any], name: str) -> float | None:
-        value = fields.get(name)
-        if value is None:
-            return None
-        wrong = isinstance(value, bool) or not isinstance(value, (int, float))
-        if wrong or not math.isfinite(value):
-            raise FormatError(f"{name} is {value!r}, not a finite number", path=self.path)
-        return float(value)
 
 
 def targeting(modules: Collection[str], layers: int | None) -> tuple[int, list[str]]:

@@ -108,7 +108,7 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
     config_path, weights_path = locate(path)
     raw = read_json_object(config_path) if config_path else {}
     config = MLXConfig(raw, config_path or weights_path)
-    name = raw.get("model") if isinstance(raw.get("model"), str) else None
+    name = config.base
     source = _Source(config, weights_path, options, options.base or _cached(name))
     file = read_safetensors(weights_path)
     groups = _grouped(file.tensors, weights_path)

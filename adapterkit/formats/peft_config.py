@@ -7,15 +7,30 @@ effect on tensors there, or is refused by name.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.errors import UnsupportedError
 from adapterkit.patterns import compiled
+from adapterkit.tables import (
+    ANY_MAPPING,
+    FLAG,
+    TEXT,
+    Kind,
+    Table,
+    either,
+    listed,
+    mapped,
+    number,
+    shown,
+    whole,
+)
+
+if TYPE_CHECKING:
+    import re
 
 # Initialisations that subtract something from the base: B · A alone is not the update.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -25,8 +40,23 @@ _NOT_A_WEIGHT_UPDATE = {
     "kasa_config": "KaSA changes the base weights and multiplies by a diagonal",
 }
 
-
-_Patterns = tuple[tuple[re.Pattern[str], Any], ...]
+_T = TypeVar("_T")
+LARGEST_RANK = 1 << 20
+_RANK = whole(1, LARGEST_RANK)
+_NAMES = either(TEXT, listed(TEXT))
+_NUMBERS = listed(whole(0, 1 << 40))
+# What later steps take from the document as it is: it is checked once, here.
+_TAKEN: dict[str, Kind[Any]] = {
+    "target_modules": _NAMES,
+    "target_parameters": _NAMES,
+    "modules_to_save": _NAMES,
+    "layers_to_transform": either(whole(0, 1 << 20), listed(whole(0, 1 << 20))),
+    "layer_replication": listed(listed(whole(0, 1 << 20), 2, 2), 1 << 12),
+    "init_lora_weights": either(FLAG, TEXT),
+    "alora_invocation_tokens": _NUMBERS,
+    "trainable_token_indices": either(_NUMBERS, mapped(_NUMBERS)),
+    "bias": TEXT,
+}
 
 
 @dataclass(frozen=True)
@@ -44,23 +74,31 @@ class LoraConfig:
     def __post_init__(self) -> None:
         kind = self.raw.get("peft_type", "LORA")
         if kind != "LORA":
+            name = kind if isinstance(kind, str) else shown(kind)
             raise UnsupportedError(
-                f"peft_type {kind} is not LORA; `adapterkit formats` lists what is read",
+                f"peft_type {name[:80]} is not LORA; `adapterkit formats` lists what is read",
                 path=self.path,
             )
         for name, reason in _NOT_A_WEIGHT_UPDATE.items():
             if self.raw.get(name):
                 raise UnsupportedError(f"{name}: {reason}; it is not read", path=self.path)
+        for name, kind in _TAKEN.items():
+            self._given(name, kind, None)
+
+    @cached_property
+    def fields(self) -> Table:
+        """The document, to be asked field by field."""
+        return Table(self.raw, self.path)
 
     @cached_property
     def rank(self) -> int:
         """Default rank `r`."""
-        return self._rank("r", self.raw.get("r", 8))
+        return self.fields.get("r", _RANK, 8)
 
     @cached_property
     def alpha(self) -> float:
         """Default `lora_alpha`."""
-        return self._number("lora_alpha", self.raw.get("lora_alpha", 8))
+        return self.fields.get("lora_alpha", number(), 8.0)
 
     @property
     def rslora(self) -> bool:
@@ -69,10 +107,7 @@ class LoraConfig:
 
     def flag(self, name: str) -> bool:
         """Return a boolean field, false when absent or null."""
-        value = self.raw.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise FormatError(f"{name} is {value!r}, not true or false", path=self.path)
-        return bool(value)
+        return self.fields.optional(name, FLAG) or False
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module: the first hit of rank_pattern, in file order, or `r`."""
@@ -100,15 +135,15 @@ class LoraConfig:
     @cached_property
     def _ranks(self) -> tuple[tuple[re.Pattern[str], int], ...]:
         return tuple(
-            (self._pattern(key), self._rank(f"rank_pattern[{key!r}]", value))
-            for key, value in self.mapping("rank_pattern").items()
+            (self._pattern("rank_pattern", key), rank)
+            for key, rank in self._given("rank_pattern", mapped(_RANK), {}).items()
         )
 
     @cached_property
     def _alphas(self) -> tuple[tuple[re.Pattern[str], float], ...]:
         return tuple(
-            (self._pattern(key), self._number(f"alpha_pattern[{key!r}]", value))
-            for key, value in self.mapping("alpha_pattern").items()
+            (self._pattern("alpha_pattern", key), alpha)
+            for key, alpha in self._given("alpha_pattern", mapped(number()), {}).items()
         )
 
     @staticmethod
@@ -117,41 +152,25 @@ class LoraConfig:
     ) -> Any:
         return next((value for pattern, value in patterns if pattern.match(module)), usual)
 
-    def _pattern(self, key: str) -> re.Pattern[str]:
+    def _pattern(self, name: str, key: str) -> re.Pattern[str]:
         try:
             return compiled(key)
         except ValueError as error:
-            raise FormatError(f"pattern {key!r} {error}", path=self.path) from None
+            raise self.fields.error(name, f"pattern {shown(key)} {error}") from None
 
-    def mapping(self, name: str) -> dict[str, Any]:
-        """Return a field that holds an object, empty when absent or null."""
-        value: Any = self.raw.get(name)
-        if value and not isinstance(value, dict):
-            raise FormatError(f"{name} is not an object", path=self.path)
-        return cast("dict[str, Any]", value or {})
+    def mapping(self, name: str) -> Table:
+        """Return a field that holds an object, empty when absent, null or false."""
+        return self.fields.inner(name, self._given(name, ANY_MAPPING, {}))
 
     def names(self, name: str) -> tuple[str, ...]:
         """Return a field that holds one or several names, empty when absent or null."""
-        value = self.raw.get(name) or ()
-        if isinstance(value, str):
-            return (value,)
-        if isinstance(value, (list, tuple)):
-            return tuple(str(item) for item in cast("list[Any]", value))
-        raise FormatError(f"{name} is not a list of names", path=self.path)
+        if isinstance(value := self.raw.get(name), str):
+            return (value,) if value else ()
+        return self._given(name, listed(TEXT), ())
 
-    def _rank(self, name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise FormatError(f"{name} is {value!r}, not a whole number from 1", path=self.path)
-        return value
-
-    def _number(self, name: str, value: Any) -> float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-        ):
-            raise FormatError(f"{name} is {value!r}, not a finite number", path=self.path)
-        return value
+    def _given(self, name: str, kind: Kind[_T], usual: _T) -> _T:
+        """Return a field, or what PEFT takes null, false and every empty value for."""
+        return self.fields.get(name, kind) if self.raw.get(name) else usual
 
     def traits(self) -> dict[str, Any]:
         """Return the settings that change what the tensors mean and are no tensors."""

@@ -24,6 +24,7 @@ from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.factors import turned
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.tables import TEXT
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -304,8 +305,8 @@ def _by_version(name: str, rule: Rule | None, config: LoraConfig) -> bool:
 
 
 def _version(config: LoraConfig) -> tuple[int, ...] | None:
-    text = config.raw.get("peft_version")
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", text) if isinstance(text, str) else None
+    text = config.fields.optional("peft_version", TEXT)
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", text) if text else None
     return tuple(int(part) for part in found.groups()) if found else None
 
 
@@ -318,8 +319,8 @@ def _rule(name: str, config: LoraConfig, base: BaseModel | None) -> tuple[Rule |
 
 def _recorded(config: LoraConfig) -> tuple[Architecture, ...]:
     """Return the families of the model class that the adapter was trained on, if it says so."""
-    recorded = config.mapping("auto_mapping").get("base_model_class")
-    return find(recorded) if isinstance(recorded, str) else ()
+    recorded = config.mapping("auto_mapping").optional("base_model_class", TEXT)
+    return find(recorded) if recorded else ()
 
 
 def _stored_swapped(adapter: AdapterTensorSet, name: str, base: BaseModel | None) -> bool:

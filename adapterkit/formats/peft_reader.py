@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.delta import same_bits
@@ -13,6 +13,7 @@ from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.json_file import read_json_object
 from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
 from adapterkit.storage import readable
+from adapterkit.tables import TEXT, listed, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 CONFIG = "adapter_config.json"
-_CONVOLUTION = 4
+_MATRIX, _CONVOLUTION = 2, 4
+_LARGEST_GROUP = 1 << 12
+_MOST_BLOCKS = 1 << 16
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -124,9 +127,9 @@ def interpret(
         tensors=tensors,
         scales=scales,
         base=BaseReference(
-            name=_text(config.raw, "base_model_name_or_path"),
-            revision=_text(config.raw, "revision"),
-            architecture=_text(config.mapping("auto_mapping"), "base_model_class"),
+            name=config.fields.optional("base_model_name_or_path", TEXT) or None,
+            revision=config.fields.optional("revision", TEXT) or None,
+            architecture=config.mapping("auto_mapping").optional("base_model_class", TEXT) or None,
         ),
         traits=config.traits() | _conflicts(config, tensors),
         extras={"peft": {"config": dict(config.raw), "modules": tuple(scales)}},
@@ -144,11 +147,6 @@ def _stored(path: Path) -> Mapping[str, LazyTensor]:
     return flatten(read_torch_zip(path).root)
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str | None:
-    value = fields.get(name)
-    return value if isinstance(value, str) and value else None
-
-
 def _interpreted(
     config: LoraConfig, tensors: dict[TensorKey, LazyTensor], notes: list[str]
 ) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
@@ -159,7 +157,7 @@ def _interpreted(
         if key.role not in {Role.FULL, Role.TOKEN_ROWS, Role.BASE_COPY}
     )
     scales = {module: config.scale_of(module) for module in adapted}
-    if config.mapping("use_bdlora"):
+    if config.mapping("use_bdlora").fields:
         tensors = _block_diagonal(config, tensors)
         notes.append("block-diagonal factors (use_bdlora) written out in full")
     if config.flag("use_qalora"):
@@ -177,12 +175,10 @@ def _unpooled(
     """
     import numpy as np
 
-    group = config.raw.get("qalora_group_size", 16)
-    if not isinstance(group, int) or group < 1:
-        raise FormatError(f"qalora_group_size is {group!r}", path=config.path)
+    group = config.fields.get("qalora_group_size", whole(1, _LARGEST_GROUP), 16)
     spelled = dict(tensors)
     for key, a in tensors.items():
-        if key.role is Role.LORA_A:
+        if key.role is Role.LORA_A and a.shape:
             shape = (*a.shape[:-1], a.shape[-1] * group)
             spelled[key] = a.map(lambda x: np.repeat(x, group, axis=-1), shape=shape)
             scales[key.module] *= a.shape[-1] / group
@@ -193,28 +189,29 @@ def _block_diagonal(
     config: LoraConfig, tensors: dict[TensorKey, LazyTensor]
 ) -> dict[TensorKey, LazyTensor]:
     fields = config.mapping("use_bdlora")
-    blocks = fields.get("nblocks", 1)
-    if not isinstance(blocks, int) or blocks < 1:
-        raise FormatError(f"use_bdlora.nblocks is {blocks!r}", path=config.path)
+    blocks = fields.get("nblocks", whole(1, _MOST_BLOCKS), 1)
     patterns = {
-        role: tuple(cast("list[str]", fields.get(name) or ()))
+        role: fields.optional(name, listed(TEXT)) or ()
         for role, name in (
             (Role.LORA_A, "target_modules_bd_a"),
             (Role.LORA_B, "target_modules_bd_b"),
         )
     }
     return {
-        key: _spelled_out(tensor, blocks)
+        key: _spelled_out(tensor, blocks, config, key)
         if any(pattern in key.module for pattern in patterns.get(key.role, ()))
         else tensor
         for key, tensor in tensors.items()
     }
 
 
-def _spelled_out(tensor: LazyTensor, blocks: int) -> LazyTensor:
+def _spelled_out(tensor: LazyTensor, blocks: int, config: LoraConfig, key: TensorKey) -> LazyTensor:
     """Return block_diag of `blocks` equal groups of rows."""
     import numpy as np
 
+    if len(tensor.shape) != _MATRIX or tensor.shape[0] % blocks:
+        message = f"has shape {list(tensor.shape)}, not {blocks} equal blocks of rows (use_bdlora)"
+        raise FormatError(message, path=config.path, where=str(key))
     rows, width = tensor.shape
 
     def spread(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.architectures import find
 from adapterkit.architectures.mapping import find_rule
@@ -22,10 +22,12 @@ from adapterkit.formats.peft_tinylora_order import base_type, find_order, round_
 from adapterkit.json_file import read_json_object
 from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, TensorKey
 from adapterkit.storage import readable
+from adapterkit.tables import TEXT, Table, number, whole
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import streams
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule, neutral
 from adapterkit.tinylora.groups import peft_group_count, peft_groups
+from adapterkit.tinylora.settings import SEED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,17 +80,18 @@ def read_peft_tinylora(path: Path, options: Options) -> AdapterTensorSet:
     """
     config_path, weights_path = locate(path)
     config = read_json_object(config_path)
+    fields = Table(config, config_path)
     stored = _sorted(weights_path)
-    _check(stored, config, weights_path)
+    _check(stored, fields, weights_path)
     notes = list(stored.notes)
-    modules = _modules(stored, config, weights_path, options, notes)
+    modules = _modules(stored, fields, weights_path, options, notes)
     tiny = TinyAdapter(modules=modules, vectors=stored.vectors, form="peft", config=config)
     return neutral(
         tiny,
         base=BaseReference(
-            name=_text(config.get("base_model_name_or_path")),
-            revision=_text(config.get("revision")),
-            architecture=_base_class(config),
+            name=fields.optional("base_model_name_or_path", TEXT) or None,
+            revision=fields.optional("revision", TEXT) or None,
+            architecture=_base_class(fields),
         ),
         provenance=Provenance(path, NAME, tuple(notes)),
         others=stored.others,
@@ -117,7 +120,7 @@ def _sorted(path: Path) -> _Stored:
     return stored
 
 
-def _check(stored: _Stored, config: Mapping[str, Any], path: Path) -> None:
+def _check(stored: _Stored, config: Table, path: Path) -> None:
     """Compare shapes and counts with each other and with the config."""
     if not stored.parts:
         raise FormatError("holds no tinylora_A and tinylora_B", path=path)
@@ -126,14 +129,14 @@ def _check(stored: _Stored, config: Mapping[str, Any], path: Path) -> None:
         shown = sorted(map(list, sizes))
         raise FormatError(f"its vectors tinylora_v have shapes {shown}, not one (u,)", path=path)
     (size,) = next(iter(sizes))
-    if config.get("u", size) != size:
-        raise FormatError(f"u is {config['u']} in the config, its vectors have {size}", path=path)
+    if (declared := config.get("u", whole(1, 1 << 32), size)) != size:
+        raise FormatError(f"u is {declared} in the config, its vectors have {size}", path=path)
     for module, parts in stored.parts.items():
         _check_module(module, parts, size, path)
-        _check_rank(module, parts, config.get("r", 2), path)
-    found, expected = sorted(stored.vectors), _group_count(stored, config, path)
+        _check_rank(module, parts, config.get("r", whole(1, 1 << 20), 2), path)
+    tying = _tying(config)
+    found, expected = sorted(stored.vectors), peft_group_count(len(stored.parts), tying)
     if found != list(range(expected)):
-        tying = config.get("weight_tying", 0.0)
         raise FormatError(
             f"weight_tying {tying} over {len(stored.parts)} modules makes {expected} vectors, the "
             f"file has {len(found)}: the config is of another adapter, or part of it is missing",
@@ -141,11 +144,8 @@ def _check(stored: _Stored, config: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _group_count(stored: _Stored, config: Mapping[str, Any], path: Path) -> int:
-    tying = config.get("weight_tying", 0.0)
-    if not isinstance(tying, int | float) or isinstance(tying, bool) or not 0 <= tying <= 1:
-        raise FormatError(f"weight_tying is {tying!r}, not a number from 0 to 1", path=path)
-    return peft_group_count(len(stored.parts), tying)
+def _tying(config: Table) -> float:
+    return config.get("weight_tying", number(0, 1), 0.0)
 
 
 def _check_module(module: str, parts: Mapping[str, LazyTensor], size: int, path: Path) -> None:
@@ -165,18 +165,18 @@ def _check_module(module: str, parts: Mapping[str, LazyTensor], size: int, path:
             raise FormatError(f"tinylora_{part} holds {tensor.dtype}", path=path, where=module)
 
 
-def _check_rank(module: str, parts: Mapping[str, LazyTensor], rank: Any, path: Path) -> None:
+def _check_rank(module: str, parts: Mapping[str, LazyTensor], rank: int, path: Path) -> None:
     """Compare a rank with the config's, which PEFT cuts to the size of the weight."""
     a, b = parts["A"].shape, parts["B"].shape
-    if not isinstance(rank, int) or a[0] != min(rank, a[1], b[0]):
+    if a[0] != min(rank, a[1], b[0]):
         raise FormatError(
-            f"r is {rank!r} in the config, its factors have {a[0]}", path=path, where=module
+            f"r is {rank} in the config, its factors have {a[0]}", path=path, where=module
         )
 
 
 def _modules(
     stored: _Stored,
-    config: Mapping[str, Any],
+    config: Table,
     path: Path,
     options: Options,
     notes: list[str],
@@ -184,7 +184,7 @@ def _modules(
     names = tuple(stored.parts)
     projections = _stored_projections(stored, config, path)
     architecture = _architecture(config, options)
-    seed = _seed(config, path)
+    seed = config.get("projection_seed", SEED, 42)
     groups = [0] * len(names)
     if len(stored.vectors) > 1 or not projections:
         order = find_order(
@@ -197,7 +197,7 @@ def _modules(
             path=path,
         )
         names = order.names
-        groups = peft_groups(len(names), config.get("weight_tying", 0.0))
+        groups = peft_groups(len(names), _tying(config))
         notes.append(f"order of the modules: {order.note}")
     if not projections:
         projections = _drawn(stored, names, seed, notes)
@@ -214,9 +214,7 @@ def _modules(
     )
 
 
-def _stored_projections(
-    stored: _Stored, config: Mapping[str, Any], path: Path
-) -> dict[str, LazyTensor]:
+def _stored_projections(stored: _Stored, config: Table, path: Path) -> dict[str, LazyTensor]:
     """Return every module's projection, or none; refuse what can be neither read nor drawn."""
     found = {name: parts["P"] for name, parts in stored.parts.items() if "P" in parts}
     if not found:
@@ -244,8 +242,8 @@ def _drawn(
     return drawn
 
 
-def _refuse_unseeded(config: Mapping[str, Any], path: Path) -> None:
-    version = str(config.get("peft_version") or "")
+def _refuse_unseeded(config: Table, path: Path) -> None:
+    version = config.optional("peft_version", TEXT) or ""
     if version.startswith(_NO_INDEX):
         raise UnsupportedError(
             f"PEFT {version} drew the projections from a number of the running process and "
@@ -254,14 +252,7 @@ def _refuse_unseeded(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _seed(config: Mapping[str, Any], path: Path) -> int:
-    seed = config.get("projection_seed", 42)
-    if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 1 << 62:
-        raise FormatError(f"projection_seed is {seed!r}, not a seed", path=path)
-    return seed
-
-
-def _architecture(config: Mapping[str, Any], options: Options) -> Architecture | None:
+def _architecture(config: Table, options: Options) -> Architecture | None:
     if options.base:
         return options.base.architecture
     name = _base_class(config)
@@ -269,12 +260,9 @@ def _architecture(config: Mapping[str, Any], options: Options) -> Architecture |
     return found[0] if found else None
 
 
-def _base_class(config: Mapping[str, Any]) -> str | None:
-    match config.get("auto_mapping"):
-        case {"base_model_class": str(name)}:
-            return name
-        case _:
-            return None
+def _base_class(config: Table) -> str | None:
+    recorded = config.table("auto_mapping")
+    return recorded.optional("base_model_class", TEXT) or None if recorded else None
 
 
 def _is_embedding(module: str, architecture: Architecture | None) -> bool:
@@ -282,7 +270,3 @@ def _is_embedding(module: str, architecture: Architecture | None) -> bool:
     if match is not None:
         return match.rule.kind in {"embedding", "positions"}
     return module.rpartition(".")[2] in _EMBEDDINGS
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None

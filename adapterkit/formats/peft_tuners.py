@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base
 from adapterkit.containers.safetensors import read_safetensors
@@ -17,6 +17,7 @@ from adapterkit.formats.peft_tuners_rules import LEAF, RULES, SHARED, Context, P
 from adapterkit.json_file import read_json_object
 from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
 from adapterkit.storage import readable
+from adapterkit.tables import TEXT, Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -66,22 +67,25 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
     """
     config_path, weights_path = locate(path)
     config = read_json_object(config_path)
-    kind = str(config.get("peft_type"))
+    fields = Table(config, config_path)
+    kind = fields.get("peft_type", TEXT)
     if kind not in RULES:
         reason = REFUSED.get(kind, "`adapterkit formats` lists what is read")
-        raise UnsupportedError(f"peft_type {kind} is not read: {reason}", path=config_path)
+        raise UnsupportedError(f"peft_type {kind[:80]} is not read: {reason}", path=config_path)
     keys = KeyReader(weights_path)
     groups, shared, tensors = _sorted(_stored(weights_path), keys)
     if not groups:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
-    name = _text(config, "base_model_name_or_path")
+    name = fields.optional("base_model_name_or_path", TEXT) or None
     context = Context(config, config_path, shared, base or _cached(name))
     scales, ranks = _factors(kind, groups, context, tensors)
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
         base=BaseReference(
-            name=name, revision=_text(config, "revision"), architecture=_class(config)
+            name=name,
+            revision=fields.optional("revision", TEXT) or None,
+            architecture=_class(fields),
         ),
         extras={"peft": {"config": {f: config[f] for f in _KEPT if f in config}, "modules": ()}},
         provenance=Provenance(path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks))),
@@ -160,18 +164,9 @@ def _cached(name: str | None) -> BaseModel | None:
         return None
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str | None:
-    value = fields.get(name)
-    return value if isinstance(value, str) and value else None
-
-
-def _class(config: Mapping[str, Any]) -> str | None:
-    mapping = config.get("auto_mapping")
-    return (
-        _text(cast("dict[str, Any]", mapping), "base_model_class")
-        if isinstance(mapping, dict)
-        else None
-    )
+def _class(fields: Table) -> str | None:
+    recorded = fields.table("auto_mapping")
+    return recorded.optional("base_model_class", TEXT) or None if recorded else None
 
 
 FORMAT = PeftTunersFormat()

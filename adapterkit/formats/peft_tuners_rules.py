@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.base import BaseModel
 from adapterkit.base.weights import BaseWeights
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
-from adapterkit.formats.peft_config import LoraConfig
+from adapterkit.formats.peft_config import LARGEST_RANK, LoraConfig
+from adapterkit.tables import Table, number, whole
 from adapterkit.tensor import LazyTensor
 from adapterkit.tuners import (
     Factors,
@@ -88,16 +89,10 @@ class Context:
             )
         return found
 
-    def number(self, name: str, usual: float) -> float:
-        """Return a number of the config.
-
-        Raises:
-            FormatError: if it is something else.
-        """
-        value = self.config.get(name, usual)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FormatError(f"{name} is {value!r}, not a number", path=self.path)
-        return value
+    @cached_property
+    def fields(self) -> Table:
+        """The config, to be asked field by field."""
+        return Table(self.config, self.path)
 
 
 Rule = Callable[[str, Parts, Context], tuple[Factors, float]]
@@ -107,8 +102,8 @@ def _adalora(module: str, parts: Parts, context: Context) -> tuple[Factors, floa
     del module
     factors = adalora(parts["adalora_A"], parts["adalora_B"], parts["adalora_E"])
     # PEFT divides by the rank that training began with, whatever pruning left, plus 1e-5.
-    alpha = context.number("lora_alpha", 8)
-    rank = context.number("init_r", 12)
+    alpha = context.fields.get("lora_alpha", number(), 8.0)
+    rank = context.fields.get("init_r", whole(1, LARGEST_RANK), 12)
     return factors, (alpha if alpha > 0 else factors.b.shape[1]) / (rank + 1e-5)
 
 
@@ -165,7 +160,8 @@ def _vera(module: str, parts: Parts, context: Context) -> tuple[Factors, float]:
 
 def _vblora(module: str, parts: Parts, context: Context) -> tuple[Factors, float]:
     del module
-    count = int(context.number("topk", 2))
+    vectors = max(context.shared["vblora_vector_bank"].shape, default=1)
+    count = context.fields.get("topk", whole(1, vectors, integral=True), 2)
     sides = (_selection(parts, f"vblora_logits_{side}", count) for side in "AB")
     return vector_bank(context.shared["vblora_vector_bank"], *sides), 1.0
 

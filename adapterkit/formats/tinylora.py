@@ -10,13 +10,13 @@ and witness of each. No base and no torch are needed to read it.
 from __future__ import annotations
 
 import json
-import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError, FormatError, UnsupportedError
 from adapterkit.model import BaseReference, Provenance
+from adapterkit.tables import ANY_MAPPING, FLAG, TEXT, Table, number, whole
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import writing
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule, neutral, wide
@@ -38,6 +38,7 @@ FILE = "tinylora.safetensors"
 _VERSION = 1
 _LEAVES = ("left", "right", "projection", "middle")
 _MATRIX, _CUBE = 2, 3
+_LARGEST_GROUP = 1 << 31
 
 
 def is_self_contained(path: Path) -> bool:
@@ -67,7 +68,7 @@ class TinyLoraFormat:
         notes = _compared(tiny, options.base)
         return neutral(
             tiny,
-            base=BaseReference(name=_text(document.get("base_model"))),
+            base=BaseReference(name=document.optional("base_model", TEXT) or None),
             provenance=Provenance(path, NAME, notes),
         )
 
@@ -132,15 +133,16 @@ def _witness(module: TinyModule, base: BaseModel | None) -> Witness | None:
     return testify(weight_of(base, module.name), left, tuple(map(float, values)), "float32")
 
 
-def _read(path: Path) -> tuple[TinyAdapter, Mapping[str, Any]]:
+def _read(path: Path) -> tuple[TinyAdapter, Table]:
     file = read_safetensors(path)
     document = _parsed(file.metadata, path)
-    modules: dict[str, Any] = document["modules"]
+    modules = document.inner("modules", document.get("modules", ANY_MAPPING))
     vectors = _vectors(file.tensors, path)
     known = {f"v.{group}" for group in vectors}
     found: list[TinyModule] = []
-    for name, fields in modules.items():
+    for name in modules.fields:
         known |= {f"{name}.{leaf}" for leaf in _LEAVES}
+        fields = modules.inner(name, modules.get(name, ANY_MAPPING))
         found.append(_module(name, fields, file.tensors, vectors, path))
     if strangers := sorted(file.tensors.keys() - known):
         raise FormatError("belongs to no module of the header", path=path, where=strangers[0])
@@ -148,43 +150,35 @@ def _read(path: Path) -> tuple[TinyAdapter, Mapping[str, Any]]:
         raise FormatError("holds no modules; training saved an empty adapter", path=path)
     if unused := sorted(vectors.keys() - {module.group for module in found}):
         raise FormatError("belongs to no module", path=path, where=f"v.{unused[0]}")
-    stated = document.get("settings")
+    stated = document.optional("settings", ANY_MAPPING)
     tiny = TinyAdapter(
         modules=tuple(found),
         vectors=vectors,
-        form=str(document.get("form", "carried")),
-        settings=settings_from(_object(stated, "settings", path), path) if stated else None,
-        config=_object(document.get("config") or {}, "config", path),
+        form=document.get("form", TEXT, "carried"),
+        settings=settings_from(stated, path) if stated else None,
+        config=document.optional("config", ANY_MAPPING) or {},
     )
     return tiny, document
 
 
-def _parsed(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+def _parsed(metadata: Mapping[str, str], path: Path) -> Table:
     try:
         document = json.loads(metadata.get(NAME, ""))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"its header holds no JSON ({error})", path=path, where=NAME) from None
-    document = _object(document, NAME, path)
-    if document.get("version") != _VERSION:
+    table = Table(Table({}, path).checked(NAME, document, ANY_MAPPING), path)
+    if (version := table.get("version", whole(0, 1 << 31))) != _VERSION:
         raise UnsupportedError(
-            f"is of version {document.get('version')!r}; this adapterkit reads {_VERSION}",
-            path=path,
+            f"is of version {version}; this adapterkit reads {_VERSION}", path=path
         )
-    document["modules"] = _object(document.get("modules"), "modules", path)
-    return document
-
-
-def _object(value: Any, where: str, path: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise FormatError("is not a JSON object", path=path, where=where)
-    return cast("dict[str, Any]", value)
+    return table
 
 
 def _vectors(tensors: Mapping[str, LazyTensor], path: Path) -> dict[int, LazyTensor]:
     vectors: dict[int, LazyTensor] = {}
     for name, tensor in tensors.items():
         kind, _, group = name.partition(".")
-        if kind != "v" or not group.isdecimal():
+        if kind != "v" or not group.isdecimal() or len(group) > len(str(_LARGEST_GROUP)):
             continue
         if len(tensor.shape) != 1 or not tensor.size or not tensor.dtype.floating:
             raise FormatError("is no vector of real numbers", path=path, where=name)
@@ -194,41 +188,37 @@ def _vectors(tensors: Mapping[str, LazyTensor], path: Path) -> dict[int, LazyTen
 
 def _module(
     name: str,
-    fields: Any,
+    fields: Table,
     tensors: Mapping[str, LazyTensor],
     vectors: dict[int, LazyTensor],
     path: Path,
 ) -> TinyModule:
-    match fields:
-        case {"scale": int() | float() as scale} if math.isfinite(scale):
-            pass
-        case _:
-            raise FormatError("has no finite scale in the header", path=path, where=name)
+    scale = fields.get("scale", number())
     left, right, projection, middle = (tensors.get(f"{name}.{leaf}") for leaf in _LEAVES)
     if left is None or right is None or (projection is None) == (middle is None):
         raise FormatError(
             "needs left, right and either projection or middle", path=path, where=name
         )
-    group = fields.get("group")
+    group = fields.optional("group", whole(0, _LARGEST_GROUP))
     if middle is not None:
         # A middle matrix is a projection with the one coefficient 1.
         projection = LazyTensor(middle.dtype, (1, *middle.shape), middle.read)
         group = max(vectors, default=-1) + 1
         vectors[group] = _one()
-    if type(group) is not int or group not in vectors:
-        raise FormatError(f"its group {group!r} has no vector", path=path, where=name)
+    if group is None or group not in vectors:
+        raise FormatError(f"its group {group} has no vector", path=path, where=name)
     assert projection is not None  # noqa: S101  (one of the two is there)
     _check_shapes(name, left, right, projection, vectors[group].size, path)
-    witness = fields.get("witness")
+    witness = fields.table("witness")
     return TinyModule(
         name=name,
         left=left,
         right=right,
         projection=projection,
         group=group,
-        scale=float(scale),
-        embedding=fields.get("embedding") is True,
-        witness=parse_witness(witness, path=path, where=name) if witness is not None else None,
+        scale=scale,
+        embedding=fields.get("embedding", FLAG, usual=False),
+        witness=parse_witness(witness) if witness else None,
     )
 
 
@@ -264,10 +254,6 @@ def _compared(tiny: TinyAdapter, base: BaseModel | None) -> tuple[str, ...]:
     if not seen:
         return ("it has no witness: nothing says that it was made on this base",)
     return (f"made on this base: the weights of {len(seen)} modules have the digests it recorded",)
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def settings_of(adapter: AdapterTensorSet) -> TinySettings | None:

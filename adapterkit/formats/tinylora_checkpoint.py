@@ -19,6 +19,7 @@ from adapterkit.containers.torch_zip import read_torch_zip
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.json_file import read_json_object
 from adapterkit.storage import readable
+from adapterkit.tables import ANY_MAPPING, TEXT, Table, listed, text
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora.settings import SETTINGS_FILE, TinySettings, settings_from
 from adapterkit.tinylora.witness import Witness, parse_witnesses
@@ -28,6 +29,7 @@ MANIFEST = "manifest.json"
 COMPLETED = "COMPLETED"
 _SUFFIX = ".v"
 _STEP = re.compile(r"step_(\d+)")
+_LONGEST_NAME = 255
 _POINTER = Path("manifests") / "latest_checkpoint.json"
 _UNSEEDED = (
     "its projections were drawn from a generator without a seed of their own and saved nowhere, "
@@ -161,8 +163,9 @@ def _latest(run: Path, steps: list[Path], notes: list[str]) -> Path:
     """Return the checkpoint that the run points to, else the newest whole one."""
     # The pointer holds an absolute path, stale after a move: only its last part is looked at.
     pointer = run / _POINTER
-    target = read_json_object(pointer).get("checkpoint_dir") if pointer.is_file() else None
-    name = str(target).replace("\\", "/").rstrip("/").rpartition("/")[2] if target else ""
+    fields = Table(read_json_object(pointer) if pointer.is_file() else {}, pointer)
+    target = fields.optional("checkpoint_dir", TEXT) or ""
+    name = target.replace("\\", "/").rstrip("/").rpartition("/")[2]
     ordered = sorted(steps, key=lambda step: step.name != name)
     for step in ordered:
         try:
@@ -182,24 +185,20 @@ def _verified(folder: Path, state: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     if not (folder / COMPLETED).is_file():
         raise FormatError(f"has no {COMPLETED}: saving it was interrupted", path=folder)
-    manifest = read_json_object(path)
-    entries = manifest.get("files")
-    if not isinstance(entries, list):
-        raise FormatError("files is not a list", path=path)
-    seen = {_checked(entry, folder, path) for entry in cast("list[Any]", entries)}
+    manifest = Table(read_json_object(path), path)
+    entries = manifest.get("files", listed(ANY_MAPPING))
+    seen = {
+        _checked(manifest.inner(f"files[{place}]", entry), folder, path)
+        for place, entry in enumerate(entries)
+    }
     if state.name not in seen:
         raise FormatError(f"does not list {state.name}", path=path)
-    metadata = manifest.get("metadata")
-    return cast("Mapping[str, Any]", metadata) if isinstance(metadata, Mapping) else {}
+    return manifest.optional("metadata", ANY_MAPPING) or {}
 
 
-def _checked(entry: Any, folder: Path, manifest: Path) -> str:
+def _checked(entry: Table, folder: Path, manifest: Path) -> str:
     """Compare one listed file with its digest; only plain files in the folder are ever opened."""
-    match entry:
-        case {"path": str(name), "sha256": str(digest)}:
-            pass
-        case _:
-            raise FormatError("an entry of files has no path and sha256", path=manifest)
+    name, digest = entry.get("path", text(_LONGEST_NAME)), entry.get("sha256", TEXT)
     plain = name not in {"", ".", ".."} and not set(name) & {"/", "\\", "\0", ":"}
     if not plain:
         raise FormatError(
@@ -232,7 +231,7 @@ def _settings(
 
 def _document(path: Path) -> tuple[TinySettings, Mapping[str, Witness]]:
     document = read_json_object(path)
-    return settings_from(document, path), parse_witnesses(document.get("witness"), path)
+    return settings_from(document, path), parse_witnesses(Table(document, path))
 
 
 def settings_text(settings: TinySettings, witnesses: Mapping[str, Witness]) -> str:

@@ -14,11 +14,12 @@ from adapterkit.formats.tinylora_checkpoint import (
 )
 from adapterkit.formats.tinylora_pack_writer import losses, write_pack
 from adapterkit.model import BaseReference, Provenance
+from adapterkit.tables import TEXT, Table
 from adapterkit.tinylora.adapter import TinyAdapter, neutral
 from adapterkit.tinylora.inference import tie_groups
 from adapterkit.tinylora.pack import doubts, pack_targets, rebuild
 from adapterkit.tinylora.registration import registered
-from adapterkit.tinylora.settings import TinySettings
+from adapterkit.tinylora.settings import SEED, TinySettings
 from adapterkit.tinylora.targets import require_weights
 
 if TYPE_CHECKING:
@@ -61,11 +62,12 @@ def _read(
     path: Path, checkpoint: Checkpoint, vectors: Mapping[str, LazyTensor], options: Options
 ) -> AdapterTensorSet:
     metadata = checkpoint.metadata
-    model = _text(metadata.get("model_name"))
+    stated = Table(metadata, path)
+    model = stated.optional("model_name", TEXT) or None
     base = require_weights(options.base or find_base(model), path=path, name=model)
     size = next(iter(vectors.values())).size
     settings = checkpoint.settings.updated(TinySettings(projection_dim=size, alpha=options.alpha))
-    settings = settings.updated(TinySettings(seed=_seed(metadata)))
+    settings = settings.updated(TinySettings(seed=stated.optional("seed", SEED)))
     settings.require(("frozen_rank", "alpha", "seed"), path=path)
     names = pack_targets(base, settings)
     _check_targets(names, list(vectors), metadata, base)
@@ -125,15 +127,6 @@ def _check_targets(
             )
         case _:
             pass
-
-
-def _seed(metadata: Mapping[str, Any]) -> int | None:
-    value = metadata.get("seed")
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 FORMAT = TinyLoraPackFormat()

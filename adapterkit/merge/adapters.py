@@ -18,7 +18,7 @@ from adapterkit.merge.registry import SPACES, Kind, MethodSpec
 from adapterkit.merge.registry import method as find_method
 from adapterkit.merge.report import MergeReport, ModuleReport
 from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
-from adapterkit.work import mapped
+from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -163,7 +163,7 @@ def _merged(
     planned: Sequence[ModulePlan], work: Any, threads: int | None, how: Combination
 ) -> list[MergedModule]:
     large = any(np.prod(plan.present[0].shape[-2:]) > _LARGE for plan in planned)
-    return mapped(work, planned, 1 if how.dense and large else threads)
+    return in_threads(work, planned, 1 if how.dense and large else threads)
 
 
 def _assembled(

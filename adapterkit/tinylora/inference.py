@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import UsageError
+from adapterkit.tables import whole
 from adapterkit.tinylora.groups import PACK_MODES, pack_groups, partition
 from adapterkit.tinylora.planner import CANDIDATES, SCRIPT_CANDIDATES, planned
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.tinylora.settings import TinySettings
 
 _SHOWN = 6
+_BUDGET = whole(1, 1 << 40)
 _Tie = tuple[str, int]
 
 
@@ -115,8 +117,8 @@ def _planned(
     names: Sequence[str], settings: TinySettings, metadata: Mapping[str, Any]
 ) -> Iterator[_Tie]:
     """Yield what the pack's scripts would have set: they plan for a budget and tie in tiles."""
-    budget = cast("object", metadata.get("budget_target"))
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+    budget = metadata.get("budget_target")
+    if not isinstance(budget, int) or not _BUDGET.held_by(budget):
         return
     kinds = Counter(name.rpartition(".")[2] for name in names)
     for candidates in (SCRIPT_CANDIDATES, CANDIDATES):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
-from adapterkit.errors import FormatError, UsageError
+from adapterkit.errors import UsageError
 from adapterkit.json_file import read_json_object
+from adapterkit.tables import NAME, Kind, Table, listed, number, one_of, whole
 from adapterkit.tinylora.groups import PACK_MODES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 SETTINGS_FILE = "tinylora.json"
@@ -103,45 +103,24 @@ def settings_from(document: Mapping[str, Any], path: Path) -> TinySettings:
     Raises:
         FormatError: naming the key.
     """
-    known = {item.name for item in fields(TinySettings)}
-    unknown = sorted(document.keys() - known - {"schema", "witness"})
-    if unknown:
-        raise FormatError(
-            f"unknown setting; known are {', '.join(sorted(known))}", path=path, where=unknown[0]
-        )
-    values = {name: document[name] for name in known if document.get(name) is not None}
-    for name, value in values.items():
-        if not _CHECKS[name](value):
-            raise FormatError(f"{value!r} is not a possible value", path=path, where=name)
-    if "tie_mode" in values:
-        values["tie_mode"] = values["tie_mode"].lower()
-    if "alpha" in values:
-        values["alpha"] = float(values["alpha"])
-    values["target_modules"] = tuple(values.get("target_modules", TARGETS))
-    return TinySettings(**values)
+    table = Table(document, path)
+    table.only((*_KINDS, "schema", "witness"), "setting")
+    found = {name: table.optional(name, kind) for name, kind in _KINDS.items()}
+    return TinySettings(**{name: value for name, value in found.items() if value is not None})
 
 
-def _whole(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(name, str) and name for name in cast("list[Any]", value)
-    )
-
-
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "frozen_rank": lambda value: _whole(value, 1, 1 << 20),
-    "projection_dim": lambda value: _whole(value, 1, 1 << 32),
-    "alpha": _real,
-    "tie_mode": lambda value: isinstance(value, str) and value.lower() in PACK_MODES,
-    "tie_factor": lambda value: _whole(value, 1, 1 << 32),
-    "seed": lambda value: _whole(value, -_MAX_SEED, _MAX_SEED),
-    "target_modules": _names,
-    "dtype": lambda value: value in _DTYPES,
+SEED = whole(-_MAX_SEED, _MAX_SEED)
+_TIE_MODE = one_of(*PACK_MODES)
+_KINDS: dict[str, Kind[Any]] = {
+    "frozen_rank": whole(1, 1 << 20),
+    "projection_dim": whole(1, 1 << 32),
+    "alpha": number(),
+    "tie_mode": Kind(
+        _TIE_MODE.expected,
+        lambda value: _TIE_MODE.read(value.lower() if isinstance(value, str) else value),
+    ),
+    "tie_factor": whole(1, 1 << 32),
+    "seed": SEED,
+    "target_modules": listed(NAME),
+    "dtype": one_of(*_DTYPES),
 }

@@ -7,17 +7,18 @@ sha256 of the base tensor's stored bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError, IncompatibleBaseError, UncheckableError
+from adapterkit.tables import ANY_MAPPING, TEXT, listed, number, one_of, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
 
+    from adapterkit.tables import Table
     from adapterkit.tensor import LazyTensor
     from adapterkit.tinylora.frozen import Frozen
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _DRIFT = 1e-5
 # Beyond this the singular vectors of two drivers are different vectors, not rounded ones.
 _TOO_CLOSE = 1e-2
+_LARGEST_ROW = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,35 +63,20 @@ class Witness:
         }
 
 
-def parse_witness(document: Any, *, path: Path, where: str) -> Witness:
+def parse_witness(fields: Table) -> Witness:
     """Check the JSON form of a witness.
 
     Raises:
-        FormatError: naming the module.
+        FormatError: naming the field.
     """
-    match document:
-        case {
-            "sha256": str(digest),
-            "dtype": str(dtype),
-            "singular_values": [*values],
-            "anchors": [*anchors],
-            "signs": [*signs],
-            "precision": "float32" | "float64" as precision,
-        }:
-            real = all(type(value) in {int, float} for value in values)
-            whole = all(type(row) is int and row >= 0 for row in anchors)
-            if real and whole and all(sign in {1, -1} for sign in signs):
-                return Witness(
-                    sha256=digest,
-                    dtype=dtype,
-                    singular_values=tuple(map(float, values)),
-                    anchors=tuple(anchors),
-                    signs=tuple(signs),
-                    precision=precision,
-                )
-        case _:
-            pass
-    raise FormatError("its witness is malformed", path=path, where=where)
+    return Witness(
+        sha256=fields.get("sha256", TEXT),
+        dtype=fields.get("dtype", TEXT),
+        singular_values=fields.get("singular_values", listed(number())),
+        anchors=fields.get("anchors", listed(whole(0, _LARGEST_ROW))),
+        signs=fields.get("signs", listed(whole(-1, 1))),
+        precision=fields.get("precision", one_of("float32", "float64")),
+    )
 
 
 def testify(weight: LazyTensor, left: Array, values: tuple[float, ...], precision: str) -> Witness:
@@ -169,17 +156,16 @@ def align(frozen: Frozen, witness: Witness, *, module: str) -> Frozen:
     return replace(frozen, u=frozen.u * turn, vt=frozen.vt * turn[:, None])
 
 
-def parse_witnesses(document: Any, path: Path) -> dict[str, Witness]:
-    """Return module -> witness of a JSON object, empty where there is none.
+def parse_witnesses(settings: Table) -> dict[str, Witness]:
+    """Return module -> witness of a settings document, empty where there is none.
 
     Raises:
-        FormatError: if it is no object, or one of them is malformed.
+        FormatError: if one of them is malformed.
     """
-    if document is None:
+    known = settings.table("witness")
+    if known is None:
         return {}
-    if not isinstance(document, Mapping):
-        raise FormatError("is not an object", path=path, where="witness")
     return {
-        str(name): parse_witness(value, path=path, where=str(name))  # pyright: ignore[reportUnknownArgumentType]
-        for name, value in document.items()  # pyright: ignore[reportUnknownVariableType]
+        str(name): parse_witness(known.inner(str(name), known.get(name, ANY_MAPPING)))
+        for name in known.fields
     }

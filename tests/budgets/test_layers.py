@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up. A module imports from lower layers and from its own folder.
 LAYERS = (
     {"errors", "dtype"},
-    {"storage", "quantisation", "disk", "work"},
+    {"storage", "quantisation", "disk", "work", "tables"},
     {"tensor", "output"},
     {"model"},
-    {"containers", "factors", "json_file", "patterns", "hub", "delta", "structure"},
+    {"containers", "factors", "json_file", "yaml_file", "patterns", "hub", "delta", "structure"},
     {"architectures"},
     {"dialects"},
     {"base"},

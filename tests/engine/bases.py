@@ -127,9 +127,9 @@ def _hyperparameters(row: FamilyRow, base: BaseModel) -> dict[str, Any]:
     for key, given in row.gguf.items():
         match given:
             case str():
-                found[key] = sizes.value(given)
+                found[key] = sizes.fact(given)
             case [str(), *_]:
-                values = [sizes.get(expression) for expression in given]
+                values = [sizes.fact(expression) for expression in given]
                 found[key] = next((value for value in values if value is not None), None)
             case _:
                 found[key] = given

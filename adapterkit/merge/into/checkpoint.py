@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.base.model import BaseModel
+from adapterkit.base.opening import INDEX, weight_map
 from adapterkit.base.quantised import decoded as decoded_base
 from adapterkit.base.schemes import BESIDE, FIELDS, Refused, decodable, quantisation
 from adapterkit.containers.safetensors import read_safetensors
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from adapterkit.storage import FileSlice
     from adapterkit.tensor import LazyTensor
 
-INDEX = "model.safetensors.index.json"
 # What a model directory consists of, whoever has written it; adapters have other names.
 MODEL = Directory(
     "model directory",
@@ -194,15 +194,15 @@ def _check_complete(base: BaseModel) -> None:
     """Refuse a checkpoint of which shards are missing, or whose shards share a name."""
     if not (base.path / INDEX).is_file():
         return
-    listed = cast("dict[str, Any]", read_json_object(base.path / INDEX)["weight_map"])
+    listed = weight_map(base.path)
     for name, shard in listed.items():
         if name not in base.tensors:
             raise NotFoundError(
-                f"{shard} does not hold it or is missing; download the model again",
+                f"{shard.name} does not hold it or is missing; download the model again",
                 path=base.path,
                 where=name,
             )
-    files = dict.fromkeys(base.path / Path(str(shard)).name for shard in listed.values())
+    files = dict.fromkeys(listed.values())
     held = sum(len(read_safetensors(file).tensors) for file in files)
     if held != len(base.tensors):
         raise FormatError(

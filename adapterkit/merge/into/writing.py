@@ -24,7 +24,7 @@ from adapterkit.merge.into.journal import Segment, Written
 from adapterkit.merge.into.steps import Change
 from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import RowReader
-from adapterkit.work import Crew, mapped
+from adapterkit.work import Crew, in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -158,7 +158,7 @@ class _Begun:
             for segment, known in zip(self.segments, self.known, strict=True)
             if known is not None
         ]
-        if not all(mapped(lambda pair: _intact(*pair, self.path), noted)):
+        if not all(in_threads(lambda pair: _intact(*pair, self.path), noted)):
             raise _changed(self.path)
 
     def submit(self, crew: Crew, progress: Progress) -> None:
