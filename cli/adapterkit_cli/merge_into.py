@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adapterkit import MergeIntoReport
 
 _OWN = ("dtype", "gguf_type", "tied", "dequantize", "resume", "jobs")
-_BOTH = ("weights", "dialect", "alpha", "force")
+_BOTH = ("weights", "dialect", "alpha", "as_format", "allow_lossy", "force")
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
@@ -66,7 +66,7 @@ def check(into: str | None, arguments: Mapping[str, Any]) -> None:
         wrong = [name for name in arguments if name not in {*_OWN, *_BOTH}]
         reason = "does not go with --into, which adds the weighted updates"
     if wrong:
-        names = {"params": "--param"}
+        names = {"params": "--param", "as_format": "--from"}
         raise click.UsageError(f"{names.get(wrong[0], '--' + wrong[0].replace('_', '-'))} {reason}")
 
 
