@@ -277,8 +277,11 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
         except IncompatibleBaseError as error:
             if need > Need.STORED or options.base is None:
                 raise
-            # What the file holds can be looked at all the same.
-            adapter = source.format.format.read(source.path, replace(options, base=None))
+            # What the file holds can be looked at all the same, where that takes no base.
+            try:
+                adapter = source.format.format.read(source.path, replace(options, base=None))
+            except UnsupportedError:
+                raise error from None
             misfit = error
     if options.base is not None:
         options = replace(options, base=options.base.suited(adapter.modules))

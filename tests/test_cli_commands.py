@@ -126,6 +126,7 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
         "prepare": ("uniform",),
         "dialect": "torchtune",
         "alpha": 16.0,
+        "as_format": None,
         "unverified": True,
         "allow_lossy": True,
         "force": True,
