@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import LossyConversionError
 from adapterkit.formats.protocol import Options
 from adapterkit.loading import Need, load, open_model
-from adapterkit.saving import ProvenFile, destination_format, save, stored_type
+from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
@@ -75,6 +74,7 @@ def write(
 
     Raises:
         LossyConversionError: if the format cannot hold something; lists every reason.
+        IncompatibleBaseError: if it does not fit the base.
         ProofError: if the file does not hold the same updates; it is removed.
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
@@ -82,7 +82,5 @@ def write(
     path = Path(path)
     target = destination_format(path, format)
     options = Options(base=open_model(base), dtype=stored_type(outtype))
-    losses = [loss for loss in target.format.losses(adapter, options) if loss.blocks]
-    if losses:
-        raise LossyConversionError(losses, path=path)
-    return save(adapter, path, target, options, force=force)
+    ready = admitted(adapter, target, options)
+    return save(ready.adapter, path, target, options, force=force)

@@ -311,7 +311,7 @@ def _prepared(loaded: Loaded, need: Need, *, allow_lossy: bool) -> Loaded:
         check_structure(loaded.adapter)
     if need < Need.FITTED:
         return loaded
-    from adapterkit.passes import apply
+    from adapterkit.passes.registry import apply
 
     context = Context(base=loaded.base, allow_lossy=allow_lossy)
     names = ("initialisation", "vocabulary")

@@ -10,7 +10,8 @@ from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.model import AdapterTensorSet, Loss, Role
-from adapterkit.passes import Context, by_name
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
 from adapterkit.registry import BUILTIN, spec
 from adapterkit.storage import staged

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from click import Group
+from click import Context, Group
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -36,7 +36,7 @@ def commands(group: click.Command, name: str = "") -> Iterator[tuple[str, click.
     if not isinstance(group, Group):
         yield name, group
         return
-    context = group.make_context(name, [], resilient_parsing=True)
+    context = Context(group)
     for each in group.list_commands(context):
         found = group.get_command(context, each)
         assert found is not None

@@ -10,13 +10,14 @@ import pytest
 
 from adapterkit import AdapterTensorSet, LazyTensor, Loss, Role, TensorKey, UsageError
 from adapterkit.base import open_base
-from adapterkit.passes import PASSES, Context, apply, by_name
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import PASSES, apply, by_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit import BaseModel
-    from adapterkit.passes import Passed
+    from adapterkit.passes.protocol import Passed
 
 ROWS, WIDTH, RANK = 70, 8, 2
 TABLE, OUTPUT, LAYER = "model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj"

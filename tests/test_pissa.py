@@ -20,8 +20,8 @@ from adapterkit.base import open_base
 from adapterkit.errors import UnsupportedError
 from adapterkit.formats.peft_reader import read_peft
 from adapterkit.formats.peft_writer import write_peft
-from adapterkit.passes import Context
 from adapterkit.passes.initialisation import undone
+from adapterkit.passes.protocol import Context
 from adapterkit.projection import project_file
 from adapterkit.tinylora import TinySettings
 

@@ -15,7 +15,8 @@ from terminal import PEFT, ROOT, invoke
 import adapterkit
 from adapterkit import LazyTensor, Role, TensorKey, validate
 from adapterkit.dtype import DType
-from adapterkit.passes import PASSES, Context
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import PASSES
 from adapterkit.passes.uniform import uniform
 from adapterkit.registry import formats
 from adapterkit.validation import load_target, target_names

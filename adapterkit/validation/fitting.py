@@ -10,7 +10,8 @@ from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.weights import BaseWeights
 from adapterkit.errors import UnsupportedError
-from adapterkit.passes import Context, apply
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import apply
 from adapterkit.validation.findings import Finding, Severity
 from adapterkit.validation.structure import selector
 
