@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from adapterkit import AdapterTensorSet, LazyTensor, Loss, Role, TensorKey, UsageError
+from adapterkit import (
+    AdapterTensorSet,
+    LazyTensor,
+    Loss,
+    LossyConversionError,
+    Role,
+    TensorKey,
+    UsageError,
+    convert,
+    read,
+    write,
+)
 from adapterkit.base import open_base
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import PASSES, apply, by_name
@@ -151,3 +162,20 @@ def test_one_rank_and_one_scale_are_the_same_updates(adapter: AdapterTensorSet) 
     assert {(pair.rank, pair.scale) for pair in done.pairs()} == {(4, 2.0)}
     for module, update in dense(done).items():
         np.testing.assert_allclose(update, dense(adapter)[module], rtol=1e-6, atol=1e-7)
+
+
+def test_peft_holds_a_vocabulary_that_grew_and_others_ask(
+    adapter: AdapterTensorSet, tmp_path: Path
+) -> None:
+    base(tmp_path, 64)
+    config, grown = tmp_path / "config.json", tmp_path / "grown"
+    write(adapter, grown)
+    kept = convert(grown, tmp_path / "kept", base=config, allow_lossy=True)
+    assert kept.losses == ()
+    for module, update in dense(read(tmp_path / "kept")).items():
+        np.testing.assert_array_equal(update, dense(read(grown))[module])
+    with pytest.raises(LossyConversionError, match="70 rows are more than the base's 64"):
+        convert(grown, tmp_path / "x.gguf", base=config)
+    assert not (tmp_path / "x.gguf").exists()
+    cut = convert(grown, tmp_path / "x.gguf", base=config, allow_lossy=True)
+    assert [loss.code for loss in cut.losses] == ["vocabulary", "vocabulary"]
