@@ -17,7 +17,7 @@ from adapterkit_cli.signals import Terminated, stopping_cleanly
 SLOW = """
 import sys, time
 from importlib import import_module
-module = import_module("adapterkit.convert")
+module = import_module("adapterkit.saving")
 def prove(*args, **kwargs):
     print("proving", flush=True)
     time.sleep(60)
