@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.base import open_base
 from adapterkit.diagnosis import diagnose
-from adapterkit.errors import UncheckableError, UnknownFormatError
-from adapterkit.formats.protocol import Options
-from adapterkit.hub import located
+from adapterkit.errors import UncheckableError
+from adapterkit.loading import Need, load_all
 from adapterkit.proof import Comparison, compare, tolerance_for
-from adapterkit.reading import load
-from adapterkit.registry import FormatSpec, detect, source_format
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,47 +68,38 @@ def diff(
     tolerance: float | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
 ) -> DiffReport:
     """Compare two adapters module by module, from factors alone.
 
     Args:
         a: the reference, any format.
         b: the other, any format.
-        base: base model that both are for, where a format's row order depends on it.
+        base: base model that both are for, where a format's row order or an initialisation that
+            changed the base depends on it.
         tolerance: relative error that counts as equal; by default what rounding to the coarser of
             the two files' dtypes explains.
         dialect: key grammar of the hand-written one of the two, where its file cannot tell.
         alpha: scale numerator, where a file does not hold it.
+        as_format: name of the format to read both as, where their content does not tell.
 
     Raises:
         FormatError: if a file is malformed or its factors do not pair up.
-        UncheckableError: if row orders differ and no base is known to undo them.
+        UncheckableError: if row orders differ, or the updates are those of another base, and no
+            base is known to undo that.
     """
-    model = open_base(base) if base is not None else None
-    options = Options(base=model, dialect=dialect, alpha=alpha)
-    paths = [located(path) for path in (a, b)]
-    specs = [_format(path, dialect) for path in paths]
-    first, options = load(paths[0], specs[0], options)
-    second, options = load(paths[1], specs[1], options)
-    if options.base is not None:
-        first = specs[0].format.read(paths[0], options)
-    check_structure(first)
-    check_structure(second)
+    one, other = load_all(
+        [a, b], base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.FITTED
+    )
+    first, second = one.adapter, other.adapter
     _check_comparable(first, second)
     comparison = compare(first, second)
+    _check_plain(first, second, comparison)
     stored = (t.dtype for adapter in (first, second) for t in adapter.tensors.values())
     allowed = tolerance_for(stored) if tolerance is None else tolerance
     return _report(
-        str(a), str(b), comparison, allowed, diagnose(first, second, comparison, options)
+        str(a), str(b), comparison, allowed, diagnose(first, second, comparison, one.options)
     )
-
-
-def _format(path: Path, dialect: str | None) -> FormatSpec:
-    """Return the format of one of two files; a dialect means the one that nothing else knows."""
-    try:
-        return detect(path)
-    except UnknownFormatError:
-        return source_format(path, dialect)
 
 
 def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:
@@ -123,6 +109,17 @@ def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None
         raise UncheckableError(
             "is in llama.cpp's layout in one of the two; give the base model with --base",
             where=min(alone),
+        )
+
+
+def _check_plain(first: AdapterTensorSet, second: AdapterTensorSet, comparison: Comparison) -> None:
+    """Refuse to measure B · A where it is not the update; what is the same is the same anyway."""
+    inits = [adapter.traits.get("init_lora_weights") for adapter in (first, second)]
+    alike = inits[0] == inits[1] and comparison.worst[1] == 0
+    if any(inits) and not alike:
+        raise UncheckableError(
+            f"init_lora_weights = {inits[0] or inits[1]!r} changed the base, so B · A is not the "
+            "update; give the original base's directory with --base"
         )
 
 

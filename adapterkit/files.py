@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.base import open_base
-from adapterkit.convert import ProvenFile, stored_type, write_proven
-from adapterkit.errors import LossyConversionError
 from adapterkit.formats.protocol import Options
-from adapterkit.hub import located
-from adapterkit.reading import load
-from adapterkit.registry import destination_format, source_format
+from adapterkit.loading import Need, load, open_model
+from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
@@ -24,8 +20,11 @@ def read(
     moe_layout: str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
 ) -> AdapterTensorSet:
     """Read an adapter of any format; its tensors stay on disk until they are asked for.
+
+    It is what the file holds, broken or not; the functions that take an adapter check it.
 
     Args:
         path: file or directory, told by its content.
@@ -34,19 +33,24 @@ def read(
         moe_layout: `experts` or `fused`, the spelling of experts, where the file has none.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
+        as_format: name of the format to read it as, where its content does not tell.
 
     Raises:
         FormatError: if there is nothing, or something malformed, at the path.
         UnsupportedError: if it is no low-rank update, or cannot be read without a base.
     """
-    path = located(path)
-    options = Options(
-        base=open_base(base) if base is not None else None,
+    loaded = load(
+        path,
+        base=base,
         moe_layout=moe_layout,
         dialect=dialect,
         alpha=alpha,
+        as_format=as_format,
+        need=Need.STORED,
     )
-    return load(path, source_format(path, dialect), options)[0]
+    if loaded.misfit is not None:
+        raise loaded.misfit
+    return loaded.adapter
 
 
 def write(
@@ -70,16 +74,13 @@ def write(
 
     Raises:
         LossyConversionError: if the format cannot hold something; lists every reason.
+        IncompatibleBaseError: if it does not fit the base.
         ProofError: if the file does not hold the same updates; it is removed.
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
     path = Path(path)
     target = destination_format(path, format)
-    options = Options(
-        base=open_base(base) if base is not None else None, dtype=stored_type(outtype)
-    )
-    losses = [loss for loss in target.format.losses(adapter, options) if loss.blocks]
-    if losses:
-        raise LossyConversionError(losses, path=path)
-    return write_proven(adapter, path, target, options, force=force)
+    options = Options(base=open_model(base), dtype=stored_type(outtype))
+    ready = admitted(adapter, target, options)
+    return save(ready.adapter, path, target, options, force=force)

@@ -51,6 +51,8 @@ class FormatSpec:
         suffixes: file suffixes that mean this format as a destination.
         files: names or patterns of the files of a format that is a directory; empty for a file.
         takes_dialect: whether its reader understands `--dialect`.
+        any_vocabulary: whether tables of more rows than the base has may stand in it: what loads
+            it can make the base grow.
     """
 
     name: str
@@ -66,6 +68,7 @@ class FormatSpec:
     suffixes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     takes_dialect: bool = False
+    any_vocabulary: bool = False
 
     @property
     def directory(self) -> Directory | None:
@@ -101,6 +104,7 @@ BUILTIN = (
             "adapter_model.safetensors.index.json",
             "adapter_model-*-of-*.safetensors",
         ),
+        any_vocabulary=True,
     ),
     FormatSpec(
         name="gguf",
@@ -231,36 +235,6 @@ def detect(path: Path) -> FormatSpec:
     )
 
 
-def source_format(path: Path, dialect: str | None) -> FormatSpec:
-    """Return the format to read: by content, or the hand-written one if a dialect was named.
-
-    A dialect may overrule a config that lies beside hand-written tensors; only formats that take
-    one themselves keep it.
-
-    Raises:
-        NotFoundError: if there is nothing at the path.
-        UnknownFormatError: if no format recognises it.
-    """
-    try:
-        found = detect(path)
-    except UnknownFormatError:
-        if dialect is None:
-            raise
-        return spec("handwritten")
-    return found if dialect is None or found.takes_dialect else spec("handwritten")
-
-
-def own_format(path: Path, dialect: str | None) -> FormatSpec:
-    """Return the format of one adapter of several, of which some may need the dialect to be told.
-
-    A config beside hand-written tensors is not overruled: a dialect is not said of this file alone.
-    """
-    try:
-        return detect(path)
-    except UnknownFormatError:
-        return source_format(path, dialect)
-
-
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     start = _first_bytes(path)
     for known in specs:
@@ -297,21 +271,3 @@ def _config(path: Path) -> Mapping[str, Any]:
         inner = sorted(path.glob(f"*/{_CONFIG}"))
         config = inner[0] if inner else config
     return read_json_object(config) if config.is_file() else {}
-
-
-def destination_format(path: Path, name: str | None) -> FormatSpec:
-    """Return the format to write: by name if given, else by the destination's suffix.
-
-    Raises:
-        UsageError: if the suffix says nothing and no name was given, or the format is read-only.
-    """
-    if name:
-        chosen = spec(name)
-    else:
-        chosen = next((known for known in BUILTIN if path.suffix in known.suffixes), None)
-        chosen = chosen or (None if path.suffix in {".safetensors", ".npz", ".bin"} else BUILTIN[0])
-    if chosen is None:
-        raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
-    if not chosen.writes:
-        raise UsageError(f"format {chosen.name!r} can be read but not written")
-    return chosen

@@ -12,17 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
-from adapterkit.base import open_base
 from adapterkit.base.fit import misfits
 from adapterkit.delta import difference
-from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError
+from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError, UsageError
 from adapterkit.factors import concatenated
-from adapterkit.formats.protocol import Options
-from adapterkit.hub import located
+from adapterkit.loading import Need, load, open_model, recognise
 from adapterkit.model import AdapterTensorSet, LoraPair
-from adapterkit.reading import load
-from adapterkit.registry import detect
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,39 +102,64 @@ class AdapterStack:
     """
 
     def __init__(self, base: Path | str | None = None) -> None:
-        self._options = Options(base=open_base(base) if base is not None else None)
+        self._base = open_model(base)
         self._members: dict[str, StackedAdapter] = {}
 
-    def load(self, path: Path | str, *, name: str | None = None, scale: float = 1.0) -> str:
+    def load(
+        self,
+        path: Path | str,
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        dialect: str | None = None,
+        alpha: float | None = None,
+        as_format: str | None = None,
+    ) -> str:
         """Read an adapter, check it, and add it; return its name.
+
+        Args:
+            path: file, directory or hub id.
+            name: its name on the stack; by default that of the file or directory.
+            scale: multiplier of its update.
+            dialect: key grammar of a hand-written adapter, where the file cannot tell.
+            alpha: scale numerator, where the file does not hold it.
+            as_format: name of the format to read it as, where its content does not tell.
 
         Raises:
             AdapterNotFoundError: if there is nothing at the path.
             AdapterLoadFailedError: if it is malformed, not finite in its scale, or its name taken.
-            AdapterIncompatibleError: if it does not fit the base.
+            AdapterIncompatibleError: if it does not fit the base, or is for a base that its
+                initialisation changed: an engine would load it onto the original.
+            UsageError: if a dialect or format is unknown, or the file cannot say something.
         """
         try:
-            path = located(path)
+            source = recognise(path, dialect=dialect, as_format=as_format)
+            path = source.path
+            chosen = name or path.stem
+            if chosen in self._members:
+                message = "is loaded already; give it another name"
+                raise AdapterLoadFailedError(message, where=chosen)
+            # What is put on the stack is the file as it is: an engine makes nothing plain.
+            adapter = load(
+                source, base=self._base, dialect=dialect, alpha=alpha, need=Need.SOUND
+            ).adapter
+        except (StackError, UsageError):
+            raise
         except NotFoundError as error:
-            raise AdapterNotFoundError(error.message, path=path) from error
-        chosen = name or path.stem
-        if chosen in self._members:
-            raise AdapterLoadFailedError("is loaded already; give it another name", where=chosen)
-        if not path.exists():
-            raise AdapterNotFoundError("no such file or directory", path=path)
-        try:
-            adapter, _ = load(path, detect(path), self._options)
-            check_structure(adapter)
+            missing = error.path is None or not Path(error.path).exists()
+            kind = AdapterNotFoundError if missing else AdapterLoadFailedError
+            raise kind(error.message, path=error.path, where=error.where) from error
         except UnsupportedError as error:
             raise AdapterIncompatibleError(error.message, path=path, where=error.where) from error
         except AdapterKitError as error:
             raise AdapterLoadFailedError(error.message, path=path, where=error.where) from error
+        _check_plain(adapter, path)
         self._check_base(adapter, path)
         self._members[chosen] = StackedAdapter(chosen, path, _finite(scale, chosen), adapter)
         return chosen
 
     def _check_base(self, adapter: AdapterTensorSet, path: Path) -> None:
-        base = self._options.base
+        base = self._base
         if base is None:
             return
         recorded = adapter.base.architecture
@@ -229,6 +249,15 @@ class AdapterStack:
             known = ", ".join(self._members) or "none"
             raise AdapterNotFoundError(f"is not on the stack; loaded: {known}", where=name)
         return self._members[name]
+
+
+def _check_plain(adapter: AdapterTensorSet, path: Path) -> None:
+    if init := adapter.traits.get("init_lora_weights"):
+        raise AdapterIncompatibleError(
+            f"init_lora_weights = {init!r} changed the base, and an engine adds B · A to the "
+            "original one; make it plain first (adapterkit convert --base BASE)",
+            path=path,
+        )
 
 
 def _finite(scale: float, name: str) -> float:

@@ -6,15 +6,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.base import open_base
-from adapterkit.formats.protocol import Options
-from adapterkit.hub import located
+from adapterkit.loading import Need, load
 from adapterkit.model import Role
-from adapterkit.registry import source_format
-from adapterkit.storage import readable
 from adapterkit.structure import problems
 
 if TYPE_CHECKING:
@@ -22,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TypeVar
 
+    from adapterkit.errors import IncompatibleBaseError
     from adapterkit.model import AdapterTensorSet, LoraPair
 
     _Value = TypeVar("_Value", bound=Hashable)
@@ -79,25 +76,33 @@ def inspect(
     base: Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
 ) -> Summary:
     """Read an adapter of any format and summarise it; no tensor is decoded.
 
     Args:
         path: file or directory.
-        base: base model, for the few formats whose meaning depends on it.
+        base: base model, for the few formats whose meaning depends on it; by default the one that
+            the adapter names, if it is in the local hub cache.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
+        as_format: name of the format to read it as, where its content does not tell.
 
     Raises:
         FormatError: if there is no adapter at the path, or the file is malformed.
         UnsupportedError: if it is an adapter of a kind that has no neutral form.
     """
-    path = located(path)
-    model = open_base(base) if base is not None else None
-    options = Options(base=model, dialect=dialect, alpha=alpha)
-    with readable(path):
-        adapter = source_format(path, dialect).format.read(path, options)
-    return summarize(adapter)
+    loaded = load(
+        path, base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.STORED
+    )
+    if loaded.misfit is not None and loaded.given:
+        raise loaded.misfit
+    found = summarize(loaded.adapter)
+    return replace(found, notes=(*loaded.told, *_misfit(loaded.misfit)))
+
+
+def _misfit(error: IncompatibleBaseError | None) -> tuple[str, ...]:
+    return (f"the base in the hub cache does not fit: {error}",) if error else ()
 
 
 def summarize(adapter: AdapterTensorSet) -> Summary:

@@ -126,6 +126,7 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
         "prepare": ("uniform",),
         "dialect": "torchtune",
         "alpha": 16.0,
+        "as_format": None,
         "unverified": True,
         "allow_lossy": True,
         "force": True,
@@ -134,7 +135,7 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_convert_offers_every_outtype_of_the_library() -> None:
-    from adapterkit.convert import OUTTYPES
+    from adapterkit.saving import OUTTYPES
 
     assert f"[{'|'.join(OUTTYPES)}]" in invoke("convert", "-h").stdout
 

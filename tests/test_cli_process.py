@@ -18,7 +18,7 @@ from adapterkit_cli.signals import stopping_cleanly
 SLOW = """
 import sys, time
 from importlib import import_module
-module = import_module("adapterkit.convert")
+module = import_module("adapterkit.saving")
 def prove(*args, **kwargs):
     print("proving", flush=True)
     time.sleep(60)

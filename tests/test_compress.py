@@ -82,7 +82,7 @@ def test_nothing_of_that_rank_is_closer() -> None:
 def test_scales_traits_and_other_tensors_stay() -> None:
     key = TensorKey("lm_head.weight", Role.FULL)
     whole = adapter(layered(2), scale=0.25, more={key: LazyTensor.of(np.ones((3, 3)))})
-    whole = whole.replace(traits={"init_lora_weights": "pissa"}, metadata={"a": "b"})
+    whole = whole.replace(traits={"alora_invocation_tokens": [1, 2]}, metadata={"a": "b"})
     small = compress(whole, rank=1).adapter
     assert (small.scales, small.traits, small.metadata) == (
         whole.scales,

@@ -512,11 +512,9 @@ def test_alpha_is_for_adapters_that_do_not_hold_it(
     trained(base, tmp_path / "adapter", target_modules=["q_proj"])
     bare = tmp_path / "bare.safetensors"
     shutil.copy(tmp_path / "adapter" / "adapter_model.safetensors", bare)
-    with pytest.raises(UsageError, match="--dialect linear-factors"):
-        merge_into([bare], base.hf, tmp_path / "out")
     with pytest.raises(UsageError, match="with --alpha"):
-        merge_into([bare], base.hf, tmp_path / "out", dialect="linear-factors")
-    merge_into([bare], base.hf, tmp_path / "out", dialect="linear-factors", alpha=8)
+        merge_into([bare], base.hf, tmp_path / "out")
+    merge_into([bare], base.hf, tmp_path / "out", alpha=8)
     merge_into([tmp_path / "adapter"], base.hf, tmp_path / "wanted")
     files = [tmp_path / name / "model.safetensors" for name in ("out", "wanted")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import adapterkit
 from adapterkit.base import open_base
-from adapterkit.base.initialisation import without_base_change
 from adapterkit.errors import UnsupportedError
 from adapterkit.formats.peft_reader import read_peft
 from adapterkit.formats.peft_writer import write_peft
+from adapterkit.passes.initialisation import undone
+from adapterkit.passes.protocol import Context
+from adapterkit.projection import project_file
+from adapterkit.tinylora import TinySettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,7 +138,7 @@ def test_update_of_the_original_base_is_the_one_that_peft_merges(
 ) -> None:
     path = tuned(base, tmp_path, init, **settings)
     truth, raw = merged(base, path), read_peft(path)
-    plain = without_base_change(raw, open_base(base))
+    plain = undone(raw, Context(base=open_base(base))).adapter
     ranks = {pair.module: pair.rank for pair in raw.pairs()}
     naive, ours = dense(raw), dense(plain)
     assert len(ours) == 2 * len(TARGETS)
@@ -153,7 +157,7 @@ def test_what_is_written_gives_peft_the_same_logits(
     init: str, dora: bool, base: Path, tmp_path: Path
 ) -> None:
     path = tuned(base, tmp_path / "pissa", init, use_dora=dora)
-    plain = without_base_change(read_peft(path), open_base(base))
+    plain = undone(read_peft(path), Context(base=open_base(base))).adapter
     write_peft(plain, tmp_path / "plain", base=open_base(base), dtype=None)
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
@@ -180,7 +184,7 @@ def test_pissa_on_conv1d_follows_the_turned_weight(tmp_path: Path) -> None:
         fan_in_fan_out=True,
     )
     truth = merged(tmp_path / "base", path, GPT2LMHeadModel)
-    ours = dense(without_base_change(read_peft(path), open_base(tmp_path / "base")))
+    ours = dense(undone(read_peft(path), Context(base=open_base(tmp_path / "base"))).adapter)
     assert len(ours) == 4
     for module, update in ours.items():
         assert relative(update, truth[f"{module}.weight"].T) < 3e-6, module
@@ -201,7 +205,7 @@ def test_olora_on_a_square_conv1d_follows_the_stored_weight(tmp_path: Path) -> N
         fan_in_fan_out=True,
     )
     truth = merged(tmp_path / "base", path, GPT2LMHeadModel)
-    ours = dense(without_base_change(read_peft(path), open_base(tmp_path / "base")))
+    ours = dense(undone(read_peft(path), Context(base=open_base(tmp_path / "base"))).adapter)
     ((module, update),) = ours.items()
     assert relative(update, truth[f"{module}.weight"].T) < 3e-6
 
@@ -211,7 +215,7 @@ def test_embeddings_keep_their_factors(base: Path, tmp_path: Path) -> None:
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
         path = tuned(base, tmp_path, "pissa", target_modules=["embed_tokens", "q_proj"])
     raw = read_peft(path)
-    plain = without_base_change(raw, open_base(base))
+    plain = undone(raw, Context(base=open_base(base))).adapter
     before = {pair.module: pair for pair in raw.pairs()}
     after = {pair.module: pair for pair in plain.pairs()}
     assert after["model.embed_tokens"] == before["model.embed_tokens"]
@@ -226,7 +230,7 @@ def test_half_precision_factors_lose_nothing(base: Path, tmp_path: Path) -> None
     halved = {name: x.to(torch.bfloat16) for name, x in load_file(weights).items()}
     save_file(halved, weights)
     raw = read_peft(path)
-    plain = without_base_change(raw, open_base(base))
+    plain = undone(raw, Context(base=open_base(base))).adapter
     for old, new in zip(raw.pairs(), plain.pairs(), strict=True):
         np.testing.assert_array_equal(new.a.numpy()[:4], old.a.numpy().astype(np.float32))
         np.testing.assert_array_equal(new.b.numpy()[:, :4], old.b.numpy().astype(np.float32))
@@ -236,10 +240,10 @@ def test_rounding_in_training_is_noted_where_it_shows(base: Path, tmp_path: Path
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     path = tuned(base, tmp_path / "pissa", "pissa")
-    clean = without_base_change(read_peft(path), open_base(base))
-    rounded = without_base_change(read_peft(path), open_base(tmp_path / "base"))
-    assert not any("BF16" in note for note in clean.provenance.notes)
-    assert any("rounded to BF16" in note for note in rounded.provenance.notes)
+    clean = undone(read_peft(path), Context(base=open_base(base)))
+    rounded = undone(read_peft(path), Context(base=open_base(tmp_path / "base")))
+    assert not any("BF16" in str(note) for note in clean.notes)
+    assert any("rounded to BF16" in str(note) for note in rounded.notes)
 
 
 def crowded(base: Path, folder: Path, gap: float) -> Path:
@@ -256,8 +260,9 @@ def crowded(base: Path, folder: Path, gap: float) -> Path:
 def test_crowded_singular_values_are_noted_with_a_bound(base: Path, tmp_path: Path) -> None:
     near = crowded(base, tmp_path / "near", 3e-6)
     path = tuned(near, tmp_path / "pissa", "pissa", target_modules=["q_proj"])
-    plain = without_base_change(read_peft(path), open_base(near))
-    (note,) = [note for note in plain.provenance.notes if "may amount to" in note]
+    done = undone(read_peft(path), Context(base=open_base(near)))
+    (note,) = [str(note) for note in done.notes if "may amount to" in str(note)]
+    plain = done.adapter
     module, bound = note.split(":")[0], float(note.split("amount to ")[1].split(" ")[0])
     assert module == "model.layers.0.self_attn.q_proj"
     error = relative(dense(plain)[module], merged(near, path)[f"{module}.weight"])
@@ -268,7 +273,7 @@ def test_singular_values_that_agree_are_refused(base: Path, tmp_path: Path) -> N
     same = crowded(base, tmp_path / "same", 0)
     path = tuned(same, tmp_path / "pissa", "pissa", target_modules=["q_proj"])
     with pytest.raises(adapterkit.UnsupportedError, match="so close together") as caught:
-        without_base_change(read_peft(path), open_base(same))
+        undone(read_peft(path), Context(base=open_base(same)))
     assert caught.value.where == "model.layers.0.self_attn.q_proj"
 
 
@@ -292,7 +297,7 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
     if init == "olora_v2":
         raw = raw.replace(traits={"init_lora_weights": init})
     with pytest.raises(adapterkit.UnsupportedError, match=reason) as caught:
-        without_base_change(raw, open_base(base))
+        undone(raw, Context(base=open_base(base)))
     assert "path_initial_model_for_weight_conversion" in str(caught.value)
 
 
@@ -300,17 +305,17 @@ def test_adapters_that_left_the_base_alone_come_back_as_they_are(
     base: Path, tmp_path: Path
 ) -> None:
     raw = read_peft(tuned(base, tmp_path, "gaussian"))
-    assert without_base_change(raw, None) is raw
+    assert undone(raw, Context(base=None)).adapter is raw
 
 
 def test_base_must_be_there_with_its_weights(base: Path, tmp_path: Path) -> None:
     raw = read_peft(tuned(base, tmp_path, "pissa"))
     with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
-        without_base_change(raw, None)
+        undone(raw, Context(base=None))
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((base / "config.json").read_bytes())
     with pytest.raises(adapterkit.BaseRequiredError, match="has no Hugging Face weights"):
-        without_base_change(raw, open_base(tmp_path / "bare"))
+        undone(raw, Context(base=open_base(tmp_path / "bare")))
 
 
 def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
@@ -325,7 +330,7 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     raw = read_peft(tuned(base, tmp_path / "pissa", "pissa"))
     with pytest.raises(adapterkit.IncompatibleBaseError, match="the base has"):
-        without_base_change(raw, open_base(tmp_path / "other"))
+        undone(raw, Context(base=open_base(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -374,3 +379,116 @@ def test_peft_keeps_it_as_it_is_without_a_base(base: Path, tmp_path: Path) -> No
     torch.testing.assert_close(
         logits(loaded(base, tmp_path / "b")), logits(loaded(base, source)), rtol=0, atol=0
     )
+
+
+@pytest.fixture
+def pissa(base: Path, tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """Return a PiSSA adapter, and the update that it is of the original base."""
+    path = tuned(base, tmp_path / "pissa", "pissa")
+    weights = {f"{module}.weight" for module in dense(read_peft(path))}
+    return path, {
+        n.removesuffix(".weight"): x for n, x in merged(base, path).items() if n in weights
+    }
+
+
+def same(got: dict[str, np.ndarray], want: dict[str, np.ndarray], tolerance: float) -> bool:
+    return got.keys() == want.keys() and all(relative(got[n], want[n]) < tolerance for n in want)
+
+
+def test_compress_cuts_the_update_of_the_original_base(
+    pissa: tuple[Path, dict[str, np.ndarray]], base: Path, tmp_path: Path
+) -> None:
+    path, update = pissa
+    for name in ("small", "small.gguf"):
+        adapterkit.compress_file(path, tmp_path / name, rank=8, base=base)
+        assert same(dense(adapterkit.read(tmp_path / name, base=base)), update, 3e-6)
+    with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
+        adapterkit.compress_file(path, tmp_path / "without", rank=2)
+    with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
+        adapterkit.compress(adapterkit.read(path), rank=2)
+    assert not (tmp_path / "without").exists()
+
+
+def test_diff_holds_the_update_of_the_original_base_against_another(
+    pissa: tuple[Path, dict[str, np.ndarray]], base: Path, tmp_path: Path
+) -> None:
+    path, _ = pissa
+    adapterkit.convert(path, tmp_path / "plain", base=base)
+    assert adapterkit.diff(path, tmp_path / "plain", base=base).equal
+    assert adapterkit.diff(tmp_path / "plain", path, base=base).equal
+    with pytest.raises(adapterkit.UncheckableError, match="--base"):
+        adapterkit.diff(path, tmp_path / "plain")
+    # What is the same bit for bit is the same on any base.
+    shutil.copytree(path, tmp_path / "copy")
+    assert adapterkit.diff(path, tmp_path / "copy").equal
+    moved = load_file(path / "adapter_model.safetensors")
+    save_file(
+        {n: x * 1.0001 for n, x in moved.items()}, tmp_path / "copy/adapter_model.safetensors"
+    )
+    with pytest.raises(adapterkit.UncheckableError, match="--base"):
+        adapterkit.diff(path, tmp_path / "copy", tolerance=0.1)
+
+
+def test_projection_is_of_the_update_of_the_original_base(
+    pissa: tuple[Path, dict[str, np.ndarray]], base: Path, tmp_path: Path
+) -> None:
+    path, update = pissa
+    settings = TinySettings(projection_dim=4, frozen_rank=2, target_modules=tuple(TARGETS))
+    made = project_file(path, tmp_path / "tiny", base=base, settings=settings)
+    norms = {row.module: row.norm for row in made.report.modules}
+    assert norms == {name: pytest.approx(np.linalg.norm(x), rel=1e-5) for name, x in update.items()}
+    assert any("pissa" in note for note in made.notes)
+
+
+def test_projection_keeps_no_tokens_and_says_so(base: Path, tmp_path: Path) -> None:
+    path = tuned(base, tmp_path / "alora", "gaussian", alora_invocation_tokens=[3, 4])
+    settings = TinySettings(projection_dim=4, target_modules=tuple(TARGETS))
+    with pytest.raises(UnsupportedError, match="alora_invocation_tokens"):
+        project_file(path, tmp_path / "tiny", base=base, settings=settings)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_audit_measures_the_update_of_the_original_base(
+    pissa: tuple[Path, dict[str, np.ndarray]], base: Path
+) -> None:
+    path, update = pissa
+    (audited,) = adapterkit.audit(path, base=base).adapters
+    for row in audited.modules:
+        assert row.frobenius_norm == pytest.approx(np.linalg.norm(update[row.module]), rel=1e-5)
+    with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
+        adapterkit.audit(path)
+
+
+def test_only_peft_carries_it_where_no_base_is_at_hand(
+    pissa: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    path, _ = pissa
+    for target in ("x.gguf", "x"):
+        with pytest.raises(UnsupportedError, match="--base"):
+            adapterkit.convert(path, tmp_path / target, to=None if "." in target else "mlx")
+    with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
+        adapterkit.merge_files([path, path], tmp_path / "merged")
+
+
+def test_a_base_that_is_found_makes_it_plain_for_peft_too(
+    pissa: tuple[Path, dict[str, np.ndarray]],
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, update = pissa
+    snapshot = tmp_path / "hub" / "models--org--base" / "snapshots" / "1"
+    shutil.copytree(base, snapshot)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = path / "adapter_config.json"
+    named = {"base_model_name_or_path": "org/base"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    adapterkit.convert(path, tmp_path / "plain")
+    written = adapterkit.read(tmp_path / "plain")
+    assert not written.traits
+    assert same(dense(written), update, 3e-6)
+
+
+def test_no_stack_takes_it(pissa: tuple[Path, dict[str, np.ndarray]], base: Path) -> None:
+    with pytest.raises(adapterkit.AdapterIncompatibleError, match="convert --base"):
+        adapterkit.AdapterStack(base).load(pissa[0])

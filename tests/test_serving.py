@@ -15,7 +15,10 @@ from terminal import PEFT, ROOT, invoke
 import adapterkit
 from adapterkit import LazyTensor, Role, TensorKey, validate
 from adapterkit.dtype import DType
-from adapterkit.serving import FORMATS, PREPARATIONS, uniform
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import PASSES
+from adapterkit.passes.uniform import uniform
+from adapterkit.registry import formats
 from adapterkit.validation import load_target, target_names
 
 if TYPE_CHECKING:
@@ -89,7 +92,7 @@ def test_a_bias_on_b_is_scaled_with_it() -> None:
     odd = "model.layers.1.mlp.down_proj"
     key = TensorKey(odd, Role.LORA_BIAS)
     bias = LazyTensor.of(torch.arange(32, dtype=torch.float32).numpy())
-    ready = uniform(adapter.replace(tensors={**adapter.tensors, key: bias}))
+    ready = uniform(adapter.replace(tensors={**adapter.tensors, key: bias}), Context()).adapter
     ratio = pairs[odd].scale / ready.scales[odd]
     assert ratio != 1
     assert ready.tensors[key].dtype is DType.F32
@@ -99,7 +102,7 @@ def test_a_bias_on_b_is_scaled_with_it() -> None:
 def test_every_fix_that_a_finding_names_exists() -> None:
     names = {rule.fix for name in target_names() for rule in load_target(name).rules} - {""}
     names |= {fix for name in target_names() for fix in load_target(name).prepare}
-    assert names <= PREPARATIONS.keys() | FORMATS.keys()
+    assert names <= {each.name for each in PASSES} | {f"to-{f.name}" for f in formats() if f.writes}
     source = "".join(p.read_text() for p in (ROOT / "adapterkit" / "validation").glob("*.py"))
     assert 'fix="to-' in source
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tinylora_pack import TARGETS, chunked, inject, linear_names
 
 import adapterkit
-from adapterkit import tinylora
+from adapterkit import projection
 from adapterkit.convert import convert
 from adapterkit.errors import (
     BaseRequiredError,
@@ -333,7 +333,7 @@ def test_llama_cpp_gives_the_logits_of_the_live_model(tmp_path: Path) -> None:
     step = injected.save(tmp_path / "step")
     (step / "tinylora.json").write_text(json.dumps({"frozen_rank": 2, "alpha": 13.0}))
     report = convert(step, tmp_path / "adapter.gguf", base=base.hf)
-    plans = [tinylora.plan(model, budget=13) for model in (base.hf, base.gguf)]
+    plans = [projection.plan(model, budget=13) for model in (base.hf, base.gguf)]
     assert plans[0].plans == plans[1].plans
     assert plans[0].modules == len(groups)
     assert report.source_format == "tinylora-pack"

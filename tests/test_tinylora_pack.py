@@ -489,7 +489,7 @@ def test_projection_finds_the_coefficients_again(base: Path, tmp_path: Path) -> 
 
 def project(source: str, destination: str, base: Path, folder: Path, *more: str) -> dict[str, Any]:
     arguments = [folder / source, "-o", folder / destination, "--base", base, "--json"]
-    ties = ["--size", "4", "--tie", "tiled", "--tie-factor", "4", "--alpha", "2", "--seed", "7"]
+    ties = ["--size", "4", "--tie", "tiled", "--tie-factor", "4", "--numerator", "2", "--seed", "7"]
     options = [str(each) for each in (*arguments, *ties, *more)]
     done = CliRunner().invoke(cli, ["tinylora", "project", *options])
     assert done.exit_code == 0, done.output

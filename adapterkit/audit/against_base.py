@@ -14,7 +14,6 @@ from adapterkit.audit.krylov import Triplets, leading
 from adapterkit.audit.operators import Operator
 from adapterkit.audit.spectrum import factors, is_convolution, matrix_shape, not_finite
 from adapterkit.base.decoding import stored_type
-from adapterkit.base.initialisation import without_base_change
 from adapterkit.base.quantised import as_floats
 from adapterkit.errors import (
     BaseRequiredError,
@@ -51,7 +50,7 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
     """Compare every update with its weight; weights are read one after the other.
 
     Args:
-        adapter: whole, its factors finite.
+        adapter: whole and plain, its factors finite.
         base: with weights: safetensors, plain, fp8 or MXFP4, or GGUF of types that the gguf package
             decodes.
         exact: whether to decompose W and W' for the definition of intruder dimensions: hours for a
@@ -66,8 +65,6 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
     if not base.has_tensors:
         raise BaseRequiredError("there are no weights here to compare with", path=base.path)
     base = as_floats(base)
-    # Of PiSSA and its like, B · A alone is not the update.
-    adapter = without_base_change(adapter, base)
     base = base.suited([pair.module for pair in adapter.pairs()])
     found, missing = sites(adapter, base)
     rows: list[WeightAudit] = []

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapterkit.audit.measure import audit_one, loaded_adapter
+from adapterkit.audit.measure import audit_one
 from adapterkit.audit.plan import suggest
 from adapterkit.audit.rank_plan import ModuleRank
 from adapterkit.audit.spectrum import factors, is_convolution, rank_of, triangular
 from adapterkit.dtype import DType
 from adapterkit.errors import ProofError
+from adapterkit.loading import load
 from adapterkit.model import AdapterTensorSet, LoraPair, Role, TensorKey
 from adapterkit.proof import tolerance_for
 from adapterkit.tensor import LazyTensor, encode
@@ -101,6 +102,7 @@ def compress(
     policy: str | None = None,
     threshold: float | None = None,
     dtype: DType | None = None,
+    base: Path | str | None = None,
 ) -> CompressResult:
     """Cut every module to the rank that a plan gives it; no other factors of that rank are closer.
 
@@ -115,16 +117,30 @@ def compress(
         policy: `sv_ratio`, `sv_cumulative` or `sv_fro`, as kohya's resize_lora names them.
         threshold: the number that `policy` needs.
         dtype: stored type of the new factors; None keeps each one's, float32 for quantised ones.
+        base: base model, where the update depends on it; by default the one that the adapter names,
+            if it is in the local hub cache.
 
     Raises:
         FormatError: if the adapter is malformed, unpaired or not finite.
         ProofError: if the stored type cannot hold the new factors as precisely as predicted.
         UsageError: if the wishes contradict each other.
+        UnsupportedError: if B · A is no update of the original base, and that base is not at hand.
     """
-    whole = loaded_adapter(adapter)
-    plan = suggest(
-        audit_one(whole), rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold
+    whole = load(adapter, base=base).adapter
+    return _compressed(
+        whole, dtype, rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold
     )
+
+
+def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> CompressResult:
+    """Cut an adapter that is whole and plain.
+
+    Raises:
+        FormatError: if a factor is not finite.
+        ProofError: if the stored type cannot hold the new factors as precisely as predicted.
+        UsageError: if the wishes contradict each other.
+    """
+    plan = suggest(audit_one(whole), **wishes)
     pairs = list(whole.pairs())
     ranks = plan.ranks
     cut = in_threads(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
@@ -160,6 +176,7 @@ def compress_file(
     base: Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
     outtype: str = "auto",
     force: bool = False,
 ) -> CompressedFile:
@@ -177,6 +194,7 @@ def compress_file(
         base: base model, where a format needs it.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
+        as_format: name of the format to read it as, where its content does not tell.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
         force: replace an existing destination.
 
@@ -188,50 +206,35 @@ def compress_file(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
-    from adapterkit.base import open_base
-    from adapterkit.base.vocabulary import matched
-    from adapterkit.convert import admitted, stored_type, write_proven
-    from adapterkit.formats.protocol import Options
-    from adapterkit.hub import located
-    from adapterkit.reading import load
-    from adapterkit.registry import destination_format, source_format
+    from adapterkit.saving import admitted, destination_format, save, stored_type
 
-    source, destination = located(source), Path(destination)
+    destination = Path(destination)
     target = destination_format(destination, to)
     dtype = stored_type(outtype)
-    options = Options(
-        base=open_base(base) if base is not None else None,
-        dtype=dtype,
-        dialect=dialect,
-        alpha=alpha,
-    )
-    adapter, options = load(source, source_format(source, options.dialect), options)
-    notes = list(adapter.provenance.notes if adapter.provenance else ())
-    if options.base:
-        adapter, changes = matched(adapter, options.base)
-        notes += changes
+    loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
+    options = replace(loaded.options, dtype=dtype)
     # What the target cannot hold is refused before any work.
-    adapter, _, warnings = admitted(adapter, target, options, allow_lossy=False)
-    result = compress(
-        adapter,
+    ready = admitted(loaded.adapter, target, options, passed=loaded.losses)
+    result = _compressed(
+        ready.adapter,
+        None if dtype is None or dtype.quantised else dtype,
         rank=rank,
         tol=tol,
         budget=budget,
         policy=policy,
         threshold=threshold,
-        dtype=None if dtype is None or dtype.quantised else dtype,
     )
-    proven = write_proven(result.adapter, destination, target, options, force=force)
+    proven = save(result.adapter, destination, target, options, force=force)
     return CompressedFile(
-        source=str(source),
+        source=loaded.label,
         destination=str(destination),
         format=target.name,
-        bytes_before=sum(tensor.nbytes for tensor in adapter.tensors.values()),
+        bytes_before=sum(tensor.nbytes for tensor in ready.adapter.tensors.values()),
         bytes=proven.bytes,
         max_relative_error=proven.max_relative_error,
         worst_module=proven.worst_module,
         report=result.report,
-        notes=(*notes, *warnings),
+        notes=(*loaded.told, *ready.warnings),
     )
 
 

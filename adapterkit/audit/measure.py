@@ -13,14 +13,10 @@ from adapterkit.audit.outliers import with_scores
 from adapterkit.audit.places import place_of
 from adapterkit.audit.report import AdapterAudit, AuditReport, ModuleAudit, Unaudited
 from adapterkit.audit.spectrum import Spectrum, experts_of, matrix_shape, rank_of, spectra
-from adapterkit.base import open_base
+from adapterkit.base.quantised import as_floats
 from adapterkit.errors import FormatError, UncheckableError, UsageError
-from adapterkit.formats.protocol import Options
-from adapterkit.hub import located
+from adapterkit.loading import load, load_all, open_model
 from adapterkit.model import AdapterTensorSet, Role
-from adapterkit.reading import load
-from adapterkit.registry import source_format
-from adapterkit.structure import problems
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
@@ -54,6 +50,7 @@ def audit(
     reference: Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
 ) -> AuditReport:
     """Measure adapters from their factors alone; several are also held against each other.
 
@@ -64,26 +61,35 @@ def audit(
         tol: relative error that the advised ranks may make.
         base: base model. With weights, every update is measured against its weight; a
             config.json serves formats that cannot be read without. By default none is opened but
-            the one that an adapter names, for reading, if it is in the local hub cache.
+            the one that an adapter names, if it is in the local hub cache: to read with, and to
+            make plain what was trained on a base that its initialisation changed.
         exact: whether to find intruder dimensions by their definition, which takes hours for a
             large base.
         reference: bank of adapters to compare with, as `bank` writes it.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
+        as_format: name of the format to read them as, where their content does not tell.
 
     Raises:
         FormatError: if there is no adapter, or it is malformed, unpaired or not finite.
         UncheckableError: if it holds no factors, or two adapters cannot be compared.
         UsageError: if no adapter is given, `budget` and `tol` both are, or `exact` without weights.
-        UnsupportedError: if the base does not fit.
+        UnsupportedError: if the base does not fit, or B · A is no update of the original base and
+            that base is not at hand.
     """
     if not adapters:
         raise UsageError("no adapter was given")
-    model = open_base(base) if base is not None else None
+    model = open_model(base)
     if exact and (model is None or not model.has_tensors):
         raise UsageError("the exact test needs the weights of a base")
-    options = Options(base=model, dialect=dialect, alpha=alpha)
-    loaded = [loaded_adapter(each, options) for each in adapters]
+    ready = load_all(
+        adapters,
+        base=as_floats(model) if model is not None else None,
+        dialect=dialect,
+        alpha=alpha,
+        as_format=as_format,
+    )
+    loaded = [each.adapter for each in ready]
     audits = tuple(_with_base(audit_one(each), each, model, exact=exact) for each in loaded)
     if reference is not None:
         audits = tuple(map(_with_reference, audits, loaded, repeat(reference)))
@@ -101,6 +107,7 @@ def bank(
     dialect: str | None = None,
     alpha: float | None = None,
     force: bool = False,
+    as_format: str | None = None,
 ) -> Bank:
     """Write a bank of adapters for `audit(..., reference=path)`; they are read one by one.
 
@@ -114,9 +121,11 @@ def bank(
 
     if not adapters:
         raise UsageError("no adapter was given")
-    model = open_base(base) if base is not None else None
-    options = Options(base=model, dialect=dialect, alpha=alpha)
-    loaded = (loaded_adapter(each, options) for each in adapters)
+    model = open_model(base)
+    loaded = (
+        load(each, base=model, dialect=dialect, alpha=alpha, as_format=as_format).adapter
+        for each in adapters
+    )
     return write_bank(((_source(each) or "in memory", each) for each in loaded), path, force=force)
 
 
@@ -161,25 +170,6 @@ def _with_base(
     return replace(audited, base=against_base(adapter, base, exact=exact))
 
 
-def loaded_adapter(
-    source: AdapterTensorSet | Path | str, options: Options | None = None
-) -> AdapterTensorSet:
-    """Return an adapter that is whole: every factor paired, ranks in agreement.
-
-    Raises:
-        FormatError: if there is none, or it is malformed; names the first defect.
-    """
-    if isinstance(source, AdapterTensorSet):
-        adapter, path = source, None
-    else:
-        path, options = located(source), options or Options()
-        adapter, _ = load(path, source_format(path, options.dialect), options)
-    if broken := problems(adapter):
-        more = f" (and {len(broken) - 1} more defects)" if len(broken) > 1 else ""
-        raise FormatError(f"{broken[0]}{more}", path=path)
-    return adapter
-
-
 def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
     """Measure one adapter; tensors are read once, a few modules at a time.
 
@@ -214,7 +204,7 @@ def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
         tensors=len(adapter.tensors),
         unaudited=tuple(_unaudited(adapter.tensors)),
         notes=adapter.provenance.notes if adapter.provenance else (),
-        health=tuple(_health(modules, adapter)),
+        health=tuple(_health(modules)),
         summary=summarise(modules, layers),
         families=families_of(modules),
         layers=layers,
@@ -272,7 +262,7 @@ def _unaudited(keys: Iterable[TensorKey]) -> Iterable[Unaudited]:
             yield Unaudited(str(key), _REASONS.get(key.role, "is no factor of a low-rank update"))
 
 
-def _health(modules: tuple[ModuleAudit, ...], adapter: AdapterTensorSet) -> Iterable[str]:
+def _health(modules: tuple[ModuleAudit, ...]) -> Iterable[str]:
     count = len(modules)
     untrained = sum(module.state == "untrained" for module in modules)
     if untrained == count:
@@ -290,5 +280,3 @@ def _health(modules: tuple[ModuleAudit, ...], adapter: AdapterTensorSet) -> Iter
     partly = sum(module.low_rank_only for module in modules)
     if partly:
         yield f"DoRA: {partly} of {count} updates are audited without their magnitude"
-    if init := adapter.traits.get("init_lora_weights"):
-        yield f"init_lora_weights is {init}: the base changed too, B · A alone is not the update"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.base import open_base
 from adapterkit.errors import IncompatibleBaseError, NotFoundError, UnsupportedError
+from adapterkit.loading import open_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ def open_both(base: Path | str, tuned: Path | str) -> tuple[BaseModel, BaseModel
         UnsupportedError: if one is packed, without weights, or of the other kind.
         IncompatibleBaseError: if they are different architectures.
     """
-    before, after = open_base(base), open_base(tuned)
+    before, after = open_model(base), open_model(tuned)
     for model in (before, after):
         _check_whole(model)
     if before.kind != after.kind:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.convert import admitted, stored_type, write_proven
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.extract.assembly import assembled, fitting
@@ -19,7 +18,7 @@ from adapterkit.extract.report import ExtractReport
 from adapterkit.extract.twins import twins
 from adapterkit.formats.protocol import Options
 from adapterkit.output import check_destination
-from adapterkit.registry import destination_format
+from adapterkit.saving import admitted, destination_format, save, stored_type
 from adapterkit.work import counter, in_threads
 
 if TYPE_CHECKING:
@@ -108,8 +107,8 @@ def extract(
         outcomes = [_saving(outcome) for outcome in outcomes]
     _check_any(outcomes, before, after, save_rest=save_rest)
     adapter, modules = assembled(outcomes, before, options)
-    adapter, losses, said = admitted(adapter, target, options, allow_lossy=allow_lossy)
-    proven = write_proven(adapter, destination, target, options, force=force, spared=[after.path])
+    ready = admitted(adapter, target, options, allow_lossy=allow_lossy)
+    proven = save(ready.adapter, destination, target, options, force=force, spared=[after.path])
     return ExtractReport(
         base=str(before.path),
         tuned=str(after.path),
@@ -121,9 +120,9 @@ def extract(
         parameters=proven.parameters,
         bytes=proven.bytes,
         proof_error=proven.max_relative_error,
-        losses=losses,
+        losses=ready.losses,
         warnings=warnings(outcomes, asked),
-        notes=(*notes(outcomes, before, after), *said),
+        notes=(*notes(outcomes, before, after), *ready.warnings),
         **_found(outcomes, modules),
     )
 

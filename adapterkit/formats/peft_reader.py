@@ -10,6 +10,7 @@ from adapterkit.errors import FormatError, NotFoundError
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
+from adapterkit.formats.peft_own_config import own_config
 from adapterkit.json_file import read_json_object
 from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
 from adapterkit.storage import readable
@@ -84,9 +85,10 @@ def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
         UnsupportedError: if a setting makes it something other than a low-rank update.
     """
     config_path, weights_path = locate(path)
-    config = LoraConfig(read_json_object(config_path), config_path)
-    adapter = interpret(_stored(weights_path), config, weights_path, base)
-    notes = adapter.provenance.notes if adapter.provenance else ()
+    stored, metadata = _stored(weights_path)
+    raw, told = own_config(metadata, read_json_object(config_path), weights_path)
+    adapter = interpret(stored, LoraConfig(raw, config_path), weights_path, base)
+    notes = (*told, *(adapter.provenance.notes if adapter.provenance else ()))
     if path.is_dir() and config_path.parent != path:
         notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
     return adapter.replace(provenance=Provenance(path, "peft", notes))
@@ -137,14 +139,15 @@ def interpret(
     )
 
 
-def _stored(path: Path) -> Mapping[str, LazyTensor]:
+def _stored(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
     with readable(path), path.open("rb") as file:
         magic = file.read(2)
     if magic != b"PK" and path.suffix not in {".bin", ".pt", ".pth"}:
-        return read_safetensors(path).tensors
+        file = read_safetensors(path)
+        return file.tensors, file.metadata
     from adapterkit.containers.torch_zip import flatten, read_torch_zip
 
-    return flatten(read_torch_zip(path).root)
+    return flatten(read_torch_zip(path).root), {}
 
 
 def _interpreted(

@@ -6,24 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base import open_base
-from adapterkit.base.initialisation import without_base_change
-from adapterkit.base.vocabulary import matched
-from adapterkit.convert import ProvenFile, admitted, load, stored_type, write_proven
 from adapterkit.errors import UsageError
-from adapterkit.formats.protocol import Options
-from adapterkit.hub import located
+from adapterkit.loading import load_all
 from adapterkit.merge.adapters import merge
 from adapterkit.merge.report import MergeReport
 from adapterkit.model import Loss
-from adapterkit.registry import destination_format, own_format
-from adapterkit.structure import check_structure
+from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.dtype import DType
-    from adapterkit.model import AdapterTensorSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +48,7 @@ def merge_files(
     moe_layout: str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
     unverified: bool = False,
     allow_lossy: bool = False,
     force: bool = False,
@@ -72,6 +66,7 @@ def merge_files(
         moe_layout: `experts` or `fused`, where the target has two spellings.
         dialect: key grammar of hand-written adapters, where the files cannot tell.
         alpha: scale numerator of adapters whose files do not hold it.
+        as_format: name of the format to read all as, where their content does not tell.
         unverified: allow families without a passing engine test.
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
@@ -85,53 +80,36 @@ def merge_files(
     destination = Path(destination)
     target = destination_format(destination, to)
     dtype = stored_type(outtype)
-    options = Options(
-        base=open_base(base) if base is not None else None,
-        dtype=dtype,
-        moe_layout=moe_layout,
-        unverified=unverified,
+    loaded = load_all(
+        sources,
+        base=base,
         dialect=dialect,
         alpha=alpha,
+        moe_layout=moe_layout,
+        as_format=as_format,
+        allow_lossy=allow_lossy and not target.any_vocabulary,
     )
-    paths = [located(source) for source in sources]
-    adapters, options, notes = _read(paths, options)
-    result = merge(adapters, dtype=_rounded_in_merge(dtype), **settings)
-    adapter, losses, warnings = admitted(result.adapter, target, options, allow_lossy=allow_lossy)
-    proven = write_proven(adapter, destination, target, options, force=force, spared=paths)
+    options = replace(loaded[0].options, dtype=dtype, unverified=unverified)
+    result = merge([each.adapter for each in loaded], dtype=_rounded_in_merge(dtype), **settings)
+    ready = admitted(
+        result.adapter,
+        target,
+        options,
+        allow_lossy=allow_lossy,
+        passed=[loss for each in loaded for loss in each.losses],
+    )
+    read = [each.source.path for each in loaded if each.source]
+    proven = save(ready.adapter, destination, target, options, force=force, spared=read)
     return MergeFilesReport(
         **vars(proven),
         sources=tuple(str(source) for source in sources),
         merge=result.report,
-        losses=losses,
-        notes=(*notes, *warnings),
+        losses=ready.losses,
+        notes=(
+            *(f"{each.label}: {note}" for each in loaded for note in each.notes),
+            *ready.warnings,
+        ),
     )
-
-
-def _read(
-    paths: Sequence[Path], options: Options
-) -> tuple[list[AdapterTensorSet], Options, list[str]]:
-    """Read all adapters, with the base that one of them names and that is cached."""
-    given = options.base
-    weights = given is not None and given.kind == "hf" and given.has_tensors
-    specs = [own_format(path, options.dialect) for path in paths]
-    for path, spec in zip(paths, specs, strict=True):
-        if options.base is None:
-            _, found = load(path, spec, options)
-            options = replace(options, base=found.base)
-    adapters: list[AdapterTensorSet] = []
-    notes: list[str] = []
-    for path, spec in zip(paths, specs, strict=True):
-        adapter = spec.format.read(path, options)
-        check_structure(adapter)
-        if weights:
-            adapter = without_base_change(adapter, options.base)
-        said = adapter.provenance.notes if adapter.provenance else ()
-        notes += [f"{path}: {note}" for note in said]
-        if options.base is not None:
-            adapter, changes = matched(adapter, options.base)
-            notes += [f"{path}: {change}" for change in changes]
-        adapters.append(adapter)
-    return adapters, options, notes
 
 
 def _rounded_in_merge(dtype: DType | None) -> DType | None:

@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.base import open_base
 from adapterkit.errors import IncompatibleBaseError, UsageError
 from adapterkit.tinylora.groups import peft_group_count
 from adapterkit.tinylora.settings import TARGETS
@@ -14,7 +13,8 @@ from adapterkit.tinylora.targets import target_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
+
+    from adapterkit.base import BaseModel
 
 # What the pack's planner tries unless told otherwise; its scripts leave out 8.
 CANDIDATES = (1, 2, 4, 8)
@@ -62,7 +62,7 @@ class PlanReport:
 
 
 def plan(
-    base: Path | str,
+    base: BaseModel,
     *,
     budget: int,
     targets: Sequence[str] = TARGETS,
@@ -71,7 +71,7 @@ def plan(
     """Find, for every tie mode, the projection size and ties nearest to a budget.
 
     Args:
-        base: Hugging Face directory, config.json, GGUF file or hub id; only headers are read.
+        base: the model; only its headers are read.
         budget: trained numbers to aim at.
         targets: last name components of the linear layers to adapt.
         candidates: projection sizes to try, in this order.
@@ -82,12 +82,12 @@ def plan(
     """
     if budget < 1 or not candidates or min(candidates) < 1:
         raise UsageError("the budget and every projection size must be at least 1")
-    names = target_modules(open_base(base), targets)
+    names = target_modules(base, targets)
     if not names:
-        raise IncompatibleBaseError(f"has no linear layer {' or '.join(targets)}", path=base)
+        raise IncompatibleBaseError(f"has no linear layer {' or '.join(targets)}", path=base.path)
     kinds = Counter(name.rpartition(".")[2] for name in names)
     return PlanReport(
-        base=str(base),
+        base=str(base.path),
         budget=budget,
         target_modules=tuple(sorted(kinds)),
         modules=len(names),

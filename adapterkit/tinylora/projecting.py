@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.base import BaseModel, open_base
 from adapterkit.delta import finite
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.model import Provenance
@@ -19,7 +18,18 @@ from adapterkit.tinylora.targets import require_weights
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
+
+
+# What would vanish: coefficients say how much of a weight's update there is, and nothing else.
+_NO_UPDATE = {
+    "alora_invocation_tokens": "is active after its invocation tokens only, and a TinyLoRA acts on "
+    "every token",
+    "layer_replication": "replicates layers; build that base first",
+    "init_lora_weights": "is for a base that its initialisation changed; convert it with --base",
+    "engine_layout": "is in llama.cpp's layout, which this base does not undo",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +56,13 @@ class ProjectionReport:
 
 
 def project(
-    adapter: AdapterTensorSet, *, base: BaseModel | Path | str, settings: TinySettings
+    adapter: AdapterTensorSet, *, base: BaseModel, settings: TinySettings
 ) -> tuple[AdapterTensorSet, ProjectionReport]:
     """Return the TinyLoRA nearest to an adapter, by least squares for each tie group.
 
     Args:
         adapter: any update of linear layers that are among the targets.
-        base: its base, opened or where it is: a Hugging Face directory with weights.
+        base: its base, a Hugging Face directory with weights.
         settings: `projection_dim` is needed; rank 2, `alpha` 1, `seed` 0 and no ties by default.
 
     Returns:
@@ -61,13 +71,17 @@ def project(
 
     Raises:
         BaseRequiredError: if the base has no Hugging Face weights.
-        UnsupportedError: if the adapter changes something that is no target.
+        UnsupportedError: if the adapter changes something that is no target, or is no update that
+            always acts.
         FormatError: if it is not finite.
         UncheckableError: if torch is not installed.
     """
     path = adapter.provenance.path if adapter.provenance else Path()
     settings = _completed(settings, path)
-    known = require_weights(base if isinstance(base, BaseModel) else open_base(base), path=path)
+    known = require_weights(base, path=path)
+    for trait, reason in _NO_UPDATE.items():
+        if adapter.traits.get(trait):
+            raise UnsupportedError(f"{reason} ({trait})", path=path)
     names = pack_targets(known, settings)
     _check_source(adapter, names, path)
     groups = grouping(names, settings)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.base import open_base
-from adapterkit.formats.protocol import Options
-from adapterkit.hub import located
+from adapterkit.loading import open_model, recognise
 from adapterkit.validation.coverage import cover, silent_no_ops
 from adapterkit.validation.engines import load_target, target_names
 from adapterkit.validation.facts import facts
@@ -103,6 +101,9 @@ def validate(
     base: Path | str | None = None,
     targets: Sequence[str] = (),
     values: bool = True,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
 ) -> ValidationReport:
     """Check an adapter file alone, against a base and against engines.
 
@@ -112,30 +113,34 @@ def validate(
             that the adapter names, if it is in the local hub cache.
         targets: engines, each `name` or `name@version`.
         values: whether to read the tensors; without, only headers are looked at.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
+        as_format: name of the format to read it as, where its content does not tell.
 
     Raises:
         FormatError: if the source or the base cannot be read at all.
         UsageError: if an engine is unknown.
     """
-    path = located(source)
     engines = [(reference, load_target(reference)) for reference in targets]
-    options = Options(base=open_base(base) if base is not None else None)
-    adapter, options, name, found = read_for_validation(path, options)
-    found += check_security(path)
+    place = recognise(source, dialect=dialect, as_format=as_format)
+    adapter, known, found = read_for_validation(
+        place, base=open_model(base), dialect=dialect, alpha=alpha
+    )
+    found += check_security(place.path)
     if adapter is not None:
-        found += check(adapter, options.base, values=values)
+        found += check(adapter, known, values=values)
     coverage: list[EngineCoverage] = []
     for reference, engine in engines:
-        modules, more = _on_engine(adapter, options.base, engine)
+        modules, more = _on_engine(adapter, known, engine)
         found += more
         fate = verdict(found, modules, engine.effects, engine.name)
         coverage.append(EngineCoverage(target=reference, modules=tuple(modules), verdict=fate))
     order = list(Severity)
     unique = dict.fromkeys(sorted(found, key=lambda finding: order.index(finding.severity)))
     return ValidationReport(
-        path=str(path),
-        format=name,
-        base=str(options.base.path) if options.base else None,
+        path=str(place.path),
+        format=place.format.name,
+        base=str(known.path) if known else None,
         findings=tuple(unique),
         coverage=tuple(coverage),
     )

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Release numbers with what follows them (0.33.0rc1), and llama.cpp's builds (b9549).
 _VERSION = re.compile(r"[bv]?\d+(\.\d+)*([-+.]?[a-z]\w*)?")
 _NUMBER = re.compile(r"(?<![a-z\d])[bv]?(\d+)")
+# A step of `prepare` that means a format: `to-gguf`.
+_TO = "to-"
 _FOLDER = Path(__file__).parent / "targets"
 
 
@@ -82,6 +84,17 @@ class Target:
     effects: Mapping[str, Verdict]
     prepare: tuple[str, ...]
     rules: tuple[Rule, ...]
+
+    @property
+    def format(self) -> str | None:
+        """Name of the format that the engine loads, where it needs another than it is given."""
+        names = (step.removeprefix(_TO) for step in self.prepare if step.startswith(_TO))
+        return next(names, None)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Names of the passes that the engine needs, beside another format."""
+        return tuple(step for step in self.prepare if not step.startswith(_TO))
 
     def outcome(self, known: Mapping[str, Any]) -> tuple[Outcome, str] | None:
         """Return what the rules make of every module, and why; None if that depends on it."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
-from adapterkit.base.vocabulary import matched
 from adapterkit.base.weights import BaseWeights
 from adapterkit.errors import UnsupportedError
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import apply
 from adapterkit.validation.findings import Finding, Severity
 from adapterkit.validation.structure import selector
 
@@ -83,11 +84,13 @@ def _unknown(module: str, base: BaseModel) -> bool:
 
 def _misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     if base.kind == "gguf" and not adapter.extras.get("gguf"):
-        adapter, notes = matched(adapter, base)
-        for note in notes:
-            module, _, change = note.partition(": ")
+        done = apply(["vocabulary"], adapter, Context(base=base, allow_lossy=True))
+        adapter, lost = done.adapter, {loss.subject: loss.message for loss in done.losses}
+        for note in done.notes:
+            module, _, change = note.message.partition(": ")
             message = f"{change.removeprefix('vocabulary ')}, if it is converted for this base"
-            yield Finding("AK308", Severity.WARNING, module, f"its vocabulary is {message}")
+            hint = lost.get(module, "")
+            yield Finding("AK308", Severity.WARNING, module, f"its vocabulary is {message}", hint)
     for wrong in misfits(adapter, base):
         if wrong.kind == "unknown":
             yield Finding("AK305", Severity.UNCHECKED, wrong.module, wrong.message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,14 +11,14 @@ from adapterkit_cli import options, rendering
 from adapterkit_cli.threads import single_threaded_blas
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from adapterkit.audit import AuditReport
 
 
 @click.command("audit")
 @click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1, required=True)
-@options.base
-@click.option("--dialect", metavar="NAME|FILE", help="Key grammar of a hand-written adapter.")
-@click.option("--alpha", type=float, metavar="X", help="Scale numerator, if the file has none.")
+@options.reading
 @click.option("--suggest", is_flag=True, help="Advise ranks, with the error that they would make.")
 @click.option(
     "--tol",
@@ -66,6 +66,7 @@ def command(
     base: str | None,
     dialect: str | None,
     alpha: float | None,
+    as_format: str | None,
     tol: float | None,
     budget: int | None,
     html: str | None,
@@ -91,10 +92,16 @@ def command(
     if not suggest and (tol is not None or budget is not None):
         raise click.UsageError("--tol and --budget say what to --suggest")
     single_threaded_blas()
+    told: dict[str, Any] = {
+        "base": base,
+        "dialect": dialect,
+        "alpha": alpha,
+        "as_format": as_format,
+    }
     if bank_file is not None:
         if any((suggest, exact, as_csv, as_markdown, html, reference)):
             raise click.UsageError("--bank writes a bank and nothing else")
-        _bank(bank_file, sources, base, dialect, alpha, force=force, as_json=as_json)
+        _bank(bank_file, sources, told, force=force, as_json=as_json)
         return
     if html is not None:
         from adapterkit.output import check_destination
@@ -107,11 +114,9 @@ def command(
         suggest=suggest,
         budget=budget,
         tol=tol,
-        base=base,
         exact=exact,
         reference=reference,
-        dialect=dialect,
-        alpha=alpha,
+        **told,
     )
     if html is not None:
         from adapterkit.audit import write_html
@@ -124,16 +129,14 @@ def command(
 def _bank(
     file: str,
     sources: tuple[str, ...],
-    base: str | None,
-    dialect: str | None,
-    alpha: float | None,
+    told: Mapping[str, Any],
     *,
     force: bool,
     as_json: bool,
 ) -> None:
     from adapterkit.audit import bank
 
-    written = bank(*sources, path=file, base=base, dialect=dialect, alpha=alpha, force=force)
+    written = bank(*sources, path=file, force=force, **told)
     if as_json:
         rendering.emit_json(written)
         return

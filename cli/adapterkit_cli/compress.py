@@ -32,12 +32,8 @@ if TYPE_CHECKING:
 @click.option("--sv-ratio", type=float, metavar="T", help="For each module: keep σ > σ₁ / T.")
 @click.option("--sv-cumulative", type=float, metavar="T", help="Keep the share T of Σσ.")
 @click.option("--sv-fro", type=float, metavar="T", help="Keep the share T of the Frobenius norm.")
-@options.to
-@options.base
-@options.dialect
-@options.alpha
-@options.outtype
-@options.force
+@options.reading
+@options.writing
 @options.as_json
 def command(
     source: str,
@@ -49,6 +45,7 @@ def command(
     base: str | None,
     dialect: str | None,
     alpha: float | None,
+    as_format: str | None,
     outtype: str,
     *,
     force: bool,
@@ -84,6 +81,7 @@ def command(
         base=base,
         dialect=dialect,
         alpha=alpha,
+        as_format=as_format,
         outtype=outtype,
         force=force,
     )

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 @click.command("convert")
 @click.argument("source", metavar="SRC", type=options.PATH)
 @options.destination
-@options.to
-@options.base
-@options.outtype
+@options.reading
+@options.writing
 @click.option(
     "--for",
     "engine",
@@ -25,12 +24,9 @@ if TYPE_CHECKING:
     shell_complete=options.engine_names,
     help="Make the exact changes that an engine needs, one of `adapterkit targets`.",
 )
-@options.dialect
-@options.alpha
 @options.moe_layout
 @options.unverified
 @options.allow_lossy
-@options.force
 @options.as_json
 def command(
     source: str,
@@ -41,6 +37,7 @@ def command(
     engine: str | None,
     dialect: str | None,
     alpha: float | None,
+    as_format: str | None,
     moe_layout: str | None,
     *,
     unverified: bool,
@@ -63,6 +60,7 @@ def command(
         prepare=changes,
         dialect=dialect,
         alpha=alpha,
+        as_format=as_format,
         base=base,
         outtype=outtype,
         moe_layout=moe_layout,
@@ -83,12 +81,10 @@ def _engine(name: str | None) -> tuple[str | None, tuple[str, ...]]:
     """Return the format and the exact changes that an engine needs."""
     if name is None:
         return None, ()
-    from adapterkit.serving import FORMATS, PREPARATIONS
     from adapterkit.validation import load_target
 
-    steps = load_target(name).prepare
-    formats = [FORMATS[step] for step in steps if step in FORMATS]
-    return formats[0] if formats else None, tuple(step for step in steps if step in PREPARATIONS)
+    target = load_target(name)
+    return target.format, target.changes
 
 
 def _text(report: ConversionReport) -> str:

@@ -17,15 +17,13 @@ _SHOWN = 10
 @click.command("diff")
 @click.argument("first", metavar="A", type=options.PATH)
 @click.argument("second", metavar="B", type=options.PATH)
-@options.base
+@options.reading
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
     metavar="X",
     help="Largest relative error that counts as equal; by default what the stored types explain.",
 )
-@options.dialect
-@options.alpha
 @options.as_json
 @click.pass_context
 def command(
@@ -36,6 +34,7 @@ def command(
     tolerance: float | None,
     dialect: str | None,
     alpha: float | None,
+    as_format: str | None,
     *,
     as_json: bool,
 ) -> None:
@@ -47,7 +46,13 @@ def command(
     import adapterkit
 
     report = adapterkit.diff(
-        first, second, base=base, tolerance=tolerance, dialect=dialect, alpha=alpha
+        first,
+        second,
+        base=base,
+        tolerance=tolerance,
+        dialect=dialect,
+        alpha=alpha,
+        as_format=as_format,
     )
     if as_json:
         rendering.emit_json(report)

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("source", metavar="SRC", type=options.PATH)
-@options.base
-@options.dialect
-@options.alpha
+@options.reading
 @options.as_json
 def command(
-    source: str, base: str | None, dialect: str | None, alpha: float | None, *, as_json: bool
+    source: str,
+    base: str | None,
+    dialect: str | None,
+    alpha: float | None,
+    as_format: str | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Say what an adapter is: base, ranks, scales, targets.
 
@@ -33,7 +37,9 @@ def command(
     """
     import adapterkit
 
-    summary = adapterkit.inspect(source, base=base, dialect=dialect, alpha=alpha)
+    summary = adapterkit.inspect(
+        source, base=base, dialect=dialect, alpha=alpha, as_format=as_format
+    )
     if as_json:
         rendering.emit_json(summary)
         return

@@ -63,15 +63,13 @@ def _method_names(
 @click.option("--any-base", is_flag=True, help="Merge adapters that name different bases.")
 @click.option("--recipe", metavar="FILE", type=options.PATH, help="All of this from a YAML file.")
 @options.to
-@options.base
+@options.reading
 @click.option(
     "--outtype",
     type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
     help="Stored type; auto, the default, is the widest of each module's sources.",
 )
 @options.moe_layout
-@options.dialect
-@options.alpha
 @options.unverified
 @options.allow_lossy
 @merge_into.options

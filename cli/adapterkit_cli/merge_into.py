@@ -25,7 +25,7 @@ _OWN = (
     "resume",
     "jobs",
 )
-_BOTH = ("weights", "dialect", "alpha", "force")
+_BOTH = ("weights", "dialect", "alpha", "as_format", "allow_lossy", "force")
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +85,7 @@ def check(into: str | None, arguments: Mapping[str, Any]) -> None:
         wrong = [name for name in arguments if name not in {*_OWN, *_BOTH}]
         reason = "does not go with --into, which adds the weighted updates"
     if wrong:
-        names = {"params": "--param"}
+        names = {"params": "--param", "as_format": "--from"}
         raise click.UsageError(f"{names.get(wrong[0], '--' + wrong[0].replace('_', '-'))} {reason}")
 
 

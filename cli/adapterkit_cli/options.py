@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from click.shell_completion import CompletionItem
+
+    _Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Nothing is checked here: a missing file is an error of the input, not of the usage, and what
 # looks like a relative path may be a hub id.
 PATH = click.Path()
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-base = click.option(
-    "--base",
-    "--base-model-id",
-    metavar="BASE",
-    type=PATH,
-    help="Base model: directory, config.json, GGUF file or cached hub id.",
-)
 
 
-dialect = click.option(
-    "--dialect",
-    metavar="NAME|FILE",
-    help="Key grammar of a hand-written adapter, if the file cannot tell.",
-)
-alpha = click.option(
-    "--alpha", type=float, metavar="X", help="Scale numerator, if the file does not hold it."
-)
+def _all(*given: _Option) -> _Option:
+    """Return several options as one decorator, in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def engine_names(
@@ -53,6 +51,38 @@ def format_names(
     return [f.name for f in formats() if f.writes and f.name.startswith(incomplete)]
 
 
+def readable_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Complete the names of formats that can be read."""
+    from adapterkit.registry import formats
+
+    del ctx, param
+    return [f.name for f in formats() if f.reads and f.name.startswith(incomplete)]
+
+
+dialect = click.option(
+    "--dialect",
+    metavar="NAME|FILE",
+    help="Key grammar of a hand-written adapter, if the file cannot tell.",
+)
+alpha = click.option(
+    "--alpha", type=float, metavar="X", help="Scale numerator, if the file does not hold it."
+)
+as_format = click.option(
+    "--from",
+    "as_format",
+    metavar="FORMAT",
+    shell_complete=readable_names,
+    help="Format to read SRC as, if its content does not tell.",
+)
+_BASE_HELP = "Base model: directory, config.json, GGUF file or cached hub id."
+base = click.option("--base", "--base-model-id", metavar="BASE", type=PATH, help=_BASE_HELP)
+required_base = click.option(
+    "--base", "--base-model-id", metavar="BASE", type=PATH, required=True, help=_BASE_HELP
+)
+# What every command takes that reads an adapter, so that any message may advise it.
+reading = _all(base, dialect, alpha, as_format)
 # What every command takes that writes an adapter; below the functions that complete its values.
 destination = click.option(
     "-o",
@@ -87,3 +117,5 @@ allow_lossy = click.option(
     "--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it."
 )
 force = click.option("--force", is_flag=True, help="Replace what is at the destination.")
+# What every command takes that writes an adapter in a format of choice.
+writing = _all(to, outtype, force)

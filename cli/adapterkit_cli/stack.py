@@ -28,9 +28,18 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
     required=True,
     help="Engine to print the settings for.",
 )
-@options.base
+@options.reading
 @options.as_json
-def command(adapters: tuple[str, ...], engine: str, base: str | None, *, as_json: bool) -> None:
+def command(
+    adapters: tuple[str, ...],
+    engine: str,
+    base: str | None,
+    dialect: str | None,
+    alpha: float | None,
+    as_format: str | None,
+    *,
+    as_json: bool,
+) -> None:
     """Print the exact settings that load adapters with scales.
 
     Engines add the adapters of a stack; their order does not matter.
@@ -40,7 +49,7 @@ def command(adapters: tuple[str, ...], engine: str, base: str | None, *, as_json
     stack = AdapterStack(base)
     for text in adapters:
         path, scale = _parsed(text)
-        stack.load(path, scale=scale)
+        stack.load(path, scale=scale, dialect=dialect, alpha=alpha, as_format=as_format)
     members = stack.list()
     settings = _ENGINES[engine](members)
     conflicts = stack.conflicts()

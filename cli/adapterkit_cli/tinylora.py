@@ -15,14 +15,6 @@ _MODES = ("none", "all", "tiled", "structured")
 _SHOWN = 10
 _LAST_SEED = 1 << 62
 
-_base = click.option(
-    "--base",
-    "--base-model-id",
-    metavar="BASE",
-    type=options.PATH,
-    required=True,
-    help="Base model: directory, config.json, GGUF file or cached hub id.",
-)
 _targets = click.option(
     "--targets",
     metavar="NAME,NAME",
@@ -39,7 +31,7 @@ def command() -> None:
 
 
 @command.command("plan")
-@_base
+@options.required_base
 @click.option("--budget", metavar="PARAMS", type=int, required=True, help="Numbers to train.")
 @_targets
 @click.option(
@@ -56,9 +48,9 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
     One line for each way to tie modules: those of the ANRGUSC pack (tiled, structured, all, none),
     and PEFT's weight_tying. Nothing but headers is read.
     """
-    from adapterkit import tinylora
+    from adapterkit import projection, tinylora
 
-    report = tinylora.plan(
+    report = projection.plan(
         base,
         budget=budget,
         targets=_words(targets) or tinylora.TARGETS,
@@ -82,7 +74,10 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
     required=True,
     help="File or directory to create.",
 )
-@_base
+@options.required_base
+@options.dialect
+@options.alpha
+@options.as_format
 @click.option(
     "--to",
     metavar="FORMAT",
@@ -123,7 +118,8 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
     help="Modules in a group, for tiled and structured.",
 )
 @click.option(
-    "--alpha",
+    "--numerator",
+    "numerator",
     metavar="X",
     type=float,
     default=1.0,
@@ -138,7 +134,7 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
     help="Seed of the projections.",
 )
 @_targets
-@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@options.force
 @options.as_json
 def project(
     source: str,
@@ -146,6 +142,10 @@ def project(
     base: str,
     to: str,
     targets: str | None,
+    dialect: str | None,
+    alpha: float | None,
+    as_format: str | None,
+    numerator: float,
     *,
     force: bool,
     as_json: bool,
@@ -156,19 +156,31 @@ def project(
     Lossy: what U numbers in each group of modules cannot reach is gone. The answer says how much
     that is, and how much any TinyLoRA of this rank would lose at least.
     """
-    import adapterkit
-    from adapterkit import tinylora
+    from adapterkit import projection, tinylora
 
-    chosen = tinylora.TinySettings(**settings, target_modules=_words(targets) or tinylora.TARGETS)
-    adapter = adapterkit.read(source, base=base)
-    result, report = tinylora.project(adapter, base=base, settings=chosen)
-    adapterkit.write(result, destination, format=to, base=base, force=force)
+    chosen = tinylora.TinySettings(
+        **settings, alpha=numerator, target_modules=_words(targets) or tinylora.TARGETS
+    )
+    written = projection.project_file(
+        source,
+        destination,
+        base=base,
+        settings=chosen,
+        to=to,
+        dialect=dialect,
+        alpha=alpha,
+        as_format=as_format,
+        force=force,
+    )
+    report = written.report
+    notes = (*written.notes, *report.notes)
     if as_json:
-        written = {"source": source, "destination": destination, "format": to}
-        rendering.emit_json({**written, **cast("dict[str, object]", rendering.plain(report))})
+        places = {"source": source, "destination": destination, "format": to}
+        shown = cast("dict[str, object]", rendering.plain(report))
+        rendering.emit_json({**places, **shown, "notes": notes})
         return
     rendering.emit(_project_text(report, destination, to))
-    rendering.remarks("note", report.notes)
+    rendering.remarks("note", notes)
 
 
 def _words(text: str | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("validate")
 @click.argument("source", metavar="SRC", type=options.PATH, required=False)
-@options.base
+@options.reading
 @click.option(
     "--target",
     "targets",
@@ -31,6 +31,9 @@ def command(
     ctx: click.Context,
     source: str | None,
     base: str | None,
+    dialect: str | None,
+    alpha: float | None,
+    as_format: str | None,
     targets: tuple[str, ...],
     explain: str | None,
     *,
@@ -48,7 +51,9 @@ def command(
         raise click.UsageError("SRC is missing; name an adapter, or a code with --explain")
     from adapterkit.validation import validate
 
-    report = validate(source, base=base, targets=targets)
+    report = validate(
+        source, base=base, targets=targets, dialect=dialect, alpha=alpha, as_format=as_format
+    )
     if as_sarif:
         rendering.emit(sarif.document(report))
     elif as_json:

@@ -133,6 +133,6 @@ def test_public_names_of_an_audit_are_all_there() -> None:
 
 @pytest.mark.parametrize("first", ["import adapterkit.convert", "from adapterkit import convert"])
 def test_a_function_is_not_hidden_by_its_module(first: str, tmp_path: Path) -> None:
-    again = "import adapterkit; from adapterkit.convert import OUTTYPES"
+    again = "import adapterkit; from adapterkit.convert import ConversionReport"
     check = "assert adapterkit.convert.__name__ == 'convert'"
     assert "adapterkit.convert" in imported(f"{first}; {again}; {check}", tmp_path)

@@ -18,14 +18,15 @@ LAYERS = (
     {"architectures"},
     {"dialects"},
     {"base"},
+    {"passes"},
     {"tinylora", "tuners"},
     {"formats"},
     {"registry"},
-    {"proof", "reading", "serving"},
-    {"diagnosis"},
+    {"proof", "loading"},
+    {"saving", "diagnosis"},
     {"convert", "summary", "state_dict"},
     {"files", "torch", "merge", "audit", "validation"},
-    {"diff", "stack", "extract"},
+    {"diff", "stack", "extract", "projection"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may be known of the terminal by the package that never uses it.
@@ -117,7 +118,7 @@ def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
     public = {"adapterkit", "adapterkit.errors", "adapterkit.registry", "adapterkit.architectures"}
     public |= {
         f"adapterkit.{name}"
-        for name in ("tinylora", "audit", "validation", "stack", "serving", "output")
+        for name in ("tinylora", "audit", "validation", "stack", "projection", "output")
     }
     used = {name for name in imports(path) if name.split(".")[0] == "adapterkit"}
     assert used <= public

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.base import open_base
-from adapterkit.convert import stored_type
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.hub import located
+from adapterkit.loading import open_model
 from adapterkit.merge.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
 from adapterkit.merge.into.gguf import Allowed, check_type, plan_gguf
 from adapterkit.merge.into.journal import journalled, plan_hash
@@ -21,6 +19,7 @@ from adapterkit.merge.into.tying import check_choice
 from adapterkit.merge.into.writing import SEGMENT, write_files
 from adapterkit.model import Role
 from adapterkit.output import Output, check_destination
+from adapterkit.saving import stored_type
 from adapterkit.work import counter, threads
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ def merge_into(
     dequantize: bool = False,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
+    allow_lossy: bool = False,
     allow_requantise: bool = False,
     allow_weak: bool = False,
     resume: bool = False,
@@ -77,6 +78,8 @@ def merge_into(
             bits or `dtype`, and add to the decoded values.
         dialect: key grammar of hand-written adapters, where the files cannot tell.
         alpha: scale numerator of adapters whose files do not hold it.
+        as_format: name of the format to read all as, where their content does not tell.
+        allow_lossy: leave out rows of a vocabulary that the base does not have; notes name them.
         allow_requantise: quantise again what a GGUF base has quantised already, for a mixture.
         allow_weak: keep a GGUF type that loses much of the update.
         resume: go on where a killed merge with the same arguments ended.
@@ -94,7 +97,7 @@ def merge_into(
     check_choice(tied)
     check_type(gguf_type)
     destination = Path(destination)
-    opened = open_base(base)
+    opened = open_model(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
     check_destination(destination, force=force, directory=MODEL if opened.kind == "hf" else None)
     if dequantize and opened.kind == "gguf":
@@ -102,7 +105,13 @@ def merge_into(
     decoded = checked(opened, dequantize=dequantize) if opened.kind == "hf" else None
     opened = decoded.base if decoded else opened
     adapters, opened, notes = read_sources(
-        [located(source) for source in sources], weights, opened, dialect=dialect, alpha=alpha
+        sources,
+        weights,
+        opened,
+        dialect=dialect,
+        alpha=alpha,
+        as_format=as_format,
+        allow_lossy=allow_lossy,
     )
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)

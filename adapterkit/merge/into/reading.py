@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.base.initialisation import without_base_change
-from adapterkit.base.vocabulary import matched
-from adapterkit.convert import load
-from adapterkit.errors import FormatError, UnsupportedError, UsageError
-from adapterkit.formats.protocol import Options
+from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError, UsageError
+from adapterkit.loading import load_all
 from adapterkit.merge.planning import Source
 from adapterkit.model import Role, TensorKey
-from adapterkit.registry import own_format
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,12 +24,14 @@ _NO_UPDATE = {
 
 
 def read_sources(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     weights: Sequence[float] | None,
     base: BaseModel,
     *,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
+    allow_lossy: bool = False,
 ) -> tuple[list[Source], BaseModel, tuple[str, ...]]:
     """Read all adapters with the base's row orders, names and vocabulary.
 
@@ -50,26 +47,29 @@ def read_sources(
         raise UsageError("nothing to merge; name one adapter or more")
     if weights is not None and len(weights) != len(paths):
         raise UsageError(f"{len(paths)} adapters and {len(weights)} weights; give one for each")
-    found: list[Source] = []
-    notes: list[str] = []
-    for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
+    for weight in weights or ():
         if not abs(weight) < float("inf"):
             raise UsageError(f"weight {weight!r} is not a finite number")
-        told = Options(base=base, dialect=dialect, alpha=alpha)
-        adapter, options = load(path, own_format(path, dialect), told)
-        base = options.base or base
-        check_structure(adapter)
+    found: list[Source] = []
+    loaded = load_all(
+        paths,
+        base=base,
+        dialect=dialect,
+        alpha=alpha,
+        as_format=as_format,
+        allow_lossy=allow_lossy,
+    )
+    for each, weight in zip(loaded, weights or [1.0] * len(paths), strict=True):
         for trait, reason in _NO_UPDATE.items():
-            if adapter.traits.get(trait):
-                raise UnsupportedError(f"{reason} ({trait})", path=path)
-        adapter = without_base_change(adapter, base)
-        adapter, changes = matched(adapter, base)
-        said = adapter.provenance.notes if adapter.provenance else ()
-        notes += [f"{path}: {note}" for note in (*said, *changes)]
-        source = Source(str(path), adapter, float(weight))
+            if each.adapter.traits.get(trait):
+                raise UnsupportedError(f"{reason} ({trait})", path=each.label)
+        if each.losses and not allow_lossy:
+            raise LossyConversionError(each.losses, path=each.label)
+        source = Source(each.label, each.adapter, float(weight))
         _check_halves(source)
         found.append(source)
-    return found, base, tuple(notes)
+    notes = (f"{each.label}: {note}" for each in loaded for note in each.notes)
+    return found, loaded[-1].base or base, tuple(notes)
 
 
 def token_rows(source: Source, module: str) -> tuple[int, ...]:

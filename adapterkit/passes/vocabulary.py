@@ -1,8 +1,9 @@
 """Vocabularies that a base file trims or pads.
 
 Checkpoints pad their embedding to a round number of rows; converters cut that padding off, or add
-some. An update of the embedding or of the output is cut or padded with zeros alike: rows that the
-base does not have can never be looked up.
+some. An update of the embedding or of the output is padded with zeros alike, and cut where the rows
+that the base does not have hold no update. Rows that hold one are somebody's new tokens, or what
+training did to padding: they leave only where that is allowed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule
+from adapterkit.model import Loss
+from adapterkit.passes.protocol import Context, Note, Passed
 
 if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
@@ -21,20 +24,49 @@ if TYPE_CHECKING:
 _LARGEST_PADDING = 1024
 
 
-def matched(adapter: AdapterTensorSet, base: BaseModel) -> tuple[AdapterTensorSet, tuple[str, ...]]:
-    """Return the adapter with the base's vocabulary rows, and what was cut or padded."""
+def matched(adapter: AdapterTensorSet, context: Context) -> Passed:
+    """Return the adapter with the base's vocabulary rows, and what was cut or padded.
+
+    A table with an update in rows that the base lacks is a loss: it stays as it is, or is cut if
+    the context allows that.
+    """
+    if context.base is None:
+        return Passed(adapter)
     tensors = dict(adapter.tensors)
-    notes: list[str] = []
+    notes: list[Note] = []
+    losses: list[Loss] = []
     for pair in adapter.pairs():
-        rows = _base_rows(pair, base)
+        rows = _base_rows(pair, context.base)
         stored = pair.a.shape[-1] if pair.embedding else pair.b.shape[-2]
         if rows is None or rows == stored or abs(rows - stored) >= _LARGEST_PADDING:
             continue
+        if rows < stored and _holds_update(pair, rows):
+            losses.append(_loss(pair, stored, rows))
+            if not context.allow_lossy:
+                continue
         fitted = _fitted(pair, rows)
         tensors.update(zip(fitted.keys, (fitted.a, fitted.b), strict=True))
         verb = "cut" if rows < stored else "padded with zeros"
-        notes.append(f"{pair.module}: vocabulary {verb} from {stored} to the base's {rows} rows")
-    return (adapter.replace(tensors=tensors), tuple(notes)) if notes else (adapter, ())
+        said = f"{pair.module}: vocabulary {verb} from {stored} to the base's {rows} rows"
+        notes.append(Note("vocabulary", said))
+    return Passed(adapter.replace(tensors=tensors) if notes else adapter, (*notes,), (*losses,))
+
+
+def _loss(pair: LoraPair, stored: int, rows: int) -> Loss:
+    message = (
+        f"its {stored} rows are more than the base's {rows}, and the others hold an update; give "
+        "the base with the vocabulary of the training, or leave them out with --allow-lossy"
+    )
+    return Loss("vocabulary", pair.module, message)
+
+
+def _holds_update(pair: LoraPair, rows: int) -> bool:
+    """Tell whether any row from `rows` on is changed: ΔW of a row is its row of the outer factor.
+
+    What is not finite counts as a change.
+    """
+    values = pair.a.numpy()[:, rows:] if pair.embedding else pair.b.numpy()[rows:]
+    return bool(values.any())
 
 
 def _base_rows(pair: LoraPair, base: BaseModel) -> int | None:

@@ -16,6 +16,7 @@ from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
 from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.passes.protocol import Context, Note, Passed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +67,7 @@ class _Start(Protocol):
     def __call__(self, stored: Array, pair: LoraPair, *, turned: bool) -> _Initial: ...
 
 
-def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> AdapterTensorSet:
+def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
     """Return the same model as an adapter of the original base: [A; A0], [B, -B0], same scales.
 
     Adapters without such an initialisation come back as they are. Embeddings keep their factors:
@@ -75,7 +76,7 @@ def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> Ad
 
     Args:
         adapter: with or without a trait `init_lora_weights`.
-        base: the original base with its weights, a Hugging Face directory.
+        context: its base is the original one with its weights, a Hugging Face directory.
 
     Returns:
         An adapter whose factors are float32 and of twice the rank, without the trait.
@@ -88,10 +89,10 @@ def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> Ad
     """
     setting = adapter.traits.get(_TRAIT)
     if not setting:
-        return adapter
+        return Passed(adapter)
     path = adapter.provenance.path if adapter.provenance else None
     initial = _initialisation(str(setting), path)
-    weights = _weights(base, str(setting), path)
+    weights = _weights(context.base, str(setting), path)
     tensors = dict(adapter.tensors)
     worst = 0.0, ""
     rounded: set[DType] = set()
@@ -105,7 +106,9 @@ def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> Ad
         tensors |= {TensorKey(pair.module, Role.LORA_A): a, TensorKey(pair.module, Role.LORA_B): b}
         size = norm(replace(pair, a=a, b=b))
         worst = max(worst, (start.doubt / size if size else 0.0, pair.module))
-    return _plain(adapter, tensors, _notes(str(setting), worst, rounded, path))
+    notes = _notes(str(setting), worst, rounded, path)
+    said = tuple(Note("initialisation", note) for note in notes)
+    return Passed(_plain(adapter, tensors), said)
 
 
 def _initialisation(setting: str, path: Path | None) -> _Start:
@@ -249,17 +252,13 @@ def _notes(
     return notes
 
 
-def _plain(
-    adapter: AdapterTensorSet, tensors: Mapping[TensorKey, LazyTensor], notes: list[str]
-) -> AdapterTensorSet:
+def _plain(adapter: AdapterTensorSet, tensors: Mapping[TensorKey, LazyTensor]) -> AdapterTensorSet:
     extras = dict(adapter.extras)
     if "peft" in extras:
         config = {**extras["peft"]["config"], _TRAIT: True}
         extras["peft"] = {**extras["peft"], "config": config}
-    source = adapter.provenance
     return adapter.replace(
         tensors=tensors,
         traits={name: value for name, value in adapter.traits.items() if name != _TRAIT},
         extras=extras,
-        provenance=source and replace(source, notes=(*source.notes, *notes)),
     )

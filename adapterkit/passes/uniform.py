@@ -1,4 +1,4 @@
-"""Exact changes that make an adapter fit a serving engine: nothing here alters an update."""
+"""One rank and one scale for all modules, for engines that read one of each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.dtype import DType
 from adapterkit.factors import padded, with_scale
 from adapterkit.model import Role, TensorKey
+from adapterkit.passes.protocol import Context, Passed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from adapterkit.model import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
@@ -24,15 +25,16 @@ _PLAIN: Mapping[str, Any] = {
 }
 
 
-def uniform(adapter: AdapterTensorSet) -> AdapterTensorSet:
+def uniform(adapter: AdapterTensorSet, context: Context) -> Passed:
     """Return the same updates with one rank and one scale, for engines that read one of each.
 
     Smaller ranks are padded with zeros; the rest of a module's scale goes into its B, which becomes
     float32 unless the factor is a power of two.
     """
+    del context
     pairs = list(adapter.pairs())
     if not pairs:
-        return adapter
+        return Passed(adapter)
     rank = max(pair.rank for pair in pairs)
     scales = Counter(pair.scale for pair in pairs if pair.scale)
     scale = scales.most_common(1)[0][0] if scales else 1.0
@@ -43,10 +45,12 @@ def uniform(adapter: AdapterTensorSet) -> AdapterTensorSet:
         bias = TensorKey(pair.module, Role.LORA_BIAS)
         if bias in tensors and pair.scale != scale:  # it is scaled like B
             tensors[bias] = _multiplied(tensors[bias], pair.scale / scale)
-    return adapter.replace(
-        tensors=tensors,
-        scales={**adapter.scales, **{pair.module: scale for pair in pairs}},
-        extras=_without_patterns(adapter),
+    return Passed(
+        adapter.replace(
+            tensors=tensors,
+            scales={**adapter.scales, **{pair.module: scale for pair in pairs}},
+            extras=_without_patterns(adapter),
+        )
     )
 
 
@@ -59,9 +63,3 @@ def _without_patterns(adapter: AdapterTensorSet) -> dict[str, Mapping[str, Any]]
     if source := extras.get("peft"):
         extras["peft"] = {"config": {**source["config"], **_PLAIN}, "modules": ()}
     return extras
-
-
-# name in a target's `prepare` -> the change
-PREPARATIONS: Mapping[str, Callable[[AdapterTensorSet], AdapterTensorSet]] = {"uniform": uniform}
-# name in a target's `prepare` -> the format that it means
-FORMATS: Mapping[str, str] = {"to-gguf": "gguf", "to-peft": "peft", "to-mlx": "mlx"}

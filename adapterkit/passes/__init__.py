@@ -1,0 +1,1 @@
+"""Changes to an adapter, each named, with a promise of its own."""

@@ -1,0 +1,79 @@
+"""What every pass is: a named change of an adapter, with what it promises of the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from adapterkit.base import BaseModel
+from adapterkit.model import AdapterTensorSet, Loss
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that was normalised on the way.
+
+    Attributes:
+        origin: what did it: `reading`, or the name of a pass.
+        message: what was done, one sentence.
+    """
+
+    origin: str
+    message: str
+
+    def __str__(self) -> str:
+        """Return the sentence."""
+        return self.message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a pass may look at beside the adapter.
+
+    Attributes:
+        base: the base model, if given or found.
+        losses: what a target cannot hold, and what may leave for it.
+        allow_lossy: whether a pass may drop what it has to list as a loss.
+    """
+
+    base: BaseModel | None = None
+    losses: tuple[Loss, ...] = ()
+    allow_lossy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What a pass made of an adapter.
+
+    Attributes:
+        adapter: changed, or the same object.
+        notes: what was done, in order.
+        losses: what is dropped, or what would have to be and is still there.
+    """
+
+    adapter: AdapterTensorSet
+    notes: tuple[Note, ...] = ()
+    losses: tuple[Loss, ...] = ()
+
+
+class Change(Protocol):
+    """The function of a pass."""
+
+    def __call__(self, adapter: AdapterTensorSet, context: Context) -> Passed:
+        """Return the adapter changed; raises UnsupportedError where the promise cannot be kept."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One change that adapters go through.
+
+    Attributes:
+        name: stable short name; engines name theirs in their `prepare`.
+        promise: what holds of the result, one sentence.
+        change: the function.
+    """
+
+    name: str
+    promise: str
+    change: Change

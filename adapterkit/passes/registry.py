@@ -1,0 +1,66 @@
+"""The passes, as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import UsageError
+from adapterkit.passes.dropping import drop
+from adapterkit.passes.initialisation import undone
+from adapterkit.passes.protocol import Context, Pass, Passed
+from adapterkit.passes.uniform import uniform
+from adapterkit.passes.vocabulary import matched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from adapterkit.model import AdapterTensorSet
+
+PASSES = (
+    Pass(
+        name="initialisation",
+        promise="on the original base the adapter is the model that it was on the changed one",
+        change=undone,
+    ),
+    Pass(
+        name="vocabulary",
+        promise="every row that the base has keeps its update, and no other row with one is lost "
+        "unless it is listed and allowed",
+        change=matched,
+    ),
+    Pass(
+        name="uniform",
+        promise="every update stays the same, and all modules have one rank and one scale",
+        change=uniform,
+    ),
+    Pass(
+        name="drop",
+        promise="the tensors that the losses name leave, and no other",
+        change=drop,
+    ),
+)
+
+
+def by_name(name: str) -> Pass:
+    """Return a pass.
+
+    Raises:
+        UsageError: if there is none of that name; the message lists all.
+    """
+    if found := next((known for known in PASSES if known.name == name), None):
+        return found
+    names = ", ".join(known.name for known in PASSES)
+    raise UsageError(f"unknown change {name!r}; known: {names}")
+
+
+def apply(names: Iterable[str], adapter: AdapterTensorSet, context: Context) -> Passed:
+    """Return the adapter after several passes, in this order, with all that they said."""
+    done = Passed(adapter)
+    for name in names:
+        next_one = by_name(name).change(done.adapter, context)
+        done = Passed(
+            next_one.adapter,
+            (*done.notes, *next_one.notes),
+            (*done.losses, *next_one.losses),
+        )
+    return done

@@ -1,0 +1,107 @@
+"""TinyLoRAs planned for a base, and made of adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit import tinylora
+from adapterkit.loading import load, open_model
+from adapterkit.saving import admitted, destination_format, save
+from adapterkit.tinylora import ProjectionReport
+from adapterkit.tinylora.planner import CANDIDATES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.tinylora import PlanReport, TinySettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedFile:
+    """A projection on disk.
+
+    Attributes:
+        source: path that was read.
+        destination: path that was written.
+        format: name of the format that was written.
+        report: what the projection lost.
+        notes: what was normalised on the way in.
+    """
+
+    source: str
+    destination: str
+    format: str
+    report: ProjectionReport
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    base: Path | str,
+    *,
+    budget: int,
+    targets: Sequence[str] = tinylora.TARGETS,
+    candidates: Sequence[int] = CANDIDATES,
+) -> PlanReport:
+    """Find, for every tie mode, the projection size and ties nearest to a budget.
+
+    Args:
+        base: Hugging Face directory, config.json, GGUF file or hub id; only headers are read.
+        budget: trained numbers to aim at.
+        targets: last name components of the linear layers to adapt.
+        candidates: projection sizes to try, in this order.
+
+    Raises:
+        UsageError: if the budget or a candidate is less than 1.
+        IncompatibleBaseError: if the base has none of the targets.
+    """
+    report = tinylora.plan(open_model(base), budget=budget, targets=targets, candidates=candidates)
+    return replace(report, base=str(base))
+
+
+def project_file(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    base: Path | str,
+    settings: TinySettings,
+    to: str = "tinylora-pack",
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
+    force: bool = False,
+) -> ProjectedFile:
+    """Write the TinyLoRA that comes nearest to an adapter, proven to be what was computed.
+
+    Args:
+        source: adapter of any format that is read.
+        destination: file or directory to create.
+        base: its base, a Hugging Face directory with weights.
+        settings: `projection_dim` is needed; rank 2, `alpha` 1, `seed` 0 and no ties by default.
+        to: name of the format.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator of the source, where its file does not hold it.
+        as_format: name of the format to read it as, where its content does not tell.
+        force: replace an existing destination.
+
+    Raises:
+        FormatError: if the source is malformed, broken or not finite.
+        UnsupportedError: if the base has no weights, or the adapter holds what no TinyLoRA does.
+        DestinationExistsError: if the destination exists and `force` is false.
+        WriteError: if the output cannot be written.
+    """
+    destination = Path(destination)
+    target = destination_format(destination, to)
+    loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
+    known = open_model(loaded.base or base)
+    result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
+    ready = admitted(result, target, replace(loaded.options, alpha=None), passed=loaded.losses)
+    save(ready.adapter, destination, target, loaded.options, force=force)
+    return ProjectedFile(
+        source=str(source),
+        destination=str(destination),
+        format=target.name,
+        report=report,
+        notes=(*loaded.told, *ready.warnings),
+    )

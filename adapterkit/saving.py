@@ -1,0 +1,228 @@
+"""The one way out: what may be written, written beside, read back, proven, and only then kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from adapterkit.base.fit import check_fit
+from adapterkit.delta import norm
+from adapterkit.dtype import DType
+from adapterkit.errors import LossyConversionError, UsageError
+from adapterkit.model import AdapterTensorSet, Loss, Role
+from adapterkit.output import staged
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import by_name
+from adapterkit.proof import prove
+from adapterkit.registry import BUILTIN, spec
+from adapterkit.storage import FileSlice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from adapterkit.formats.protocol import Options
+    from adapterkit.registry import FormatSpec
+
+OUTTYPES = {
+    "auto": None,
+    "f32": DType.F32,
+    "f16": DType.F16,
+    "bf16": DType.BF16,
+    "q8_0": DType.Q8_0,
+}
+# Suffixes that several formats have.
+_SHARED_SUFFIXES = {".safetensors", ".npz", ".bin"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvenFile:
+    """What was written, as read back.
+
+    Attributes:
+        destination: path that was written.
+        format: name of the format.
+        modules: adapted modules.
+        parameters: stored elements.
+        bytes: size of the file, or of all files of the directory.
+        max_relative_error: largest relative Frobenius error of an update, against what was to be
+            written.
+        worst_module: where that is.
+    """
+
+    destination: str
+    format: str
+    modules: int
+    parameters: int
+    bytes: int
+    max_relative_error: float
+    worst_module: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """What may be written of an adapter.
+
+    Attributes:
+        adapter: what is left of it.
+        losses: what is dropped.
+        warnings: what to mention, one sentence each.
+    """
+
+    adapter: AdapterTensorSet
+    losses: tuple[Loss, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def destination_format(path: Path, name: str | None) -> FormatSpec:
+    """Return the format to write: by name if given, else by the destination's suffix.
+
+    Raises:
+        UsageError: if the suffix says nothing and no name was given, or the format is read-only.
+    """
+    if name:
+        chosen = spec(name)
+    else:
+        chosen = next((known for known in BUILTIN if path.suffix in known.suffixes), None)
+        chosen = chosen or (None if path.suffix in _SHARED_SUFFIXES else BUILTIN[0])
+    if chosen is None:
+        raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
+    if not chosen.writes:
+        raise UsageError(f"format {chosen.name!r} can be read but not written")
+    return chosen
+
+
+def stored_type(outtype: str) -> DType | None:
+    """Return the stored type that an outtype means; None keeps each factor's.
+
+    Raises:
+        UsageError: if there is no such outtype; the message lists all.
+    """
+    if outtype not in OUTTYPES:
+        raise UsageError(f"unknown outtype {outtype!r}; known: {', '.join(OUTTYPES)}")
+    return OUTTYPES[outtype]
+
+
+def admitted(
+    adapter: AdapterTensorSet,
+    target: FormatSpec,
+    options: Options,
+    *,
+    allow_lossy: bool = False,
+    passed: Sequence[Loss] = (),
+) -> Admitted:
+    """Return what may be written of an adapter, what is dropped for that, and what to mention.
+
+    Args:
+        adapter: sound.
+        target: the format to write.
+        options: base, dtype and layout to write with.
+        allow_lossy: whether to leave out what the target cannot hold.
+        passed: what the passes on the way in dropped, or would have to.
+
+    Raises:
+        FormatError: if the adapter is broken.
+        IncompatibleBaseError: if it does not fit the base.
+        LossyConversionError: if something would be lost and may not be, or if nothing would be
+            left; lists every reason.
+    """
+    path = adapter.provenance.path if adapter.provenance else None
+    if passed and not (allow_lossy or target.any_vocabulary):
+        raise LossyConversionError(passed, path=path)
+    if options.base:
+        grown = {loss.subject for loss in passed} if target.any_vocabulary else set[str]()
+        check_fit(_beside(adapter, grown), options.base)
+    found = target.format.losses(adapter, options)
+    losses = tuple(loss for loss in found if loss.blocks)
+    if losses and not (allow_lossy and all(loss.droppable for loss in losses)):
+        raise LossyConversionError(losses, path=path)
+    left = by_name("drop").change(adapter, Context(losses=losses)).adapter
+    if not _trained(left):
+        message = "an adapter without it would hold nothing that was trained"
+        raise LossyConversionError(
+            [*losses, Loss("nothing-left", target.title, message)], path=path
+        )
+    warnings = [f"{loss.subject}: {loss.message}" for loss in found if not loss.blocks]
+    return Admitted(
+        adapter=left,
+        losses=(*(() if target.any_vocabulary else passed), *losses),
+        warnings=(*warnings, *_silence(left)),
+    )
+
+
+def save(
+    adapter: AdapterTensorSet,
+    destination: Path,
+    target: FormatSpec,
+    options: Options,
+    *,
+    force: bool = False,
+    against: AdapterTensorSet | None = None,
+    spared: Iterable[Path] = (),
+) -> ProvenFile:
+    """Write an adapter, read the file back, compare every update, and only then keep it.
+
+    Args:
+        adapter: what to write.
+        destination: file or directory to create.
+        target: the format.
+        options: base, dtype and layout to write with.
+        force: replace an existing destination.
+        against: what the file must be equal to, where `adapter` is a changed form of it.
+        spared: further files that the output is made from and must not replace.
+
+    Raises:
+        FormatError: if a factor of the adapter is not finite.
+        ProofError: if the file does not hold the same updates; it is removed.
+        DestinationExistsError: if the destination exists and `force` is false.
+        WriteError: if the output cannot be written.
+    """
+    # What was told of the source is no news about the file: it must say everything itself.
+    reading = replace(options, like=adapter.modules, alpha=None, dialect=None)
+    kept = {*spared, *_read_from(against or adapter, options)}
+    with staged(destination, force=force, directory=target.directory, spared=kept) as staging:
+        target.format.write(adapter, staging, options)
+        written = target.format.read(staging, reading)
+        worst, error = prove(against or adapter, written, path=destination)
+        return ProvenFile(
+            destination=str(destination),
+            format=target.name,
+            modules=len(written.modules),
+            parameters=written.parameters,
+            bytes=_size(staging),
+            max_relative_error=error,
+            worst_module=worst,
+        )
+
+
+def _beside(adapter: AdapterTensorSet, modules: set[str]) -> AdapterTensorSet:
+    """Return an adapter without some modules."""
+    kept = {key: tensor for key, tensor in adapter.tensors.items() if key.module not in modules}
+    return adapter.replace(tensors=kept) if modules else adapter
+
+
+def _trained(adapter: AdapterTensorSet) -> bool:
+    return any(key.role is not Role.BASE_COPY for key in adapter.tensors)
+
+
+def _silence(adapter: AdapterTensorSet) -> tuple[str, ...]:
+    """Say that an adapter changes nothing, where that is so; one module that does is enough."""
+    pairs = {key: pair for pair in adapter.pairs() for key in pair.keys}
+    if any(key not in pairs and key.role is not Role.BASE_COPY for key in adapter.tensors):
+        return ()
+    if not pairs or any(norm(pair) != 0 for pair in adapter.pairs()):
+        return ()
+    return ("every update is zero: the adapter changes nothing; was it trained?",)
+
+
+def _read_from(adapter: AdapterTensorSet, options: Options) -> set[Path]:
+    """Return the files that an output is made from."""
+    found = {t.read.path for t in adapter.tensors.values() if isinstance(t.read, FileSlice)}
+    if adapter.provenance:
+        found.add(adapter.provenance.path)
+    return found | ({options.base.path} if options.base else set())
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
