@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from adapterkit.extract import ExtractedModule, ExtractReport, LeftOver, extract
     from adapterkit.files import read, write
+    from adapterkit.keys import Role, TensorKey
     from adapterkit.merge import (
         MergeFilesReport,
         MergeIntoReport,
@@ -58,15 +59,8 @@ if TYPE_CHECKING:
         merge_methods,
         read_recipe,
     )
-    from adapterkit.model import (
-        AdapterTensorSet,
-        BaseReference,
-        LoraPair,
-        Loss,
-        Provenance,
-        Role,
-        TensorKey,
-    )
+    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.notes import BaseReference, Loss, Provenance
     from adapterkit.stack import (
         AdapterIncompatibleError,
         AdapterLoadFailedError,
@@ -198,15 +192,9 @@ _HOMES = {
         "merge_methods",
         "read_recipe",
     ),
-    "model": (
-        "AdapterTensorSet",
-        "BaseReference",
-        "LoraPair",
-        "Loss",
-        "Provenance",
-        "Role",
-        "TensorKey",
-    ),
+    "keys": ("Role", "TensorKey"),
+    "model": ("AdapterTensorSet", "LoraPair"),
+    "notes": ("BaseReference", "Loss", "Provenance"),
     "summary": ("Summary", "inspect", "summarize"),
     "tensor": ("LazyTensor",),
     "validation": ("Finding", "Severity", "ValidationReport", "validate"),

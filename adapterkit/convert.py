@@ -14,16 +14,18 @@ from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
-from adapterkit.model import AdapterTensorSet, Loss
+from adapterkit.model.defects import check_structure
+from adapterkit.notes import Loss
 from adapterkit.proof import prove
 from adapterkit.reading import load
 from adapterkit.registry import FormatSpec, destination_format, source_format
 from adapterkit.serving import PREPARATIONS
 from adapterkit.storage import staged
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from adapterkit.model import AdapterTensorSet
 
 
 OUTTYPES = {

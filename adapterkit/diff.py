@@ -10,10 +10,10 @@ from adapterkit.diagnosis import diagnose
 from adapterkit.errors import UncheckableError, UnknownFormatError
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
+from adapterkit.model.defects import check_structure
 from adapterkit.proof import Comparison, compare, tolerance_for
 from adapterkit.reading import load
 from adapterkit.registry import FormatSpec, detect, source_format
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from pathlib import Path

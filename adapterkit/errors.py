@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from adapterkit.model import Loss
+    from adapterkit.notes import Loss
 
 
 class AdapterKitError(Exception):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from adapterkit.delta import Difference, difference, norm, same_bits
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
-from adapterkit.model import Role
+from adapterkit.keys import Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from adapterkit.model import AdapterTensorSet, LoraPair, TensorKey
+    from adapterkit.keys import TensorKey
+    from adapterkit.model import AdapterTensorSet, LoraPair
     from adapterkit.tensor import LazyTensor
 
 # Relative Frobenius error that the rounding of a stored dtype explains.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.factors import padded, with_scale
-from adapterkit.model import Role, TensorKey
+from adapterkit.keys import Role, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

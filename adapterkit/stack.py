@@ -20,9 +20,9 @@ from adapterkit.factors import concatenated
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.model.defects import check_structure
 from adapterkit.reading import load
 from adapterkit.registry import detect
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from adapterkit.base import open_base
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
-from adapterkit.model import Role
+from adapterkit.keys import Role
+from adapterkit.model.defects import problems
 from adapterkit.registry import source_format
-from adapterkit.structure import problems
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable

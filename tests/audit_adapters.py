@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.formats.protocol import Options
-from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import BaseReference
 from adapterkit.registry import spec
 from adapterkit.tensor import LazyTensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import merge_oracle as oracle
 import ml_dtypes
@@ -18,9 +18,13 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge import merge
-from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from adapterkit.model import AdapterTensorSet
 
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"

@@ -16,7 +16,8 @@ from adapterkit.audit.base_report import NotCompared
 from adapterkit.base.weights import BaseWeights
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError
-from adapterkit.model import LoraPair, Role
+from adapterkit.keys import Role
+from adapterkit.model import LoraPair
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

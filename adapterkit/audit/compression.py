@@ -16,7 +16,8 @@ from adapterkit.audit.rank_plan import ModuleRank
 from adapterkit.audit.spectrum import factors, is_convolution, rank_of, triangular
 from adapterkit.dtype import DType
 from adapterkit.errors import ProofError
-from adapterkit.model import AdapterTensorSet, LoraPair, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, LoraPair
 from adapterkit.proof import tolerance_for
 from adapterkit.tensor import LazyTensor, encode
 

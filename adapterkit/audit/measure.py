@@ -18,10 +18,11 @@ from adapterkit.base import open_base
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
-from adapterkit.model import AdapterTensorSet, Role
+from adapterkit.keys import Role
+from adapterkit.model import AdapterTensorSet
+from adapterkit.model.defects import problems
 from adapterkit.reading import load
 from adapterkit.registry import source_format
-from adapterkit.structure import problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from adapterkit.audit.rank_plan import Suggestion
     from adapterkit.audit.reference_bank import Bank
     from adapterkit.base import BaseModel
-    from adapterkit.model import LoraPair, TensorKey
+    from adapterkit.keys import TensorKey
+    from adapterkit.model import LoraPair
 
 _FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
 _REASONS = {

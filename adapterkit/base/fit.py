@@ -54,7 +54,7 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel) -> None:
 def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
     """Yield what is wrong with modules that the family knows and the base contradicts.
 
-    Pairs that are broken whatever the base is are left to `adapterkit.structure`.
+    Pairs that are broken whatever the base is are left to `adapterkit.model.defects`.
     """
     kept = adapter.traits.get("engine_layout", {})
     pairs = [pair for pair in adapter.pairs() if pair.module not in kept and sound(pair)]

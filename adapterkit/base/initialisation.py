@@ -15,7 +15,7 @@ from adapterkit.base.weights import BaseWeights
 from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from adapterkit.base.model import BaseModel
-    from adapterkit.model import LoraPair
+    from adapterkit.model import AdapterTensorSet, LoraPair
     from adapterkit.tensor import LazyTensor
 
     Array = np.ndarray[Any, np.dtype[np.float64]]

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
 from adapterkit.extract.report import LeftOver
-from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import BaseReference
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -21,6 +21,7 @@ from adapterkit.extract.report import ExtractReport
 from adapterkit.extract.twins import twins
 from adapterkit.formats.protocol import Options
 from adapterkit.merge.into.progress import counter
+from adapterkit.notes import first_and_more
 from adapterkit.registry import destination_format
 from adapterkit.storage import check_destination
 
@@ -189,10 +190,9 @@ def _check_any(
             "their stored type: there is nothing to extract",
             path=tuned.path,
         )
-    named = ", ".join(outcome.twin.name for outcome in left[:3])
-    more = f" and {len(left) - 3} more" if len(left) > 3 else ""  # noqa: PLR2004
+    named = first_and_more([outcome.twin.name for outcome in left], 3)
     advice = "" if save_rest else "; --save-rest stores them whole"
     raise UnsupportedError(
-        f"differs from {base.path} only in what no factors hold: {named}{more}{advice}",
+        f"differs from {base.path} only in what no factors hold: {named}{advice}",
         path=tuned.path,
     )

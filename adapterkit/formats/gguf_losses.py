@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf_engine import EngineAdapter, engine_adapter
-from adapterkit.model import AdapterTensorSet, Loss, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
@@ -60,8 +62,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
 def _loss(code: str, keys: Sequence[TensorKey], message: str) -> Loss:
     """Name many tensors as `first and 13 more`."""
     modules = list(dict.fromkeys(key.module for key in keys))
-    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-    return Loss(code, modules[0] + more, message, tuple(keys))
+    return Loss(code, first_and_more(modules), message, tuple(keys))
 
 
 def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
@@ -138,12 +139,11 @@ def _inert(engine: EngineAdapter, options: Options) -> Iterator[Loss]:
     names = [pair.module for pair in engine.pairs if architecture.is_inert(pair.module)]
     modules = list(dict.fromkeys(m for name in names for m in engine.sources[name]))
     if modules:
-        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
         message = (
             f"llama.cpp (seen on {architecture.inert_build}) loads this pair and never applies it; "
             "only merging carries it (adapterkit merge --into)"
         )
-        yield Loss("inert", modules[0] + more, message, blocks=False)
+        yield Loss("inert", first_and_more(modules), message, blocks=False)
 
 
 def _copies(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
@@ -182,6 +182,6 @@ def _blocks(engine: EngineAdapter) -> Iterator[Loss]:
     block = DType.Q8_0.block
     short = [pair for pair in engine.pairs if pair.rank % block or pair.a.shape[-1] % block]
     if short:
-        more = f" and {len(short) - 1} more" if len(short) > 1 else ""
         message = f"q8_0 needs rows of {block}: factors with shorter ones are stored as f16"
-        yield Loss("q8_0-block", short[0].module + more, message, blocks=False)
+        names = [pair.module for pair in short]
+        yield Loss("q8_0-block", first_and_more(names), message, blocks=False)

@@ -14,14 +14,9 @@ from adapterkit.architectures.mapping import from_engine
 from adapterkit.containers.gguf import GGUFArray, GGUFFile, ValueType, read_gguf
 from adapterkit.errors import FormatError, IncompatibleBaseError
 from adapterkit.factors import turned
-from adapterkit.model import (
-    AdapterTensorSet,
-    BaseReference,
-    LoraPair,
-    Provenance,
-    Role,
-    TensorKey,
-)
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

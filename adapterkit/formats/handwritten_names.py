@@ -17,7 +17,8 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.factors import fuse_rows, take_rows
-from adapterkit.model import LoraPair, Role
+from adapterkit.keys import Role
+from adapterkit.model import LoraPair
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

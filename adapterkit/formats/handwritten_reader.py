@@ -11,14 +11,9 @@ from adapterkit.errors import FormatError, UnsupportedError, UsageError
 from adapterkit.formats.handwritten_blocks import Slots, convolution, summed, unfolded
 from adapterkit.formats.handwritten_merged import merged
 from adapterkit.formats.handwritten_names import Names
-from adapterkit.model import (
-    AdapterTensorSet,
-    BaseReference,
-    LoraPair,
-    Provenance,
-    Role,
-    TensorKey,
-)
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.mlx_names import in_block
 
 if TYPE_CHECKING:
-    from adapterkit.model import BaseReference
+    from adapterkit.notes import BaseReference
 
 
 @dataclass(frozen=True, slots=True)

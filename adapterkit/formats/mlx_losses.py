@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from adapterkit.dtype import DType
 from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_writer import MLXAdapter, mlx_adapter
-from adapterkit.model import AdapterTensorSet, Loss, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
 _STACK = 3
@@ -57,8 +59,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
 def _loss(code: str, keys: list[TensorKey], message: str, *, drop: bool = True) -> Loss:
     """Name many tensors as `first and 13 more`."""
     modules = list(dict.fromkeys(key.module for key in keys))
-    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-    return Loss(code, modules[0] + more, message, tuple(keys) if drop else ())
+    return Loss(code, first_and_more(modules), message, tuple(keys) if drop else ())
 
 
 def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:

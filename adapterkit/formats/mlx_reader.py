@@ -27,14 +27,9 @@ from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_config import MLXConfig
 from adapterkit.formats.protocol import Options
 from adapterkit.json_file import read_json_object
-from adapterkit.model import (
-    AdapterTensorSet,
-    BaseReference,
-    LoraPair,
-    Provenance,
-    Role,
-    TensorKey,
-)
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,7 +15,8 @@ from adapterkit.factors import padded, slice_rows, stack_experts, turned, with_s
 from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_config import targeting, written
 from adapterkit.formats.mlx_reader import CONFIG, WEIGHTS
-from adapterkit.model import LoraPair, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import LoraPair
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

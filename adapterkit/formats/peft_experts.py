@@ -23,7 +23,7 @@ from adapterkit.architectures.mapping import find_rule
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.factors import turned
 from adapterkit.formats.peft_config import LoraConfig
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture, Rule
     from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
 
 # PEFT wraps the parameters of a module in the order in which the module declares them, the first
 # one innermost; these are the orders of transformers' expert modules.

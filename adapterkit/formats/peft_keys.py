@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import UnsupportedError
-from adapterkit.model import Role, TensorKey
+from adapterkit.keys import Role, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

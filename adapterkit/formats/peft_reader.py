@@ -11,7 +11,9 @@ from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.json_file import read_json_object
-from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

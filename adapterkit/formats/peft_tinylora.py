@@ -12,7 +12,7 @@ from adapterkit.errors import UnsupportedError
 from adapterkit.formats.peft_keys import PREFIX, saved_name
 from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.formats.peft_tinylora_reader import read_peft_tinylora
-from adapterkit.model import Role
+from adapterkit.keys import Role
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import writing
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule, wide
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import AdapterTensorSet, Loss
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
     Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -20,7 +20,8 @@ from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.formats.peft_reader import locate
 from adapterkit.formats.peft_tinylora_order import base_type, find_order, round_through
 from adapterkit.json_file import read_json_object
-from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, TensorKey
+from adapterkit.keys import TensorKey
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import streams
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule, neutral
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture
     from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
 
 NAME = "tinylora-peft"
 _PART = re.compile(r"^(?:base_model\.model\.)?(.+)\.tinylora_([ABP])(?:\.[^.]+)?$")

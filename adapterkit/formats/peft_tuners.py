@@ -15,7 +15,9 @@ from adapterkit.formats.peft_reader import locate
 from adapterkit.formats.peft_tuners_refused import REFUSED
 from adapterkit.formats.peft_tuners_rules import LEAF, RULES, SHARED, Context, Parts
 from adapterkit.json_file import read_json_object
-from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import Loss
+    from adapterkit.notes import Loss
     from adapterkit.tensor import LazyTensor
 
 # AdaLoRA's leaves are LoRA's without `.weight`; told apart before the common grammar sees them.

@@ -18,7 +18,8 @@ from adapterkit.formats.peft_experts import (
 )
 from adapterkit.formats.peft_keys import saved_name
 from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
-from adapterkit.model import AdapterTensorSet, Loss, Role
+from adapterkit.keys import Role
+from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture
     from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
 _Number = TypeVar("_Number", int, float)
@@ -68,9 +70,8 @@ def losses(adapter: AdapterTensorSet) -> list[Loss]:
     """List what a PEFT LoRA directory cannot hold of this adapter."""
     found: list[Loss] = []
     if kept := list(adapter.traits.get("engine_layout", ())):
-        more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
         message = "its rows are in llama.cpp's order; give the base model with --base"
-        found.append(Loss("engine-layout", kept[0] + more, message))
+        found.append(Loss("engine-layout", first_and_more(kept), message))
     adapted = _adapted(adapter)
     for role, code, word in (
         (Role.MAGNITUDE, "dora-partly", "use_dora"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.errors import UsageError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge import planning
 from adapterkit.merge.beside import Beside, bias_keys, merge_beside
 from adapterkit.merge.combination import Combination, check
@@ -19,13 +20,14 @@ from adapterkit.merge.ranks import rank_rule
 from adapterkit.merge.registry import SPACES, Kind, MethodSpec
 from adapterkit.merge.registry import method as find_method
 from adapterkit.merge.report import MergeReport, ModuleReport
-from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
+from adapterkit.model import AdapterTensorSet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from adapterkit.dtype import DType
     from adapterkit.merge.planning import ModulePlan, Source
+    from adapterkit.notes import BaseReference
     from adapterkit.tensor import LazyTensor
 
 _MOST_THREADS = 4

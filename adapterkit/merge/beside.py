@@ -10,8 +10,8 @@ import numpy as np
 
 from adapterkit.delta import all_finite
 from adapterkit.errors import FormatError, IncompatibleBaseError, UnsupportedError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.storing import wide, widest
-from adapterkit.model import Role, TensorKey
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
 from adapterkit.merge.adapters import merge
 from adapterkit.merge.report import MergeReport
-from adapterkit.model import Loss
+from adapterkit.model.defects import check_structure
+from adapterkit.notes import Loss
 from adapterkit.registry import destination_format, own_format
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,8 +17,10 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
-from adapterkit.model import AdapterTensorSet, LoraPair, Role, TensorKey
-from adapterkit.structure import problems
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.model.defects import problems
+from adapterkit.notes import first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -323,6 +325,6 @@ def absences(planned: Sequence[ModulePlan], found: Sequence[Source]) -> list[str
     for place, source in enumerate(found):
         lacking = [plan.module for plan in planned if plan.pairs[place] is None]
         if lacking:
-            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            lines.append(f"{source.label} has no {lacking[0]}{more}; taken as no update there")
+            named = first_and_more(lacking)
+            lines.append(f"{source.label} has no {named}; taken as no update there")
     return lines

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor, encode
 from adapterkit.tinylora.settings import TinySettings
 from adapterkit.tinylora.witness import Witness
@@ -15,7 +16,7 @@ from adapterkit.tinylora.witness import Witness
 if TYPE_CHECKING:
     import numpy as np
 
-    from adapterkit.model import BaseReference, Provenance
+    from adapterkit.notes import BaseReference, Provenance
 
     Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.base import BaseModel, open_base
 from adapterkit.delta import finite
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.model import Provenance
+from adapterkit.notes import Provenance
 from adapterkit.tinylora.adapter import TinyAdapter, neutral
 from adapterkit.tinylora.fitting import Fit, ModuleResidual, fit
 from adapterkit.tinylora.pack import doubts, grouping, pack_targets, rebuild

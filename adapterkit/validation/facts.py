@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import sound
-from adapterkit.model import AdapterTensorSet, Role
+from adapterkit.keys import Role
 from adapterkit.validation.structure import unclean_names
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
 
 _STACK = 3
 _HEADS = {"classifier", "score"}

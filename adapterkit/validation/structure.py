@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.model import AdapterTensorSet, Role
+from adapterkit.keys import Role
+from adapterkit.model.defects import Defect, defects
 from adapterkit.patterns import bounded, compiled
-from adapterkit.structure import Defect, defects
 from adapterkit.validation.findings import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from adapterkit.model import AdapterTensorSet
 
 # kind of defect -> code, and what to do
 _CODES = {

@@ -13,6 +13,7 @@ from adapterkit.base import open_base
 from adapterkit.convert import stored_type
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.hub import located
+from adapterkit.keys import Role
 from adapterkit.merge.into.checkpoint import checked, plan_checkpoint, write_checkpoint
 from adapterkit.merge.into.gguf import check_type, plan_gguf
 from adapterkit.merge.into.journal import plan_hash, staged_output
@@ -21,7 +22,6 @@ from adapterkit.merge.into.reading import read_sources
 from adapterkit.merge.into.report import MergeIntoReport
 from adapterkit.merge.into.tying import check_choice
 from adapterkit.merge.into.writing import write_files
-from adapterkit.model import Role
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.into.magnitudes import magnitude_of, moved_magnitudes
 from adapterkit.merge.into.reading import token_rows
 from adapterkit.merge.into.steps import Added, Magnitude, Product, Replaced, RowsReplaced
-from adapterkit.model import LoraPair, Role, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
     from adapterkit.merge.into.steps import Step
     from adapterkit.merge.planning import Source
+    from adapterkit.model import LoraPair
     from adapterkit.tensor import LazyTensor
 
 _SUFFIXES = (".weight", ".bias")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.errors import UnsupportedError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.into.steps import Magnitude
-from adapterkit.model import Role, TensorKey
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

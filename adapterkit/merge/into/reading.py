@@ -9,10 +9,10 @@ from adapterkit.base.vocabulary import matched
 from adapterkit.convert import load
 from adapterkit.errors import FormatError, UnsupportedError, UsageError
 from adapterkit.formats.protocol import Options
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.planning import Source
-from adapterkit.model import Role, TensorKey
+from adapterkit.model.defects import check_structure
 from adapterkit.registry import own_format
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

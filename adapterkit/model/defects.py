@@ -6,19 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import FormatError
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import PARTNERS, Role, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from adapterkit.model.adapter import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
-_PARTNERS = {
-    Role.LORA_A: Role.LORA_B,
-    Role.LORA_B: Role.LORA_A,
-    Role.EMBEDDING_A: Role.EMBEDDING_B,
-    Role.EMBEDDING_B: Role.EMBEDDING_A,
-}
 _MATRIX = 2
 
 
@@ -74,7 +69,7 @@ def _of_tensor(adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor) ->
         return
     if not tensor.dtype.floating:
         yield Defect("integers", name, f"holds {tensor.dtype} values, not real numbers")
-    partner = _PARTNERS.get(key.role)
+    partner = PARTNERS.get(key.role)
     if partner is None:
         return
     other = adapter.tensors.get(TensorKey(key.module, partner))
