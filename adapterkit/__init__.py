@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         merge_methods,
         read_recipe,
     )
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Kind, Update
     from adapterkit.notes import BaseReference, Loss, Provenance
     from adapterkit.stack import (
         AdapterIncompatibleError,
@@ -99,9 +99,9 @@ __all__ = [
     "Finding",
     "FormatError",
     "IncompatibleBaseError",
+    "Kind",
     "LazyTensor",
     "LeftOver",
-    "LoraPair",
     "Loss",
     "LossyConversionError",
     "MergeFilesReport",
@@ -124,6 +124,7 @@ __all__ = [
     "UnknownFormatError",
     "UnsafePickleError",
     "UnsupportedError",
+    "Update",
     "UsageError",
     "ValidationReport",
     "WriteError",
@@ -193,7 +194,7 @@ _HOMES = {
         "read_recipe",
     ),
     "keys": ("Role", "TensorKey"),
-    "model": ("AdapterTensorSet", "LoraPair"),
+    "model": ("AdapterTensorSet", "Kind", "Update"),
     "notes": ("BaseReference", "Loss", "Provenance"),
     "summary": ("Summary", "inspect", "summarize"),
     "tensor": ("LazyTensor",),

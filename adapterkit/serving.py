@@ -36,18 +36,13 @@ def uniform(adapter: AdapterTensorSet) -> AdapterTensorSet:
     rank = max(pair.rank for pair in pairs)
     scales = Counter(pair.scale for pair in pairs if pair.scale)
     scale = scales.most_common(1)[0][0] if scales else 1.0
-    tensors = dict(adapter.tensors)
+    ready = [padded(with_scale(pair, scale), rank) for pair in pairs]
+    biases: dict[TensorKey, LazyTensor] = {}
     for pair in pairs:
-        ready = padded(with_scale(pair, scale), rank)
-        tensors.update(zip(pair.keys, (ready.a, ready.b), strict=True))
-        bias = TensorKey(pair.module, Role.LORA_BIAS)
-        if bias in tensors and pair.scale != scale:  # it is scaled like B
-            tensors[bias] = _multiplied(tensors[bias], pair.scale / scale)
-    return adapter.replace(
-        tensors=tensors,
-        scales={**adapter.scales, **{pair.module: scale for pair in pairs}},
-        extras=_without_patterns(adapter),
-    )
+        key = TensorKey(pair.module, Role.LORA_BIAS)
+        if key in adapter.tensors and pair.scale != scale:  # it is scaled like B
+            biases[key] = _multiplied(adapter.tensors[key], pair.scale / scale)
+    return adapter.updated(ready, biases).replace(extras=_without_patterns(adapter))
 
 
 def _multiplied(tensor: LazyTensor, factor: float) -> LazyTensor:

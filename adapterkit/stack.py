@@ -19,7 +19,7 @@ from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError
 from adapterkit.factors import concatenated
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
-from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.model.defects import check_structure
 from adapterkit.reading import load
 from adapterkit.registry import detect
@@ -199,8 +199,9 @@ class AdapterStack:
             mine = {pair.module: pair for pair in _scaled_pairs(first)}
             for second in active[place + 1 :]:
                 for pair in _scaled_pairs(second):
-                    if pair.module in mine and mine[pair.module].shape == pair.shape:
-                        yield _conflict(mine[pair.module], pair, first.name, second.name)
+                    other = mine.get(pair.module)
+                    if other and (other.kind, other.shape) == (pair.kind, pair.shape):
+                        yield _conflict(other, pair, first.name, second.name)
 
     def combined(self) -> AdapterTensorSet:
         """Return the whole stack as one adapter: ranks add up, the update is the exact sum.
@@ -212,16 +213,13 @@ class AdapterStack:
         members = [member for member in self._members.values() if member.scale]
         if not members:
             raise AdapterLoadFailedError("the stack holds no active adapter")
-        groups: dict[str, list[LoraPair]] = {}
+        groups: dict[str, list[Update]] = {}
         for member in members:
             _check_summable(member)
             for pair in _scaled_pairs(member):
                 groups.setdefault(pair.module, []).append(pair)
-        pairs = [concatenated(group) for group in groups.values()]
-        return AdapterTensorSet(
-            tensors={k: t for p in pairs for k, t in zip(p.keys, (p.a, p.b), strict=True)},
-            scales={pair.module: pair.scale for pair in pairs},
-            base=members[0].adapter.base,
+        return AdapterTensorSet.of(
+            map(concatenated, groups.values()), {}, base=members[0].adapter.base
         )
 
     def _get(self, name: str) -> StackedAdapter:
@@ -237,12 +235,12 @@ def _finite(scale: float, name: str) -> float:
     return float(scale)
 
 
-def _scaled_pairs(member: StackedAdapter) -> Iterator[LoraPair]:
+def _scaled_pairs(member: StackedAdapter) -> Iterator[Update]:
     for pair in member.adapter.pairs():
         yield replace(pair, scale=pair.scale * member.scale)
 
 
-def _conflict(one: LoraPair, other: LoraPair, first: str, second: str) -> Conflict:
+def _conflict(one: Update, other: Update, first: str, second: str) -> Conflict:
     # ‖ΔW₁ + ΔW₂‖ is the distance of ΔW₁ from -ΔW₂.
     opposite = difference(one, replace(other, scale=-other.scale))
     cosine = None if opposite.cosine is None else -opposite.cosine

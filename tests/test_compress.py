@@ -23,17 +23,18 @@ from adapterkit.audit import compress, compress_file
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.convert import convert
 from adapterkit.formats.peft_reader import read_peft
+from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from adapterkit import AdapterTensorSet, LoraPair
+    from adapterkit import AdapterTensorSet, Update
 
 Array = np.ndarray[Any, Any]
 
 
-def update_of(pair: LoraPair) -> Array:
+def update_of(pair: Update) -> Array:
     """Return ΔW, convolutions and experts as they are stored."""
     a, b = (t.numpy().astype(np.float64) for t in (pair.a, pair.b))
     if a.ndim == 4:
@@ -120,7 +121,8 @@ def test_experts_embeddings_and_convolutions_keep_their_layout() -> None:
         "conv": (random.standard_normal((4, 6, 3, 3)), random.standard_normal((10, 4, 1, 1))),
         "embed": (random.standard_normal((4, 50)), random.standard_normal((16, 4))),
     }
-    whole = adapter(pairs, embeddings=("embed",))
+    kinds = {"experts": Kind.EXPERTS, "conv": Kind.CONVOLUTION}
+    whole = adapter(pairs, embeddings=("embed",), kinds=kinds)
     result = compress(whole, rank=2)
     shapes = [t.shape for t in result.adapter.tensors.values()]
     assert shapes == [(3, 2, 12), (3, 20, 2), (2, 6, 3, 3), (10, 2, 1, 1), (2, 50), (16, 2)]

@@ -20,6 +20,7 @@ from adapterkit.errors import (
 )
 from adapterkit.keys import Role, TensorKey
 from adapterkit.merge import merge
+from adapterkit.model import Kind
 from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tensor import LazyTensor
 
@@ -100,7 +101,7 @@ class TestWhatIsMerged:
         for seed in (1, 2):
             parts = [oracle.random_parts(10 * seed + e, {Q: (9, 8)}, 2, 0.5)[Q] for e in range(3)]
             stack = tuple(np.stack([part[i] for part in parts]) for i in (0, 1))
-            stacks.append(oracle.adapter({Q: (*stack, 0.5)}))
+            stacks.append(oracle.adapter({Q: (*stack, 0.5)}, kinds={Q: Kind.EXPERTS}))
             singles.append([oracle.adapter({Q: part}) for part in parts])
         options: dict[str, Any] = {"method": method, "weights": [0.6, 0.7]}
         if method == "ties":

@@ -15,16 +15,15 @@ from adapterkit.base.weights import BaseWeights
 from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
-from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy as np
 
     from adapterkit.base.model import BaseModel
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.tensor import LazyTensor
 
     Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -63,7 +62,7 @@ class _Initial:
 
 
 class _Start(Protocol):
-    def __call__(self, stored: Array, pair: LoraPair, *, turned: bool) -> _Initial: ...
+    def __call__(self, stored: Array, pair: Update, *, turned: bool) -> _Initial: ...
 
 
 def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> AdapterTensorSet:
@@ -92,7 +91,7 @@ def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> Ad
     path = adapter.provenance.path if adapter.provenance else None
     initial = _initialisation(str(setting), path)
     weights = _weights(base, str(setting), path)
-    tensors = dict(adapter.tensors)
+    plain: list[Update] = []
     worst = 0.0, ""
     rounded: set[DType] = set()
     for pair in adapter.pairs():
@@ -102,10 +101,10 @@ def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> Ad
         rounded.add(weight.dtype)
         start = initial(_wide(weight), pair, turned=weights.turned(pair.module))
         a, b = _joined(pair, start)
-        tensors |= {TensorKey(pair.module, Role.LORA_A): a, TensorKey(pair.module, Role.LORA_B): b}
-        size = norm(replace(pair, a=a, b=b))
+        plain.append(replace(pair, a=a, b=b))
+        size = norm(plain[-1])
         worst = max(worst, (start.doubt / size if size else 0.0, pair.module))
-    return _plain(adapter, tensors, _notes(str(setting), worst, rounded, path))
+    return _plain(adapter.updated(plain), _notes(str(setting), worst, rounded, path))
 
 
 def _initialisation(setting: str, path: Path | None) -> _Start:
@@ -133,12 +132,12 @@ def _weights(base: BaseModel | None, setting: str, path: Path | None) -> BaseWei
     return BaseWeights(base)
 
 
-def _weight(pair: LoraPair, weights: BaseWeights) -> LazyTensor:
+def _weight(pair: Update, weights: BaseWeights) -> LazyTensor:
     weight = weights.stored(pair.module)
     if weight is None:
         message = f"is not in {weights.base.path}; is it the right base?"
         raise IncompatibleBaseError(message, where=pair.module)
-    if len(pair.shape) != _MATRIX or len(weight.shape) != _MATRIX:
+    if pair.kind is not Kind.LINEAR or len(weight.shape) != _MATRIX:
         message = "is no linear layer; what its initialisation changed is not known"
         raise UnsupportedError(message, where=pair.module)
     if not weight.dtype.floating or weight.dtype.quantised or weight.dtype.scaled:
@@ -163,7 +162,7 @@ def _wide(tensor: LazyTensor) -> Array:
     return np.asarray(tensor.numpy(), dtype=np.float64)
 
 
-def _pissa(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
+def _pissa(stored: Array, pair: Update, *, turned: bool) -> _Initial:
     """Return the r largest singular triples of W, as the projection of W on their vectors.
 
     U_r · U_rᵀ · W needs only the eigenvectors of the smaller Gram matrix, and no sign or basis of
@@ -185,7 +184,7 @@ def _pissa(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
     return _Initial(left, right, doubt)
 
 
-def _olora(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
+def _olora(stored: Array, pair: Update, *, turned: bool) -> _Initial:
     """Return s · Q_r · R_r of the QR decomposition of the stored weight.
 
     The first r columns of Q span the first r columns of the weight, and R_r = Q_rᵀ · W, so a QR of
@@ -203,7 +202,7 @@ def _olora(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
     return _Initial(right.T, left.T, doubt) if turned else _Initial(left, right, doubt)
 
 
-def _joined(pair: LoraPair, start: _Initial) -> tuple[LazyTensor, LazyTensor]:
+def _joined(pair: Update, start: _Initial) -> tuple[LazyTensor, LazyTensor]:
     """Return [A; A0] and [B, -B0] in float32; row i of A0 and column i of B0 have equal norms."""
     import numpy as np
 
@@ -249,16 +248,13 @@ def _notes(
     return notes
 
 
-def _plain(
-    adapter: AdapterTensorSet, tensors: Mapping[TensorKey, LazyTensor], notes: list[str]
-) -> AdapterTensorSet:
+def _plain(adapter: AdapterTensorSet, notes: list[str]) -> AdapterTensorSet:
     extras = dict(adapter.extras)
     if "peft" in extras:
         config = {**extras["peft"]["config"], _TRAIT: True}
         extras["peft"] = {**extras["peft"], "config": config}
     source = adapter.provenance
     return adapter.replace(
-        tensors=tensors,
         traits={name: value for name, value in adapter.traits.items() if name != _TRAIT},
         extras=extras,
         provenance=source and replace(source, notes=(*source.notes, *notes)),

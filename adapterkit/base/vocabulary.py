@@ -14,7 +14,7 @@ from adapterkit.architectures.mapping import find_rule
 
 if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.tensor import LazyTensor
 
 # Padding rounds up to a multiple of at most this; a larger difference is another vocabulary.
@@ -23,21 +23,20 @@ _LARGEST_PADDING = 1024
 
 def matched(adapter: AdapterTensorSet, base: BaseModel) -> tuple[AdapterTensorSet, tuple[str, ...]]:
     """Return the adapter with the base's vocabulary rows, and what was cut or padded."""
-    tensors = dict(adapter.tensors)
+    resized: list[Update] = []
     notes: list[str] = []
     for pair in adapter.pairs():
         rows = _base_rows(pair, base)
         stored = pair.a.shape[-1] if pair.embedding else pair.b.shape[-2]
         if rows is None or rows == stored or abs(rows - stored) >= _LARGEST_PADDING:
             continue
-        fitted = _fitted(pair, rows)
-        tensors.update(zip(fitted.keys, (fitted.a, fitted.b), strict=True))
+        resized.append(_fitted(pair, rows))
         verb = "cut" if rows < stored else "padded with zeros"
         notes.append(f"{pair.module}: vocabulary {verb} from {stored} to the base's {rows} rows")
-    return (adapter.replace(tensors=tensors), tuple(notes)) if notes else (adapter, ())
+    return (adapter.updated(resized), tuple(notes)) if notes else (adapter, ())
 
 
-def _base_rows(pair: LoraPair, base: BaseModel) -> int | None:
+def _base_rows(pair: Update, base: BaseModel) -> int | None:
     match = find_rule(base.architecture, pair.module)
     if match is None or match.rule.shape[:1] != ("vocab",):
         return None
@@ -48,7 +47,7 @@ def _base_rows(pair: LoraPair, base: BaseModel) -> int | None:
     return int(rows) if rows is not None else None
 
 
-def _fitted(pair: LoraPair, rows: int) -> LoraPair:
+def _fitted(pair: Update, rows: int) -> Update:
     if pair.embedding:
         return replace(pair, a=_resized(pair.a, rows, axis=1))
     return replace(pair, b=_resized(pair.b, rows, axis=0))

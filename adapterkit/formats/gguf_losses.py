@@ -8,6 +8,7 @@ from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf_engine import EngineAdapter, engine_adapter
 from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind
 from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     found = [*_by_role(adapter), *_saved(adapter), *_by_trait(adapter)]
     base = options.base
     engine = engine_adapter(adapter, options)
+    found += _convolutions(adapter)
     found += _unmatched(adapter, engine, options)
     found += _copies(adapter, base)
     found += _inert(engine, options)
@@ -106,11 +108,19 @@ def _by_trait(adapter: AdapterTensorSet) -> Iterator[Loss]:
             yield Loss(code, f"{name} = {adapter.traits[name]!r}", message)
 
 
+def _convolutions(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    if found := [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]:
+        message = f"llama.cpp applies no adapter to convolutions; {_MERGE}"
+        yield _loss("convolution", _keys_of(adapter, found), message)
+
+
 def _unmatched(
     adapter: AdapterTensorSet, engine: EngineAdapter, options: Options
 ) -> Iterator[Loss]:
-    towers = [module for module in engine.unmatched if in_tower(module)]
-    others = [module for module in engine.unmatched if not in_tower(module)]
+    said = {pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION}
+    unmatched = [module for module in engine.unmatched if module not in said]
+    towers = [module for module in unmatched if in_tower(module)]
+    others = [module for module in unmatched if not in_tower(module)]
     title = options.base.architecture.title if options.base else engine.architecture
     if towers:
         message = "belongs to a vision or audio tower, which llama.cpp keeps in another file"

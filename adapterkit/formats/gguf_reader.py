@@ -15,7 +15,7 @@ from adapterkit.containers.gguf import GGUFArray, GGUFFile, ValueType, read_gguf
 from adapterkit.errors import FormatError, IncompatibleBaseError
 from adapterkit.factors import turned
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.model import AdapterTensorSet, Kind, Update
 from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
@@ -63,12 +63,10 @@ def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
         notes.append(f"architecture {name!r} is not in the tables; llama.cpp's names are kept")
     elif engine_names:
         notes.append(f"{len(engine_names)} modules keep llama.cpp's layout; --base would undo it")
-    tensors, scales = _tensors(mapped)
-    tensors.update(_others(file, halves))
     metadata = {key: value for key, value in file.typed().items() if key not in OWN_KEYS}
-    return AdapterTensorSet(
-        tensors=tensors,
-        scales=scales,
+    return AdapterTensorSet.of(
+        mapped,
+        _others(file, halves),
         base=BaseReference(name=_base_name(file), architecture=name),
         traits=_traits(file, engine_names),
         extras={"gguf": {"family": architecture and architecture.name, "metadata": metadata}},
@@ -77,8 +75,8 @@ def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
 
 
 def _renamed(
-    architecture: Architecture | None, sizes: Sizes | None, pairs: list[LoraPair], options: Options
-) -> tuple[list[LoraPair], dict[str, str]]:
+    architecture: Architecture | None, sizes: Sizes | None, pairs: list[Update], options: Options
+) -> tuple[list[Update], dict[str, str]]:
     """Return the pairs under Hugging Face names, and module -> tensor of those left as they are."""
     if architecture is None:
         return pairs, {pair.module: pair.module for pair in pairs}
@@ -136,14 +134,21 @@ def _is_embedding(stem: str) -> bool:
     return stem.removesuffix(".weight") == EMBEDDING
 
 
-def _pairs(halves: Mapping[str, Mapping[str, LazyTensor]], alpha: float) -> list[LoraPair]:
-    pairs: list[LoraPair] = []
+def _pairs(halves: Mapping[str, Mapping[str, LazyTensor]], alpha: float) -> list[Update]:
+    pairs: list[Update] = []
     for name, group in halves.items():
         if _is_pair(group):
             b = group["lora_b"]
             scale = alpha / b.shape[-1] if alpha and b.shape[-1] else 1.0
-            pairs.append(LoraPair(name, group["lora_a"], b, scale, embedding=_is_embedding(name)))
+            pairs.append(Update(name, group["lora_a"], b, scale, _kind(name, b)))
     return pairs
+
+
+def _kind(name: str, b: LazyTensor) -> Kind:
+    """Return what a pair is of: a tensor of more than two axes stacks experts or heads."""
+    if _is_embedding(name):
+        return Kind.EMBEDDING
+    return Kind.LINEAR if len(b.shape) == 2 else Kind.EXPERTS  # noqa: PLR2004
 
 
 def _is_pair(group: Mapping[str, LazyTensor]) -> bool:
@@ -152,7 +157,7 @@ def _is_pair(group: Mapping[str, LazyTensor]) -> bool:
 
 
 def _family(
-    name: str, pairs: list[LoraPair], options: Options, path: Path
+    name: str, pairs: list[Update], options: Options, path: Path
 ) -> tuple[Architecture | None, Sizes | None]:
     base = options.base
     candidates = [a for a in (base.candidates if base else find(name)) if a.gguf == name]
@@ -165,15 +170,6 @@ def _family(
     if base:
         return candidates[0], Sizes(candidates[0], base.kind, base.facts)
     return (candidates[0] if candidates else None), None
-
-
-def _tensors(
-    pairs: list[LoraPair],
-) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
-    tensors: dict[TensorKey, LazyTensor] = {}
-    for pair in pairs:
-        tensors.update(zip(pair.keys, (pair.a, pair.b), strict=True))
-    return tensors, {pair.module: pair.scale for pair in pairs}
 
 
 def _others(

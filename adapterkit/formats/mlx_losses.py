@@ -8,6 +8,7 @@ from adapterkit.dtype import DType
 from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_writer import MLXAdapter, mlx_adapter
 from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind
 from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
-_STACK = 3
 
 _ROLES: Mapping[Role, tuple[str, str]] = {
     Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in an MLX adapter; {_MERGE}"),
@@ -91,7 +91,7 @@ def _unplaced(adapter: AdapterTensorSet, mapped: MLXAdapter) -> Iterator[Loss]:
         yield _loss("needs-base", _keys_of(adapter, mapped.unknown), message, drop=False)
     for module, reason in mapped.stranded.items():
         yield _loss("experts", _keys_of(adapter, [module]), reason)
-    convolutions = [pair.module for pair in adapter.pairs() if len(pair.a.shape) > _STACK]
+    convolutions = [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]
     if convolutions:
         message = f"MLX-LM adapts no convolutions; {_MERGE}"
         yield _loss("convolution", _keys_of(adapter, convolutions), message)
@@ -114,7 +114,7 @@ def _dora(adapter: AdapterTensorSet) -> Iterator[Loss]:
         pair.module
         for pair in adapter.pairs()
         if pair.module in modules
-        and (len(pair.b.shape) == _STACK or mlx_names.expert_of(pair.module))
+        and (pair.kind is Kind.EXPERTS or mlx_names.expert_of(pair.module))
     ]
     if experts:
         yield _loss(

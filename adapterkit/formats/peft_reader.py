@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.delta import same_bits
-from adapterkit.errors import FormatError, NotFoundError
+from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.json_file import read_json_object
-from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet
+from adapterkit.keys import FACTORS, Role, TensorKey
+from adapterkit.model import AdapterTensorSet, Kind
 from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 CONFIG = "adapter_config.json"
-_CONVOLUTION = 4
+_MATRIX = 2
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -119,20 +119,50 @@ def interpret(
     if not tensors:
         raise FormatError("holds no tensors; training saved an empty adapter", path=path)
     notes = list(keys.notes())
-    tensors = unfold_experts(tensors, config, base)
+    kinds = _convolutions(tensors, config)
+    tensors, stacks = unfold_experts(tensors, config, base)
+    kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
     tensors, scales = _interpreted(config, tensors, notes)
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
+        kinds=kinds,
         base=BaseReference(
             name=_text(config.raw, "base_model_name_or_path"),
             revision=_text(config.raw, "revision"),
             architecture=_text(config.mapping("auto_mapping"), "base_model_class"),
         ),
-        traits=config.traits() | _conflicts(config, tensors),
+        traits=config.traits() | _conflicts(config, tensors, kinds),
         extras={"peft": {"config": dict(config.raw), "modules": tuple(scales)}},
         provenance=Provenance(path, "peft", tuple(notes)),
     )
+
+
+def _convolutions(tensors: Mapping[TensorKey, LazyTensor], config: LoraConfig) -> dict[str, Kind]:
+    """Return the adapted convolutions: PEFT saves every other factor with two axes.
+
+    Raises:
+        UnsupportedError: if one is grouped: each group of outputs has its own rows of A, so the
+            update is that of a layer without groups, which the base does not have.
+    """
+    found: dict[str, Kind] = {}
+    for key, tensor in tensors.items():
+        if key.role not in FACTORS or len(tensor.shape) <= _MATRIX:
+            continue
+        found[key.module] = Kind.CONVOLUTION
+        a = tensors.get(TensorKey(key.module, Role.LORA_A))
+        rank = a.shape[0] if a is not None and a.shape else 0
+        width = tensor.shape[1]
+        if key.role is Role.LORA_B and width and rank == config.rank_of(key.module) != width:
+            groups, odd = divmod(rank, width)
+            if not odd:
+                raise UnsupportedError(
+                    f"is a convolution of {groups} groups (A has rank {rank}, B {width}): its "
+                    "update is no weight of the base, and PEFT cannot merge it either",
+                    path=config.path,
+                    where=key.module,
+                )
+    return found
 
 
 def _stored(path: Path) -> Mapping[str, LazyTensor]:
@@ -230,13 +260,16 @@ def _spelled_out(tensor: LazyTensor, blocks: int) -> LazyTensor:
     return tensor.map(spread, shape=(rows, width * blocks))
 
 
-def _conflicts(config: LoraConfig, tensors: Mapping[TensorKey, LazyTensor]) -> dict[str, Any]:
+def _conflicts(
+    config: LoraConfig, tensors: Mapping[TensorKey, LazyTensor], kinds: Mapping[str, Kind]
+) -> dict[str, Any]:
     """Note modules whose tensors have another rank than the config: PEFT would not load them."""
     conflicts: dict[str, list[int]] = {}
     for key, tensor in tensors.items():
         if key.role in {Role.LORA_A, Role.EMBEDDING_A} and len(tensor.shape) > 1:
             declared = config.rank_of(key.module)
-            stored = tensor.shape[-2]
-            if stored != declared and len(tensor.shape) < _CONVOLUTION:
+            convolution = kinds.get(key.module) is Kind.CONVOLUTION
+            stored = tensor.shape[0 if convolution else -2]
+            if stored != declared:
                 conflicts[key.module] = [declared, stored]
     return {"rank_conflicts": conflicts} if conflicts else {}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.errors import UsageError
-from adapterkit.keys import Role, TensorKey
 from adapterkit.merge import planning
 from adapterkit.merge.beside import Beside, bias_keys, merge_beside
 from adapterkit.merge.combination import Combination, check
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from adapterkit.dtype import DType
     from adapterkit.merge.planning import ModulePlan, Source
     from adapterkit.notes import BaseReference
-    from adapterkit.tensor import LazyTensor
 
 _MOST_THREADS = 4
 _ENERGY = 0.9
@@ -167,7 +165,7 @@ def _merged(
     planned: Sequence[ModulePlan], work: Any, threads: int | None, how: Combination
 ) -> list[MergedModule]:
     workers = threads or min(os.cpu_count() or 1, _MOST_THREADS)
-    if how.dense and any(np.prod(plan.present[0].shape[-2:]) > _LARGE for plan in planned):
+    if how.dense and any(np.prod(plan.present[0].matrix_shape) > _LARGE for plan in planned):
         workers = 1
     if workers == 1:
         return [work(plan) for plan in planned]
@@ -178,22 +176,15 @@ def _merged(
 def _assembled(
     found: Sequence[Source], merged: Sequence[MergedModule], beside: Beside
 ) -> AdapterTensorSet:
-    tensors: dict[TensorKey, LazyTensor] = {}
-    for pair in (module.pair for module in merged):
-        roles = (
-            (Role.EMBEDDING_A, Role.EMBEDDING_B) if pair.embedding else (Role.LORA_A, Role.LORA_B)
-        )
-        tensors[TensorKey(pair.module, roles[0])] = pair.a
-        tensors[TensorKey(pair.module, roles[1])] = pair.b
     first = found[0].adapter
     layouts: dict[str, str] = {}
     for source in found:
         layouts |= source.adapter.traits.get("engine_layout", {})
     shared = ("layer_replication", "alora_invocation_tokens")
     traits = {name: first.traits[name] for name in shared if name in first.traits}
-    return AdapterTensorSet(
-        tensors={**tensors, **beside.tensors},
-        scales={module.pair.module: module.pair.scale for module in merged},
+    return AdapterTensorSet.of(
+        (module.pair for module in merged),
+        beside.tensors,
         base=_base(found),
         traits={**traits, **beside.traits, **({"engine_layout": layouts} if layouts else {})},
         extras=_extras(found),

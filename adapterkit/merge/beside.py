@@ -120,7 +120,7 @@ def _bias(
 
 def _rows(module: str, found: Sequence[Source]) -> int:
     pairs = (pair for source in found for pair in source.adapter.pairs())
-    return next(pair.b.shape[-2] for pair in pairs if pair.module == module)
+    return next(pair.matrix_shape[0] for pair in pairs if pair.module == module)
 
 
 def _absolute(

@@ -18,7 +18,7 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.model import AdapterTensorSet, Kind, Update
 from adapterkit.model.defects import problems
 from adapterkit.notes import first_and_more
 
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from adapterkit.merge.registry import MethodSpec
 
 _INTO = "merge it into the base instead (adapterkit merge --into)"
-_MATRIX, _EXPERTS = 2, 3
-_PAIR = (Role.LORA_A, Role.LORA_B)
+_OF = {
+    Kind.LINEAR: "",
+    Kind.EXPERTS: "experts of ",
+    Kind.EMBEDDING: "an embedding of ",
+    Kind.CONVOLUTION: "a convolution of ",
+}
 # Traits that all adapters must share, because they say which modules the tensors are applied to.
 _SHARED = {
     "layer_replication": "replicates layers in its own way",
@@ -69,11 +73,11 @@ class ModulePlan:
     """
 
     module: str
-    pairs: tuple[LoraPair | None, ...]
+    pairs: tuple[Update | None, ...]
     weights: tuple[float, ...]
 
     @property
-    def present(self) -> list[LoraPair]:
+    def present(self) -> list[Update]:
         """The factors that are there."""
         return [pair for pair in self.pairs if pair is not None]
 
@@ -84,7 +88,7 @@ class ModulePlan:
 
     def largest_rank(self, *, dense: bool) -> int:
         """Return the rank that holds any result: Σ rᵢ, or the smaller side of a dense one."""
-        return min(self.present[0].shape[-2:]) if dense else self.rank
+        return min(self.present[0].matrix_shape) if dense else self.rank
 
 
 def sources(
@@ -184,10 +188,6 @@ def _check_kinds(source: Source) -> None:
             )
         if key.role is Role.LORA_BIAS and TensorKey(key.module, Role.LORA_A) not in held:
             raise FormatError("has a bias on B and no factors", path=source.label, where=key.module)
-        if key.role is Role.LORA_A and _is_convolution(source.adapter, key):
-            raise UnsupportedError(
-                "is a convolution; merge it in PEFT", path=source.label, where=key.module
-            )
     if init := source.adapter.traits.get("init_lora_weights"):
         raise UnsupportedError(
             f"init_lora_weights = {init!r} changed the base, so B · A is no update of the original "
@@ -195,12 +195,6 @@ def _check_kinds(source: Source) -> None:
             "plain, or save it with PEFT's path_initial_model_for_weight_conversion",
             path=source.label,
         )
-
-
-def _is_convolution(adapter: AdapterTensorSet, key: TensorKey) -> bool:
-    """Tell (r, in, *kernel) and (out, r, 1...) from stacked experts, (E, r, in) and (E, out, r)."""
-    a, b = (adapter.tensors[TensorKey(key.module, role)].shape for role in _PAIR)
-    return len(a) > _MATRIX and not (len(a) == _EXPERTS and a[0] == b[0] and a[1] == b[2])
 
 
 def _check_bases(found: Sequence[Source]) -> None:
@@ -298,14 +292,14 @@ def plans(found: Sequence[Source], *, missing: str) -> list[ModulePlan]:
     return planned
 
 
-def _check_shapes(name: str, pairs: Iterable[LoraPair | None], found: Sequence[Source]) -> None:
-    known: tuple[LoraPair, Source] | None = None
+def _check_shapes(name: str, pairs: Iterable[Update | None], found: Sequence[Source]) -> None:
+    known: tuple[Update, Source] | None = None
     for pair, source in zip(pairs, found, strict=True):
         if pair is None:
             continue
         if known is None:
             known = pair, source
-        elif (pair.shape, pair.embedding) != (known[0].shape, known[0].embedding):
+        elif (pair.kind, pair.shape) != (known[0].kind, known[0].shape):
             raise IncompatibleBaseError(
                 f"updates {_shown(pair)}, and {_shown(known[0])} in {known[1].label}; "
                 "are they made for the same model?",
@@ -314,9 +308,9 @@ def _check_shapes(name: str, pairs: Iterable[LoraPair | None], found: Sequence[S
             )
 
 
-def _shown(pair: LoraPair) -> str:
+def _shown(pair: Update) -> str:
     sizes = " x ".join(str(size) for size in pair.shape)
-    return f"an embedding of {sizes}" if pair.embedding else sizes
+    return f"{_OF[pair.kind]}{sizes}"
 
 
 def absences(planned: Sequence[ModulePlan], found: Sequence[Source]) -> list[str]:

@@ -1,6 +1,6 @@
 """The neutral model that every format is read into and written from."""
 
 from adapterkit.model.adapter import AdapterTensorSet
-from adapterkit.model.update import LoraPair
+from adapterkit.model.update import Kind, Update
 
-__all__ = ["AdapterTensorSet", "LoraPair"]
+__all__ = ["AdapterTensorSet", "Kind", "Update"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet
+from adapterkit.model import AdapterTensorSet, Kind, Update
 from adapterkit.tensor import LazyTensor, encode
 from adapterkit.tinylora.settings import TinySettings
 from adapterkit.tinylora.witness import Witness
@@ -130,19 +130,17 @@ def neutral(
         provenance: where it was read.
         others: tensors beside the update, such as saved modules.
     """
-    tensors: dict[TensorKey, LazyTensor] = {}
+    updates: list[Update] = []
     for module in tiny.modules:
-        a, b = _factors(module, tiny.vectors[module.group])
-        roles = (Role.LORA_A, Role.LORA_B)
-        if module.embedding:
-            roles = (Role.EMBEDDING_A, Role.EMBEDDING_B)
-        tensors |= dict(zip((TensorKey(module.name, role) for role in roles), (a, b), strict=True))
-    factors = dict(tensors)
-    return AdapterTensorSet(
-        tensors=tensors | dict(others or {}),
-        scales={module.name: 1.0 for module in tiny.modules},
+        kind = Kind.EMBEDDING if module.embedding else Kind.LINEAR
+        factors = _factors(module, tiny.vectors[module.group])
+        updates.append(Update(module.name, *factors, 1.0, kind))
+    known = {key: t for u in updates for key, t in zip(u.keys, (u.a, u.b), strict=True)}
+    return AdapterTensorSet.of(
+        updates,
+        others or {},
         base=base,
-        extras={EXTRAS: {"adapter": tiny, "factors": factors}},
+        extras={EXTRAS: {"adapter": tiny, "factors": known}},
         provenance=provenance,
     )
 

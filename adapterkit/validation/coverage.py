@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.base.fit import Misfit
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.notes import Loss
     from adapterkit.validation.engines import Target
 
@@ -69,7 +69,7 @@ def _by_tensor(
 
 
 def _covered(
-    pair: LoraPair,
+    pair: Update,
     tensor: str | None,
     base: BaseModel,
     wrong: Mapping[str, str],
@@ -104,7 +104,7 @@ def _by_module(adapter: AdapterTensorSet, base: BaseModel, target: Target) -> li
 
 
 def _placed(
-    pair: LoraPair,
+    pair: Update,
     base: BaseModel,
     target: Target,
     wrong: Mapping[str, Misfit],

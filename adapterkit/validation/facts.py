@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
-from adapterkit.base.fit import sound
 from adapterkit.keys import Role
+from adapterkit.model import Kind
 from adapterkit.validation.structure import unclean_names
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
-_STACK = 3
 _HEADS = {"classifier", "score"}
 _PICKLES = {".bin", ".pt", ".pth"}
 
@@ -30,7 +29,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     `layer_replication`, `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`,
     `foreign_names`; texts: `format`, `init`, `architecture` (of the base, empty if unknown).
     """
-    pairs = [pair for pair in adapter.pairs() if sound(pair)]
+    pairs = [pair for pair in adapter.pairs() if pair.sound]
     unclean = list(unclean_names(adapter))
     ranks = {pair.rank for pair in pairs}
     full = [key.module for key in adapter.tensors if key.role is Role.FULL]
@@ -50,7 +49,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
         "token_rows": Role.TOKEN_ROWS in roles,
         "embedding": any(pair.embedding for pair in pairs),
         "output": any(_is_output(pair.module, base) for pair in pairs),
-        "experts_fused": any(len(pair.a.shape) == _STACK for pair in pairs),
+        "experts_fused": any(pair.kind is Kind.EXPERTS for pair in pairs),
         "tower": any(in_tower(pair.module) for pair in pairs),
         "base_changing_init": "init_lora_weights" in adapter.traits,
         "init": str(adapter.traits.get("init_lora_weights", "")).lower(),

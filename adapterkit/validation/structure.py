@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.keys import Role
+from adapterkit.model import Kind
 from adapterkit.model.defects import Defect, defects
 from adapterkit.patterns import bounded, compiled
 from adapterkit.validation.findings import Finding, Severity
@@ -27,7 +28,6 @@ _CODES = {
     "axes": ("AK105", ""),
     "declared-rank": ("AK106", "declare it in rank_pattern, with its alpha"),
 }
-_MATRIX = 2
 _ALL = "all-linear"
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -95,7 +95,7 @@ def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
         return
     parameters = [str(name) for name in config.get("target_parameters") or ()]
     for pair in adapter.pairs():
-        plain = len(pair.a.shape) == _MATRIX and not _names_parameter(pair.module, parameters)
+        plain = pair.kind is not Kind.EXPERTS and not _names_parameter(pair.module, parameters)
         if plain and not selects(pair.module):
             yield pair.module
 

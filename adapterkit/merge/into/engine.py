@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
     from adapterkit.merge.into.steps import Step
     from adapterkit.merge.planning import Source
-    from adapterkit.model import LoraPair
+    from adapterkit.model import Update
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 _TABLES = {EMBEDDING, OUTPUT}
@@ -79,7 +79,7 @@ def _products(source: Source, base: BaseModel) -> Iterator[tuple[str, Product]]:
 def _magnitudes(source: Source, base: BaseModel) -> dict[str, Magnitude]:
     """Return DoRA's magnitudes by llama.cpp tensor."""
 
-    def move(pairs: Iterable[LoraPair]) -> Sequence[LoraPair]:
+    def move(pairs: Iterable[Update]) -> Sequence[Update]:
         return to_engine(base.architecture, base.sizes, pairs, base.tensors).pairs
 
     pairs = tuple(source.adapter.pairs())
