@@ -117,7 +117,7 @@ def _format(path: Path, dialect: str | None) -> FormatSpec:
 
 
 def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:
-    layouts = [adapter.traits.get("engine_layout", {}) for adapter in (first, second)]
+    layouts = [adapter.engine_layout for adapter in (first, second)]
     alone = set(layouts[0]) ^ set(layouts[1])
     if alone:
         raise UncheckableError(

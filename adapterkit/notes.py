@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from adapterkit.keys import TensorKey
 
@@ -36,6 +37,43 @@ class Loss:
         return bool(self.drops)
 
 
+class NoteKind(StrEnum):
+    """What a program may want to know of a note without reading it.
+
+    ADAPTER_NAME, PREFIX: names of tensors had that to be cleaned up. VOCABULARY: rows of a module
+    were cut or padded to the base's. REMARK: anything else.
+    """
+
+    ADAPTER_NAME = "adapter-name"
+    PREFIX = "prefix"
+    VOCABULARY = "vocabulary"
+    REMARK = "remark"
+
+
+class Note(str):
+    """A sentence on what was normalised.
+
+    Attributes:
+        kind: what it is about.
+        subject: the module concerned, if it is one.
+        text: the sentence without its subject.
+    """
+
+    __slots__ = ("kind", "subject", "text")
+
+    text: str
+    kind: NoteKind
+    subject: str | None
+
+    def __new__(
+        cls, text: str, kind: NoteKind = NoteKind.REMARK, subject: str | None = None
+    ) -> Self:
+        """Return the sentence; `subject: ` goes before it."""
+        note = super().__new__(cls, f"{subject}: {text}" if subject else text)
+        note.text, note.kind, note.subject = text, kind, subject
+        return note
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """Where an adapter was read from.
@@ -43,7 +81,8 @@ class Provenance:
     Attributes:
         path: file or directory.
         format: name of the format, as `adapterkit formats` lists it.
-        notes: what the reader normalised on the way, one sentence each.
+        notes: what the reader normalised on the way, one sentence each; those that a program may
+            have to know are `Note`s.
     """
 
     path: Path

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.dtype import DType
 from adapterkit.factors import padded, with_scale
 from adapterkit.keys import Role, TensorKey
+from adapterkit.model import PeftSource, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,18 +43,15 @@ def uniform(adapter: AdapterTensorSet) -> AdapterTensorSet:
         key = TensorKey(pair.module, Role.LORA_BIAS)
         if key in adapter.tensors and pair.scale != scale:  # it is scaled like B
             biases[key] = _multiplied(adapter.tensors[key], pair.scale / scale)
-    return adapter.updated(ready, biases).replace(extras=_without_patterns(adapter))
+    return adapter.updated(ready, biases).replace(source=_without_patterns(adapter.source))
 
 
 def _multiplied(tensor: LazyTensor, factor: float) -> LazyTensor:
     return tensor.map(lambda x: x.astype("float64") * factor, dtype=DType.F32)
 
 
-def _without_patterns(adapter: AdapterTensorSet) -> dict[str, Mapping[str, Any]]:
-    extras = dict(adapter.extras)
-    if source := extras.get("peft"):
-        extras["peft"] = {"config": {**source["config"], **_PLAIN}, "modules": ()}
-    return extras
+def _without_patterns(source: Source | None) -> Source | None:
+    return PeftSource({**source.config, **_PLAIN}) if isinstance(source, PeftSource) else source
 
 
 # name in a target's `prepare` -> the change

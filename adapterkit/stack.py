@@ -19,7 +19,7 @@ from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError
 from adapterkit.factors import concatenated
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
-from adapterkit.model import AdapterTensorSet, Update
+from adapterkit.model import AdapterTensorSet, GgufSource, Update
 from adapterkit.model.defects import check_structure
 from adapterkit.reading import load
 from adapterkit.registry import detect
@@ -143,7 +143,11 @@ class AdapterStack:
         if base is None:
             return
         recorded = adapter.base.architecture
-        if adapter.extras.get("gguf") and recorded and recorded != base.architecture.gguf:
+        if (
+            isinstance(adapter.source, GgufSource)
+            and recorded
+            and recorded != base.architecture.gguf
+        ):
             message = f"is made for {recorded}, the base is {base.architecture.gguf}"
             raise AdapterIncompatibleError(message, path=path)
         for pair in adapter.pairs():
@@ -255,7 +259,7 @@ def _check_summable(member: StackedAdapter) -> None:
             raise AdapterLoadFailedError(
                 "is no pair of factors and cannot be added up", path=member.path, where=str(key)
             )
-    if adapter.traits:
+    if settings := {**adapter.settings, **adapter.engine_layout}:
         raise AdapterLoadFailedError(
-            f"{next(iter(adapter.traits))} makes it more than a sum of updates", path=member.path
+            f"{next(iter(settings))} makes it more than a sum of updates", path=member.path
         )

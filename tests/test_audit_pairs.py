@@ -189,7 +189,7 @@ def test_a_third_adapter_of_another_shape_leaves_the_others_comparable() -> None
 
 def test_rows_in_another_order_cannot_be_compared() -> None:
     whole = adapter({NAME: gaussian(20, 16, 3)})
-    moved = whole.replace(traits={"engine_layout": {NAME: "blk.0.attn_q.weight"}})
+    moved = whole.replace(engine_layout={NAME: "blk.0.attn_q.weight"})
     with pytest.raises(UncheckableError, match=r"llama.cpp's layout"):
         audit(whole, moved)
     assert audit(moved, moved).interference is not None

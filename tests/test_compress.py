@@ -80,14 +80,14 @@ def test_nothing_of_that_rank_is_closer() -> None:
     assert np.abs(cut - (u[:, :3] * s[:3]) @ vt[:3]).max() < 1e-12
 
 
-def test_scales_traits_and_other_tensors_stay() -> None:
+def test_scales_settings_and_other_tensors_stay() -> None:
     key = TensorKey("lm_head.weight", Role.FULL)
     whole = adapter(layered(2), scale=0.25, more={key: LazyTensor.of(np.ones((3, 3)))})
-    whole = whole.replace(traits={"init_lora_weights": "pissa"}, metadata={"a": "b"})
+    whole = whole.replace(initialisation="pissa", metadata={"a": "b"})
     small = compress(whole, rank=1).adapter
-    assert (small.scales, small.traits, small.metadata) == (
+    assert (small.scales, small.settings, small.metadata) == (
         whole.scales,
-        whole.traits,
+        whole.settings,
         whole.metadata,
     )
     assert small.tensors[key] is whole.tensors[key]

@@ -144,7 +144,7 @@ def test_update_of_the_original_base_is_the_one_that_peft_merges(
         assert relative(naive[module], truth[f"{module}.weight"]) > 0.1, module
         assert pair.rank == 2 * ranks[module]
         assert pair.scale == raw.scales[module]
-    assert "init_lora_weights" not in plain.traits
+    assert plain.initialisation is None
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -290,7 +290,7 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": init}))
     raw = read_peft(path)
     if init == "olora_v2":
-        raw = raw.replace(traits={"init_lora_weights": init})
+        raw = raw.replace(initialisation=init)
     with pytest.raises(adapterkit.UnsupportedError, match=reason) as caught:
         without_base_change(raw, open_base(base))
     assert "path_initial_model_for_weight_conversion" in str(caught.value)
@@ -337,7 +337,7 @@ def test_convert_makes_it_plain_where_the_base_is_given(
     report = adapterkit.convert(source, tmp_path / target, base=base)
     assert report.max_relative_error < 1e-6
     written = adapterkit.read(tmp_path / target, base=base)
-    assert not written.traits
+    assert not written.settings
     expected = merged(base, source)
     for module, update in dense(written).items():
         error = np.linalg.norm(update - expected[f"{module}.weight"])

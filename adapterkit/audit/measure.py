@@ -288,5 +288,5 @@ def _health(modules: tuple[ModuleAudit, ...], adapter: AdapterTensorSet) -> Iter
     partly = sum(module.low_rank_only for module in modules)
     if partly:
         yield f"DoRA: {partly} of {count} updates are audited without their magnitude"
-    if init := adapter.traits.get("init_lora_weights"):
+    if init := adapter.initialisation:
         yield f"init_lora_weights is {init}: the base changed too, B · A alone is not the update"

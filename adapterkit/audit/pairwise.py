@@ -123,7 +123,7 @@ def interference(
 
 
 def _check_layouts(adapters: Sequence[AdapterTensorSet]) -> None:
-    layouts = [set(adapter.traits.get("engine_layout", ())) for adapter in adapters]
+    layouts = [set(adapter.engine_layout) for adapter in adapters]
     adapted = [set(adapter.scales) for adapter in adapters]
     for (i, first), (j, second) in combinations(enumerate(layouts), 2):
         alone = (first ^ second) & adapted[i] & adapted[j]

@@ -56,7 +56,7 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
 
     Pairs that are broken whatever the base is are left to `adapterkit.model.defects`.
     """
-    kept = adapter.traits.get("engine_layout", {})
+    kept = adapter.engine_layout
     pairs = [pair for pair in adapter.pairs() if pair.module not in kept and pair.sound]
     weights = BaseWeights(base)
     fitting: list[Update] = []

@@ -15,7 +15,7 @@ from adapterkit.base.weights import BaseWeights
 from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
-from adapterkit.model import Kind
+from adapterkit.model import Kind, PeftSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.float64]]
 
-_TRAIT = "init_lora_weights"
+_SETTING = "init_lora_weights"
 _MATRIX = 2
 # Training computed the initial factors in float32.
 _ROUNDING = 2.0**-24
@@ -73,11 +73,11 @@ def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> Ad
     normalise, W - s · B0 · A0 + s · B · A, stays the same.
 
     Args:
-        adapter: with or without a trait `init_lora_weights`.
+        adapter: with or without an initialisation that changed the base.
         base: the original base with its weights, a Hugging Face directory.
 
     Returns:
-        An adapter whose factors are float32 and of twice the rank, without the trait.
+        An adapter whose factors are float32 and of twice the rank, without the setting.
 
     Raises:
         UnsupportedError: if the initial factors do not follow from the base, or its singular values
@@ -85,12 +85,12 @@ def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> Ad
         BaseRequiredError: if the base or its weights are missing.
         IncompatibleBaseError: if a module is not in the base, or has another shape.
     """
-    setting = adapter.traits.get(_TRAIT)
+    setting = adapter.initialisation
     if not setting:
         return adapter
     path = adapter.provenance.path if adapter.provenance else None
-    initial = _initialisation(str(setting), path)
-    weights = _weights(base, str(setting), path)
+    initial = _initialisation(setting, path)
+    weights = _weights(base, setting, path)
     plain: list[Update] = []
     worst = 0.0, ""
     rounded: set[DType] = set()
@@ -104,7 +104,7 @@ def without_base_change(adapter: AdapterTensorSet, base: BaseModel | None) -> Ad
         plain.append(replace(pair, a=a, b=b))
         size = norm(plain[-1])
         worst = max(worst, (start.doubt / size if size else 0.0, pair.module))
-    return _plain(adapter.updated(plain), _notes(str(setting), worst, rounded, path))
+    return _plain(adapter.updated(plain), _notes(setting, worst, rounded, path))
 
 
 def _initialisation(setting: str, path: Path | None) -> _Start:
@@ -116,7 +116,7 @@ def _initialisation(setting: str, path: Path | None) -> _Start:
     kind = next((name for name in _IRREPRODUCIBLE if setting.lower().startswith(name)), "")
     source = _IRREPRODUCIBLE.get(kind, "something that adapterkit does not know")
     raise UnsupportedError(
-        f"{_TRAIT} = {setting!r} changed the base by what it took from {source}; {_AGAIN}",
+        f"{_SETTING} = {setting!r} changed the base by what it took from {source}; {_AGAIN}",
         path=path,
     )
 
@@ -125,7 +125,7 @@ def _weights(base: BaseModel | None, setting: str, path: Path | None) -> BaseWei
     if base is None or base.kind != "hf" or not base.has_tensors:
         given = "" if base is None else f"; {base.path} has no Hugging Face weights"
         raise BaseRequiredError(
-            f"{_TRAIT} = {setting!r} changed the base, and what it changed follows from the "
+            f"{_SETTING} = {setting!r} changed the base, and what it changed follows from the "
             f"original weights: give the model's directory with --base{given}",
             path=path,
         )
@@ -249,13 +249,9 @@ def _notes(
 
 
 def _plain(adapter: AdapterTensorSet, notes: list[str]) -> AdapterTensorSet:
-    extras = dict(adapter.extras)
-    if "peft" in extras:
-        config = {**extras["peft"]["config"], _TRAIT: True}
-        extras["peft"] = {**extras["peft"], "config": config}
-    source = adapter.provenance
+    source, read = adapter.source, adapter.provenance
     return adapter.replace(
-        traits={name: value for name, value in adapter.traits.items() if name != _TRAIT},
-        extras=extras,
-        provenance=source and replace(source, notes=(*source.notes, *notes)),
+        initialisation=None,
+        source=source.changed(**{_SETTING: True}) if isinstance(source, PeftSource) else source,
+        provenance=read and replace(read, notes=(*read.notes, *notes)),
     )

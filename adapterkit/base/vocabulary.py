@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule
+from adapterkit.notes import Note, NoteKind
 
 if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 _LARGEST_PADDING = 1024
 
 
-def matched(adapter: AdapterTensorSet, base: BaseModel) -> tuple[AdapterTensorSet, tuple[str, ...]]:
+def matched(
+    adapter: AdapterTensorSet, base: BaseModel
+) -> tuple[AdapterTensorSet, tuple[Note, ...]]:
     """Return the adapter with the base's vocabulary rows, and what was cut or padded."""
     resized: list[Update] = []
-    notes: list[str] = []
+    notes: list[Note] = []
     for pair in adapter.pairs():
         rows = _base_rows(pair, base)
         stored = pair.a.shape[-1] if pair.embedding else pair.b.shape[-2]
@@ -32,7 +35,8 @@ def matched(adapter: AdapterTensorSet, base: BaseModel) -> tuple[AdapterTensorSe
             continue
         resized.append(_fitted(pair, rows))
         verb = "cut" if rows < stored else "padded with zeros"
-        notes.append(f"{pair.module}: vocabulary {verb} from {stored} to the base's {rows} rows")
+        change = f"vocabulary {verb} from {stored} to the base's {rows} rows"
+        notes.append(Note(change, NoteKind.VOCABULARY, pair.module))
     return (adapter.updated(resized), tuple(notes)) if notes else (adapter, ())
 
 

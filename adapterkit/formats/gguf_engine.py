@@ -11,7 +11,7 @@ from adapterkit.architectures import Architecture, Sizes, load
 from adapterkit.architectures.mapping import to_engine
 from adapterkit.errors import BaseRequiredError
 from adapterkit.factors import with_scale
-from adapterkit.model import Kind, Update
+from adapterkit.model import GgufSource, Kind, Update
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,7 +46,7 @@ def engine_adapter(adapter: AdapterTensorSet, options: Options) -> EngineAdapter
         BaseRequiredError: if the family or a size is unknown.
         IncompatibleBaseError: if a module cannot belong to the base.
     """
-    kept: Mapping[str, str] = adapter.traits.get("engine_layout", {})
+    kept: Mapping[str, str] = adapter.engine_layout
     pairs = list(adapter.pairs())
     raw = [replace(pair, module=kept[pair.module]) for pair in pairs if pair.module in kept]
     rest = [pair for pair in pairs if pair.module not in kept]
@@ -67,9 +67,9 @@ def _family(
 ) -> tuple[Architecture | None, Sizes | None]:
     if options.base:
         return options.base.architecture, options.base.sizes
-    if family := adapter.extras.get("gguf", {}).get("family"):
+    if isinstance(adapter.source, GgufSource) and adapter.source.family:
         # The file names its own family; its sizes stay unknown, and rules that need some say so.
-        architecture = load(family)
+        architecture = load(adapter.source.family)
         return architecture, Sizes(architecture, "gguf", {})
     if needed:
         recorded = adapter.base.name

@@ -9,6 +9,8 @@ from adapterkit.dtype import DType
 from adapterkit.formats.gguf_engine import EngineAdapter, engine_adapter
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import Kind
+from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.losses import lost_metadata
 from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ _ROLES = {
     Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in a GGUF adapter; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }
-_TRAITS = {
-    "init_lora_weights": (
+_SETTINGS = {
+    "initialisation": (
         "base-changing-init",
         (
             "this initialisation changed the base, so B · A is no update of the original one; "
@@ -44,7 +46,7 @@ _TRAITS = {
 
 def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
-    found = [*_by_role(adapter), *_saved(adapter), *_by_trait(adapter)]
+    found = [*_by_role(adapter), *_saved(adapter), *_by_setting(adapter), *lost_metadata(adapter)]
     base = options.base
     engine = engine_adapter(adapter, options)
     found += _convolutions(adapter)
@@ -102,10 +104,11 @@ def _is_weight(name: str) -> bool:
     return not _is_bias(name) and not _is_norm(name)
 
 
-def _by_trait(adapter: AdapterTensorSet) -> Iterator[Loss]:
-    for name, (code, message) in _TRAITS.items():
-        if name in adapter.traits:
-            yield Loss(code, f"{name} = {adapter.traits[name]!r}", message)
+def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    for name, (code, message) in _SETTINGS.items():
+        if getattr(adapter, name):
+            shown = SETTINGS[name]
+            yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
 
 
 def _convolutions(adapter: AdapterTensorSet) -> Iterator[Loss]:

@@ -7,7 +7,7 @@ scale of a pair is alpha / rank, or 1 where alpha is absent or 0.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.architectures import Architecture, Sizes, find
 from adapterkit.architectures.mapping import from_engine
@@ -15,7 +15,7 @@ from adapterkit.containers.gguf import GGUFArray, GGUFFile, ValueType, read_gguf
 from adapterkit.errors import FormatError, IncompatibleBaseError
 from adapterkit.factors import turned
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet, Kind, Update
+from adapterkit.model import AdapterTensorSet, GgufSource, Kind, Update
 from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
         mapped,
         _others(file, halves),
         base=BaseReference(name=_base_name(file), architecture=name),
-        traits=_traits(file, engine_names),
-        extras={"gguf": {"family": architecture and architecture.name, "metadata": metadata}},
+        engine_layout=engine_names,
+        invocation_tokens=_invocation_tokens(file),
+        source=GgufSource(architecture and architecture.name, metadata),
         provenance=Provenance(path, "gguf", tuple(notes)),
     )
 
@@ -187,14 +188,9 @@ def _others(
     return loose
 
 
-def _traits(file: GGUFFile, engine_names: Mapping[str, str]) -> dict[str, Any]:
-    traits: dict[str, Any] = {}
-    if engine_names:
-        traits["engine_layout"] = dict(engine_names)
+def _invocation_tokens(file: GGUFFile) -> tuple[int, ...]:
     tokens = file.metadata.get(INVOCATION_TOKENS)
-    if isinstance(tokens, GGUFArray):
-        traits["alora_invocation_tokens"] = [int(token) for token in tokens.values()]
-    return traits
+    return tuple(map(int, tokens.values())) if isinstance(tokens, GGUFArray) else ()
 
 
 def _base_name(file: GGUFFile) -> str | None:

@@ -28,7 +28,7 @@ from adapterkit.formats.mlx_config import MLXConfig
 from adapterkit.formats.protocol import Options
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet, Kind, Update
+from adapterkit.model import AdapterTensorSet, Kind, MlxSource, Update
 from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
         spelled,
         _others(groups, source),
         base=BaseReference(name=name),
-        traits=_conflicts(config, pairs),
-        extras={"mlx": {"config": dict(raw), "metadata": dict(file.metadata)}},
+        rank_conflicts=_conflicts(config, pairs),
+        source=MlxSource(dict(raw), dict(file.metadata)),
         provenance=Provenance(path, "mlx", _notes(groups, pairs)),
     )
 
@@ -279,15 +279,14 @@ def _others(
     return found
 
 
-def _conflicts(config: MLXConfig, pairs: list[Update]) -> dict[str, dict[str, list[int]]]:
-    """Note modules of another rank than the config's: mlx-lm would not load them."""
+def _conflicts(config: MLXConfig, pairs: list[Update]) -> dict[str, tuple[int, int]]:
+    """Return modules of another rank than the config's: mlx-lm would not load them."""
     declared = config.rank
-    conflicts = {
-        pair.module: [declared, pair.a.shape[-2]]
+    return {
+        pair.module: (declared, pair.a.shape[-2])
         for pair in pairs
         if declared is not None and pair.a.shape[-2] != declared
     }
-    return {"rank_conflicts": conflicts} if conflicts else {}
 
 
 def _notes(groups: Mapping[str, Mapping[str, LazyTensor]], pairs: list[Update]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_config import targeting, written
 from adapterkit.formats.mlx_reader import CONFIG, WEIGHTS
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import Kind, Update
+from adapterkit.model import Kind, MlxSource, Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -146,16 +146,16 @@ def write_mlx(adapter: AdapterTensorSet, folder: Path, options: Options) -> None
         tensors[f"{module}.m"] = _stored(magnitude, options.dtype)
     layers = options.base.sizes.get("layers") if options.base else None
     count, keys = targeting([pair.module for pair in mapped.pairs], layers)
-    source = adapter.extras.get("mlx", {})
+    source = adapter.source if isinstance(adapter.source, MlxSource) else MlxSource({}, {})
     config = written(
-        source.get("config", {}),
+        source.config,
         adapter.base,
         dora=bool(mapped.magnitudes),
         parameters={"rank": rank, "scale": scale, "keys": keys},
         layers=count,
     )
     folder.mkdir()
-    write_safetensors(folder / WEIGHTS, tensors, source.get("metadata", {}))
+    write_safetensors(folder / WEIGHTS, tensors, source.metadata)
     text = json.dumps(config, indent=4, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 

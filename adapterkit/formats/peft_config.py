@@ -152,14 +152,3 @@ class LoraConfig:
         ):
             raise FormatError(f"{name} is {value!r}, not a finite number", path=self.path)
         return value
-
-    def traits(self) -> dict[str, Any]:
-        """Return the settings that change what the tensors mean and are no tensors."""
-        found: dict[str, Any] = {}
-        init = self.raw.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-            found["init_lora_weights"] = init
-        for name in ("layer_replication", "alora_invocation_tokens", "trainable_token_indices"):
-            if value := self.raw.get(name):
-                found[name] = value
-        return found

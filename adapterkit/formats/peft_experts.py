@@ -24,7 +24,7 @@ from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.factors import turned
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import Kind
+from adapterkit.model import Kind, PeftSource
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def _owner(adapter: AdapterTensorSet, name: str, base: BaseModel | None) -> tupl
 
 def _source(adapter: AdapterTensorSet) -> LoraConfig | None:
     """Return the settings that the adapter was read with, if it was read from PEFT."""
-    raw = adapter.extras.get("peft", {}).get("config")
+    source = adapter.source
+    raw = source.config if isinstance(source, PeftSource) else None
     return LoraConfig(raw, Path()) if raw else None
 
 

@@ -10,9 +10,10 @@ from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
+from adapterkit.formats.peft_meaning import meaning
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
-from adapterkit.model import AdapterTensorSet, Kind
+from adapterkit.model import AdapterTensorSet, Kind, PeftSource
 from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def interpret(
         tensors[key] = tensor
     if not tensors:
         raise FormatError("holds no tensors; training saved an empty adapter", path=path)
-    notes = list(keys.notes())
+    notes: list[str] = list(keys.notes())
     kinds = _convolutions(tensors, config)
     tensors, stacks = unfold_experts(tensors, config, base)
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
@@ -132,9 +133,10 @@ def interpret(
             revision=_text(config.raw, "revision"),
             architecture=_text(config.mapping("auto_mapping"), "base_model_class"),
         ),
-        traits=config.traits() | _conflicts(config, tensors, kinds),
-        extras={"peft": {"config": dict(config.raw), "modules": tuple(scales)}},
+        rank_conflicts=_conflicts(config, tensors, kinds),
+        source=PeftSource(dict(config.raw), tuple(scales)),
         provenance=Provenance(path, "peft", tuple(notes)),
+        **meaning(config),
     )
 
 
@@ -262,14 +264,14 @@ def _spelled_out(tensor: LazyTensor, blocks: int) -> LazyTensor:
 
 def _conflicts(
     config: LoraConfig, tensors: Mapping[TensorKey, LazyTensor], kinds: Mapping[str, Kind]
-) -> dict[str, Any]:
-    """Note modules whose tensors have another rank than the config: PEFT would not load them."""
-    conflicts: dict[str, list[int]] = {}
+) -> dict[str, tuple[int, int]]:
+    """Return modules whose tensors have another rank than the config: PEFT would not load them."""
+    conflicts: dict[str, tuple[int, int]] = {}
     for key, tensor in tensors.items():
         if key.role in {Role.LORA_A, Role.EMBEDDING_A} and len(tensor.shape) > 1:
             declared = config.rank_of(key.module)
             convolution = kinds.get(key.module) is Kind.CONVOLUTION
             stored = tensor.shape[0 if convolution else -2]
             if stored != declared:
-                conflicts[key.module] = [declared, stored]
-    return {"rank_conflicts": conflicts} if conflicts else {}
+                conflicts[key.module] = declared, stored
+    return conflicts

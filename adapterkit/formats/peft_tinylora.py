@@ -177,11 +177,13 @@ def _config(tiny: TinyAdapter, adapter: AdapterTensorSet, options: Options) -> d
         "task_type": "CAUSAL_LM",
         "tinylora_dropout": 0.0,
         "weight_tying": 1.0,
-        "base_model_name_or_path": adapter.base.name or (base.name if base else None),
+        "base_model_name_or_path": base.name if base else None,
     }
+    named = {"base_model_name_or_path": adapter.base.name} if adapter.base.name else {}
     return {
         **made,
         **tiny.config,
+        **named,
         "peft_type": "TINYLORA",
         "r": max(module.right.shape[0] for module in tiny.modules),
         "u": next(iter(tiny.vectors.values())).size,

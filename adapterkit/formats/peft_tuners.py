@@ -16,7 +16,7 @@ from adapterkit.formats.peft_tuners_refused import REFUSED
 from adapterkit.formats.peft_tuners_rules import LEAF, RULES, SHARED, Context, Parts
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet
+from adapterkit.model import AdapterTensorSet, PeftSource
 from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
         base=BaseReference(
             name=name, revision=_text(config, "revision"), architecture=_class(config)
         ),
-        extras={"peft": {"config": {f: config[f] for f in _KEPT if f in config}, "modules": ()}},
+        source=PeftSource({f: config[f] for f in _KEPT if f in config}),
         provenance=Provenance(path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks))),
     )
 

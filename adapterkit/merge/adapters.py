@@ -19,7 +19,7 @@ from adapterkit.merge.ranks import rank_rule
 from adapterkit.merge.registry import SPACES, Kind, MethodSpec
 from adapterkit.merge.registry import method as find_method
 from adapterkit.merge.report import MergeReport, ModuleReport
-from adapterkit.model import AdapterTensorSet
+from adapterkit.model import AdapterTensorSet, GgufSource, PeftSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -179,15 +179,16 @@ def _assembled(
     first = found[0].adapter
     layouts: dict[str, str] = {}
     for source in found:
-        layouts |= source.adapter.traits.get("engine_layout", {})
-    shared = ("layer_replication", "alora_invocation_tokens")
-    traits = {name: first.traits[name] for name in shared if name in first.traits}
+        layouts |= source.adapter.engine_layout
     return AdapterTensorSet.of(
         (module.pair for module in merged),
         beside.tensors,
         base=_base(found),
-        traits={**traits, **beside.traits, **({"engine_layout": layouts} if layouts else {})},
-        extras=_extras(found),
+        layer_replication=first.layer_replication,
+        invocation_tokens=first.invocation_tokens,
+        token_indices=beside.token_indices,
+        engine_layout=layouts,
+        source=_source(found),
     )
 
 
@@ -196,21 +197,23 @@ def _base(found: Sequence[Source]) -> BaseReference:
     return next((base for base in bases if base.name), bases[0])
 
 
-def _extras(found: Sequence[Source]) -> dict[str, dict[str, Any]]:
+def _source(found: Sequence[Source]) -> PeftSource | GgufSource | None:
     """Return what a format's writer needs and all adapters of that format agree on."""
-    extras: dict[str, dict[str, Any]] = {}
-    families = [source.adapter.extras.get("gguf", {}).get("family") for source in found]
-    if families[0] and len(set(families)) == 1:
-        extras["gguf"] = {"family": families[0]}
-    peft = [s.adapter.extras["peft"]["config"] for s in found if "peft" in s.adapter.extras]
-    if peft:
-        alike = {
+    sources = [source.adapter.source for source in found]
+    engine = [source for source in sources if isinstance(source, GgufSource)]
+    families = {source.family for source in engine}
+    if len(engine) == len(sources) and len(families) == 1:
+        return GgufSource(families.pop())
+    peft = [source.config for source in sources if isinstance(source, PeftSource)]
+    if not peft:
+        return None
+    return PeftSource(
+        {
             name: peft[0][name]
             for name in _PEFT_FIELDS
             if all(name in config and config[name] == peft[0][name] for config in peft)
         }
-        extras["peft"] = {"config": alike, "modules": ()}
-    return extras
+    )
 
 
 def _report(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from adapterkit.errors import (
     BaseRequiredError,
@@ -19,6 +19,7 @@ from adapterkit.errors import (
 )
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, Update
+from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.defects import problems
 from adapterkit.notes import first_and_more
 
@@ -34,10 +35,10 @@ _OF = {
     Kind.EMBEDDING: "an embedding of ",
     Kind.CONVOLUTION: "a convolution of ",
 }
-# Traits that all adapters must share, because they say which modules the tensors are applied to.
+# Settings that all adapters must share, because they say which modules the tensors are applied to.
 _SHARED = {
     "layer_replication": "replicates layers in its own way",
-    "alora_invocation_tokens": "is active after its own invocation tokens only",
+    "invocation_tokens": "is active after its own invocation tokens only",
 }
 
 
@@ -172,7 +173,7 @@ def check(found: Sequence[Source], *, any_base: bool) -> None:
     if not any_base:
         _check_bases(found)
     for first, second in pairwise(found):
-        _check_traits(first, second)
+        _check_settings(first, second)
     _check_layouts(found)
     _check_names(found)
 
@@ -188,7 +189,7 @@ def _check_kinds(source: Source) -> None:
             )
         if key.role is Role.LORA_BIAS and TensorKey(key.module, Role.LORA_A) not in held:
             raise FormatError("has a bias on B and no factors", path=source.label, where=key.module)
-    if init := source.adapter.traits.get("init_lora_weights"):
+    if init := source.adapter.initialisation:
         raise UnsupportedError(
             f"init_lora_weights = {init!r} changed the base, so B · A is no update of the original "
             "one; give the original base's directory with --base, which makes PiSSA and OLoRA "
@@ -218,24 +219,20 @@ def _bare(name: str) -> str:
     return re.sub(r"[ _-]+", "-", last).casefold()
 
 
-def _check_traits(first: Source, second: Source) -> None:
+def _check_settings(first: Source, second: Source) -> None:
     for name, what in _SHARED.items():
-        mine, theirs = first.adapter.traits.get(name), second.adapter.traits.get(name)
-        if _plain(mine) != _plain(theirs):
-            holder = second if theirs else first
-            raise UnsupportedError(f"{what} ({name}), and not all others do", path=holder.label)
-
-
-def _plain(value: Any) -> Any:
-    return list(cast("Sequence[Any]", value)) if isinstance(value, (list, tuple)) else value
+        mine, theirs = getattr(first.adapter, name), getattr(second.adapter, name)
+        if mine != theirs:
+            holder, shown = second if theirs else first, SETTINGS[name]
+            raise UnsupportedError(f"{what} ({shown}), and not all others do", path=holder.label)
 
 
 def _check_layouts(found: Sequence[Source]) -> None:
     """Refuse a module whose rows are in llama.cpp's order in one adapter and not in another."""
     for source in found:
-        kept = source.adapter.traits.get("engine_layout", {})
+        kept = source.adapter.engine_layout
         for other in found:
-            theirs = other.adapter.traits.get("engine_layout", {})
+            theirs = other.adapter.engine_layout
             clash = set(kept).intersection(other.adapter.modules).difference(theirs)
             if clash:
                 raise BaseRequiredError(

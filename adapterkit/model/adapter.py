@@ -9,15 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.keys import EMBEDDING_FACTORS, PARTNERS, Role, TensorKey
+from adapterkit.model.sources import Source
 from adapterkit.model.update import Kind, Update
 from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+
+_MAPPINGS = ("tensors", "scales", "kinds", "engine_layout", "rank_conflicts", "metadata")
+# Fields that change what the tensors mean and are none, by the names that PEFT's users know.
+SETTINGS = {
+    "initialisation": "init_lora_weights",
+    "layer_replication": "layer_replication",
+    "invocation_tokens": "alora_invocation_tokens",
+    "token_indices": "trainable_token_indices",
+}
 
 
 def _frozen(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -34,13 +45,15 @@ class AdapterTensorSet:
         kinds: what the factors of a module are those of, EXPERTS or CONVOLUTION; where nothing is
             said, those of a linear layer or, by their roles, of an embedding.
         base: the model it was trained on, as recorded.
-        traits: settings that change what the tensors mean and are no tensors, by PEFT's names
-            (`init_lora_weights`, `layer_replication`, `alora_invocation_tokens`), plus
-            `engine_layout`: module -> llama.cpp tensor, for modules still in llama.cpp's own layout
-            because no base was given, and `rank_conflicts`: module -> [declared, stored] ranks.
-            A writer holds each of them or reports it as a loss.
-        metadata: free text that travels to any format.
-        extras: format name -> leftovers that only this format's writer reads back.
+        initialisation: the one that changed the base, by PEFT's name: B · A alone is no update.
+        layer_replication: (first, end) of the ranges of layers that make up the model, if any.
+        invocation_tokens: those after which alone it acts (aLoRA); empty if it always does.
+        token_indices: the tokens of TOKEN_ROWS, of the input embedding or by name of a module.
+        engine_layout: module -> llama.cpp tensor, for those still in llama.cpp's own layout because
+            no base was given.
+        rank_conflicts: module -> (declared, stored) ranks, where its file contradicts itself.
+        metadata: free text of the source file, which is not interpreted.
+        source: what only the writer of its own format reads back.
         provenance: where it was read from.
     """
 
@@ -48,13 +61,20 @@ class AdapterTensorSet:
     scales: Mapping[str, float]
     kinds: Mapping[str, Kind] = field(default_factory=dict[str, Kind])
     base: BaseReference = field(default_factory=BaseReference)
-    traits: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    initialisation: str | None = None
+    layer_replication: tuple[tuple[int, ...], ...] = ()
+    invocation_tokens: tuple[int, ...] = ()
+    token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    engine_layout: Mapping[str, str] = field(default_factory=dict[str, str])
+    rank_conflicts: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict[str, tuple[int, int]]
+    )
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    source: Source | None = None
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tensors", "scales", "kinds", "traits", "metadata", "extras"):
+        for name in _MAPPINGS:
             object.__setattr__(self, name, _frozen(getattr(self, name)))
 
     @classmethod
@@ -106,6 +126,12 @@ class AdapterTensorSet:
             )
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the meaning of the tensors and is none, by PEFT's names, as JSON has it."""
+        values = {name: getattr(self, name) for name in SETTINGS}
+        return {SETTINGS[name]: _plain(value) for name, value in values.items() if value}
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """Adapted modules and replaced parameters, in file order."""
         return tuple(dict.fromkeys(key.module for key in self.tensors))
@@ -118,3 +144,11 @@ class AdapterTensorSet:
     def replace(self, **changes: Any) -> AdapterTensorSet:
         """Return a copy with the named fields changed."""
         return replace(self, **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in cast("tuple[Any, ...]", value)]
+    return value

@@ -44,8 +44,7 @@ def defects(adapter: AdapterTensorSet) -> Iterator[Defect]:
     """Yield every defect, by tensor and then those of the config; no tensor data is read."""
     for key, tensor in adapter.tensors.items():
         yield from _of_tensor(adapter, key, tensor)
-    conflicts: dict[str, list[int]] = adapter.traits.get("rank_conflicts", {})
-    for module, (declared, stored) in conflicts.items():
+    for module, (declared, stored) in adapter.rank_conflicts.items():
         message = f"the config declares rank {declared}, the tensors have {stored}"
         yield Defect("declared-rank", module, message)
 

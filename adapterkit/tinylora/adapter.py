@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
-from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet, Kind, Update
+from adapterkit.keys import PARTNERS, TensorKey
+from adapterkit.model import AdapterTensorSet, Kind, Source, Update
 from adapterkit.tensor import LazyTensor, encode
 from adapterkit.tinylora.settings import TinySettings
 from adapterkit.tinylora.witness import Witness
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from adapterkit.notes import BaseReference, Provenance
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-EXTRAS = "tinylora"
-FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +112,19 @@ def balanced(left: Array, right: Array, core: Array) -> tuple[Array, Array]:
     return (root[:, None] * y) @ q_right.T, q_left @ (x * root)
 
 
+@dataclass(frozen=True, slots=True)
+class TinySource(Source):
+    """The TinyLoRA that a plain LoRA was made from.
+
+    Attributes:
+        adapter: the TinyLoRA.
+        factors: what it was written out as.
+    """
+
+    adapter: TinyAdapter
+    factors: Mapping[TensorKey, LazyTensor]
+
+
 def neutral(
     tiny: TinyAdapter,
     *,
@@ -140,7 +150,7 @@ def neutral(
         updates,
         others or {},
         base=base,
-        extras={EXTRAS: {"adapter": tiny, "factors": known}},
+        source=TinySource(tiny, known),
         provenance=provenance,
     )
 
@@ -169,11 +179,11 @@ def carried(adapter: AdapterTensorSet) -> TinyAdapter | None:
 
     Whatever changed a factor, a module or a scale since made it a plain LoRA.
     """
-    extras = adapter.extras.get(EXTRAS)
-    if not extras:
+    source = adapter.source
+    if not isinstance(source, TinySource):
         return None
-    known: Mapping[TensorKey, LazyTensor] = extras["factors"]
-    mine = {key: tensor for key, tensor in adapter.tensors.items() if key.role in FACTORS}
+    known = source.factors
+    mine = {key: tensor for key, tensor in adapter.tensors.items() if key.role in PARTNERS}
     same = mine.keys() == known.keys() and all(mine[key] is known[key] for key in known)
     unit = all(adapter.scales.get(key.module) == 1.0 for key in known)
-    return extras["adapter"] if same and unit else None
+    return source.adapter if same and unit else None

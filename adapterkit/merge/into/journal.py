@@ -71,7 +71,7 @@ def plan_hash(sources: Sequence[Source], files: Sequence[Path], settings: Mappin
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     for source in sources:
         digest.update(f"{source.weight} {dict(source.adapter.scales)}\n".encode())
-        digest.update(repr(sorted(source.adapter.traits.items(), key=str)).encode())
+        digest.update(repr(sorted(source.adapter.settings.items(), key=str)).encode())
         for key, tensor in source.adapter.tensors.items():
             digest.update(f"{key} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(tensor.tobytes())

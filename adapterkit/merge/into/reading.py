@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from adapterkit.base.initialisation import without_base_change
 from adapterkit.base.vocabulary import matched
@@ -59,9 +60,9 @@ def read_sources(
         adapter, options = load(path, own_format(path, dialect), told)
         base = options.base or base
         check_structure(adapter)
-        for trait, reason in _NO_UPDATE.items():
-            if adapter.traits.get(trait):
-                raise UnsupportedError(f"{reason} ({trait})", path=path)
+        for setting, reason in _NO_UPDATE.items():
+            if setting in adapter.settings:
+                raise UnsupportedError(f"{reason} ({setting})", path=path)
         adapter = without_base_change(adapter, base)
         adapter, changes = matched(adapter, base)
         said = adapter.provenance.notes if adapter.provenance else ()
@@ -78,15 +79,13 @@ def token_rows(source: Source, module: str) -> tuple[int, ...]:
     Raises:
         FormatError: if the setting does not tell.
     """
-    setting: Any = source.adapter.traits.get("trainable_token_indices")
-    if isinstance(setting, dict):
-        by_name = cast("dict[str, Any]", setting)
-        named = [rows for name, rows in by_name.items() if f".{module}".endswith(f".{name}")]
-        setting = named[0] if len(named) == 1 else None
+    numbers = source.adapter.token_indices
+    if isinstance(numbers, Mapping):
+        named = [rows for name, rows in numbers.items() if f".{module}".endswith(f".{name}")]
+        numbers = named[0] if len(named) == 1 else ()
     key = TensorKey(module, Role.TOKEN_ROWS)
     count = source.adapter.tensors[key].shape[0]
-    numbers = tuple(cast("list[Any]", setting)) if isinstance(setting, (list, tuple)) else ()
-    if len(numbers) != count or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if len(numbers) != count or min(numbers, default=0) < 0:
         raise FormatError(
             f"holds {count} rows, and trainable_token_indices names {len(numbers)} tokens",
             path=source.label,
