@@ -60,7 +60,7 @@ if TYPE_CHECKING:
         read_recipe,
     )
     from adapterkit.model import AdapterTensorSet, Kind, Update
-    from adapterkit.notes import BaseReference, Loss, Provenance
+    from adapterkit.notes import BaseReference, Loss, Note, NoteKind, Provenance
     from adapterkit.stack import (
         AdapterIncompatibleError,
         AdapterLoadFailedError,
@@ -110,6 +110,8 @@ __all__ = [
     "MergeResult",
     "ModuleDifference",
     "NotFoundError",
+    "Note",
+    "NoteKind",
     "ProofError",
     "Provenance",
     "RankPlan",
@@ -195,7 +197,7 @@ _HOMES = {
     ),
     "keys": ("Role", "TensorKey"),
     "model": ("AdapterTensorSet", "Kind", "Update"),
-    "notes": ("BaseReference", "Loss", "Provenance"),
+    "notes": ("BaseReference", "Loss", "Note", "NoteKind", "Provenance"),
     "summary": ("Summary", "inspect", "summarize"),
     "tensor": ("LazyTensor",),
     "validation": ("Finding", "Severity", "ValidationReport", "validate"),

@@ -259,7 +259,7 @@ def _check_summable(member: StackedAdapter) -> None:
             raise AdapterLoadFailedError(
                 "is no pair of factors and cannot be added up", path=member.path, where=str(key)
             )
-    if settings := {**adapter.settings, **adapter.engine_layout}:
+    if settings := [*adapter.settings, *(["engine_layout"] if adapter.engine_layout else [])]:
         raise AdapterLoadFailedError(
-            f"{next(iter(settings))} makes it more than a sum of updates", path=member.path
+            f"{settings[0]} makes it more than a sum of updates", path=member.path
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from adapterkit import (
     inspect,
     merge,
     merge_files,
+    merge_into,
     read,
     validate,
 )
@@ -250,6 +252,22 @@ def test_merged_adapters_give_the_sum_of_peft_s_outputs(
     merge_files(pair, tmp_path / "m", weights=[0.7, 0.4], method=method)
     wanted = outputs(*pair, weights=(0.7, 0.4))
     assert apart(wanted, outputs(tmp_path / "m")) < 1e-10
+
+
+def test_merged_into_a_checkpoint_it_is_what_peft_adds(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1}
+    (base / "config.json").write_text(json.dumps(config))
+    weights = {name: tensor.contiguous() for name, tensor in Convolutions().state_dict().items()}
+    save_file(weights, base / "model.safetensors")
+    merge_into(pair, base, tmp_path / "m", weights=[0.7, 0.4])
+    model = Convolutions()
+    model.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))
+    with torch.no_grad():
+        assert apart(outputs(*pair, weights=(0.7, 0.4)), model(inputs())) < 1e-6
 
 
 def test_a_convolution_and_a_linear_layer_are_not_merged(pair: tuple[Path, Path]) -> None:
