@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from adapterkit.extract import ExtractedModule, ExtractReport, LeftOver, extract
     from adapterkit.files import read, write
+    from adapterkit.keys import Role, TensorKey
     from adapterkit.merge import (
         MergeFilesReport,
         MergeIntoReport,
@@ -58,15 +59,8 @@ if TYPE_CHECKING:
         merge_methods,
         read_recipe,
     )
-    from adapterkit.model import (
-        AdapterTensorSet,
-        BaseReference,
-        LoraPair,
-        Loss,
-        Provenance,
-        Role,
-        TensorKey,
-    )
+    from adapterkit.model import AdapterTensorSet, Kind, Update
+    from adapterkit.notes import BaseReference, Loss, Note, NoteKind, Provenance
     from adapterkit.stack import (
         AdapterIncompatibleError,
         AdapterLoadFailedError,
@@ -105,9 +99,9 @@ __all__ = [
     "Finding",
     "FormatError",
     "IncompatibleBaseError",
+    "Kind",
     "LazyTensor",
     "LeftOver",
-    "LoraPair",
     "Loss",
     "LossyConversionError",
     "MergeFilesReport",
@@ -116,6 +110,8 @@ __all__ = [
     "MergeResult",
     "ModuleDifference",
     "NotFoundError",
+    "Note",
+    "NoteKind",
     "ProofError",
     "Provenance",
     "RankPlan",
@@ -130,6 +126,7 @@ __all__ = [
     "UnknownFormatError",
     "UnsafePickleError",
     "UnsupportedError",
+    "Update",
     "UsageError",
     "ValidationReport",
     "WriteError",
@@ -198,15 +195,9 @@ _HOMES = {
         "merge_methods",
         "read_recipe",
     ),
-    "model": (
-        "AdapterTensorSet",
-        "BaseReference",
-        "LoraPair",
-        "Loss",
-        "Provenance",
-        "Role",
-        "TensorKey",
-    ),
+    "keys": ("Role", "TensorKey"),
+    "model": ("AdapterTensorSet", "Kind", "Update"),
+    "notes": ("BaseReference", "Loss", "Note", "NoteKind", "Provenance"),
     "summary": ("Summary", "inspect", "summarize"),
     "tensor": ("LazyTensor",),
     "validation": ("Finding", "Severity", "ValidationReport", "validate"),

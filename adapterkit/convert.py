@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.loading import Need, load
-from adapterkit.model import Loss
+from adapterkit.notes import Loss
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type

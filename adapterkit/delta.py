@@ -15,7 +15,7 @@ from adapterkit.dtype import DType
 if TYPE_CHECKING:
     import numpy as np
 
-    from adapterkit.model import LoraPair
+    from adapterkit.model import Update
     from adapterkit.tensor import LazyTensor
 
     Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -47,7 +47,7 @@ def same_bits(first: LazyTensor, second: LazyTensor) -> bool:
     return bytes(first.tobytes()) == bytes(second.tobytes())
 
 
-def difference(first: LoraPair, second: LoraPair) -> Difference:
+def difference(first: Update, second: Update) -> Difference:
     """Compare two updates of one module.
 
     Equal bits and equal scales are equal updates and need no arithmetic. Factors of one shape are
@@ -56,13 +56,14 @@ def difference(first: LoraPair, second: LoraPair) -> Difference:
 
     Args:
         first: the reference.
-        second: the other; must have the same (out, in), ranks may differ.
+        second: the other; must be of the same kind and shape, ranks may differ.
 
     Raises:
-        ValueError: if the updates have different shapes.
+        ValueError: if the updates are of different kinds or shapes.
     """
-    if first.shape != second.shape:
-        raise ValueError(f"{list(first.shape)} and {list(second.shape)} cannot be compared")
+    if (first.kind, first.shape) != (second.kind, second.shape):
+        shown = (f"{update.kind} {list(update.shape)}" for update in (first, second))
+        raise ValueError(f"{' and '.join(shown)} cannot be compared")
     if (
         first.scale
         and same_bits(first.a, second.a)
@@ -83,7 +84,7 @@ def difference(first: LoraPair, second: LoraPair) -> Difference:
     )
 
 
-def finite(pair: LoraPair) -> bool:
+def finite(pair: Update) -> bool:
     """Tell whether neither factor holds NaN or infinity."""
     return all_finite(pair.a) and all_finite(pair.b)
 
@@ -101,19 +102,16 @@ def all_finite(tensor: LazyTensor) -> bool:
     return bool(np.isfinite(wide).all())
 
 
-def norm(pair: LoraPair) -> float:
+def norm(pair: Update) -> float:
     """Return ‖ΔW‖, Frobenius, scale included."""
     a, b = _factors(pair)
     return _inner(a, b, a, b) ** 0.5
 
 
-def _factors(pair: LoraPair) -> tuple[Array, Array]:
+def _factors(pair: Update) -> tuple[Array, Array]:
     """Return (E, r, in) and (E, out, r) in float64, the scale in B; E is 1 without experts."""
-    import numpy as np
-
-    a = np.asarray(pair.a.numpy(), dtype=np.float64)
-    b = np.asarray(pair.b.numpy(), dtype=np.float64) * pair.scale
-    return a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    b, a = pair.stacked()
+    return a, b * pair.scale
 
 
 def _inner(a1: Array, b1: Array, a2: Array, b2: Array) -> float:

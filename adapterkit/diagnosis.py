@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.transforms import inverse, rope
 from adapterkit.delta import difference
 from adapterkit.factors import take_rows, transposed
+from adapterkit.model import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.proof import Comparison
 
 # Two updates that point the same way are one update and two scales.
@@ -69,7 +70,19 @@ def _scales(comparison: Comparison, wrong: Iterable[str]) -> Iterator[str]:
         yield f"scales differ, directions agree: ratio {span} ({_modules(len(ratios))})"
 
 
-def _cause(first: LoraPair, second: LoraPair, options: Options) -> str | None:
+_ARTICLE = {
+    Kind.LINEAR: "a linear layer",
+    Kind.EXPERTS: "stacked experts",
+    Kind.EMBEDDING: "an embedding",
+    Kind.CONVOLUTION: "a convolution",
+}
+
+
+def _cause(first: Update, second: Update, options: Options) -> str | None:
+    if first.kind is not second.kind:
+        return f"the update of {_ARTICLE[first.kind]} in A, of {_ARTICLE[second.kind]} in B"
+    if first.kind is Kind.CONVOLUTION:
+        return None if first.shape == second.shape else "shapes differ"
     if first.shape == second.shape[:-2] + second.shape[-2:][::-1] and _equal(
         first, transposed(second)
     ):
@@ -83,7 +96,7 @@ def _cause(first: LoraPair, second: LoraPair, options: Options) -> str | None:
     return None
 
 
-def _head_counts(pair: LoraPair, options: Options) -> Iterator[int]:
+def _head_counts(pair: Update, options: Options) -> Iterator[int]:
     rows = pair.shape[-2]
     sizes = [options.base.sizes.get(name) for name in ("heads", "kv_heads")] if options.base else []
     counts = [size for size in sizes if isinstance(size, int)]
@@ -93,7 +106,7 @@ def _head_counts(pair: LoraPair, options: Options) -> Iterator[int]:
             yield heads
 
 
-def _equal(first: LoraPair, second: LoraPair) -> bool:
+def _equal(first: Update, second: Update) -> bool:
     """Compare up to a common factor, so that two errors in one file are both found."""
     found = difference(first, second)
     if found.relative_error <= _UNDONE:

@@ -103,7 +103,7 @@ def diff(
 
 
 def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:
-    layouts = [adapter.traits.get("engine_layout", {}) for adapter in (first, second)]
+    layouts = [adapter.engine_layout for adapter in (first, second)]
     alone = set(layouts[0]) ^ set(layouts[1])
     if alone:
         raise UncheckableError(
@@ -114,7 +114,7 @@ def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None
 
 def _check_plain(first: AdapterTensorSet, second: AdapterTensorSet, comparison: Comparison) -> None:
     """Refuse to measure B · A where it is not the update; what is the same is the same anyway."""
-    inits = [adapter.traits.get("init_lora_weights") for adapter in (first, second)]
+    inits = [adapter.initialisation for adapter in (first, second)]
     alike = inits[0] == inits[1] and comparison.worst[1] == 0
     if any(inits) and not alike:
         raise UncheckableError(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from adapterkit.model import Loss
+    from adapterkit.notes import Loss
 
 
 class AdapterKitError(Exception):

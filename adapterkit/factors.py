@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
+from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
 # Two quotients alpha / rank that differ by less are one number that was rounded twice.
@@ -21,35 +22,35 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from adapterkit.model import LoraPair
+    from adapterkit.model import Update
 
     Index = np.ndarray[Any, np.dtype[np.intp]]
 
 
-def take_rows(pair: LoraPair, index: Index) -> LoraPair:
+def take_rows(pair: Update, index: Index) -> Update:
     """Return the update whose rows are `index` of this one's: rows of B move, A stays."""
     shape = (*pair.b.shape[:-2], len(index), pair.b.shape[-1])
     return replace(pair, b=pair.b.map(lambda b: b[..., index, :], shape=shape))
 
 
-def take_columns(pair: LoraPair, index: Index) -> LoraPair:
+def take_columns(pair: Update, index: Index) -> Update:
     """Return the update whose columns are `index` of this one's: columns of A move, B stays."""
     shape = (*pair.a.shape[:-1], len(index))
     return replace(pair, a=pair.a.map(lambda a: a[..., index], shape=shape))
 
 
-def renamed(pair: LoraPair, module: str) -> LoraPair:
+def renamed(pair: Update, module: str) -> Update:
     """Return the same update under another name."""
     return replace(pair, module=module)
 
 
-def slice_rows(pair: LoraPair, start: int, stop: int) -> LoraPair:
+def slice_rows(pair: Update, start: int, stop: int) -> Update:
     """Return rows `start` to `stop` of the update; A is shared."""
     shape = (*pair.b.shape[:-2], stop - start, pair.b.shape[-1])
     return replace(pair, b=pair.b.map(lambda b: b[..., start:stop, :], shape=shape))
 
 
-def scaled(pair: LoraPair, factor: float) -> LoraPair:
+def scaled(pair: Update, factor: float) -> Update:
     """Return the same update with `factor` moved from the scale into B: B · factor, scale / factor.
 
     A factor of 1 keeps the bits. The product is computed in float64 and rounded once.
@@ -61,7 +62,7 @@ def scaled(pair: LoraPair, factor: float) -> LoraPair:
     )
 
 
-def with_scale(pair: LoraPair, scale: float) -> LoraPair:
+def with_scale(pair: Update, scale: float) -> Update:
     """Return the same update at another scale: what is left over goes into B.
 
     Unless the leftover is a power of two, which rounds nothing in a type with float32's exponents,
@@ -79,24 +80,26 @@ def with_scale(pair: LoraPair, scale: float) -> LoraPair:
     return replace(pair, scale=scale, b=widened)
 
 
-def padded(pair: LoraPair, rank: int) -> LoraPair:
+def padded(pair: Update, rank: int) -> Update:
     """Return the same update with zero rows in A and zero columns in B, up to `rank`."""
     import numpy as np
 
-    extra = rank - pair.rank
-    if not extra:
+    if rank == pair.rank:
         return pair
-    lead = [(0, 0)] * (len(pair.a.shape) - 2)
-    a_shape = (*pair.a.shape[:-2], rank, pair.a.shape[-1])
-    b_shape = (*pair.b.shape[:-1], rank)
+    a_shape, b_shape = pair.factor_shapes(rank)
+
+    def grown(values: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        more = ((0, new - old) for old, new in zip(values.shape, shape, strict=True))
+        return np.pad(values, tuple(more))
+
     return replace(
         pair,
-        a=pair.a.map(lambda a: np.pad(a, [*lead, (0, extra), (0, 0)]), shape=a_shape),
-        b=pair.b.map(lambda b: np.pad(b, [*lead, (0, 0), (0, extra)]), shape=b_shape),
+        a=pair.a.map(lambda a: grown(a, a_shape), shape=a_shape),
+        b=pair.b.map(lambda b: grown(b, b_shape), shape=b_shape),
     )
 
 
-def stack_experts(pairs: Sequence[LoraPair | None], module: str) -> LoraPair:
+def stack_experts(pairs: Sequence[Update | None], module: str) -> Update:
     """Return one (E, out, in) update from one per expert; a missing expert is a zero update.
 
     Ranks are padded to the largest, and scales are brought to the first expert's, in B.
@@ -112,10 +115,11 @@ def stack_experts(pairs: Sequence[LoraPair | None], module: str) -> LoraPair:
         a=_stacked([p and p.a for p in ready], (rank, first.a.shape[-1]), _dtype(present, "a")),
         b=_stacked([p and p.b for p in ready], (first.b.shape[0], rank), _dtype(present, "b")),
         scale=scale,
+        kind=Kind.EXPERTS,
     )
 
 
-def unstack_experts(pair: LoraPair, names: Sequence[str]) -> list[LoraPair]:
+def unstack_experts(pair: Update, names: Sequence[str]) -> list[Update]:
     """Return one update per expert of a stacked one, under `names`."""
     return [
         replace(
@@ -123,12 +127,13 @@ def unstack_experts(pair: LoraPair, names: Sequence[str]) -> list[LoraPair]:
             module=name,
             a=pair.a.map(lambda a, e=expert: a[e], shape=pair.a.shape[1:]),
             b=pair.b.map(lambda b, e=expert: b[e], shape=pair.b.shape[1:]),
+            kind=Kind.LINEAR,
         )
         for expert, name in enumerate(names)
     ]
 
 
-def fuse_rows(pairs: Sequence[LoraPair | None], heights: Sequence[int], module: str) -> LoraPair:
+def fuse_rows(pairs: Sequence[Update | None], heights: Sequence[int], module: str) -> Update:
     """Return one update whose rows are those of the parts, in order; a missing part is zero rows.
 
     Where all parts share one A, as after a split, the fused update keeps it and its rank. Otherwise
@@ -145,8 +150,8 @@ def fuse_rows(pairs: Sequence[LoraPair | None], heights: Sequence[int], module: 
     return _fuse_blocks(pairs, heights, module)
 
 
-def split_heads(pair: LoraPair, heads: int) -> LoraPair:
-    """Return (heads, rows / heads, in) from (rows, in): A is shared by all heads."""
+def split_heads(pair: Update, heads: int) -> Update:
+    """Return a stack (heads, rows / heads, in) from (rows, in): A is shared by all heads."""
     import numpy as np
 
     rows, rank = pair.b.shape
@@ -155,17 +160,18 @@ def split_heads(pair: LoraPair, heads: int) -> LoraPair:
         pair,
         a=pair.a.map(lambda a: np.broadcast_to(a, a_shape), shape=a_shape),
         b=pair.b.map(lambda b: b.reshape(b_shape), shape=b_shape),
+        kind=Kind.EXPERTS,
     )
 
 
-def join_heads(pair: LoraPair) -> LoraPair:
+def join_heads(pair: Update) -> Update:
     """Undo `split_heads`: one A if all heads share it, else the heads' own, stacked."""
     heads, height, _ = pair.b.shape
     parts = unstack_experts(pair, [pair.module] * heads)
     return fuse_rows(parts, [height] * heads, pair.module)
 
 
-def concatenated(pairs: Sequence[LoraPair]) -> LoraPair:
+def concatenated(pairs: Sequence[Update]) -> Update:
     """Return the sum of updates of one module: factors side by side, ranks add up, exactly.
 
     Scales are brought to the first non-zero one, in B.
@@ -174,12 +180,11 @@ def concatenated(pairs: Sequence[LoraPair]) -> LoraPair:
     scale = next((pair.scale for pair in pairs if pair.scale), 1.0)
     ready = [with_scale(pair, scale) for pair in pairs]
     rank = sum(pair.rank for pair in ready)
-    a_shape = (*first.a.shape[:-2], rank, first.a.shape[-1])
-    b_shape = (*first.b.shape[:-1], rank)
+    (a_shape, b_shape), (a_axis, b_axis) = first.factor_shapes(rank), first.rank_axes
     return replace(
         first,
-        a=_joined([pair.a for pair in ready], a_shape, _dtype(ready, "a"), axis=-2),
-        b=_joined([pair.b for pair in ready], b_shape, _dtype(ready, "b"), axis=-1),
+        a=_joined([pair.a for pair in ready], a_shape, _dtype(ready, "a"), axis=a_axis),
+        b=_joined([pair.b for pair in ready], b_shape, _dtype(ready, "b"), axis=b_axis),
         scale=scale,
     )
 
@@ -198,7 +203,7 @@ def _joined(
     return LazyTensor(dtype, shape, read)
 
 
-def transposed(pair: LoraPair) -> LoraPair:
+def transposed(pair: Update) -> Update:
     """Return the update turned on its last two axes: the factors swap, each turned."""
     return replace(pair, a=turned(pair.b), b=turned(pair.a))
 
@@ -209,7 +214,7 @@ def turned(tensor: LazyTensor) -> LazyTensor:
     return tensor.map(lambda x: x.swapaxes(-1, -2), shape=shape)
 
 
-def _rescaled(pair: LoraPair, scale: float) -> LoraPair:
+def _rescaled(pair: Update, scale: float) -> Update:
     if pair.scale == scale:
         return pair
     if not scale:
@@ -217,7 +222,7 @@ def _rescaled(pair: LoraPair, scale: float) -> LoraPair:
     return replace(scaled(pair, pair.scale / scale), scale=scale)
 
 
-def _dtype(pairs: Sequence[LoraPair], factor: str) -> DType:
+def _dtype(pairs: Sequence[Update], factor: str) -> DType:
     kinds = {getattr(pair, factor).dtype for pair in pairs}
     return kinds.pop() if len(kinds) == 1 and not next(iter(kinds)).quantised else DType.F32
 
@@ -241,7 +246,7 @@ def _stacked(
     return LazyTensor(dtype, (len(parts), *shape), read)
 
 
-def _same_a(pairs: Sequence[LoraPair]) -> bool:
+def _same_a(pairs: Sequence[Update]) -> bool:
     first, *rest = pairs
     if any((pair.a.dtype, pair.a.shape) != (first.a.dtype, first.a.shape) for pair in rest):
         return False
@@ -249,7 +254,7 @@ def _same_a(pairs: Sequence[LoraPair]) -> bool:
     return all(bytes(pair.a.tobytes()) == wanted for pair in rest)
 
 
-def _fuse_shared(pairs: Sequence[LoraPair | None], heights: Sequence[int], module: str) -> LoraPair:
+def _fuse_shared(pairs: Sequence[Update | None], heights: Sequence[int], module: str) -> Update:
     present = [pair for pair in pairs if pair is not None]
     first = present[0]
     scale = next((pair.scale for pair in present if pair.scale), 0.0)
@@ -274,7 +279,7 @@ def _fuse_shared(pairs: Sequence[LoraPair | None], heights: Sequence[int], modul
     return replace(first, module=module, b=b, scale=scale)
 
 
-def _fuse_blocks(pairs: Sequence[LoraPair | None], heights: Sequence[int], module: str) -> LoraPair:
+def _fuse_blocks(pairs: Sequence[Update | None], heights: Sequence[int], module: str) -> Update:
     present = [pair for pair in pairs if pair is not None]
     first = present[0]
     scale = next((pair.scale for pair in present if pair.scale), 0.0)

@@ -18,11 +18,12 @@ from adapterkit.errors import (
 )
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
-from adapterkit.model import AdapterTensorSet, Loss
-from adapterkit.passes.protocol import Context, Note, Passed
+from adapterkit.model import AdapterTensorSet
+from adapterkit.model.defects import check_structure
+from adapterkit.notes import Loss, Note
+from adapterkit.passes.protocol import Context, Passed
 from adapterkit.registry import FormatSpec, detect, spec
 from adapterkit.storage import readable
-from adapterkit.structure import check_structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -293,7 +294,7 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
         adapter=adapter,
         options=options,
         given=False,
-        notes=tuple(Note("reading", message) for message in said),
+        notes=tuple(each if isinstance(each, Note) else Note(each) for each in said),
         misfit=misfit,
     )
 
@@ -304,7 +305,7 @@ def _recorded_base(adapter: AdapterTensorSet) -> tuple[BaseModel | None, tuple[N
     except UnknownArchitectureError:
         return None, ()  # what needs the base will say so; many targets do not
     except FormatError as error:
-        return None, (Note("reading", f"the base in the hub cache is not used: {error}"),)
+        return None, (Note(f"the base in the hub cache is not used: {error}"),)
 
 
 def _prepared(loaded: Loaded, need: Need, *, allow_lossy: bool) -> Loaded:

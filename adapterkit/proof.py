@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from adapterkit.delta import Difference, difference, norm, same_bits
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
-from adapterkit.model import Role
+from adapterkit.keys import PARTNERS, Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from adapterkit.model import AdapterTensorSet, LoraPair, TensorKey
+    from adapterkit.keys import TensorKey
+    from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.tensor import LazyTensor
 
 # Relative Frobenius error that the rounding of a stored dtype explains.
@@ -26,9 +27,6 @@ TOLERANCES = {
     DType.BF16: 1e-2,
     DType.Q8_0: 1e-2,
 }
-
-
-_FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +75,21 @@ def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
     )
 
 
-def _shaped_difference(first: LoraPair, second: LoraPair) -> Difference:
-    if first.shape != second.shape or first.embedding != second.embedding:
+def _shaped_difference(first: Update, second: Update) -> Difference:
+    if (first.kind, first.shape) != (second.kind, second.shape):
         return Difference(float("inf"), None, None)
     return difference(first, second)
 
 
-def _others(
-    adapter: AdapterTensorSet, pairs: Mapping[str, LoraPair]
-) -> dict[TensorKey, LazyTensor]:
+def _others(adapter: AdapterTensorSet, pairs: Mapping[str, Update]) -> dict[TensorKey, LazyTensor]:
     return {
         key: tensor
         for key, tensor in adapter.tensors.items()
-        if key.role is not Role.BASE_COPY and not (key.module in pairs and key.role in _FACTORS)
+        if key.role is not Role.BASE_COPY and not (key.module in pairs and key.role in PARTNERS)
     }
 
 
-def _unshared(mine: Mapping[str, LoraPair], theirs: Mapping[str, LoraPair]) -> list[str]:
+def _unshared(mine: Mapping[str, Update], theirs: Mapping[str, Update]) -> list[str]:
     """Return modules that the other lacks; a zero update is the same as none."""
     return [module for module, pair in mine.items() if module not in theirs and norm(pair) != 0]
 

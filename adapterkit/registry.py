@@ -110,7 +110,8 @@ BUILTIN = (
         name="gguf",
         title="GGUF LoRA adapter (llama.cpp, Ollama)",
         target="adapterkit.formats.gguf:FORMAT",
-        cannot_hold="DoRA, biases, saved modules, token rows, embeddings and output of tied bases",
+        cannot_hold="DoRA, convolutions, biases, saved modules, token rows, embeddings and output "
+        "of tied bases",
         magic=b"GGUF",
         suffixes=(".gguf",),
     ),
@@ -142,7 +143,7 @@ BUILTIN = (
         name="mlx",
         title="MLX-LM adapter directory",
         target="adapterkit.formats.mlx:FORMAT",
-        cannot_hold="DoRA on some modules only, biases, saved modules, token rows",
+        cannot_hold="DoRA on some modules only, convolutions, biases, saved modules, token rows",
         config_keys=("fine_tune_type", "lora_parameters"),
         probe="adapterkit.formats.mlx:is_mlx",
         files=("adapter_config.json", "adapters.safetensors", "adapters.npz"),

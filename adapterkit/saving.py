@@ -9,7 +9,9 @@ from adapterkit.base.fit import check_fit
 from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, UsageError
-from adapterkit.model import AdapterTensorSet, Loss, Role
+from adapterkit.keys import Role
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import Loss
 from adapterkit.output import staged
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name

@@ -17,7 +17,7 @@ from adapterkit.delta import difference
 from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError, UsageError
 from adapterkit.factors import concatenated
 from adapterkit.loading import Need, load, open_model, recognise
-from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.model import AdapterTensorSet, GgufSource, Update
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,7 +163,11 @@ class AdapterStack:
         if base is None:
             return
         recorded = adapter.base.architecture
-        if adapter.extras.get("gguf") and recorded and recorded != base.architecture.gguf:
+        if (
+            isinstance(adapter.source, GgufSource)
+            and recorded
+            and recorded != base.architecture.gguf
+        ):
             message = f"is made for {recorded}, the base is {base.architecture.gguf}"
             raise AdapterIncompatibleError(message, path=path)
         for pair in adapter.pairs():
@@ -219,8 +223,9 @@ class AdapterStack:
             mine = {pair.module: pair for pair in _scaled_pairs(first)}
             for second in active[place + 1 :]:
                 for pair in _scaled_pairs(second):
-                    if pair.module in mine and mine[pair.module].shape == pair.shape:
-                        yield _conflict(mine[pair.module], pair, first.name, second.name)
+                    other = mine.get(pair.module)
+                    if other and (other.kind, other.shape) == (pair.kind, pair.shape):
+                        yield _conflict(other, pair, first.name, second.name)
 
     def combined(self) -> AdapterTensorSet:
         """Return the whole stack as one adapter: ranks add up, the update is the exact sum.
@@ -232,16 +237,13 @@ class AdapterStack:
         members = [member for member in self._members.values() if member.scale]
         if not members:
             raise AdapterLoadFailedError("the stack holds no active adapter")
-        groups: dict[str, list[LoraPair]] = {}
+        groups: dict[str, list[Update]] = {}
         for member in members:
             _check_summable(member)
             for pair in _scaled_pairs(member):
                 groups.setdefault(pair.module, []).append(pair)
-        pairs = [concatenated(group) for group in groups.values()]
-        return AdapterTensorSet(
-            tensors={k: t for p in pairs for k, t in zip(p.keys, (p.a, p.b), strict=True)},
-            scales={pair.module: pair.scale for pair in pairs},
-            base=members[0].adapter.base,
+        return AdapterTensorSet.of(
+            map(concatenated, groups.values()), {}, base=members[0].adapter.base
         )
 
     def _get(self, name: str) -> StackedAdapter:
@@ -252,7 +254,7 @@ class AdapterStack:
 
 
 def _check_plain(adapter: AdapterTensorSet, path: Path) -> None:
-    if init := adapter.traits.get("init_lora_weights"):
+    if init := adapter.initialisation:
         raise AdapterIncompatibleError(
             f"init_lora_weights = {init!r} changed the base, and an engine adds B · A to the "
             "original one; make it plain first (adapterkit convert --base BASE)",
@@ -266,12 +268,12 @@ def _finite(scale: float, name: str) -> float:
     return float(scale)
 
 
-def _scaled_pairs(member: StackedAdapter) -> Iterator[LoraPair]:
+def _scaled_pairs(member: StackedAdapter) -> Iterator[Update]:
     for pair in member.adapter.pairs():
         yield replace(pair, scale=pair.scale * member.scale)
 
 
-def _conflict(one: LoraPair, other: LoraPair, first: str, second: str) -> Conflict:
+def _conflict(one: Update, other: Update, first: str, second: str) -> Conflict:
     # ‖ΔW₁ + ΔW₂‖ is the distance of ΔW₁ from -ΔW₂.
     opposite = difference(one, replace(other, scale=-other.scale))
     cosine = None if opposite.cosine is None else -opposite.cosine
@@ -286,7 +288,7 @@ def _check_summable(member: StackedAdapter) -> None:
             raise AdapterLoadFailedError(
                 "is no pair of factors and cannot be added up", path=member.path, where=str(key)
             )
-    if adapter.traits:
+    if settings := [*adapter.settings, *(["engine_layout"] if adapter.engine_layout else [])]:
         raise AdapterLoadFailedError(
-            f"{next(iter(adapter.traits))} makes it more than a sum of updates", path=member.path
+            f"{settings[0]} makes it more than a sum of updates", path=member.path
         )

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from adapterkit.keys import Role
 from adapterkit.loading import Need, load
-from adapterkit.model import Role
-from adapterkit.structure import problems
+from adapterkit.model.defects import problems
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from adapterkit.errors import IncompatibleBaseError
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet
 
     _Value = TypeVar("_Value", bound=Hashable)
 
 # What is stored whole: the values themselves, not factors of a change to them.
 _WHOLE = {Role.FULL, Role.TOKEN_ROWS}
-_MATRIX = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def summarize(adapter: AdapterTensorSet) -> Summary:
         tuner=_tuner(adapter),
         modules=len(adapted),
         parameters=adapter.parameters,
-        ranks=_counts(map(_rank, adapter.pairs())),
+        ranks=_counts(pair.rank for pair in adapter.pairs()),
         scales=_counts(adapter.scales[module] for module in adapted if module in adapter.scales),
         dtypes=_counts(tensor.dtype.value for tensor in adapter.tensors.values()),
         bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
@@ -165,16 +164,6 @@ def _tuner(adapter: AdapterTensorSet) -> str:
     if Role.MAGNITUDE in roles:
         return "DoRA"
     return "LoRA" if roles - _WHOLE else "none"
-
-
-def _rank(pair: LoraPair) -> int:
-    """Return the inner dimension of B, or of A where B is no factor; 0 for neither."""
-    a, b = pair.a.shape, pair.b.shape
-    if len(a) == len(b) > _MATRIX and b[-1] == 1 and a[0] == b[1]:
-        return b[1]  # a convolution: A is (r, in, *kernel), B is (out, r, 1...)
-    if len(b) >= _MATRIX:
-        return b[-1]
-    return a[-2] if len(a) >= _MATRIX else 0
 
 
 def _target(module: str) -> str:

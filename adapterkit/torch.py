@@ -59,6 +59,7 @@ def _torch() -> Any:
     return torch
 
 
+# Every type that is not quantised, by torch's name for it.
 _NAMES = {
     DType.F64: "float64",
     DType.F32: "float32",
@@ -66,10 +67,14 @@ _NAMES = {
     DType.BF16: "bfloat16",
     DType.F8_E4M3: "float8_e4m3fn",
     DType.F8_E5M2: "float8_e5m2",
+    DType.F8_E8M0: "float8_e8m0fnu",
     DType.I64: "int64",
     DType.I32: "int32",
     DType.I16: "int16",
     DType.I8: "int8",
+    DType.U64: "uint64",
+    DType.U32: "uint32",
+    DType.U16: "uint16",
     DType.U8: "uint8",
     DType.BOOL: "bool",
 }

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.formats.protocol import Options
-from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, Kind
+from adapterkit.notes import BaseReference
 from adapterkit.registry import spec
 from adapterkit.tensor import LazyTensor
 
@@ -24,6 +26,7 @@ def adapter(
     *,
     scale: float | Mapping[str, float] = 1.0,
     embeddings: tuple[str, ...] = (),
+    kinds: Mapping[str, Kind] | None = None,
     more: Mapping[TensorKey, LazyTensor] | None = None,
 ) -> AdapterTensorSet:
     """Return an adapter of factors (A, B) by module."""
@@ -36,7 +39,10 @@ def adapter(
             tensors[TensorKey(module, role)] = LazyTensor.of(array)
     scales = {name: scale if isinstance(scale, float) else scale[name] for name in pairs}
     return AdapterTensorSet(
-        tensors={**tensors, **(more or {})}, scales=scales, base=BaseReference(name="org/base")
+        tensors={**tensors, **(more or {})},
+        scales=scales,
+        kinds=kinds or {},
+        base=BaseReference(name="org/base"),
     )
 
 

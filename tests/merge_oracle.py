@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
 
 Array = np.ndarray[Any, Any]

@@ -375,7 +375,7 @@ def test_what_pissa_took_from_the_base_is_taken_back(
 ) -> None:
     name, (a, b) = next(iter(layered(1).items()))
     weight = decaying(32, 32, 1.0).astype(np.float32).astype(np.float64)
-    whole = adapter({name: (a, b)}, scale=0.5).replace(traits={"init_lora_weights": "pissa"})
+    whole = adapter({name: (a, b)}, scale=0.5).replace(initialisation="pissa")
     found = audit(whole, base=model_of(tmp_path / "base", {name: weight})).adapters[0].base
     assert found is not None
     u, s, v = np.linalg.svd(weight)

@@ -33,6 +33,7 @@ from adapterkit import read
 from adapterkit.audit import AuditReport, ModuleAudit, audit, compress
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.delta import norm
+from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -209,7 +210,8 @@ def test_stacked_experts_are_matrices_of_their_own(
     theirs: dict[str, Answer],
 ) -> None:
     (row,) = rows(theirs["experts"]).values()
-    modules = audit(adapter({"model.layers.0.mlp.experts.down_proj": stacked()})).modules
+    name = "model.layers.0.mlp.experts.down_proj"
+    modules = audit(adapter({name: stacked()}, kinds={name: Kind.EXPERTS})).modules
     norms = [float(np.linalg.norm(b @ a)) for a, b in experts()]
     assert [module.rank for module in modules] == [3, 3, 3, 3]
     assert [module.frobenius_norm for module in modules] == pytest.approx(norms)

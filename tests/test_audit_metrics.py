@@ -15,6 +15,7 @@ from adapterkit.audit import audit
 from adapterkit.audit.metrics import energy_ranks, hoyer, quantile, top_share, truncation_errors
 from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import notable, robust_z
+from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
 # Singular values of an example that gradience publishes (12 modules of rank 8), by layer for c_attn
@@ -246,7 +247,8 @@ def test_no_scale_changes_a_shape(power: int) -> None:
 def test_experts_are_measured_one_by_one() -> None:
     pairs = [gaussian(20, 12, 3, seed=expert) for expert in range(4)]
     stacked = np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
-    report = audit(adapter({"model.layers.0.mlp.experts.down_proj": stacked}, scale=0.5))
+    name = "model.layers.0.mlp.experts.down_proj"
+    report = audit(adapter({name: stacked}, scale=0.5, kinds={name: Kind.EXPERTS}))
     assert [module.expert for module in report.modules] == [0, 1, 2, 3]
     assert (report.summary.modules, report.summary.updates) == (1, 4)
     assert report.summary.parameters == stacked[0].size + stacked[1].size
@@ -258,7 +260,7 @@ def test_experts_are_measured_one_by_one() -> None:
 def test_a_convolution_counts_its_kernel_as_inputs() -> None:
     random = np.random.default_rng(0)
     a, b = random.standard_normal((4, 6, 3, 3)), random.standard_normal((10, 4, 1, 1))
-    found = audit(adapter({"conv": (a, b)})).modules[0]
+    found = audit(adapter({"conv": (a, b)}, kinds={"conv": Kind.CONVOLUTION})).modules[0]
     wanted = np.linalg.norm(dense(a.reshape(4, -1), b.reshape(10, 4), 1.0))
     assert (found.shape, found.rank) == ((10, 54), 4)
     assert found.frobenius_norm == pytest.approx(wanted, rel=1e-9)

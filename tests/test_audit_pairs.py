@@ -11,6 +11,7 @@ from audit_adapters import adapter, gaussian, layered, orthonormal, planted
 
 from adapterkit import UncheckableError
 from adapterkit.audit import audit
+from adapterkit.model import Kind
 
 if TYPE_CHECKING:
     from adapterkit.audit.interference import ModuleInterference, PairInterference
@@ -22,7 +23,13 @@ NAME = "model.layers.0.self_attn.q_proj"
 def pair_of(one: Any, other: Any, **more: Any) -> PairInterference:
     """Return the comparison of two adapters of one module."""
     scales = more.pop("scales", (1.0, 1.0))
-    found = audit(adapter({NAME: one}, scale=scales[0]), adapter({NAME: other}, scale=scales[1]))
+    kinds = more.pop("kinds", {})
+    found = audit(
+        *(
+            adapter({NAME: factors}, scale=scale, kinds=kinds)
+            for factors, scale in zip((one, other), scales, strict=True)
+        )
+    )
     assert found.interference is not None
     return found.interference.pairs[0]
 
@@ -151,7 +158,7 @@ def test_experts_are_compared_one_by_one() -> None:
     random = np.random.default_rng(0)
     a, b = random.standard_normal((3, 2, 12)), random.standard_normal((3, 20, 2))
     turned = b * np.array([1, -1, 1])[:, None, None]
-    found = pair_of((a, b), (a, turned))
+    found = pair_of((a, b), (a, turned), kinds={NAME: Kind.EXPERTS})
     assert [round(m.cosine or 0) for m in found.modules] == [1, -1, 1]
     assert found.clashes == (f"{NAME}[1]",)
 
@@ -182,7 +189,7 @@ def test_a_third_adapter_of_another_shape_leaves_the_others_comparable() -> None
 
 def test_rows_in_another_order_cannot_be_compared() -> None:
     whole = adapter({NAME: gaussian(20, 16, 3)})
-    moved = whole.replace(traits={"engine_layout": {NAME: "blk.0.attn_q.weight"}})
+    moved = whole.replace(engine_layout={NAME: "blk.0.attn_q.weight"})
     with pytest.raises(UncheckableError, match=r"llama.cpp's layout"):
         audit(whole, moved)
     assert audit(moved, moved).interference is not None

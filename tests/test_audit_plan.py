@@ -13,6 +13,7 @@ from audit_adapters import adapter, layered, planted
 from adapterkit import UsageError
 from adapterkit.audit import AdapterAudit, RankPlan, audit, suggest
 from adapterkit.audit.plan import trade_off
+from adapterkit.model import Kind
 
 SPECTRA = {
     "layers.0.wide": ([9.0, 3.1, 1.0, 0.1], 60, 20),
@@ -136,7 +137,8 @@ def test_the_ranks_of_experts_are_chosen_together() -> None:
     random = np.random.default_rng(0)
     a, b = random.standard_normal((4, 3, 12)), random.standard_normal((4, 20, 3))
     b[2:, :, 2] = 0
-    audited = audit(adapter({"layers.0.experts.down_proj": (a, b)})).adapters[0]
+    name = "layers.0.experts.down_proj"
+    audited = audit(adapter({name: (a, b)}, kinds={name: Kind.EXPERTS})).adapters[0]
     plan = suggest(audited, rank=2)
     assert plan.ranks == {"layers.0.experts.down_proj": 2}
     assert plan.parameters == 4 * 2 * 32

@@ -23,17 +23,18 @@ from adapterkit.audit import compress, compress_file
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.convert import convert
 from adapterkit.formats.peft_reader import read_peft
+from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from adapterkit import AdapterTensorSet, LoraPair
+    from adapterkit import AdapterTensorSet, Update
 
 Array = np.ndarray[Any, Any]
 
 
-def update_of(pair: LoraPair) -> Array:
+def update_of(pair: Update) -> Array:
     """Return ΔW, convolutions and experts as they are stored."""
     a, b = (t.numpy().astype(np.float64) for t in (pair.a, pair.b))
     if a.ndim == 4:
@@ -79,14 +80,14 @@ def test_nothing_of_that_rank_is_closer() -> None:
     assert np.abs(cut - (u[:, :3] * s[:3]) @ vt[:3]).max() < 1e-12
 
 
-def test_scales_traits_and_other_tensors_stay() -> None:
+def test_scales_settings_and_other_tensors_stay() -> None:
     key = TensorKey("lm_head.weight", Role.FULL)
     whole = adapter(layered(2), scale=0.25, more={key: LazyTensor.of(np.ones((3, 3)))})
-    whole = whole.replace(traits={"alora_invocation_tokens": [1, 2]}, metadata={"a": "b"})
+    whole = whole.replace(invocation_tokens=(1, 2), metadata={"a": "b"})
     small = compress(whole, rank=1).adapter
-    assert (small.scales, small.traits, small.metadata) == (
+    assert (small.scales, small.settings, small.metadata) == (
         whole.scales,
-        whole.traits,
+        whole.settings,
         whole.metadata,
     )
     assert small.tensors[key] is whole.tensors[key]
@@ -120,7 +121,8 @@ def test_experts_embeddings_and_convolutions_keep_their_layout() -> None:
         "conv": (random.standard_normal((4, 6, 3, 3)), random.standard_normal((10, 4, 1, 1))),
         "embed": (random.standard_normal((4, 50)), random.standard_normal((16, 4))),
     }
-    whole = adapter(pairs, embeddings=("embed",))
+    kinds = {"experts": Kind.EXPERTS, "conv": Kind.CONVOLUTION}
+    whole = adapter(pairs, embeddings=("embed",), kinds=kinds)
     result = compress(whole, rank=2)
     shapes = [t.shape for t in result.adapter.tensors.values()]
     assert shapes == [(3, 2, 12), (3, 20, 2), (2, 6, 3, 3), (10, 2, 1, 1), (2, 50), (16, 2)]

@@ -30,7 +30,7 @@ from adapterkit.errors import (
 )
 from adapterkit.formats.handwritten import FORMAT, probe
 from adapterkit.formats.protocol import Options
-from adapterkit.model import Role
+from adapterkit.keys import Role
 from adapterkit.registry import detect
 from fixtures.generators import torch_zip
 

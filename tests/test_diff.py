@@ -14,7 +14,7 @@ from adapterkit.diff import diff
 from adapterkit.errors import FormatError, UncheckableError
 from adapterkit.factors import take_rows, transposed
 from adapterkit.files import write
-from adapterkit.model import AdapterTensorSet, LoraPair
+from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -47,22 +47,22 @@ def base(tmp_path: Path) -> Path:
     return path
 
 
-def adapter(change: Callable[[LoraPair], LoraPair] = lambda pair: pair) -> AdapterTensorSet:
+def adapter(change: Callable[[Update], Update] = lambda pair: pair) -> AdapterTensorSet:
     """A random adapter, each of its pairs changed."""
     random = np.random.default_rng(0)
-    pairs: list[LoraPair] = []
+    pairs: list[Update] = []
     for layer in range(2):
         for name, (rows, columns) in SHAPES.items():
             a, b = (
                 LazyTensor.of(random.standard_normal(shape).astype(np.float32))
                 for shape in ((4, columns), (rows, 4))
             )
-            pairs.append(change(LoraPair(f"model.layers.{layer}.{name}", a, b, 2.0)))
+            pairs.append(change(Update(f"model.layers.{layer}.{name}", a, b, 2.0)))
     tensors = {key: t for pair in pairs for key, t in zip(pair.keys, (pair.a, pair.b), strict=True)}
     return AdapterTensorSet(tensors=tensors, scales={pair.module: pair.scale for pair in pairs})
 
 
-def unpermuted(pair: LoraPair) -> LoraPair:
+def unpermuted(pair: Update) -> Update:
     """What a converter makes that forgets the rotary order of q and k."""
     heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(pair.module.rpartition(".")[2])
     return take_rows(pair, rope(pair.shape[0], heads)) if heads else pair
@@ -98,7 +98,7 @@ def test_the_cause_is_named(diagnosis: str, tmp_path: Path) -> None:
 def test_an_unknown_cause_is_not_invented(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
 
-    def noisy(pair: LoraPair) -> LoraPair:
+    def noisy(pair: Update) -> Update:
         noise = random.standard_normal(pair.b.shape).astype(np.float32)
         return replace(pair, b=pair.b.map(lambda b: b + noise))
 
@@ -119,7 +119,7 @@ def test_formats_are_compared_by_what_they_mean(base: Path, tmp_path: Path) -> N
 def test_a_basis_change_is_no_difference(tmp_path: Path) -> None:
     mix = np.linalg.qr(np.random.default_rng(2).standard_normal((4, 4)))[0]
 
-    def rotated(pair: LoraPair) -> LoraPair:
+    def rotated(pair: Update) -> Update:
         return replace(pair, a=pair.a.map(lambda a: mix @ a), b=pair.b.map(lambda b: b @ mix.T))
 
     write(adapter(), tmp_path / "a")

@@ -33,7 +33,7 @@ from adapterkit.architectures.transforms import TRANSFORMS
 from adapterkit.base import open_base
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.errors import LossyConversionError
-from adapterkit.model import LoraPair
+from adapterkit.model import Kind, Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def test_no_tensor_is_filled_twice(name: str) -> None:
         assert len(filled) == len(set(filled))
 
 
-def pairs_for(rule: Rule, sizes: Sizes, seed: int) -> list[LoraPair]:
+def pairs_for(rule: Rule, sizes: Sizes, seed: int) -> list[Update]:
     """Return random updates of what a rule covers: one, or one per expert."""
     random = np.random.default_rng(seed)
     out, columns = (
@@ -162,18 +162,18 @@ def pairs_for(rule: Rule, sizes: Sizes, seed: int) -> list[LoraPair]:
     if rule.kind == "embedding":
         out, columns = columns, out
     return [
-        LoraPair(
+        Update(
             named(rule, expert),
             LazyTensor.of(random.normal(size=(*lead, 2, columns)).astype(np.float32)),
             LazyTensor.of(random.normal(size=(*lead, out, 2)).astype(np.float32)),
             0.5,
-            embedding=rule.kind == "embedding",
+            {"embedding": Kind.EMBEDDING, "experts": Kind.EXPERTS}.get(rule.kind, Kind.LINEAR),
         )
         for expert in range(count)
     ]
 
 
-def dense(pair: LoraPair) -> Array:
+def dense(pair: Update) -> Array:
     return pair.scale * (pair.b.numpy().astype(float) @ pair.a.numpy().astype(float))
 
 

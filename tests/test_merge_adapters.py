@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import merge_oracle as oracle
 import ml_dtypes
@@ -18,9 +18,15 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge import merge
-from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+from adapterkit.model import Kind
+from adapterkit.model.adapter import SETTINGS
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from adapterkit.model import AdapterTensorSet
 
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"
@@ -96,7 +102,7 @@ class TestWhatIsMerged:
         for seed in (1, 2):
             parts = [oracle.random_parts(10 * seed + e, {Q: (9, 8)}, 2, 0.5)[Q] for e in range(3)]
             stack = tuple(np.stack([part[i] for part in parts]) for i in (0, 1))
-            stacks.append(oracle.adapter({Q: (*stack, 0.5)}))
+            stacks.append(oracle.adapter({Q: (*stack, 0.5)}, kinds={Q: Kind.EXPERTS}))
             singles.append([oracle.adapter({Q: part}) for part in parts])
         options: dict[str, Any] = {"method": method, "weights": [0.6, 0.7]}
         if method == "ties":
@@ -174,13 +180,13 @@ class TestWhatIsMerged:
     def test_token_rows_need_the_same_tokens(self) -> None:
         rows = factors(np.ones((2, 3)), "model.embed_tokens", Role.TOKEN_ROWS)
 
-        def holder(tokens: list[int]) -> AdapterTensorSet:
-            return plain(1, tensors=rows, traits={"trainable_token_indices": tokens})
+        def holder(*tokens: int) -> AdapterTensorSet:
+            return plain(1, tensors=rows, token_indices=tokens)
 
-        merged = merge([holder([5, 6]), holder([5, 6])], weights=[0.5, 0.5]).adapter
-        assert merged.traits["trainable_token_indices"] == [5, 6]
+        merged = merge([holder(5, 6), holder(5, 6)], weights=[0.5, 0.5]).adapter
+        assert merged.token_indices == (5, 6)
         with pytest.raises(UnsupportedError, match="rows of other tokens than adapter 1"):
-            merge([holder([5, 6]), holder([5, 7])], weights=[0.5, 0.5])
+            merge([holder(5, 6), holder(5, 7)], weights=[0.5, 0.5])
 
     def test_what_the_base_owns_is_passed_on(self) -> None:
         copy = factors(np.ones((2, 3)), "model.embed_tokens", Role.BASE_COPY)
@@ -189,11 +195,11 @@ class TestWhatIsMerged:
 
     def test_base_and_settings_travel(self) -> None:
         base = BaseReference(name="org/model", revision="1")
-        replicated = {"layer_replication": [[0, 2], [1, 2]]}
+        replicated = ((0, 2), (1, 2))
         merged = merge([plain(1), plain(2, base=base)]).adapter
         assert merged.base == base
-        pair = [plain(seed, traits=replicated) for seed in (1, 2)]
-        assert merge(pair).adapter.traits == replicated
+        pair = [plain(seed, layer_replication=replicated) for seed in (1, 2)]
+        assert merge(pair).adapter.layer_replication == replicated
 
 
 class TestRefusals:
@@ -227,7 +233,7 @@ class TestRefusals:
         self.refuse(UnsupportedError, f"b: {Q}: has a DoRA magnitude", plain(1), dora)
 
     def test_an_initialisation_that_changed_the_base(self) -> None:
-        pissa = plain(2, traits={"init_lora_weights": "pissa"})
+        pissa = plain(2, initialisation="pissa")
         self.refuse(UnsupportedError, "b: init_lora_weights = 'pissa'", plain(1), pissa)
 
     def test_other_bases(self) -> None:
@@ -241,17 +247,18 @@ class TestRefusals:
         pair = [plain(s, base=BaseReference(name=n)) for s, n in ((1, "x/Llama-3-8B"), (2, name))]
         assert merge(pair).report.modules
 
-    @pytest.mark.parametrize("trait", ["layer_replication", "alora_invocation_tokens"])
-    def test_settings_that_not_all_have(self, trait: str) -> None:
-        other = plain(2, traits={trait: [1, 2]})
-        with pytest.raises(UnsupportedError, match=rf"^b: .*\({trait}\), and not all others do"):
+    @pytest.mark.parametrize("setting", ["layer_replication", "invocation_tokens"])
+    def test_settings_that_not_all_have(self, setting: str) -> None:
+        other = plain(2, **{setting: ((1, 2),)})
+        shown = SETTINGS[setting]
+        with pytest.raises(UnsupportedError, match=rf"^b: .*\({shown}\), and not all others do"):
             merge([named(plain(1), "a"), named(other, "b")])
 
     def test_rows_in_two_orders(self) -> None:
-        engine = plain(1, traits={"engine_layout": {Q: "blk.0.attn_q"}})
+        engine = plain(1, engine_layout={Q: "blk.0.attn_q"})
         self.refuse(BaseRequiredError, f"a: {Q}: is in llama.cpp's row order", engine, plain(2))
-        both = [engine, plain(2, traits={"engine_layout": {Q: "blk.0.attn_q"}})]
-        assert merge(both).adapter.traits["engine_layout"] == {Q: "blk.0.attn_q"}
+        both = [engine, plain(2, engine_layout={Q: "blk.0.attn_q"})]
+        assert merge(both).adapter.engine_layout == {Q: "blk.0.attn_q"}
 
     def test_the_same_modules_under_other_names(self) -> None:
         renamed = plain(2, {name.removeprefix("model."): shape for name, shape in SHAPES.items()})
@@ -268,12 +275,6 @@ class TestRefusals:
         first = plain(1, {Q: SHAPES[Q]}, tensors=norm)
         merged = merge([first, plain(2, {UP: SHAPES[UP]}, tensors=head)]).adapter
         assert {*norm, *head} <= set(merged.tensors)
-
-    def test_a_convolution(self) -> None:
-        tensors = factors(np.ones((3, 4, 3, 3)), "conv", Role.LORA_A)
-        tensors |= factors(np.ones((5, 3, 1, 1)), "conv", Role.LORA_B)
-        conv = plain(2, tensors=tensors)
-        self.refuse(UnsupportedError, "b: conv: is a convolution", plain(1), conv)
 
     def test_overflow_of_the_stored_type(self) -> None:
         large = oracle.adapter({Q: (np.full((12, 1), 1e5), np.full((1, 10), 1e5), 1.0)})

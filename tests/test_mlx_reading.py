@@ -17,7 +17,7 @@ from adapterkit.formats.mlx import is_mlx
 from adapterkit.formats.mlx_config import targeting
 from adapterkit.formats.mlx_reader import read_mlx
 from adapterkit.formats.protocol import Options
-from adapterkit.model import Role, TensorKey
+from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapterkit.convert import convert
 from adapterkit.formats.peft_config import LoraConfig as ReadConfig
 from adapterkit.formats.peft_reader import read_peft
-from adapterkit.model import Role, TensorKey
+from adapterkit.keys import Role, TensorKey
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,11 +22,13 @@ from adapterkit.formats.lycoris import read_lycoris
 from adapterkit.formats.peft_tuners import read_tuner
 from adapterkit.formats.peft_tuners_refused import REFUSED
 from adapterkit.formats.peft_tuners_rules import RULES
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from adapterkit.model import AdapterTensorSet
 
 transformers.utils.logging.disable_progress_bar()
 

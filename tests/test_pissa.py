@@ -148,7 +148,7 @@ def test_update_of_the_original_base_is_the_one_that_peft_merges(
         assert relative(naive[module], truth[f"{module}.weight"]) > 0.1, module
         assert pair.rank == 2 * ranks[module]
         assert pair.scale == raw.scales[module]
-    assert "init_lora_weights" not in plain.traits
+    assert plain.initialisation is None
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -295,7 +295,7 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": init}))
     raw = read_peft(path)
     if init == "olora_v2":
-        raw = raw.replace(traits={"init_lora_weights": init})
+        raw = raw.replace(initialisation=init)
     with pytest.raises(adapterkit.UnsupportedError, match=reason) as caught:
         undone(raw, Context(base=open_base(base)))
     assert "path_initial_model_for_weight_conversion" in str(caught.value)
@@ -342,7 +342,7 @@ def test_convert_makes_it_plain_where_the_base_is_given(
     report = adapterkit.convert(source, tmp_path / target, base=base)
     assert report.max_relative_error < 1e-6
     written = adapterkit.read(tmp_path / target, base=base)
-    assert not written.traits
+    assert not written.settings
     expected = merged(base, source)
     for module, update in dense(written).items():
         error = np.linalg.norm(update - expected[f"{module}.weight"])
@@ -485,7 +485,7 @@ def test_a_base_that_is_found_makes_it_plain_for_peft_too(
     config.write_text(json.dumps(json.loads(config.read_text()) | named))
     adapterkit.convert(path, tmp_path / "plain")
     written = adapterkit.read(tmp_path / "plain")
-    assert not written.traits
+    assert not written.settings
     assert same(dense(written), update, 3e-6)
 
 

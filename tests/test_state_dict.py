@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkit
 import adapterkit.torch
+from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 
 TINY = Path(__file__).parents[1] / "fixtures" / "pirate" / "adapter"
@@ -56,12 +58,22 @@ def test_arrays_and_files_mean_the_same(tmp_path: Path) -> None:
     assert proven.max_relative_error == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
-def test_torch_tensors_keep_their_bits(dtype: torch.dtype) -> None:
-    values = torch.arange(12).reshape(3, 4).to(dtype)
-    lazy = adapterkit.torch.from_tensor(values.T)
-    assert lazy.shape == (4, 3)
-    assert torch.equal(adapterkit.torch.to_tensor(lazy), values.T)
+PLAIN = [dtype for dtype in DType if not dtype.quantised]
+
+
+@pytest.mark.parametrize("dtype", PLAIN)
+def test_every_stored_type_keeps_its_bits_in_torch(dtype: DType, tmp_path: Path) -> None:
+    # The safetensors library says which type of torch it is, and which values the bits are.
+    kept = np.arange(24 * dtype.block_bytes, dtype=np.uint8) % (2 if dtype is DType.BOOL else 120)
+    lazy = adapterkit.LazyTensor(dtype, (3, 8), kept.tobytes)
+    write_safetensors(tmp_path / "x.safetensors", {"x": lazy}, {})
+    wanted = load_file(tmp_path / "x.safetensors")["x"]
+    found = adapterkit.torch.to_tensor(lazy)
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+    turned = adapterkit.torch.from_tensor(found.T)
+    assert (turned.dtype, turned.shape) == (dtype, (8, 3))
+    assert turned.numpy().T.tobytes() == kept.tobytes()
 
 
 def test_empty_and_scalar_tensors_survive() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import adapterkit
 from adapterkit import AdapterTensorSet, DType, LazyTensor, Role, TensorKey
+from adapterkit.model import Kind, Update
 from adapterkit.summary import digest, inspect, summarize
 
 PEFT = Path(__file__).parents[1] / "fixtures" / "peft"
@@ -57,18 +58,22 @@ def test_an_adapter_made_in_memory_has_no_path() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "rank"),
+    ("kind", "a", "b", "rank"),
     [
-        ((3, 8), (9, 3), 3),
-        ((5, 3, 8), (5, 9, 3), 3),  # experts
-        ((3, 8, 5, 5), (9, 3, 1, 1), 3),  # convolution
-        ((8,), (9, 3), 3),
-        ((3, 8), (9,), 3),
-        ((8,), (9,), 0),
+        (Kind.LINEAR, (3, 8), (9, 3), 3),
+        (Kind.EXPERTS, (5, 3, 8), (5, 9, 3), 3),
+        (Kind.CONVOLUTION, (3, 8, 5, 5), (9, 3, 1, 1), 3),
+        (Kind.CONVOLUTION, (3, 8, 3), (9, 3, 1), 3),
+        (Kind.LINEAR, (8,), (9, 3), 3),
+        (Kind.LINEAR, (3, 8), (9,), 3),
+        (Kind.LINEAR, (8,), (9,), 0),
     ],
 )
-def test_the_rank_is_the_inner_dimension(a: tuple[int, ...], b: tuple[int, ...], rank: int) -> None:
-    assert summarize(adapter(("m", A, tensor(*a)), ("m", B, tensor(*b)))).ranks == {rank: 1}
+def test_the_rank_is_the_inner_dimension(
+    kind: Kind, a: tuple[int, ...], b: tuple[int, ...], rank: int
+) -> None:
+    update = Update("m", tensor(*a), tensor(*b), 1.0, kind)
+    assert summarize(AdapterTensorSet.of([update], {})).ranks == {rank: 1}
 
 
 def test_a_target_is_a_name_with_its_numbers() -> None:

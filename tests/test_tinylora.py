@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import streams
 from adapterkit.tinylora.adapter import TinyModule, balanced

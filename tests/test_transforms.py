@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adapterkit import factors
 from adapterkit.architectures.transforms import TRANSFORMS, inverse
-from adapterkit.model import LoraPair
+from adapterkit.model import Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -148,32 +148,32 @@ def test_one_group_of_heads_is_left_as_it_is() -> None:
     assert TRANSFORMS["qkv"](24, 4, 1).tolist() == list(range(24))
 
 
-def pair(out: int, columns: int, rank: int, seed: int = 0, lead: tuple[int, ...] = ()) -> LoraPair:
+def pair(out: int, columns: int, rank: int, seed: int = 0, lead: tuple[int, ...] = ()) -> Update:
     random = np.random.default_rng(seed)
     a = random.normal(size=(*lead, rank, columns)).astype(np.float32)
     b = random.normal(size=(*lead, out, rank)).astype(np.float32)
-    return LoraPair("module", LazyTensor.of(a), LazyTensor.of(b), 0.5)
+    return Update("module", LazyTensor.of(a), LazyTensor.of(b), 0.5)
 
 
-def dense(update: LoraPair) -> Array:
+def dense(update: Update) -> Array:
     return update.scale * (update.b.numpy().astype(float) @ update.a.numpy().astype(float))
 
 
-def bits(update: LoraPair) -> tuple[bytes, bytes, float]:
+def bits(update: Update) -> tuple[bytes, bytes, float]:
     return bytes(update.a.tobytes()), bytes(update.b.tobytes()), update.scale
 
 
-def split(update: LoraPair) -> LoraPair:
+def split(update: Update) -> Update:
     parts = [factors.slice_rows(update, 0, 5), factors.slice_rows(update, 5, 12)]
     return factors.fuse_rows(parts, [5, 7], update.module)
 
 
-def stacked(update: LoraPair) -> LoraPair:
+def stacked(update: Update) -> Update:
     parts = factors.unstack_experts(update, ["a", "b", "c"])
     return factors.stack_experts(parts, update.module)
 
 
-UNDONE: dict[str, tuple[Callable[[LoraPair], LoraPair], tuple[int, ...]]] = {
+UNDONE: dict[str, tuple[Callable[[Update], Update], tuple[int, ...]]] = {
     "rows": (lambda p: factors.take_rows(factors.take_rows(p, ORDER), inverse(ORDER)), ()),
     "columns": (lambda p: factors.take_columns(factors.take_columns(p, ORDER), inverse(ORDER)), ()),
     "split": (split, ()),

@@ -13,7 +13,7 @@ from terminal import ROOT
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.errors import UsageError
 from adapterkit.files import read
-from adapterkit.model import AdapterTensorSet
+from adapterkit.model import AdapterTensorSet, PeftSource
 from adapterkit.validation import Severity, explanations, load_target, target_names, validate
 from adapterkit.validation.facts import facts
 
@@ -223,8 +223,8 @@ def test_fixture_configs_are_json() -> None:
 def test_only_expressions_are_expressions() -> None:
     """SGLang 0.5.23 takes a list, `all` and `all-linear`, and no other text."""
     for targets, expression in (("all-linear", False), (["q_proj"], False), (r".*\.q_proj", True)):
-        extras = {"peft": {"config": {"target_modules": targets}}}
-        adapter = AdapterTensorSet(tensors={}, scales={}, extras=extras)
+        source = PeftSource({"target_modules": targets})
+        adapter = AdapterTensorSet(tensors={}, scales={}, source=source)
         assert facts(adapter, None)["regex_targets"] is expression
 
 

@@ -17,7 +17,7 @@ from adapterkit.architectures.expressions import parse_call
 from adapterkit.architectures.mapping import to_engine
 from adapterkit.architectures.weights import model_to_engine, weight_to_engine
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
-from adapterkit.model import LoraPair
+from adapterkit.model import Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def test_dense_update_moves_as_its_factors_do(module: str) -> None:
     rows = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KV_HEADS}.get(module, 5) * HEAD_DIM
     a, b = random.normal(size=(2, HIDDEN)), random.normal(size=(rows, 2))
     name = f"model.layers.0.{module}"
-    pair = LoraPair(name, LazyTensor.of(a), LazyTensor.of(b), 1.0)
+    pair = Update(name, LazyTensor.of(a), LazyTensor.of(b), 1.0)
     (factors,) = to_engine(LLAMA, sizes(LLAMA), [pair]).pairs
     ((tensor, dense),) = weight_to_engine(LLAMA, sizes(LLAMA), f"{name}.weight", b @ a)
     assert tensor == f"{factors.module}.weight"

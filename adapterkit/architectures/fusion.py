@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures.sizes import Sizes
     from adapterkit.architectures.table import Architecture
-    from adapterkit.model import LoraPair
+    from adapterkit.model import Update
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
@@ -31,8 +31,8 @@ class Fusion:
 
 
 def fuse_for(
-    pairs: Iterable[LoraPair], present: Container[str], sizes: Sizes
-) -> tuple[list[LoraPair], dict[str, tuple[str, ...]]]:
+    pairs: Iterable[Update], present: Container[str], sizes: Sizes
+) -> tuple[list[Update], dict[str, tuple[str, ...]]]:
     """Fuse the parts whose base tensor exists only fused.
 
     Args:
@@ -43,9 +43,9 @@ def fuse_for(
     Returns:
         The updates, and fused tensor -> the parts that went into it.
     """
-    waiting: dict[str, dict[str, LoraPair]] = {}
+    waiting: dict[str, dict[str, Update]] = {}
     plans: dict[str, tuple[Fusion, int]] = {}
-    ready: list[LoraPair] = []
+    ready: list[Update] = []
     for pair in pairs:
         plan = _plan(pair.module, present)
         if plan is None:
@@ -66,10 +66,10 @@ def fuse_for(
 
 
 def split_fused(
-    architecture: Architecture, sizes: Sizes | None, pairs: Iterable[LoraPair]
-) -> list[LoraPair]:
+    architecture: Architecture, sizes: Sizes | None, pairs: Iterable[Update]
+) -> list[Update]:
     """Split updates of fused tensors that the family's table knows only in parts."""
-    found: list[LoraPair] = []
+    found: list[Update] = []
     for pair in pairs:
         fusion = None if architecture.match_gguf(pair.module) else _of_fused(pair.module)
         if fusion is None or sizes is None:

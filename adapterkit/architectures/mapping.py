@@ -14,7 +14,7 @@ from adapterkit import factors
 from adapterkit.architectures.fusion import fuse_for, split_fused
 from adapterkit.architectures.transforms import TRANSFORMS, inverse
 from adapterkit.errors import IncompatibleBaseError
-from adapterkit.model import LoraPair
+from adapterkit.model import Kind, Update
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -39,7 +39,7 @@ class Mapped:
         unsized: names kept in the engine's own layout, because no base gave the sizes.
     """
 
-    pairs: tuple[LoraPair, ...]
+    pairs: tuple[Update, ...]
     unmatched: tuple[str, ...]
     sources: Mapping[str, tuple[str, ...]]
     unsized: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ def in_tower(module: str) -> bool:
 def to_engine(
     architecture: Architecture,
     sizes: Sizes,
-    pairs: Iterable[LoraPair],
+    pairs: Iterable[Update],
     present: Collection[str] = (),
 ) -> Mapped:
     """Rename and reorder updates of Hugging Face modules into llama.cpp's tensors.
@@ -82,13 +82,13 @@ def to_engine(
         BaseRequiredError: if the base does not state a size that a rule needs.
         IncompatibleBaseError: if a module's rows cannot be heads of this base.
     """
-    engine: list[LoraPair] = []
+    engine: list[Update] = []
     unmatched: list[str] = []
     sources: dict[str, tuple[str, ...]] = {}
-    stacks: dict[tuple[Rule, int | None], dict[int, LoraPair]] = defaultdict(dict)
+    stacks: dict[tuple[Rule, int | None], dict[int, Update]] = defaultdict(dict)
     for pair in pairs:
         match = _present(find_rule(architecture, pair.module), present)
-        if match is None or not match.rule.adaptable:
+        if match is None or not match.rule.adaptable or pair.kind is Kind.CONVOLUTION:
             unmatched.append(pair.module)
         elif match.rule.stacked and match.expert is not None:
             moved = _reordered(match.rule, sizes, match.layer, pair)
@@ -119,9 +119,7 @@ def _present(match: Match | None, present: Collection[str]) -> Match | None:
     return match
 
 
-def _stack(
-    rule: Rule, layer: int | None, members: Mapping[int, LoraPair], sizes: Sizes
-) -> LoraPair:
+def _stack(rule: Rule, layer: int | None, members: Mapping[int, Update], sizes: Sizes) -> Update:
     count = sizes.value(rule.count, layer)
     name = _named(rule.targets[0].name, layer)
     if max(members) >= count:
@@ -134,7 +132,7 @@ def _stack(
 def from_engine(
     architecture: Architecture,
     sizes: Sizes | None,
-    pairs: Iterable[LoraPair],
+    pairs: Iterable[Update],
     *,
     layout: str | None = None,
     like: Collection[str] = (),
@@ -151,7 +149,7 @@ def from_engine(
         text_prefix: spelling of the text tower in a multimodal class, in place of `model.`.
     """
     spelling = _spelling(architecture, like)
-    groups: dict[tuple[Rule, int | None], dict[int, LoraPair]] = {}
+    groups: dict[tuple[Rule, int | None], dict[int, Update]] = {}
     unmatched: list[str] = []
     for pair in split_fused(architecture, sizes, pairs):
         match = _preferred(architecture.match_gguf(pair.module), layout, spelling)
@@ -159,7 +157,7 @@ def from_engine(
             unmatched.append(pair.module)
         else:
             groups.setdefault((match.rule, match.layer), {})[match.target] = pair
-    found: list[LoraPair] = []
+    found: list[Update] = []
     sources: dict[str, tuple[str, ...]] = {}
     unsized: list[str] = []
     for (rule, layer), members in groups.items():
@@ -175,7 +173,7 @@ def from_engine(
     return Mapped(tuple(found), tuple(unmatched), sources, tuple(unsized))
 
 
-def _in_class(pair: LoraPair, text_prefix: str) -> str:
+def _in_class(pair: Update, text_prefix: str) -> str:
     if text_prefix and pair.module.startswith("model."):
         return text_prefix + pair.module.removeprefix("model.")
     return pair.module
@@ -209,8 +207,8 @@ def _preferred(matches: Sequence[Match], layout: str | None, spelling: _Spelling
 
 
 def _restored(
-    rule: Rule, sizes: Sizes | None, layer: int | None, members: Mapping[int, LoraPair]
-) -> tuple[list[LoraPair], bool]:
+    rule: Rule, sizes: Sizes | None, layer: int | None, members: Mapping[int, Update]
+) -> tuple[list[Update], bool]:
     if rule.sized and sizes is None:
         if len(rule.targets) > 1:
             return list(members.values()), True
@@ -218,7 +216,7 @@ def _restored(
         return [pair], True
     if rule.stacked:
         (pair,) = members.values()
-        names = [_named(rule.hf, layer, expert) for expert in range(pair.b.shape[0])]
+        names = [_named(rule.hf, layer, expert) for expert in range(pair.experts)]
         parts = factors.unstack_experts(pair, names)
         return [_unordered(rule, sizes, layer, part) for part in parts], False
     fused = (
@@ -230,12 +228,12 @@ def _restored(
 
 
 def _fused(
-    rule: Rule, sizes: Sizes | None, layer: int | None, members: Mapping[int, LoraPair]
-) -> LoraPair:
+    rule: Rule, sizes: Sizes | None, layer: int | None, members: Mapping[int, Update]
+) -> Update:
     name = _named(rule.hf, layer)
     if len(rule.targets) == 1:
         return replace(members[0], module=name)
-    parts: list[LoraPair | None] = []
+    parts: list[Update | None] = []
     heights: list[int] = []
     for place, target in enumerate(rule.targets):
         pair = members.get(place)
@@ -247,11 +245,9 @@ def _fused(
     return factors.fuse_rows(parts, heights, name)
 
 
-def _joined(
-    rule: Rule, sizes: Sizes, layer: int | None, members: Mapping[int, LoraPair]
-) -> LoraPair:
+def _joined(rule: Rule, sizes: Sizes, layer: int | None, members: Mapping[int, Update]) -> Update:
     """Undo `_split_heads`: every head's parts side by side, then head after head."""
-    parts: list[LoraPair | None] = []
+    parts: list[Update | None] = []
     heights: list[int] = []
     for place, target in enumerate(rule.targets):
         pair = members.get(place)
@@ -263,7 +259,7 @@ def _joined(
     return factors.join_heads(fused)
 
 
-def _split_heads(match: Match, sizes: Sizes, pair: LoraPair) -> list[LoraPair]:
+def _split_heads(match: Match, sizes: Sizes, pair: Update) -> list[Update]:
     rule, layer = match.rule, match.layer
     heads = sizes.value(rule.per_head or "1", layer)
     shares = [sizes.value(target.size or "0", layer) for target in rule.targets]
@@ -272,7 +268,7 @@ def _split_heads(match: Match, sizes: Sizes, pair: LoraPair) -> list[LoraPair]:
             f"has {pair.b.shape[-2]} rows, the base {heads} heads of {shares}", where=pair.module
         )
     stacked = factors.split_heads(pair, heads)
-    parts: list[LoraPair] = []
+    parts: list[Update] = []
     start = 0
     for target, share in zip(rule.targets, shares, strict=True):
         part = factors.slice_rows(stacked, start, start + share)
@@ -287,8 +283,8 @@ def _height(
     target: Target,
     sizes: Sizes | None,
     layer: int | None,
-    members: Mapping[int, LoraPair],
-    pair: LoraPair | None,
+    members: Mapping[int, Update],
+    pair: Update | None,
 ) -> int:
     if pair is not None:
         return pair.b.shape[-2]
@@ -299,7 +295,7 @@ def _height(
     return next(iter(members.values())).b.shape[-2]
 
 
-def _reordered(rule: Rule, sizes: Sizes, layer: int | None, pair: LoraPair) -> LoraPair:
+def _reordered(rule: Rule, sizes: Sizes, layer: int | None, pair: Update) -> Update:
     if rule.rows:
         order = row_order(rule.rows, pair.b.shape[-2], sizes, layer, pair.module)
         pair = factors.take_rows(pair, order)
@@ -311,7 +307,7 @@ def _reordered(rule: Rule, sizes: Sizes, layer: int | None, pair: LoraPair) -> L
     return pair
 
 
-def _unordered(rule: Rule, sizes: Sizes | None, layer: int | None, pair: LoraPair) -> LoraPair:
+def _unordered(rule: Rule, sizes: Sizes | None, layer: int | None, pair: Update) -> Update:
     if sizes is None:
         return pair
     if rule.rows:
@@ -325,7 +321,7 @@ def _unordered(rule: Rule, sizes: Sizes | None, layer: int | None, pair: LoraPai
     return pair
 
 
-def _split(match: Match, sizes: Sizes, pair: LoraPair) -> list[LoraPair]:
+def _split(match: Match, sizes: Sizes, pair: Update) -> list[Update]:
     rule, layer = match.rule, match.layer
     if rule.per_head:
         return _split_heads(match, sizes, pair)
@@ -340,7 +336,7 @@ def _split(match: Match, sizes: Sizes, pair: LoraPair) -> list[LoraPair]:
         raise IncompatibleBaseError(
             f"has {height} output rows, the base splits it into {shares}", where=pair.module
         )
-    parts: list[LoraPair] = []
+    parts: list[Update] = []
     start = 0
     for target, share in zip(rule.targets, shares, strict=True):
         part = factors.slice_rows(pair, start, start + share)

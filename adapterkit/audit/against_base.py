@@ -12,7 +12,7 @@ from adapterkit.audit.base_report import BaseAudit, BaseSummary, NotCompared, We
 from adapterkit.audit.base_sites import sites
 from adapterkit.audit.krylov import Triplets, leading
 from adapterkit.audit.operators import Operator
-from adapterkit.audit.spectrum import factors, is_convolution, matrix_shape, not_finite
+from adapterkit.audit.spectrum import factors, not_finite
 from adapterkit.base.decoding import stored_type
 from adapterkit.base.quantised import as_floats
 from adapterkit.errors import (
@@ -21,6 +21,7 @@ from adapterkit.errors import (
     IncompatibleBaseError,
     UncheckableError,
 )
+from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
 
 
 def _site(site: Site, base: BaseModel, *, exact: bool) -> Iterator[WeightAudit]:
-    size = matrix_shape(site.pair)
+    size = site.pair.matrix_shape
     _check_shape(site, base, size)
     for each in factors(site.pair):
         row = WeightAudit(
@@ -122,12 +123,11 @@ def _site(site: Site, base: BaseModel, *, exact: bool) -> Iterator[WeightAudit]:
 
 
 def _check_shape(site: Site, base: BaseModel, size: tuple[int, int]) -> None:
-    stored, experts = site.stored.shape, len(site.pair.b.shape) > 2  # noqa: PLR2004
-    stacked = experts and not is_convolution(site.pair)
+    stored, stacked = site.stored.shape, site.pair.kind is Kind.EXPERTS
     lead = 1 if stacked else 0
     shown = (stored[lead], math.prod(stored[lead + 1 :])) if len(stored) > lead + 1 else stored
     wanted = size[::-1] if site.turned else size
-    same_count = not stacked or stored[0] == site.pair.b.shape[0]
+    same_count = not stacked or stored[0] == site.pair.experts
     if shown != wanted or not same_count:
         raise IncompatibleBaseError(
             f"the base has {list(stored)} here, the adapter {list(site.pair.shape)}; is it the "

@@ -16,7 +16,8 @@ from adapterkit.audit.base_report import NotCompared
 from adapterkit.base.weights import BaseWeights
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError
-from adapterkit.model import LoraPair, Role
+from adapterkit.keys import Role
+from adapterkit.model import Kind, Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Site:
     """
 
     modules: tuple[str, ...]
-    pair: LoraPair
+    pair: Update
     stored: LazyTensor
     turned: bool
     magnitude: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
@@ -66,20 +67,20 @@ def sites(adapter: AdapterTensorSet, base: BaseModel) -> tuple[list[Site], list[
     return usable, missing
 
 
-def _with_magnitude(pair: LoraPair, magnitude: LazyTensor | None) -> LoraPair:
+def _with_magnitude(pair: Update, magnitude: LazyTensor | None) -> Update:
     """Return a pair whose B has the magnitude as one more column, so that rows keep theirs.
 
     The row of A beside it is zero: the product stays the same.
     """
-    if magnitude is None or magnitude.size != pair.b.shape[0]:
+    if magnitude is None or magnitude.size != pair.b.shape[0] or pair.kind is Kind.EXPERTS:
         return pair
     values = magnitude.numpy().astype(np.float64).reshape(-1)
-    a = pair.a.numpy().astype(np.float64).reshape(pair.a.shape[0], -1)
-    b = pair.b.numpy().astype(np.float64).reshape(pair.b.shape[0], -1)
+    ((b, a),) = pair.matrices()
     return replace(
         pair,
         a=LazyTensor.of(np.concatenate([a, np.zeros((1, a.shape[1]))])),
         b=LazyTensor.of(np.concatenate([b, values[:, None]], axis=1)),
+        kind=pair.kind if pair.embedding else Kind.LINEAR,
     )
 
 
@@ -95,7 +96,7 @@ def _without_magnitude(site: Site, magnitudes: Mapping[str, LazyTensor]) -> Site
     normed = [module for module in site.modules if module in magnitudes]
     if not normed:
         return site
-    if len(site.modules) > 1 or len(site.pair.b.shape) > 2:  # noqa: PLR2004  (a matrix)
+    if len(site.modules) > 1 or site.pair.kind is Kind.EXPERTS:
         raise ValueError("has a DoRA magnitude, and the base holds it as a part of another tensor")
     a, b = site.pair.a.numpy(), site.pair.b.numpy()
     if magnitudes[normed[0]].size != len(b):
@@ -104,7 +105,7 @@ def _without_magnitude(site: Site, magnitudes: Mapping[str, LazyTensor]) -> Site
     return replace(site, pair=pair, magnitude=b[:, -1])
 
 
-def _in_gguf(pairs: list[LoraPair], base: BaseModel) -> tuple[list[Site], list[NotCompared]]:
+def _in_gguf(pairs: list[Update], base: BaseModel) -> tuple[list[Site], list[NotCompared]]:
     scales = {pair.module: pair.scale for pair in pairs}
     mapped = to_engine(base.architecture, base.sizes, pairs, base.tensors)
     missing = [
@@ -132,10 +133,10 @@ def _rescaled(site: Site, ratio: float) -> Site:
     return replace(site, pair=replace(site.pair, b=scaled, scale=site.pair.scale / ratio))
 
 
-def _in_checkpoint(pairs: list[LoraPair], base: BaseModel) -> tuple[list[Site], list[NotCompared]]:
+def _in_checkpoint(pairs: list[Update], base: BaseModel) -> tuple[list[Site], list[NotCompared]]:
     weights = BaseWeights(base)
     found: list[Site] = []
-    elsewhere: list[LoraPair] = []
+    elsewhere: list[Update] = []
     for pair in pairs:
         stored = _stored(pair.module, weights)
         if stored is None:
@@ -160,7 +161,7 @@ def _target(module: str, weights: BaseWeights) -> str | None:
     return match.rule.targets[0].name if match and match.rule.targets else None
 
 
-def _turned(pair: LoraPair, stored: LazyTensor, weights: BaseWeights) -> bool:
+def _turned(pair: Update, stored: LazyTensor, weights: BaseWeights) -> bool:
     if pair.embedding:
         return True
     match = find_rule(weights.base.architecture, pair.module)
@@ -169,7 +170,7 @@ def _turned(pair: LoraPair, stored: LazyTensor, weights: BaseWeights) -> bool:
     return pair.shape != stored.shape and pair.shape[::-1] == stored.shape
 
 
-def _respelled(pairs: list[LoraPair], weights: BaseWeights) -> tuple[list[Site], list[NotCompared]]:
+def _respelled(pairs: list[Update], weights: BaseWeights) -> tuple[list[Site], list[NotCompared]]:
     """Look experts and fused projections up under the checkpoint's spelling, by llama.cpp's."""
     base, found = weights.base, list[Site]()
     if not pairs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,12 @@ import numpy as np
 from adapterkit.audit.measure import audit_one
 from adapterkit.audit.plan import suggest
 from adapterkit.audit.rank_plan import ModuleRank
-from adapterkit.audit.spectrum import factors, is_convolution, rank_of, triangular
+from adapterkit.audit.spectrum import factors, triangular
 from adapterkit.dtype import DType
 from adapterkit.errors import ProofError
+from adapterkit.keys import Role
 from adapterkit.loading import load
-from adapterkit.model import AdapterTensorSet, LoraPair, Role, TensorKey
+from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.proof import tolerance_for
 from adapterkit.tensor import LazyTensor, encode
 from adapterkit.work import in_threads
@@ -144,7 +144,7 @@ def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> 
     pairs = list(whole.pairs())
     ranks = plan.ranks
     cut = in_threads(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
-    result = _replaced(whole, cut)
+    result = whole.updated(cut)
     measured = distance(pairs, cut)
     changed = [new for old, new in zip(pairs, cut, strict=True) if new is not old]
     _check(plan.relative_error, measured, changed, whole)
@@ -238,7 +238,7 @@ def compress_file(
     )
 
 
-def truncated(pair: LoraPair, rank: int, dtype: DType | None = None) -> LoraPair:
+def truncated(pair: Update, rank: int, dtype: DType | None = None) -> Update:
     """Return the pair with the best factors of a rank; itself if it has no more than that rank.
 
     Args:
@@ -246,40 +246,32 @@ def truncated(pair: LoraPair, rank: int, dtype: DType | None = None) -> LoraPair
         rank: new inner dimension.
         dtype: stored type of the new factors; None keeps each one's.
     """
-    if rank >= rank_of(pair):
+    if rank >= pair.rank:
         return pair
     cut = [_cut(each, rank) for each in factors(pair)]
     a, b = (np.stack(parts) for parts in zip(*cut, strict=True))
+    a_shape, b_shape = pair.factor_shapes(rank)
     return replace(
         pair,
-        a=_stored(a, pair, pair.a, dtype),
-        b=_stored(b, pair, pair.b, dtype),
+        a=_stored(a.reshape(a_shape), pair.a, pair.module, dtype),
+        b=_stored(b.reshape(b_shape), pair.b, pair.module, dtype),
     )
 
 
-def _rank_axis(pair: LoraPair, tensor: LazyTensor) -> int:
-    if is_convolution(pair):
-        return 0 if tensor is pair.a else 1
-    return len(tensor.shape) - (2 if tensor is pair.a else 1)
-
-
-def _stored(values: Array, pair: LoraPair, like: LazyTensor, dtype: DType | None) -> LazyTensor:
-    """Return a new factor (experts, ...) in the layout of the old one, its rank axis resized.
+def _stored(values: Array, like: LazyTensor, module: str, dtype: DType | None) -> LazyTensor:
+    """Return a new factor in the type of the old one.
 
     Raises:
         ProofError: if the stored type loses more of it than its rounding explains.
     """
     kind = dtype or (DType.F32 if like.dtype.quantised else like.dtype)
-    axis = _rank_axis(pair, like)
-    rest = values.size // math.prod(size for at, size in enumerate(like.shape) if at != axis)
-    shape = (*like.shape[:axis], rest, *like.shape[axis + 1 :])
     data = encode(values, kind)
-    stored = LazyTensor(kind, shape, lambda: data)
-    apart = float(np.linalg.norm(stored.numpy().astype(np.float64).reshape(values.shape) - values))
+    stored = LazyTensor(kind, values.shape, lambda: data)
+    apart = float(np.linalg.norm(stored.numpy().astype(np.float64) - values))
     # The factors are balanced, so what a factor loses the update loses.
     if not apart <= tolerance_for([kind]) * float(np.linalg.norm(values)):
         message = f"the new factors do not fit into {kind} (too small or too large); "
-        raise ProofError(message + "try --outtype f32", where=pair.module)
+        raise ProofError(message + "try --outtype f32", where=module)
     return stored
 
 
@@ -300,18 +292,7 @@ def _cut(each: Factors, rank: int) -> tuple[Array, Array]:
     return a, b
 
 
-def _replaced(whole: AdapterTensorSet, cut: Sequence[LoraPair]) -> AdapterTensorSet:
-    tensors = dict(whole.tensors)
-    for pair in cut:
-        roles = (
-            (Role.EMBEDDING_A, Role.EMBEDDING_B) if pair.embedding else (Role.LORA_A, Role.LORA_B)
-        )
-        for role, tensor in zip(roles, (pair.a, pair.b), strict=True):
-            tensors[TensorKey(pair.module, role)] = tensor
-    return whole.replace(tensors=tensors)
-
-
-def distance(first: Sequence[LoraPair], second: Sequence[LoraPair]) -> float:
+def distance(first: Sequence[Update], second: Sequence[Update]) -> float:
     """Return ‖ΔW₁ - ΔW₂‖ / ‖ΔW₁‖, Frobenius, over all modules; 0 for two zero updates.
 
     The difference is taken as one product [B₁, -B₂]·[A₁; A₂], whose norm comes from orthogonal
@@ -322,7 +303,7 @@ def distance(first: Sequence[LoraPair], second: Sequence[LoraPair]) -> float:
     return (sum(apart for apart, _ in parts) / total) ** 0.5 if total else 0.0
 
 
-def _apart(first: LoraPair, second: LoraPair) -> tuple[float, float]:
+def _apart(first: Update, second: Update) -> tuple[float, float]:
     apart = whole = 0.0
     same = first is second
     for one, other in zip(factors(first), factors(second), strict=True):
@@ -338,7 +319,7 @@ def _squared(b: Array, a: Array) -> float:
 
 
 def _check(
-    predicted: float, measured: float, changed: Sequence[LoraPair], whole: AdapterTensorSet
+    predicted: float, measured: float, changed: Sequence[Update], whole: AdapterTensorSet
 ) -> None:
     if not changed:
         return

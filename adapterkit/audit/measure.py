@@ -12,11 +12,11 @@ from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import with_scores
 from adapterkit.audit.places import place_of
 from adapterkit.audit.report import AdapterAudit, AuditReport, ModuleAudit, Unaudited
-from adapterkit.audit.spectrum import Spectrum, experts_of, matrix_shape, rank_of, spectra
+from adapterkit.audit.spectrum import Spectrum, spectra
 from adapterkit.base.quantised import as_floats
 from adapterkit.errors import FormatError, UncheckableError, UsageError
+from adapterkit.keys import PARTNERS, Role
 from adapterkit.loading import load, load_all, open_model
-from adapterkit.model import AdapterTensorSet, Role
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from adapterkit.audit.rank_plan import Suggestion
     from adapterkit.audit.reference_bank import Bank
     from adapterkit.base import BaseModel
-    from adapterkit.model import LoraPair, TensorKey
+    from adapterkit.keys import TensorKey
+    from adapterkit.model import AdapterTensorSet, Update
 
-_FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
 _REASONS = {
     Role.MAGNITUDE: "DoRA's magnitude acts on base and update together; the base is needed",
     Role.LORA_BIAS: "a bias is no part of the weight's update",
@@ -184,7 +184,7 @@ def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
         raise UncheckableError(message, path=path)
     magnitudes = {key.module for key in adapter.tensors if key.role is Role.MAGNITUDE}
 
-    def measured(pair: LoraPair) -> list[ModuleAudit]:
+    def measured(pair: Update) -> list[ModuleAudit]:
         return _measured(pair, low_rank_only=pair.module in magnitudes)
 
     try:
@@ -212,12 +212,12 @@ def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
     )
 
 
-def _measured(pair: LoraPair, *, low_rank_only: bool) -> list[ModuleAudit]:
+def _measured(pair: Update, *, low_rank_only: bool) -> list[ModuleAudit]:
     return [_module(pair, each, low_rank_only=low_rank_only) for each in spectra(pair)]
 
 
-def _module(pair: LoraPair, spectrum: Spectrum, *, low_rank_only: bool) -> ModuleAudit:
-    place, rank, size = place_of(pair.module), rank_of(pair), matrix_shape(pair)
+def _module(pair: Update, spectrum: Spectrum, *, low_rank_only: bool) -> ModuleAudit:
+    place, rank, size = place_of(pair.module), pair.rank, pair.matrix_shape
     epsilon = storage_epsilon(pair.a.dtype, pair.b.dtype)
     shape = shape_of(spectrum.relative, rank=rank, size=size, epsilon=epsilon)
     values = spectrum.values
@@ -233,7 +233,7 @@ def _module(pair: LoraPair, spectrum: Spectrum, *, low_rank_only: bool) -> Modul
         shape=size,
         rank=rank,
         scale=pair.scale,
-        parameters=(pair.a.size + pair.b.size) // experts_of(pair),
+        parameters=(pair.a.size + pair.b.size) // pair.experts,
         dtype="/".join(kinds),
         state="trained" if shape else "untrained",
         low_rank_only=low_rank_only,
@@ -258,7 +258,7 @@ def _fields(shape: Shape | None) -> dict[str, Any]:
 
 def _unaudited(keys: Iterable[TensorKey]) -> Iterable[Unaudited]:
     for key in keys:
-        if key.role not in _FACTORS:
+        if key.role not in PARTNERS:
             yield Unaudited(str(key), _REASONS.get(key.role, "is no factor of a low-rank update"))
 
 

@@ -22,7 +22,7 @@ from adapterkit.audit.interference import (
     ModuleInterference,
     PairInterference,
 )
-from adapterkit.audit.spectrum import Array, factors, matrix_shape, triangular
+from adapterkit.audit.spectrum import Array, factors, triangular
 from adapterkit.errors import UncheckableError
 from adapterkit.work import in_threads
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from adapterkit.audit.report import AdapterAudit
     from adapterkit.audit.spectrum import Factors
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
 
 # Directions that hold less than 1e-12 of the energy are no directions to compare.
 _NOTHING = 1e-6
@@ -123,7 +123,7 @@ def interference(
 
 
 def _check_layouts(adapters: Sequence[AdapterTensorSet]) -> None:
-    layouts = [set(adapter.traits.get("engine_layout", ())) for adapter in adapters]
+    layouts = [set(adapter.engine_layout) for adapter in adapters]
     adapted = [set(adapter.scales) for adapter in adapters]
     for (i, first), (j, second) in combinations(enumerate(layouts), 2):
         alone = (first ^ second) & adapted[i] & adapted[j]
@@ -135,18 +135,18 @@ def _check_layouts(adapters: Sequence[AdapterTensorSet]) -> None:
             )
 
 
-def _alike(first: LoraPair, second: LoraPair) -> bool:
+def _alike(first: Update, second: Update) -> bool:
     return (
-        matrix_shape(first) == matrix_shape(second)
-        and first.b.shape[:-2] == second.b.shape[:-2]
-        and first.embedding == second.embedding
+        first.matrix_shape == second.matrix_shape
+        and first.experts == second.experts
+        and first.kind is second.kind
     )
 
 
-def _compare(group: dict[int, LoraPair]) -> list[_Compared]:
+def _compare(group: dict[int, Update]) -> list[_Compared]:
     """Compare one module, its experts one by one; adapters of other shapes apart."""
     found: list[_Compared] = []
-    left: dict[int, LoraPair] = dict(group)
+    left: dict[int, Update] = dict(group)
     while left:
         first = next(iter(left.values()))
         alike = {number: pair for number, pair in left.items() if _alike(first, pair)}
@@ -156,7 +156,7 @@ def _compare(group: dict[int, LoraPair]) -> list[_Compared]:
     return found
 
 
-def _compare_alike(alike: dict[int, LoraPair]) -> list[_Compared]:
+def _compare_alike(alike: dict[int, Update]) -> list[_Compared]:
     found: list[_Compared] = []
     for experts in zip(*(factors(pair) for pair in alike.values()), strict=True):
         updates = {

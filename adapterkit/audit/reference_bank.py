@@ -32,7 +32,7 @@ from adapterkit.work import in_threads
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
 
 STATISTICS = ("spectral_norm", "frobenius_norm", "top1_energy", "entropy", "kurtosis")
 _KIND, _SCHEMA = "adapterkit audit bank", 1
@@ -79,7 +79,7 @@ def member_of(adapter: AdapterTensorSet, source: str) -> Member:
     return Member(source, adapter.base.name, families)
 
 
-def _statistics(pair: LoraPair) -> list[dict[str, float]]:
+def _statistics(pair: Update) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for spectrum, each in zip(spectra(pair), factors(pair), strict=True):
         if not spectrum.largest:

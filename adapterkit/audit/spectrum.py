@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
+from adapterkit.model import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from adapterkit.model import LoraPair
+    from adapterkit.model import Update
     from adapterkit.tensor import LazyTensor
 
 Array = NDArray[np.float64]
@@ -32,8 +33,6 @@ _GRAM_CONDITION = 1e3
 _ROUNDING = 8 * 2.0**-52
 # Squared norms between this and its inverse leave room for the products of two.
 _SMALL = 1e-60
-_MATRIX = 2
-_EXPERTS = 3
 # Elements that are decoded at a time: both of their forms stay in the processor's cache.
 _CHUNK = 1 << 15
 
@@ -80,33 +79,6 @@ class Spectrum:
         return self.relative * self.largest
 
 
-def is_convolution(pair: LoraPair) -> bool:
-    """Tell whether A is (r, in, *kernel) and B is (out, r, 1, ...), not stacked experts."""
-    a, b = pair.a.shape, pair.b.shape
-    if len(a) != len(b) or len(a) <= _MATRIX:
-        return False
-    experts = len(a) == _EXPERTS and a[0] == b[0] and a[1] == b[2]
-    return not experts and a[0] == b[1] and math.prod(b[2:]) == 1
-
-
-def rank_of(pair: LoraPair) -> int:
-    """Return the inner dimension of the factors, per expert."""
-    return pair.b.shape[1] if is_convolution(pair) else pair.b.shape[-1]
-
-
-def experts_of(pair: LoraPair) -> int:
-    """Return how many matrices the pair stands for: the number of stacked experts, or 1."""
-    stacked = len(pair.a.shape) == _EXPERTS and not is_convolution(pair)
-    return pair.a.shape[0] if stacked else 1
-
-
-def matrix_shape(pair: LoraPair) -> tuple[int, int]:
-    """Return (out, in) of B·A, per expert; a convolution's kernel counts as inputs."""
-    if is_convolution(pair):
-        return pair.b.shape[0], math.prod(pair.a.shape[1:])
-    return pair.b.shape[-2], pair.a.shape[-1]
-
-
 class _Scratch(threading.local):
     """Room for matrices, one set for each thread, filled anew for every pair.
 
@@ -128,22 +100,18 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
-def factors(pair: LoraPair) -> Iterator[Factors]:
+def factors(pair: Update) -> Iterator[Factors]:
     """Yield the factors of each matrix of a pair, experts one by one."""
     return _factors(pair, lambda _, shape: np.empty(shape))
 
 
-def _factors(pair: LoraPair, room: Callable[[str, tuple[int, ...]], Array]) -> Iterator[Factors]:
-    rank, (out, inputs) = rank_of(pair), matrix_shape(pair)
+def _factors(pair: Update, room: Callable[[str, tuple[int, ...]], Array]) -> Iterator[Factors]:
     # Stored values stay as they are until their expert's turn: float64 is four times as large.
-    a = _stored(pair.a).reshape(-1, rank, inputs)
-    b = _stored(pair.b).reshape(-1, out, rank)
-    stacked = len(pair.a.shape) == _EXPERTS and not is_convolution(pair)
-    for expert, (a_one, b_one) in enumerate(zip(a, b, strict=True)):
+    for expert, (b_one, a_one) in enumerate(pair.matrices(_stored)):
         yield Factors(
             _widened(a_one, pair.a.dtype, room("a", a_one.shape)),
             _widened(b_one, pair.b.dtype, room("b", b_one.shape)),
-            expert if stacked else None,
+            expert if pair.kind is Kind.EXPERTS else None,
         )
 
 
@@ -169,7 +137,7 @@ def _widened(values: np.ndarray[Any, Any], dtype: DType, out: Array) -> Array:
     return out
 
 
-def spectra(pair: LoraPair) -> list[Spectrum]:
+def spectra(pair: Update) -> list[Spectrum]:
     """Return the spectrum of each matrix of a pair, experts one by one.
 
     Raises:
@@ -178,7 +146,7 @@ def spectra(pair: LoraPair) -> list[Spectrum]:
     return [_spectrum(each, pair) for each in _factors(pair, _SCRATCH.array)]
 
 
-def _spectrum(each: Factors, pair: LoraPair) -> Spectrum:
+def _spectrum(each: Factors, pair: Update) -> Spectrum:
     a, a_size = _unit(each.a)
     b, b_size = _unit(each.b)
     if not math.isfinite(a_size + b_size):
@@ -255,7 +223,7 @@ def _cholesky(gram: Array) -> Array | None:
     return lower if (values[..., -1] * _GRAM_CONDITION > values[..., 0]).all() else None
 
 
-def not_finite(pair: LoraPair) -> FormatError:
+def not_finite(pair: Update) -> FormatError:
     """Return the error for a pair of which a factor is not finite; names that factor."""
     from adapterkit.delta import all_finite
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import find_rule, to_engine
 from adapterkit.base.weights import BaseWeights
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError
+from adapterkit.model import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from adapterkit.architectures.table import Match
     from adapterkit.base.model import BaseModel
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
 
 _MATRIX = 2
-_STACK = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,18 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel) -> None:
 def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
     """Yield what is wrong with modules that the family knows and the base contradicts.
 
-    Pairs that are broken whatever the base is are left to `adapterkit.structure`.
+    Pairs that are broken whatever the base is are left to `adapterkit.model.defects`.
     """
-    kept = adapter.traits.get("engine_layout", {})
-    pairs = [pair for pair in adapter.pairs() if pair.module not in kept and sound(pair)]
+    kept = adapter.engine_layout
+    pairs = [pair for pair in adapter.pairs() if pair.module not in kept and pair.sound]
     weights = BaseWeights(base)
-    fitting: list[LoraPair] = []
+    fitting: list[Update] = []
     for pair in pairs:
         match = find_rule(base.architecture, pair.module)
         wrong = _beyond(pair, match, base)
-        if wrong is None and base.kind == "hf" and match:
+        if wrong is None and pair.kind is Kind.CONVOLUTION:
+            wrong = _other_kernel(pair, base)
+        elif wrong is None and base.kind == "hf" and match:
             wrong = _absent(pair, match, weights) or _wrong_shape(pair, match, base)
         if wrong:
             yield wrong
@@ -78,14 +80,7 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
         )
 
 
-def sound(pair: LoraPair) -> bool:
-    """Tell whether A and B are matrices, or stacks of them, that can be multiplied."""
-    a, b = pair.a.shape, pair.b.shape
-    factors = len(a) == len(b) >= _MATRIX and 0 not in {*a, *b}
-    return factors and a[-2] == b[-1] and a[:-2] == b[:-2]
-
-
-def _beyond(pair: LoraPair, match: Match | None, base: BaseModel) -> Misfit | None:
+def _beyond(pair: Update, match: Match | None, base: BaseModel) -> Misfit | None:
     """Compare the layer, the expert and the number of stacked experts with the base's."""
     if match is None:
         return None
@@ -97,14 +92,14 @@ def _beyond(pair: LoraPair, match: Match | None, base: BaseModel) -> Misfit | No
         return None
     if match.expert is not None and match.expert >= experts:
         return Misfit(pair.module, f"the base has {experts} experts", "expert")
-    stacked = len(pair.b.shape) == _STACK and match.rule.kind == "experts"
-    if stacked and pair.b.shape[0] != experts:
-        message = f"the base has {experts} experts, the adapter {pair.b.shape[0]}"
+    stacked = pair.kind is Kind.EXPERTS and match.rule.kind == "experts"
+    if stacked and pair.experts != experts:
+        message = f"the base has {experts} experts, the adapter {pair.experts}"
         return Misfit(pair.module, message, "expert")
     return None
 
 
-def _absent(pair: LoraPair, match: Match, weights: BaseWeights) -> Misfit | None:
+def _absent(pair: Update, match: Match, weights: BaseWeights) -> Misfit | None:
     """Look the module up among the names of the base's checkpoint, where those are known.
 
     Experts have several spellings in checkpoints, and a tied output is in none.
@@ -115,7 +110,7 @@ def _absent(pair: LoraPair, match: Match, weights: BaseWeights) -> Misfit | None
     return Misfit(pair.module, "the base's checkpoint has no such module", "missing")
 
 
-def _wrong_shape(pair: LoraPair, match: Match, base: BaseModel) -> Misfit | None:
+def _wrong_shape(pair: Update, match: Match, base: BaseModel) -> Misfit | None:
     actual = _oriented(pair)[-2:]
     try:
         expected = _expected(pair, match, base)
@@ -130,7 +125,16 @@ def _wrong_shape(pair: LoraPair, match: Match, base: BaseModel) -> Misfit | None
     return Misfit(pair.module, message, "shape")
 
 
-def _expected(pair: LoraPair, match: Match, base: BaseModel) -> tuple[int, ...] | None:
+def _other_kernel(pair: Update, base: BaseModel) -> Misfit | None:
+    """Compare a convolution with the base's, which no table describes."""
+    stored = base.tensors.get(f"{pair.module}.weight")
+    if stored is None or stored.shape == pair.shape:
+        return None
+    message = f"the base has {_shown(stored.shape)} here, the adapter {_shown(pair.shape)}"
+    return Misfit(pair.module, message, "shape")
+
+
+def _expected(pair: Update, match: Match, base: BaseModel) -> tuple[int, ...] | None:
     stored = base.tensors.get(f"{pair.module}.weight")
     # Quantised checkpoints store packed shapes; their config tells the logical ones.
     if stored is not None and stored.dtype.floating and len(stored.shape) == _MATRIX:
@@ -140,12 +144,12 @@ def _expected(pair: LoraPair, match: Match, base: BaseModel) -> tuple[int, ...] 
     return tuple(int(base.sizes.value(text, match.layer)) for text in match.rule.shape)
 
 
-def _oriented(pair: LoraPair) -> tuple[int, ...]:
+def _oriented(pair: Update) -> tuple[int, ...]:
     """Return (out, in), with experts in front, or (vocabulary, width) of an embedding."""
     return pair.shape[::-1] if pair.embedding else pair.shape
 
 
-def _engine_misfits(pairs: list[LoraPair], base: BaseModel) -> Iterator[Misfit]:
+def _engine_misfits(pairs: list[Update], base: BaseModel) -> Iterator[Misfit]:
     try:
         yield from _compared(pairs, base)
     except IncompatibleBaseError as error:
@@ -157,7 +161,7 @@ def _engine_misfits(pairs: list[LoraPair], base: BaseModel) -> Iterator[Misfit]:
             yield from _engine_misfits([pair], base)
 
 
-def _compared(pairs: list[LoraPair], base: BaseModel) -> list[Misfit]:
+def _compared(pairs: list[Update], base: BaseModel) -> list[Misfit]:
     mapped = to_engine(base.architecture, base.sizes, pairs, base.tensors)
     found: list[Misfit] = []
     for part in mapped.pairs:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
 from adapterkit.extract.report import LeftOver
-from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import BaseReference
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +18,8 @@ if TYPE_CHECKING:
     from adapterkit.extract.factors import Outcome
     from adapterkit.extract.report import ExtractedModule
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import LoraPair
+    from adapterkit.model import Update
     from adapterkit.registry import FormatSpec
-    from adapterkit.tensor import LazyTensor
 
 # Losses that are about one table; what loses it keeps all other modules.
 _TABLES = frozenset({"tied-embedding", "tied-output"})
@@ -73,14 +74,9 @@ def assembled(
     return adapter.replace(tensors={**adapter.tensors, **whole}), reports
 
 
-def _adapter(pairs: Iterable[LoraPair], base: BaseModel) -> AdapterTensorSet:
-    tensors: dict[TensorKey, LazyTensor] = {}
-    scales: dict[str, float] = {}
-    for pair in pairs:
-        tensors |= dict(zip(pair.keys, (pair.a, pair.b), strict=True))
-        scales[pair.module] = pair.scale
+def _adapter(pairs: Iterable[Update], base: BaseModel) -> AdapterTensorSet:
     named = base.name or (str(base.path) if base.kind == "hf" else None)
-    return AdapterTensorSet(tensors=tensors, scales=scales, base=BaseReference(name=named))
+    return AdapterTensorSet.of(pairs, {}, base=BaseReference(name=named))
 
 
 def _parameter(outcome: Outcome) -> str:
@@ -91,7 +87,7 @@ def _parameter(outcome: Outcome) -> str:
 
 def _named(
     outcomes: Iterable[Outcome], base: BaseModel, layout: str | None
-) -> tuple[list[LoraPair], dict[str, tuple[str, ...]]]:
+) -> tuple[list[Update], dict[str, tuple[str, ...]]]:
     """Return updates under Hugging Face names, and old name -> new names.
 
     Experts take the layout that the base is loaded in, whatever the checkpoint spells.
@@ -102,8 +98,8 @@ def _named(
     if base.kind == "gguf":
         mapped = from_engine(architecture, sizes, pairs, layout=wanted)
         return list(mapped.pairs), _inverse(mapped.sources)
-    kept: list[LoraPair] = []
-    moved: list[LoraPair] = []
+    kept: list[Update] = []
+    moved: list[Update] = []
     for pair in pairs:
         match = find_rule(architecture, pair.module)
         other = match is not None and match.rule.layout not in {None, wanted}

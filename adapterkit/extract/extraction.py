@@ -17,6 +17,7 @@ from adapterkit.extract.remarks import notes, warnings
 from adapterkit.extract.report import ExtractReport
 from adapterkit.extract.twins import twins
 from adapterkit.formats.protocol import Options
+from adapterkit.notes import first_and_more
 from adapterkit.output import check_destination
 from adapterkit.saving import admitted, destination_format, save, stored_type
 from adapterkit.work import counter, in_threads
@@ -180,10 +181,9 @@ def _check_any(
             "their stored type: there is nothing to extract",
             path=tuned.path,
         )
-    named = ", ".join(outcome.twin.name for outcome in left[:3])
-    more = f" and {len(left) - 3} more" if len(left) > 3 else ""  # noqa: PLR2004
+    named = first_and_more([outcome.twin.name for outcome in left], 3)
     advice = "" if save_rest else "; --save-rest stores them whole"
     raise UnsupportedError(
-        f"differs from {base.path} only in what no factors hold: {named}{more}{advice}",
+        f"differs from {base.path} only in what no factors hold: {named}{advice}",
         path=tuned.path,
     )

@@ -21,7 +21,7 @@ from adapterkit.merge.lowrank import LowRank, distance
 from adapterkit.merge.plane import Plane
 from adapterkit.merge.ranks import predicted_error
 from adapterkit.merge.storing import stored, updates
-from adapterkit.model import LoraPair
+from adapterkit.model import Kind, Update
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ class Outcome:
     """
 
     twin: Twin
-    pairs: tuple[LoraPair, ...] = ()
+    pairs: tuple[Update, ...] = ()
     module: ExtractedModule | None = None
     left: LeftOver | None = None
     capped: bool = False
@@ -187,7 +187,7 @@ def _factored(
     return Outcome(twin, pairs, module, capped=any(part.capped for part in parts))
 
 
-def _rounded(twin: Twin, parts: Sequence[_Part], asked: Wish, dtype: DType | None) -> LoraPair:
+def _rounded(twin: Twin, parts: Sequence[_Part], asked: Wish, dtype: DType | None) -> Update:
     """Return the factors of all matrices at one rank, rounded once."""
     wanted = dtype or _narrow(twin)
     pair = _stored(twin, parts, wanted)
@@ -210,7 +210,7 @@ def _narrow(twin: Twin) -> DType:
     return twin.tensor.dtype if twin.tensor.dtype in _SIXTEEN else DType.F32
 
 
-def _stored(twin: Twin, parts: Sequence[_Part], dtype: DType) -> LoraPair:
+def _stored(twin: Twin, parts: Sequence[_Part], dtype: DType) -> Update:
     rank = max(part.update.rank for part in parts)
     left = np.stack([np.pad(p.update.b, ((0, 0), (0, rank - p.update.rank))) for p in parts])
     right = np.stack([np.pad(p.update.a, ((0, rank - p.update.rank), (0, 0))) for p in parts])
@@ -219,18 +219,19 @@ def _stored(twin: Twin, parts: Sequence[_Part], dtype: DType) -> LoraPair:
     if not twin.stacked:
         left, right = left[0], right[0]
     b, a = stored(left, dtype), stored(right, dtype)
-    return LoraPair(twin.modules[0], a, b, 1.0, twin.embedding)
+    kind = Kind.EXPERTS if twin.stacked else Kind.EMBEDDING if twin.embedding else Kind.LINEAR
+    return Update(twin.modules[0], a, b, 1.0, kind)
 
 
-def _as_stored(twin: Twin, pair: LoraPair) -> list[LowRank]:
+def _as_stored(twin: Twin, pair: Update) -> list[LowRank]:
     """Return the rounded updates in the orientation of the stored matrices."""
     turned = twin.turned and not twin.embedding
     return [LowRank(u.a.T, u.b.T) if turned else u for u in updates(pair)]
 
 
-def _of_output(pair: LoraPair, module: str) -> LoraPair:
+def _of_output(pair: Update, module: str) -> Update:
     """Return an embedding's update as that of the output which shares its table."""
-    return LoraPair(module, turned(pair.b), turned(pair.a), pair.scale)
+    return Update(module, turned(pair.b), turned(pair.a), pair.scale)
 
 
 def _key(seed: int, name: str, place: int) -> Key:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.notes import first_and_more
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -92,5 +94,4 @@ def _tensors(count: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return first_and_more(names, _SHOWN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapterkit.model import Loss
+from adapterkit.notes import Loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from adapterkit.architectures import Architecture, Sizes, load
 from adapterkit.architectures.mapping import to_engine
 from adapterkit.errors import BaseRequiredError
 from adapterkit.factors import with_scale
-from adapterkit.model import LoraPair
+from adapterkit.model import GgufSource, Kind, Update
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +32,7 @@ class EngineAdapter:
     """
 
     architecture: str
-    pairs: tuple[LoraPair, ...]
+    pairs: tuple[Update, ...]
     sources: Mapping[str, tuple[str, ...]]
     unmatched: tuple[str, ...]
 
@@ -46,11 +46,12 @@ def engine_adapter(adapter: AdapterTensorSet, options: Options) -> EngineAdapter
         BaseRequiredError: if the family or a size is unknown.
         IncompatibleBaseError: if a module cannot belong to the base.
     """
-    kept: Mapping[str, str] = adapter.traits.get("engine_layout", {})
+    kept: Mapping[str, str] = adapter.engine_layout
     pairs = list(adapter.pairs())
     raw = [replace(pair, module=kept[pair.module]) for pair in pairs if pair.module in kept]
     rest = [pair for pair in pairs if pair.module not in kept]
-    architecture, sizes = _family(adapter, options, needed=bool(rest))
+    known = all(pair.kind is Kind.CONVOLUTION for pair in rest)  # it has no place whatever the base
+    architecture, sizes = _family(adapter, options, needed=not known)
     sources = {kept[name]: (name,) for name in kept}
     if architecture is None or sizes is None:
         return EngineAdapter(str(adapter.base.architecture), tuple(raw), sources, ())
@@ -66,9 +67,9 @@ def _family(
 ) -> tuple[Architecture | None, Sizes | None]:
     if options.base:
         return options.base.architecture, options.base.sizes
-    if family := adapter.extras.get("gguf", {}).get("family"):
+    if isinstance(adapter.source, GgufSource) and adapter.source.family:
         # The file names its own family; its sizes stay unknown, and rules that need some say so.
-        architecture = load(family)
+        architecture = load(adapter.source.family)
         return architecture, Sizes(architecture, "gguf", {})
     if needed:
         recorded = adapter.base.name
@@ -80,7 +81,7 @@ def _family(
     return None, None
 
 
-def common_alpha(pairs: Iterable[LoraPair]) -> float:
+def common_alpha(pairs: Iterable[Update]) -> float:
     """Return the alpha that leaves most pairs untouched: the most common scale · rank.
 
     A file without a pair that does anything gets 1: alpha 0 would mean scale 1 to llama.cpp.
@@ -89,6 +90,6 @@ def common_alpha(pairs: Iterable[LoraPair]) -> float:
     return alphas.most_common(1)[0][0] if alphas else 1.0
 
 
-def folded(pair: LoraPair, alpha: float) -> LoraPair:
+def folded(pair: Update, alpha: float) -> Update:
     """Return the pair as it must be stored for `alpha / rank` to be its scale."""
     return with_scale(pair, alpha / pair.rank)

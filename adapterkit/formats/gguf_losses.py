@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf_engine import EngineAdapter, engine_adapter
-from adapterkit.model import AdapterTensorSet, Loss, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind
+from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.losses import lost_metadata
+from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
@@ -23,8 +28,8 @@ _ROLES = {
     Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in a GGUF adapter; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }
-_TRAITS = {
-    "init_lora_weights": (
+_SETTINGS = {
+    "initialisation": (
         "base-changing-init",
         (
             "this initialisation changed the base, so B · A is no update of the original one; "
@@ -41,9 +46,10 @@ _TRAITS = {
 
 def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
-    found = [*_by_role(adapter), *_saved(adapter), *_by_trait(adapter)]
+    found = [*_by_role(adapter), *_saved(adapter), *_by_setting(adapter), *lost_metadata(adapter)]
     base = options.base
     engine = engine_adapter(adapter, options)
+    found += _convolutions(adapter)
     found += _unmatched(adapter, engine, options)
     found += _copies(adapter, base)
     found += _inert(engine, options)
@@ -60,8 +66,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
 def _loss(code: str, keys: Sequence[TensorKey], message: str) -> Loss:
     """Name many tensors as `first and 13 more`."""
     modules = list(dict.fromkeys(key.module for key in keys))
-    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-    return Loss(code, modules[0] + more, message, tuple(keys))
+    return Loss(code, first_and_more(modules), message, tuple(keys))
 
 
 def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
@@ -99,17 +104,26 @@ def _is_weight(name: str) -> bool:
     return not _is_bias(name) and not _is_norm(name)
 
 
-def _by_trait(adapter: AdapterTensorSet) -> Iterator[Loss]:
-    for name, (code, message) in _TRAITS.items():
-        if name in adapter.traits:
-            yield Loss(code, f"{name} = {adapter.traits[name]!r}", message)
+def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    for name, (code, message) in _SETTINGS.items():
+        if getattr(adapter, name):
+            shown = SETTINGS[name]
+            yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
+
+
+def _convolutions(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    if found := [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]:
+        message = f"llama.cpp applies no adapter to convolutions; {_MERGE}"
+        yield _loss("convolution", _keys_of(adapter, found), message)
 
 
 def _unmatched(
     adapter: AdapterTensorSet, engine: EngineAdapter, options: Options
 ) -> Iterator[Loss]:
-    towers = [module for module in engine.unmatched if in_tower(module)]
-    others = [module for module in engine.unmatched if not in_tower(module)]
+    said = {pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION}
+    unmatched = [module for module in engine.unmatched if module not in said]
+    towers = [module for module in unmatched if in_tower(module)]
+    others = [module for module in unmatched if not in_tower(module)]
     title = options.base.architecture.title if options.base else engine.architecture
     if towers:
         message = "belongs to a vision or audio tower, which llama.cpp keeps in another file"
@@ -138,12 +152,11 @@ def _inert(engine: EngineAdapter, options: Options) -> Iterator[Loss]:
     names = [pair.module for pair in engine.pairs if architecture.is_inert(pair.module)]
     modules = list(dict.fromkeys(m for name in names for m in engine.sources[name]))
     if modules:
-        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
         message = (
             f"llama.cpp (seen on {architecture.inert_build}) loads this pair and never applies it; "
             "only merging carries it (adapterkit merge --into)"
         )
-        yield Loss("inert", modules[0] + more, message, blocks=False)
+        yield Loss("inert", first_and_more(modules), message, blocks=False)
 
 
 def _copies(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
@@ -182,6 +195,6 @@ def _blocks(engine: EngineAdapter) -> Iterator[Loss]:
     block = DType.Q8_0.block
     short = [pair for pair in engine.pairs if pair.rank % block or pair.a.shape[-1] % block]
     if short:
-        more = f" and {len(short) - 1} more" if len(short) > 1 else ""
         message = f"q8_0 needs rows of {block}: factors with shorter ones are stored as f16"
-        yield Loss("q8_0-block", short[0].module + more, message, blocks=False)
+        names = [pair.module for pair in short]
+        yield Loss("q8_0-block", first_and_more(names), message, blocks=False)

@@ -7,21 +7,16 @@ scale of a pair is alpha / rank, or 1 where alpha is absent or 0.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.architectures import Architecture, Sizes, find
 from adapterkit.architectures.mapping import from_engine
 from adapterkit.containers.gguf import GGUFArray, GGUFFile, ValueType, read_gguf
 from adapterkit.errors import FormatError, IncompatibleBaseError
 from adapterkit.factors import turned
-from adapterkit.model import (
-    AdapterTensorSet,
-    BaseReference,
-    LoraPair,
-    Provenance,
-    Role,
-    TensorKey,
-)
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, GgufSource, Kind, Update
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tables import Table, listed, number, shown, text, whole
 
 if TYPE_CHECKING:
@@ -70,22 +65,21 @@ def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
         notes.append(f"architecture {name!r} is not in the tables; llama.cpp's names are kept")
     elif engine_names:
         notes.append(f"{len(engine_names)} modules keep llama.cpp's layout; --base would undo it")
-    tensors, scales = _tensors(mapped)
-    tensors.update(_others(file, halves))
     metadata = {key: value for key, value in file.typed().items() if key not in OWN_KEYS}
-    return AdapterTensorSet(
-        tensors=tensors,
-        scales=scales,
+    return AdapterTensorSet.of(
+        mapped,
+        _others(file, halves),
         base=BaseReference(name=_base_name(file), architecture=name),
-        traits=_traits(file, engine_names),
-        extras={"gguf": {"family": architecture and architecture.name, "metadata": metadata}},
+        engine_layout=engine_names,
+        invocation_tokens=_invocation_tokens(file),
+        source=GgufSource(architecture and architecture.name, metadata),
         provenance=Provenance(path, "gguf", tuple(notes)),
     )
 
 
 def _renamed(
-    architecture: Architecture | None, sizes: Sizes | None, pairs: list[LoraPair], options: Options
-) -> tuple[list[LoraPair], dict[str, str]]:
+    architecture: Architecture | None, sizes: Sizes | None, pairs: list[Update], options: Options
+) -> tuple[list[Update], dict[str, str]]:
     """Return the pairs under Hugging Face names, and module -> tensor of those left as they are."""
     if architecture is None:
         return pairs, {pair.module: pair.module for pair in pairs}
@@ -141,14 +135,21 @@ def _is_embedding(stem: str) -> bool:
     return stem.removesuffix(".weight") == EMBEDDING
 
 
-def _pairs(halves: Mapping[str, Mapping[str, LazyTensor]], alpha: float) -> list[LoraPair]:
-    pairs: list[LoraPair] = []
+def _pairs(halves: Mapping[str, Mapping[str, LazyTensor]], alpha: float) -> list[Update]:
+    pairs: list[Update] = []
     for name, group in halves.items():
         if _is_pair(group):
             b = group["lora_b"]
             scale = alpha / b.shape[-1] if alpha and b.shape[-1] else 1.0
-            pairs.append(LoraPair(name, group["lora_a"], b, scale, embedding=_is_embedding(name)))
+            pairs.append(Update(name, group["lora_a"], b, scale, _kind(name, b)))
     return pairs
+
+
+def _kind(name: str, b: LazyTensor) -> Kind:
+    """Return what a pair is of: a tensor of more than two axes stacks experts or heads."""
+    if _is_embedding(name):
+        return Kind.EMBEDDING
+    return Kind.LINEAR if len(b.shape) == 2 else Kind.EXPERTS  # noqa: PLR2004
 
 
 def _is_pair(group: Mapping[str, LazyTensor]) -> bool:
@@ -157,7 +158,7 @@ def _is_pair(group: Mapping[str, LazyTensor]) -> bool:
 
 
 def _family(
-    name: str, pairs: list[LoraPair], options: Options, path: Path
+    name: str, pairs: list[Update], options: Options, path: Path
 ) -> tuple[Architecture | None, Sizes | None]:
     base = options.base
     candidates = [a for a in (base.candidates if base else find(name)) if a.gguf == name]
@@ -170,15 +171,6 @@ def _family(
     if base:
         return candidates[0], Sizes(candidates[0], base.kind, base.facts, base.path)
     return (candidates[0] if candidates else None), None
-
-
-def _tensors(
-    pairs: list[LoraPair],
-) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
-    tensors: dict[TensorKey, LazyTensor] = {}
-    for pair in pairs:
-        tensors.update(zip(pair.keys, (pair.a, pair.b), strict=True))
-    return tensors, {pair.module: pair.scale for pair in pairs}
 
 
 def _others(
@@ -196,15 +188,11 @@ def _others(
     return loose
 
 
-def _traits(file: GGUFFile, engine_names: Mapping[str, str]) -> dict[str, Any]:
-    traits: dict[str, Any] = {}
-    if engine_names:
-        traits["engine_layout"] = dict(engine_names)
-    if (tokens := file.metadata.get(INVOCATION_TOKENS)) is not None:
-        values = tokens.values() if isinstance(tokens, GGUFArray) else tokens
-        kept = Table({}, file.path).checked(INVOCATION_TOKENS, values, _TOKENS)
-        traits["alora_invocation_tokens"] = list(kept)
-    return traits
+def _invocation_tokens(file: GGUFFile) -> tuple[int, ...]:
+    if (tokens := file.metadata.get(INVOCATION_TOKENS)) is None:
+        return ()
+    values = tokens.values() if isinstance(tokens, GGUFArray) else tokens
+    return Table({}, file.path).checked(INVOCATION_TOKENS, values, _TOKENS)
 
 
 def _base_name(file: GGUFFile) -> str | None:

@@ -9,6 +9,7 @@ from adapterkit.dtype import DType
 from adapterkit.factors import turned
 from adapterkit.formats.gguf_engine import common_alpha, engine_adapter, folded
 from adapterkit.formats.gguf_reader import ALPHA, INVOCATION_TOKENS
+from adapterkit.model import GgufSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,13 +67,14 @@ def _metadata(
         "adapter.type": "lora",
         ALPHA: float32(alpha),
     }
-    if tokens := adapter.traits.get("alora_invocation_tokens"):
-        metadata[INVOCATION_TOKENS] = array(ValueType.UINT32, tokens)
+    if tokens := adapter.invocation_tokens:
+        metadata[INVOCATION_TOKENS] = array(ValueType.UINT32, list(tokens))
     metadata |= _base_model(adapter, options)
     if any(tensor.dtype.quantised for tensor in tensors.values()):
         metadata["general.quantization_version"] = uint32(_QUANTISATION_VERSION)
     # What a GGUF source said beside this (its name, tags, licence) is passed on.
-    return {**adapter.extras.get("gguf", {}).get("metadata", {}), **metadata}
+    source = adapter.source
+    return {**(source.metadata if isinstance(source, GgufSource) else {}), **metadata}
 
 
 def _base_model(adapter: AdapterTensorSet, options: Options) -> dict[str, Any]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from adapterkit.dialects import Dialect, Document
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import AdapterTensorSet, Loss
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
 _MOST_SHOWN = 5
 

@@ -10,7 +10,7 @@ from adapterkit.architectures.expressions import evaluate
 from adapterkit.dialects import builtin
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.factors import scaled, slice_rows
-from adapterkit.model import LoraPair
+from adapterkit.model import Kind, Update
 from adapterkit.tables import whole
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ class Slots:
 
     names: tuple[str, ...]
     heights: tuple[int, ...]
-    pairs: Mapping[str, LoraPair]
+    pairs: Mapping[str, Update]
 
 
-def unfolded(pair: LoraPair, rule: BlockRule, dialect: Dialect, document: Document) -> Slots | None:
+def unfolded(pair: Update, rule: BlockRule, dialect: Dialect, document: Document) -> Slots | None:
     """Return the update of each enabled slot, None for a layer that is not folded.
 
     A holds `r` rows for every enabled slot and B that slot's own rows, both in the order of the
@@ -73,7 +73,7 @@ def unfolded(pair: LoraPair, rule: BlockRule, dialect: Dialect, document: Docume
             where=pair.module,
         )
     heights = _heights(rule, document, pair, enabled)
-    pairs: dict[str, LoraPair] = {}
+    pairs: dict[str, Update] = {}
     row = 0
     for place, slot in enumerate(enabled):
         height = heights[rule.slots.index(slot)]
@@ -122,7 +122,7 @@ def _mask_needed(
 
 
 def _heights(
-    rule: BlockRule, document: Document, pair: LoraPair, enabled: Sequence[str]
+    rule: BlockRule, document: Document, pair: Update, enabled: Sequence[str]
 ) -> tuple[int, ...]:
     rows = pair.b.shape[0]
     if rule.sizes is None:
@@ -159,7 +159,7 @@ def _computed(rule: BlockRule, document: Document, module: str) -> tuple[int, ..
         raise settings.error(module, f"its rows do not divide by these sizes: {error}") from None
 
 
-def convolution(pair: LoraPair, kernel: int) -> LoraPair:
+def convolution(pair: Update, kernel: int) -> Update:
     """Write out loralib's factors of a square convolution, ΔW = (B · A).view(out, in, k, k).
 
     Read row by row, that view is a sum over k blocks: the result has k times as many rows in A,
@@ -182,10 +182,11 @@ def convolution(pair: LoraPair, kernel: int) -> LoraPair:
         pair,
         a=pair.a.map(spread, shape=a_shape),
         b=pair.b.map(lambda b: b.reshape(b_shape), shape=b_shape),
+        kind=Kind.CONVOLUTION,
     )
 
 
-def summed(pairs: Sequence[LoraPair]) -> LoraPair:
+def summed(pairs: Sequence[Update]) -> Update:
     """Return one update that is the sum of several, exactly: A stacked, B side by side."""
     import numpy as np
 
@@ -196,7 +197,7 @@ def summed(pairs: Sequence[LoraPair]) -> LoraPair:
     # Without any scale the sum is zero, whichever factors stand for it.
     ready = [scaled(p, p.scale / scale) for p in pairs if p.scale] or [first]
     rank = sum(pair.rank for pair in ready)
-    a_shape, b_shape = (rank, first.a.shape[1]), (first.b.shape[0], rank)
+    a_shape, b_shape = first.factor_shapes(rank)
     return replace(
         first,
         a=first.a.map(lambda _: np.concatenate([p.a.numpy() for p in ready]), shape=a_shape),

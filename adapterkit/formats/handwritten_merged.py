@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from adapterkit.model import Kind
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from adapterkit.model import LoraPair
+    from adapterkit.model import Update
     from adapterkit.tensor import LazyTensor
 
-_MATRIX = 2
+_MATRICES = {Kind.LINEAR, Kind.EMBEDDING}
 # A handful of layers decide; nobody wants a whole model read for a remark.
 _MOST_BYTES = 64 << 20
 # The share must be this sure before it is believed, and this near to 1.
@@ -25,7 +27,7 @@ _NOISE = 0.1
 _NEAR = 0.4
 
 
-def merged(pairs: Iterable[tuple[LoraPair, LazyTensor]]) -> bool:
+def merged(pairs: Iterable[tuple[Update, LazyTensor]]) -> bool:
     """Tell whether weights hold their updates; False where that cannot be told.
 
     Args:
@@ -39,7 +41,7 @@ def merged(pairs: Iterable[tuple[LoraPair, LazyTensor]]) -> bool:
     for pair, weight in pairs:
         size = pair.shape[::-1] if pair.embedding else pair.shape
         turned = weight.shape == size[::-1]
-        if len(size) != _MATRIX or size[0] == size[1] or not (turned or weight.shape == size):
+        if pair.kind not in _MATRICES or size[0] == size[1] or not (turned or weight.shape == size):
             continue
         room -= weight.size * 8
         if room < 0:

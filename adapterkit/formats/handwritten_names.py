@@ -17,7 +17,8 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.factors import fuse_rows, take_rows
-from adapterkit.model import LoraPair, Role
+from adapterkit.keys import Role
+from adapterkit.model import Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class _Target:
     """A Hugging Face module and what was found for each of its slots."""
 
     heights: list[int | None]
-    pairs: dict[int, LoraPair] = field(default_factory=dict[int, LoraPair])
+    pairs: dict[int, Update] = field(default_factory=dict[int, Update])
     vectors: _Vectors = field(default_factory=dict[Role, LazyTensor])
 
 
@@ -51,7 +52,7 @@ class Names:
         self._targets: dict[str, _Target] = {}
         self._kept: list[str] = []
 
-    def add(self, pair: LoraPair, part: str, vectors: _Vectors, slots: Slots | None) -> None:
+    def add(self, pair: Update, part: str, vectors: _Vectors, slots: Slots | None) -> None:
         """Take one update, or one for each slot of a fused layer.
 
         Raises:
@@ -71,7 +72,7 @@ class Names:
         for slot, slot_pair in slots.pairs.items():
             self._add_slot(module, slot, slot_pair, slots)
 
-    def _add_slot(self, module: str, slot: str, pair: LoraPair, slots: Slots) -> None:
+    def _add_slot(self, module: str, slot: str, pair: Update, slots: Slots) -> None:
         place = slots.names.index(slot)
         rule, match = self._rule(f"{module}#{slot}")
         if rule is None or match is None:
@@ -84,7 +85,7 @@ class Names:
             heights = list(slots.heights)
         self._put(rule.to.format_map(match.groupdict()), rule.slot, heights, pair, {})
 
-    def finished(self) -> Iterator[tuple[LoraPair, _Vectors]]:
+    def finished(self) -> Iterator[tuple[Update, _Vectors]]:
         """Yield one update for each module, the slots of fused ones joined exactly."""
         for module, target in self._targets.items():
             if len(target.heights) == 1:
@@ -157,7 +158,7 @@ class Names:
         module: str,
         slot: int,
         heights: list[int | None],
-        pair: LoraPair,
+        pair: Update,
         vectors: _Vectors,
     ) -> None:
         target = self._targets.setdefault(module, _Target(heights))
@@ -175,8 +176,8 @@ class Names:
         target.vectors = vectors
 
     def _reordered(
-        self, rule: RenameRule, match: re.Match[str], pair: LoraPair, vectors: _Vectors
-    ) -> tuple[LoraPair, _Vectors]:
+        self, rule: RenameRule, match: re.Match[str], pair: Update, vectors: _Vectors
+    ) -> tuple[Update, _Vectors]:
         """Undo the row order of the training program."""
         if not rule.rows:
             return pair, vectors
@@ -205,7 +206,7 @@ class Names:
         moved = {role: tensor.map(lambda x: x[back]) for role, tensor in vectors.items()}
         return take_rows(pair, back), moved
 
-    def _fused(self, module: str, target: _Target) -> LoraPair:
+    def _fused(self, module: str, target: _Target) -> Update:
         pairs = [target.pairs.get(slot) for slot in range(len(target.heights))]
         present = [pair for pair in pairs if pair is not None]
         first = present[0]

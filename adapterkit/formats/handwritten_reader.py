@@ -11,14 +11,9 @@ from adapterkit.errors import FormatError, UnsupportedError, UsageError
 from adapterkit.formats.handwritten_blocks import Slots, convolution, summed, unfolded
 from adapterkit.formats.handwritten_merged import merged
 from adapterkit.formats.handwritten_names import Names
-from adapterkit.model import (
-    AdapterTensorSet,
-    BaseReference,
-    LoraPair,
-    Provenance,
-    Role,
-    TensorKey,
-)
+from adapterkit.keys import FACTORS, Role, TensorKey
+from adapterkit.model import AdapterTensorSet, Kind, Update
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tables import Table, number
 from adapterkit.tensor import LazyTensor
 
@@ -42,7 +37,7 @@ class _Update:
         slots: the slots of a fused layer, instead of `pair`, if it is one.
     """
 
-    pair: LoraPair
+    pair: Update
     part: str = ""
     vectors: dict[Role, LazyTensor] = field(default_factory=dict[Role, LazyTensor])
     slots: Slots | None = None
@@ -66,23 +61,20 @@ def interpret(
     updates = _updates(explanation, document, alpha, loose)
     for update in updates:
         names.add(update.pair, update.part, update.vectors, update.slots)
-    tensors: dict[TensorKey, LazyTensor] = {}
-    scales: dict[str, float] = {}
-    for pair, vectors in names.finished():
-        roles = (
-            (Role.EMBEDDING_A, Role.EMBEDDING_B) if pair.embedding else (Role.LORA_A, Role.LORA_B)
-        )
-        tensors[TensorKey(pair.module, roles[0])] = pair.a
-        tensors[TensorKey(pair.module, roles[1])] = pair.b
-        tensors.update({TensorKey(pair.module, role): t for role, t in vectors.items()})
-        scales[pair.module] = pair.scale
-    tensors.update({TensorKey(names.plain(k.module), k.role): t for k, t in loose.items()})
+    finished = list(names.finished())
+    halves = {TensorKey(names.plain(k.module), k.role): t for k, t in loose.items()}
+    beside = {
+        TensorKey(pair.module, role): tensor
+        for pair, vectors in finished
+        for role, tensor in vectors.items()
+    }
     for name, tensor in explanation.full.items():
-        tensors[TensorKey(names.parameter(name), Role.FULL)] = tensor
+        beside[TensorKey(names.parameter(name), Role.FULL)] = tensor
     notes = (*_notes(explanation), *names.notes(), *_merged(explanation, updates))
-    return AdapterTensorSet(
-        tensors=tensors,
-        scales=scales,
+    return AdapterTensorSet.of(
+        (pair for pair, _ in finished),
+        beside | halves,
+        kinds={key.module: _kind(half) for key, half in halves.items() if key.role in FACTORS},
         base=BaseReference(name=_base_name(dialect, document)),
         provenance=Provenance(path, "handwritten", notes),
     )
@@ -174,7 +166,8 @@ def _update(explanation: Explanation, document: Document, alpha: float, site: Si
     a, b = halves["A"], halves["B"]
     rank = b.shape[1]
     table = site in explanation.embeddings
-    pair = LoraPair(site.module, a, b, _scale(dialect, alpha, rank or 1), embedding=table)
+    kind = Kind.EMBEDDING if table else _kind(a)
+    pair = Update(site.module, a, b, _scale(dialect, alpha, rank or 1), kind)
     kernel = _kernel(explanation, document, pair)
     if kernel:
         pair = convolution(replace(pair, scale=_scale(dialect, alpha, rank // kernel or 1)), kernel)
@@ -185,6 +178,11 @@ def _update(explanation: Explanation, document: Document, alpha: float, site: Si
     if slots and vectors:
         raise UnsupportedError("holds a bias or magnitude of a fused layer", where=site.module)
     return _Update(pair, site.part, vectors, slots)
+
+
+def _kind(factor: LazyTensor) -> Kind:
+    """Return what a factor is of: only the axes `r in *` and `out r *` of a dialect exceed two."""
+    return Kind.LINEAR if len(factor.shape) <= 2 else Kind.CONVOLUTION  # noqa: PLR2004
 
 
 def _check_vectors(halves: dict[str, LazyTensor], document: Document, site: Site) -> None:
@@ -215,13 +213,13 @@ def _vectors(halves: dict[str, LazyTensor], b: LazyTensor) -> dict[Role, LazyTen
     return vectors
 
 
-def _kernel(explanation: Explanation, document: Document, pair: LoraPair) -> int | None:
+def _kernel(explanation: Explanation, document: Document, pair: Update) -> int | None:
     """Return the kernel size of a convolution with folded factors, None for anything else."""
     weight = explanation.weights.get(pair.module)
     image = weight is not None and len(weight.shape) == _IMAGE
     rules = explanation.dialect.convolutions
     rule = next((rule for rule in rules if rule.match.fullmatch(pair.module)), None)
-    if len(pair.a.shape) == _IMAGE or (rule is None and not (image and rules)):
+    if pair.kind is Kind.CONVOLUTION or (rule is None and not (image and rules)):
         return None
     kernel = weight.shape[-1] if weight is not None and image else rule and rule.kernel
     if not kernel:

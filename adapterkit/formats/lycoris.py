@@ -22,7 +22,9 @@ from adapterkit.errors import (
     IncompatibleBaseError,
     UnsupportedError,
 )
-from adapterkit.model import AdapterTensorSet, Provenance, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import Provenance
 from adapterkit.tuners import Factors, hadamard, kronecker
 from adapterkit.tuners.factored import equal, matrices
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import Loss
+    from adapterkit.notes import Loss
     from adapterkit.tensor import LazyTensor
     from adapterkit.tuners.products import Matrix
 

@@ -16,7 +16,7 @@ from adapterkit.formats.mlx_names import in_block
 from adapterkit.tables import TEXT, Table, number, shown, whole
 
 if TYPE_CHECKING:
-    from adapterkit.model import BaseReference
+    from adapterkit.notes import BaseReference
 
 
 _RANK = whole(0, 1 << 20, integral=True)

@@ -7,24 +7,28 @@ from typing import TYPE_CHECKING
 from adapterkit.dtype import DType
 from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_writer import MLXAdapter, mlx_adapter
-from adapterkit.model import AdapterTensorSet, Loss, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind
+from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.losses import lost_metadata
+from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
-_STACK = 3
 
 _ROLES: Mapping[Role, tuple[str, str]] = {
     Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in an MLX adapter; {_MERGE}"),
     Role.FULL: ("saved-module", f"a whole trained parameter has no place there; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }
-_TRAITS: Mapping[str, tuple[str, str]] = {
-    "init_lora_weights": (
+_SETTINGS: Mapping[str, tuple[str, str]] = {
+    "initialisation": (
         "base-changing-init",
         (
             "this initialisation changed the base, so B · A is no update of the original one; give "
@@ -36,7 +40,7 @@ _TRAITS: Mapping[str, tuple[str, str]] = {
         "layer-replication",
         "layers are replicated; MLX-LM has one block for each; merge in PEFT first",
     ),
-    "alora_invocation_tokens": (
+    "invocation_tokens": (
         "alora",
         "it acts only after its invocation tokens; MLX-LM would apply it to every token",
     ),
@@ -46,8 +50,8 @@ _TRAITS: Mapping[str, tuple[str, str]] = {
 def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     mapped = mlx_adapter(adapter, options.base)
-    found = [*_by_role(adapter), *_by_trait(adapter), *_unplaced(adapter, mapped)]
-    found += [*_dora(adapter), *_embeddings(adapter, options.base)]
+    found = [*_by_role(adapter), *_by_setting(adapter), *_unplaced(adapter, mapped)]
+    found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]
     if options.dtype is DType.Q8_0:
         message = "MLX adapters hold f32, f16 or bf16; choose one with --outtype"
         found.append(Loss("quantised", "q8_0", message))
@@ -57,8 +61,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
 def _loss(code: str, keys: list[TensorKey], message: str, *, drop: bool = True) -> Loss:
     """Name many tensors as `first and 13 more`."""
     modules = list(dict.fromkeys(key.module for key in keys))
-    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-    return Loss(code, modules[0] + more, message, tuple(keys) if drop else ())
+    return Loss(code, first_and_more(modules), message, tuple(keys) if drop else ())
 
 
 def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
@@ -75,11 +78,12 @@ def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
             yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
 
 
-def _by_trait(adapter: AdapterTensorSet) -> Iterator[Loss]:
-    for name, (code, message) in _TRAITS.items():
-        if adapter.traits.get(name):
-            yield Loss(code, f"{name} = {adapter.traits[name]!r}", message)
-    if kept := adapter.traits.get("engine_layout"):
+def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    for name, (code, message) in _SETTINGS.items():
+        if getattr(adapter, name):
+            shown = SETTINGS[name]
+            yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
+    if kept := adapter.engine_layout:
         message = "its rows are in llama.cpp's order; give the base model with --base"
         yield _loss("engine-layout", _keys_of(adapter, kept), message, drop=False)
 
@@ -90,7 +94,7 @@ def _unplaced(adapter: AdapterTensorSet, mapped: MLXAdapter) -> Iterator[Loss]:
         yield _loss("needs-base", _keys_of(adapter, mapped.unknown), message, drop=False)
     for module, reason in mapped.stranded.items():
         yield _loss("experts", _keys_of(adapter, [module]), reason)
-    convolutions = [pair.module for pair in adapter.pairs() if len(pair.a.shape) > _STACK]
+    convolutions = [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]
     if convolutions:
         message = f"MLX-LM adapts no convolutions; {_MERGE}"
         yield _loss("convolution", _keys_of(adapter, convolutions), message)
@@ -113,7 +117,7 @@ def _dora(adapter: AdapterTensorSet) -> Iterator[Loss]:
         pair.module
         for pair in adapter.pairs()
         if pair.module in modules
-        and (len(pair.b.shape) == _STACK or mlx_names.expert_of(pair.module))
+        and (pair.kind is Kind.EXPERTS or mlx_names.expert_of(pair.module))
     ]
     if experts:
         yield _loss(

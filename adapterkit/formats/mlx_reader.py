@@ -27,14 +27,9 @@ from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_config import MLXConfig
 from adapterkit.formats.protocol import Options
 from adapterkit.json_file import read_json_object
-from adapterkit.model import (
-    AdapterTensorSet,
-    BaseReference,
-    LoraPair,
-    Provenance,
-    Role,
-    TensorKey,
-)
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, Kind, MlxSource, Update
+from adapterkit.notes import BaseReference, Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,23 +109,14 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
     groups = _grouped(file.tensors, weights_path)
     pairs = [pair for module, parts in groups.items() for pair in _pair(module, parts, source)]
     spelled = _spelled(pairs, source)
-    return AdapterTensorSet(
-        tensors={**_factors(spelled), **_others(groups, source)},
-        scales={pair.module: pair.scale for pair in spelled},
+    return AdapterTensorSet.of(
+        spelled,
+        _others(groups, source),
         base=BaseReference(name=name),
-        traits=_conflicts(config, pairs),
-        extras={"mlx": {"config": dict(raw), "metadata": dict(file.metadata)}},
+        rank_conflicts=_conflicts(config, pairs),
+        source=MlxSource(dict(raw), dict(file.metadata)),
         provenance=Provenance(path, "mlx", _notes(groups, pairs)),
     )
-
-
-def _factors(pairs: list[LoraPair]) -> dict[TensorKey, LazyTensor]:
-    tensors: dict[TensorKey, LazyTensor] = {}
-    for pair in pairs:
-        embedding = pair.embedding
-        tensors[TensorKey(pair.module, Role.EMBEDDING_A if embedding else Role.LORA_A)] = pair.a
-        tensors[TensorKey(pair.module, Role.EMBEDDING_B if embedding else Role.LORA_B)] = pair.b
-    return tensors
 
 
 def _cached(name: str | None) -> BaseModel | None:
@@ -156,13 +142,15 @@ def _grouped(stored: Mapping[str, LazyTensor], path: Path) -> dict[str, dict[str
     return dict(groups)
 
 
-def _pair(module: str, parts: Mapping[str, LazyTensor], source: _Source) -> list[LoraPair]:
+def _pair(module: str, parts: Mapping[str, LazyTensor], source: _Source) -> list[Update]:
     """Return the factors of a module in canonical orientation, none if a half is missing."""
     spelling = next((s for s in _SPELLINGS if s[0] in parts and s[1] in parts), None)
     if spelling is None:
         return []
     a, b = parts[spelling[0]], parts[spelling[1]]
+    kind = Kind.EMBEDDING if mlx_names.is_table(module) else Kind.LINEAR
     if len(b.shape) == _STACK and len(a.shape) in {_MATRIX, _STACK}:
+        kind = Kind.EXPERTS
         a = _unflattened(module, a, b, source.weights)
     elif len(a.shape) == len(b.shape) == _MATRIX:
         a, b = (a, b) if spelling[2] else (turned(a), turned(b))
@@ -173,7 +161,7 @@ def _pair(module: str, parts: Mapping[str, LazyTensor], source: _Source) -> list
             where=module,
         )
     scale = source.config.scale(b.shape[-1] or 1, source.options.alpha)
-    return [LoraPair(module, a, b, scale, embedding=mlx_names.is_table(module))]
+    return [Update(module, a, b, scale, kind)]
 
 
 # names of a and b, and whether they are stored as (r, in) and (out, r) already
@@ -199,13 +187,13 @@ def _unflattened(module: str, a: LazyTensor, b: LazyTensor, path: Path) -> LazyT
     return a.map(lambda x: x.reshape(shape), shape=shape)
 
 
-def _spelled(pairs: list[LoraPair], source: _Source) -> list[LoraPair]:
+def _spelled(pairs: list[Update], source: _Source) -> list[Update]:
     """Return the pairs under Hugging Face names, experts regrouped and tied outputs added."""
-    found: list[LoraPair] = []
-    halves: dict[str, dict[str, LoraPair]] = defaultdict(dict)
+    found: list[Update] = []
+    halves: dict[str, dict[str, Update]] = defaultdict(dict)
     like = set(source.options.like)
     for pair in pairs:
-        stack = mlx_names.stack_of(pair.module) if len(pair.b.shape) == _STACK else None
+        stack = mlx_names.stack_of(pair.module) if pair.kind is Kind.EXPERTS else None
         if stack is None:
             name = mlx_names.hugging_face(pair.module, like, fused=source.fused)
             found += _tied(replace(pair, module=name), source)
@@ -214,7 +202,7 @@ def _spelled(pairs: list[LoraPair], source: _Source) -> list[LoraPair]:
         block = _block(block, source)
         if _one_by_one(names, block, leaf, source):
             single = f"{block}{names.single}.{names.leaves[leaf]}"
-            count = pair.b.shape[0]
+            count = pair.experts
             found += unstack_experts(pair, [single.replace("{e}", str(e)) for e in range(count)])
         elif leaf == mlx_names.DOWN:
             found.append(replace(pair, module=f"{block}{names.fused}.{leaf}"))
@@ -244,7 +232,7 @@ def _one_by_one(names: mlx_names.ExpertNames, block: str, leaf: str, source: _So
     return fused not in like and not source.fused
 
 
-def _tied(pair: LoraPair, source: _Source) -> list[LoraPair]:
+def _tied(pair: Update, source: _Source) -> list[Update]:
     """Return an embedding's update, and that of a tied output, which MLX applies it to as well."""
     if not pair.embedding:
         return [pair]
@@ -258,7 +246,7 @@ def _tied(pair: LoraPair, source: _Source) -> list[LoraPair]:
         )
     if not tied:
         return [pair]
-    output = LoraPair("lm_head", turned(pair.b), turned(pair.a), pair.scale)
+    output = Update("lm_head", turned(pair.b), turned(pair.a), pair.scale)
     return [pair, output]
 
 
@@ -291,24 +279,21 @@ def _others(
     return found
 
 
-def _conflicts(config: MLXConfig, pairs: list[LoraPair]) -> dict[str, dict[str, list[int]]]:
-    """Note modules of another rank than the config's: mlx-lm would not load them."""
+def _conflicts(config: MLXConfig, pairs: list[Update]) -> dict[str, tuple[int, int]]:
+    """Return modules of another rank than the config's: mlx-lm would not load them."""
     declared = config.rank
-    conflicts = {
-        pair.module: [declared, pair.a.shape[-2]]
+    return {
+        pair.module: (declared, pair.a.shape[-2])
         for pair in pairs
         if declared is not None and pair.a.shape[-2] != declared
     }
-    return {"rank_conflicts": conflicts} if conflicts else {}
 
 
-def _notes(
-    groups: Mapping[str, Mapping[str, LazyTensor]], pairs: list[LoraPair]
-) -> tuple[str, ...]:
+def _notes(groups: Mapping[str, Mapping[str, LazyTensor]], pairs: list[Update]) -> tuple[str, ...]:
     notes: list[str] = []
     if any("lora_a.weight" in parts for parts in groups.values()):
         notes.append("factors are weights of linear layers (.lora_a.weight), stored (r, in)")
-    stacks = {pair.module for pair in pairs if len(pair.b.shape) == _STACK}
+    stacks = {pair.module for pair in pairs if pair.kind is Kind.EXPERTS}
     flat = [name for name in stacks if len(groups[name].get("lora_a", pairs[0].a).shape) == _MATRIX]
     if flat:
         notes.append("expert factors are in the layout before mlx-lm 0.28.3")

@@ -15,7 +15,8 @@ from adapterkit.factors import padded, slice_rows, stack_experts, turned, with_s
 from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_config import targeting, written
 from adapterkit.formats.mlx_reader import CONFIG, WEIGHTS
-from adapterkit.model import LoraPair, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind, MlxSource, Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
 
-_STACK = 3
 _STORABLE = {DType.F32, DType.F16, DType.BF16}
 
 
@@ -41,7 +41,7 @@ class MLXAdapter:
         stranded: Hugging Face modules that MLX-LM's model has no place for, and why.
     """
 
-    pairs: tuple[LoraPair, ...]
+    pairs: tuple[Update, ...]
     magnitudes: Mapping[str, LazyTensor]
     unknown: tuple[str, ...]
     stranded: Mapping[str, str]
@@ -53,17 +53,17 @@ def mlx_adapter(adapter: AdapterTensorSet, base: BaseModel | None) -> MLXAdapter
     Raises:
         IncompatibleBaseError: if an expert is adapted that the base does not have.
     """
-    pairs: list[LoraPair] = []
+    pairs: list[Update] = []
     unknown: list[str] = []
     stranded: dict[str, str] = {}
-    stacks: dict[str, dict[int, LoraPair]] = defaultdict(dict)
+    stacks: dict[str, dict[int, Update]] = defaultdict(dict)
     tied = _tied_outputs(adapter, base)
     for pair in adapter.pairs():
-        if pair.module in tied:
-            continue  # the embedding's own update is applied to the output as well
+        if pair.module in tied or pair.kind is Kind.CONVOLUTION:
+            continue  # the embedding's own update is applied to the output; none to a convolution
         if expert := mlx_names.expert_of(pair.module):
             stacks[expert[0]][expert[1]] = pair
-        elif len(pair.b.shape) == _STACK:
+        elif pair.kind is Kind.EXPERTS:
             split = _split(pair, base)
             pairs += split
             if not split:
@@ -89,7 +89,7 @@ def _tied_outputs(adapter: AdapterTensorSet, base: BaseModel | None) -> set[str]
     return {"lm_head"} if tables and TensorKey("lm_head", Role.LORA_A) in adapter.tensors else set()
 
 
-def _split(pair: LoraPair, base: BaseModel | None) -> list[LoraPair]:
+def _split(pair: Update, base: BaseModel | None) -> list[Update]:
     """Return the SwitchGLU projections of a fused parameter; none if its rows are interleaved."""
     place = mlx_names.in_block(pair.module)
     container, _, leaf = place[2].rpartition(".") if place else ("", "", "")
@@ -113,7 +113,7 @@ def _why(base: BaseModel | None) -> str:
     return f"MLX-LM keeps the experts of {base.architecture.title} in a layout that is not written"
 
 
-def _stacked(name: str, members: Mapping[int, LoraPair], base: BaseModel | None) -> LoraPair:
+def _stacked(name: str, members: Mapping[int, Update], base: BaseModel | None) -> Update:
     known = base.sizes.get("experts") if base else None
     count = int(known) if known else max(members) + 1
     if max(members) >= count:
@@ -138,7 +138,7 @@ def write_mlx(adapter: AdapterTensorSet, folder: Path, options: Options) -> None
     tensors: dict[str, LazyTensor] = {}
     for pair in mapped.pairs:
         ready = padded(with_scale(pair, scale), rank)
-        stack = len(pair.b.shape) == _STACK
+        stack = pair.kind is Kind.EXPERTS
         a, b = (ready.a, ready.b) if stack else (turned(ready.a), turned(ready.b))
         tensors[f"{pair.module}.lora_a"] = _stored(a, options.dtype)
         tensors[f"{pair.module}.lora_b"] = _stored(b, options.dtype)
@@ -146,21 +146,21 @@ def write_mlx(adapter: AdapterTensorSet, folder: Path, options: Options) -> None
         tensors[f"{module}.m"] = _stored(magnitude, options.dtype)
     layers = options.base.sizes.get("layers") if options.base else None
     count, keys = targeting([pair.module for pair in mapped.pairs], layers)
-    source = adapter.extras.get("mlx", {})
+    source = adapter.source if isinstance(adapter.source, MlxSource) else MlxSource({}, {})
     config = written(
-        source.get("config", {}),
+        source.config,
         adapter.base,
         dora=bool(mapped.magnitudes),
         parameters={"rank": rank, "scale": scale, "keys": keys},
         layers=count,
     )
     folder.mkdir()
-    write_safetensors(folder / WEIGHTS, tensors, source.get("metadata", {}))
+    write_safetensors(folder / WEIGHTS, tensors, source.metadata)
     text = json.dumps(config, indent=4, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def common_scale(pairs: tuple[LoraPair, ...]) -> float:
+def common_scale(pairs: tuple[Update, ...]) -> float:
     """Return the scale that leaves most pairs untouched; 1 for an adapter that does nothing."""
     scales: Iterator[float] = (pair.scale for pair in pairs if pair.scale)
     ranked = Counter(scales).most_common(1)

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import AdapterTensorSet, Loss
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
 
 class PeftFormat:

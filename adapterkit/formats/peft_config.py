@@ -171,14 +171,3 @@ class LoraConfig:
     def _given(self, name: str, kind: Kind[_T], usual: _T) -> _T:
         """Return a field, or what PEFT takes null, false and every empty value for."""
         return self.fields.get(name, kind) if self.raw.get(name) else usual
-
-    def traits(self) -> dict[str, Any]:
-        """Return the settings that change what the tensors mean and are no tensors."""
-        found: dict[str, Any] = {}
-        init = self.raw.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-            found["init_lora_weights"] = init
-        for name in ("layer_replication", "alora_invocation_tokens", "trainable_token_indices"):
-            if value := self.raw.get(name):
-                found[name] = value
-        return found

@@ -23,7 +23,8 @@ from adapterkit.architectures.mapping import find_rule
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.factors import turned
 from adapterkit.formats.peft_config import LoraConfig
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind, PeftSource
 from adapterkit.tables import TEXT
 from adapterkit.tensor import LazyTensor
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture, Rule
     from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
 
 # PEFT wraps the parameters of a module in the order in which the module declares them, the first
 # one innermost; these are the orders of transformers' expert modules.
@@ -51,8 +53,10 @@ class _Wrapped:
 
 def unfold_experts(
     tensors: Mapping[TensorKey, LazyTensor], config: LoraConfig, base: BaseModel | None
-) -> dict[TensorKey, LazyTensor]:
+) -> tuple[dict[TensorKey, LazyTensor], set[str]]:
     """Replace folded expert factors by (E, r, in) and (E, out, r), named by their parameter.
+
+    Returns the tensors, and the names of those stacks.
 
     Args:
         tensors: as read, expert modules still spelled `...experts` and `...experts.base_layer`.
@@ -65,7 +69,7 @@ def unfold_experts(
     """
     patterns = config.names("target_parameters")
     if not patterns:
-        return dict(tensors)
+        return dict(tensors), set()
     groups: dict[str, dict[int, str]] = defaultdict(dict)
     for key in tensors:
         nested = _NESTED.match(key.module)
@@ -82,7 +86,7 @@ def unfold_experts(
             if b is None:
                 raise FormatError("has no lora_B beside it", path=config.path, where=stored)
             wrapped[module].append(_Wrapped(names[len(levels) - 1 - depth], a, b))
-    widths = _widths(rest)
+    widths, stacks = _widths(rest), set[str]()
     for module, members in wrapped.items():
         for member in members:
             name = module if member.parameter == _WEIGHT else f"{module}.{member.parameter}"
@@ -91,17 +95,18 @@ def unfold_experts(
                 swapped = _swapped(name, member, members, widths, config, base)
                 a, b = _unfolded(name, member, config)
                 a, b = (turned(b), turned(a)) if swapped else (a, b)
+                stacks.add(name)
             rest[TensorKey(name, Role.LORA_A)] = a
             rest[TensorKey(name, Role.LORA_B)] = b
-    return rest
+    return rest, stacks
 
 
 def fold_experts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[TensorKey, LazyTensor]:
     """Undo `unfold_experts`: name experts as PEFT nests them, in the layout of 0.19.1 and later."""
     tensors = adapter.tensors
     groups: dict[str, list[str]] = defaultdict(list)
-    for key, tensor in tensors.items():
-        if key.role is Role.LORA_A and is_stack(tensor):
+    for key in tensors:
+        if key.role is Role.LORA_A and adapter.kind_of(key) is Kind.EXPERTS:
             module, parameter = _owner(adapter, key.module, base)
             groups[module].append(parameter)
     stacks = {_joined(module, each) for module, names in groups.items() for each in names}
@@ -130,16 +135,11 @@ def wrapped_parameters(adapter: AdapterTensorSet, base: BaseModel | None) -> dic
     for pair in adapter.pairs():
         config = _source(adapter)
         bare = config.is_parameter(pair.module) if config else _is_bare(base, pair.module)
-        if is_stack(pair.a):
+        if pair.kind is Kind.EXPERTS:
             found[pair.module] = ".".join(_owner(adapter, pair.module, base))
         elif bare and not one_by_one:
             found[pair.module] = f"{pair.module}.{_WEIGHT}"
     return found
-
-
-def is_stack(tensor: LazyTensor) -> bool:
-    """Tell whether a factor holds one matrix per expert."""
-    return len(tensor.shape) == 3  # noqa: PLR2004
 
 
 def _joined(module: str, parameter: str) -> str:
@@ -157,7 +157,8 @@ def _owner(adapter: AdapterTensorSet, name: str, base: BaseModel | None) -> tupl
 
 def _source(adapter: AdapterTensorSet) -> LoraConfig | None:
     """Return the settings that the adapter was read with, if it was read from PEFT."""
-    raw = adapter.extras.get("peft", {}).get("config")
+    source = adapter.source
+    raw = source.config if isinstance(source, PeftSource) else None
     return LoraConfig(raw, Path()) if raw else None
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import UnsupportedError
-from adapterkit.model import Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.notes import Note, NoteKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,6 +40,8 @@ _ADAPTER_NAME = re.compile(
 _TRAINING_ONLY = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)(\.|$)")
 # A frozen copy of the base that wrapping left behind; it is no part of the adapter.
 _FROZEN_COPY = re.compile(r"\.original_module\.")
+_COPY_LEFT_OUT = "left out, frozen copy of the base (original_module)"
+_WRAPPER_TAKEN_OUT = "_orig_mod. or _fsdp_wrapped_module. taken out (torch.compile, FSDP)"
 
 
 class KeyReader:
@@ -46,7 +49,7 @@ class KeyReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: Counter[str] = Counter()
+        self._seen: Counter[tuple[str, NoteKind]] = Counter()
 
     def read(self, name: str) -> TensorKey | None:
         """Return the key of a saved name, or None for one that is no part of the adapter.
@@ -56,13 +59,13 @@ class KeyReader:
         """
         path = self._unwrapped(name)
         if _TRAINING_ONLY.search(path):
-            self._seen["left out, used in training only"] += 1
+            self._seen["left out, used in training only", NoteKind.REMARK] += 1
             return None
         if _FROZEN_COPY.search(path):
-            self._seen["left out, frozen copy of the base (original_module)"] += 1
+            self._seen[_COPY_LEFT_OUT, NoteKind.REMARK] += 1
             return None
         if _ADAPTER_NAME.search(path):
-            self._seen["adapter name taken out of the tensor name"] += 1
+            self._seen["adapter name taken out of the tensor name", NoteKind.ADAPTER_NAME] += 1
         for pattern, role in _LEAVES:
             if match := pattern.match(path):
                 return TensorKey(match[1], role)
@@ -79,23 +82,23 @@ class KeyReader:
     def _unwrapped(self, name: str) -> str:
         path, count = _LEAKED.subn("", name)
         if count:
-            self._seen["_orig_mod. or _fsdp_wrapped_module. taken out (torch.compile, FSDP)"] += 1
+            self._seen[_WRAPPER_TAKEN_OUT, NoteKind.PREFIX] += 1
         if path.startswith("module."):
             path = path.removeprefix("module.")
-            self._seen["module. taken off (DDP, DeepSpeed)"] += 1
+            self._seen["module. taken off (DDP, DeepSpeed)", NoteKind.PREFIX] += 1
         if not path.startswith(PREFIX):
-            self._seen[f"had no {PREFIX} prefix"] += 1
+            self._seen[f"had no {PREFIX} prefix", NoteKind.PREFIX] += 1
         path = path.removeprefix(PREFIX)
         while path.startswith((PREFIX, "module.")):
             path = path.removeprefix(PREFIX).removeprefix("module.")
-            self._seen[f"doubled {PREFIX} prefix taken off"] += 1
+            self._seen[f"doubled {PREFIX} prefix taken off", NoteKind.PREFIX] += 1
         return path
 
-    def notes(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Note, ...]:
         """Return one sentence for each kind of clean-up, with its count."""
         return tuple(
-            f"{count} tensor name{'s' if count > 1 else ''}: {what}"
-            for what, count in self._seen.items()
+            Note(f"{count} tensor name{'s' if count > 1 else ''}: {what}", kind)
+            for (what, kind), count in self._seen.items()
         )
 
 

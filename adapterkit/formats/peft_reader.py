@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.delta import same_bits
-from adapterkit.errors import FormatError, NotFoundError
+from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
+from adapterkit.formats.peft_meaning import meaning
 from adapterkit.formats.peft_own_config import own_config
 from adapterkit.json_file import read_json_object
-from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+from adapterkit.keys import FACTORS, Role, TensorKey
+from adapterkit.model import AdapterTensorSet, Kind, PeftSource
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.storage import readable
 from adapterkit.tables import TEXT, listed, whole
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 CONFIG = "adapter_config.json"
-_MATRIX, _CONVOLUTION = 2, 4
+_MATRIX = 2
 _LARGEST_GROUP = 1 << 12
 _MOST_BLOCKS = 1 << 16
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -122,21 +125,52 @@ def interpret(
         tensors[key] = tensor
     if not tensors:
         raise FormatError("holds no tensors; training saved an empty adapter", path=path)
-    notes = list(keys.notes())
-    tensors = unfold_experts(tensors, config, base)
+    notes: list[str] = list(keys.notes())
+    kinds = _convolutions(tensors, config)
+    tensors, stacks = unfold_experts(tensors, config, base)
+    kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
     tensors, scales = _interpreted(config, tensors, notes)
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
+        kinds=kinds,
         base=BaseReference(
             name=config.fields.optional("base_model_name_or_path", TEXT) or None,
             revision=config.fields.optional("revision", TEXT) or None,
             architecture=config.mapping("auto_mapping").optional("base_model_class", TEXT) or None,
         ),
-        traits=config.traits() | _conflicts(config, tensors),
-        extras={"peft": {"config": dict(config.raw), "modules": tuple(scales)}},
+        rank_conflicts=_conflicts(config, tensors, kinds),
+        source=PeftSource(dict(config.raw), tuple(scales)),
         provenance=Provenance(path, "peft", tuple(notes)),
+        **meaning(config),
     )
+
+
+def _convolutions(tensors: Mapping[TensorKey, LazyTensor], config: LoraConfig) -> dict[str, Kind]:
+    """Return the adapted convolutions: PEFT saves every other factor with two axes.
+
+    Raises:
+        UnsupportedError: if one is grouped: each group of outputs has its own rows of A, so the
+            update is that of a layer without groups, which the base does not have.
+    """
+    found: dict[str, Kind] = {}
+    for key, tensor in tensors.items():
+        if key.role not in FACTORS or len(tensor.shape) <= _MATRIX:
+            continue
+        found[key.module] = Kind.CONVOLUTION
+        a = tensors.get(TensorKey(key.module, Role.LORA_A))
+        rank = a.shape[0] if a is not None and a.shape else 0
+        width = tensor.shape[1]
+        if key.role is Role.LORA_B and width and rank == config.rank_of(key.module) != width:
+            groups, odd = divmod(rank, width)
+            if not odd:
+                raise UnsupportedError(
+                    f"is a convolution of {groups} groups (A has rank {rank}, B {width}): its "
+                    "update is no weight of the base, and PEFT cannot merge it either",
+                    path=config.path,
+                    where=key.module,
+                )
+    return found
 
 
 def _stored(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
@@ -229,13 +263,16 @@ def _spelled_out(tensor: LazyTensor, blocks: int, config: LoraConfig, key: Tenso
     return tensor.map(spread, shape=(rows, width * blocks))
 
 
-def _conflicts(config: LoraConfig, tensors: Mapping[TensorKey, LazyTensor]) -> dict[str, Any]:
-    """Note modules whose tensors have another rank than the config: PEFT would not load them."""
-    conflicts: dict[str, list[int]] = {}
+def _conflicts(
+    config: LoraConfig, tensors: Mapping[TensorKey, LazyTensor], kinds: Mapping[str, Kind]
+) -> dict[str, tuple[int, int]]:
+    """Return modules whose tensors have another rank than the config: PEFT would not load them."""
+    conflicts: dict[str, tuple[int, int]] = {}
     for key, tensor in tensors.items():
         if key.role in {Role.LORA_A, Role.EMBEDDING_A} and len(tensor.shape) > 1:
             declared = config.rank_of(key.module)
-            stored = tensor.shape[-2]
-            if stored != declared and len(tensor.shape) < _CONVOLUTION:
-                conflicts[key.module] = [declared, stored]
-    return {"rank_conflicts": conflicts} if conflicts else {}
+            convolution = kinds.get(key.module) is Kind.CONVOLUTION
+            stored = tensor.shape[0 if convolution else -2]
+            if stored != declared:
+                conflicts[key.module] = declared, stored
+    return conflicts

@@ -12,7 +12,7 @@ from adapterkit.errors import UnsupportedError
 from adapterkit.formats.peft_keys import PREFIX, saved_name
 from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.formats.peft_tinylora_reader import read_peft_tinylora
-from adapterkit.model import Role
+from adapterkit.keys import Role
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import writing
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule, wide
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import AdapterTensorSet, Loss
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -176,11 +177,13 @@ def _config(tiny: TinyAdapter, adapter: AdapterTensorSet, options: Options) -> d
         "task_type": "CAUSAL_LM",
         "tinylora_dropout": 0.0,
         "weight_tying": 1.0,
-        "base_model_name_or_path": adapter.base.name or (base.name if base else None),
+        "base_model_name_or_path": base.name if base else None,
     }
+    named = {"base_model_name_or_path": adapter.base.name} if adapter.base.name else {}
     return {
         **made,
         **tiny.config,
+        **named,
         "peft_type": "TINYLORA",
         "r": max(module.right.shape[0] for module in tiny.modules),
         "u": next(iter(tiny.vectors.values())).size,

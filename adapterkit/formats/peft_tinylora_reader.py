@@ -20,7 +20,8 @@ from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.formats.peft_reader import locate
 from adapterkit.formats.peft_tinylora_order import base_type, find_order, round_through
 from adapterkit.json_file import read_json_object
-from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, TensorKey
+from adapterkit.keys import TensorKey
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.storage import readable
 from adapterkit.tables import TEXT, Table, number, whole
 from adapterkit.tensor import LazyTensor
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture
     from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
 
 NAME = "tinylora-peft"
 _PART = re.compile(r"^(?:base_model\.model\.)?(.+)\.tinylora_([ABP])(?:\.[^.]+)?$")

@@ -15,7 +15,9 @@ from adapterkit.formats.peft_reader import locate
 from adapterkit.formats.peft_tuners_refused import REFUSED
 from adapterkit.formats.peft_tuners_rules import LEAF, RULES, SHARED, Context, Parts
 from adapterkit.json_file import read_json_object
-from adapterkit.model import AdapterTensorSet, BaseReference, Provenance, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, PeftSource
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.storage import readable
 from adapterkit.tables import TEXT, Table
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import Loss
+    from adapterkit.notes import Loss
     from adapterkit.tensor import LazyTensor
 
 # AdaLoRA's leaves are LoRA's without `.weight`; told apart before the common grammar sees them.
@@ -87,7 +89,7 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
             revision=fields.optional("revision", TEXT) or None,
             architecture=_class(fields),
         ),
-        extras={"peft": {"config": {f: config[f] for f in _KEPT if f in config}, "modules": ()}},
+        source=PeftSource({f: config[f] for f in _KEPT if f in config}),
         provenance=Provenance(path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks))),
     )
 

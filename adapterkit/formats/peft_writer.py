@@ -18,7 +18,10 @@ from adapterkit.formats.peft_experts import (
 )
 from adapterkit.formats.peft_keys import saved_name
 from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
-from adapterkit.model import AdapterTensorSet, Loss, Role
+from adapterkit.keys import Role
+from adapterkit.model import PeftSource
+from adapterkit.model.losses import lost_metadata
+from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture
     from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
 _Number = TypeVar("_Number", int, float)
@@ -67,10 +71,9 @@ _DEFAULTS: dict[str, Any] = {
 def losses(adapter: AdapterTensorSet) -> list[Loss]:
     """List what a PEFT LoRA directory cannot hold of this adapter."""
     found: list[Loss] = []
-    if kept := list(adapter.traits.get("engine_layout", ())):
-        more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+    if kept := list(adapter.engine_layout):
         message = "its rows are in llama.cpp's order; give the base model with --base"
-        found.append(Loss("engine-layout", kept[0] + more, message))
+        found.append(Loss("engine-layout", first_and_more(kept), message))
     adapted = _adapted(adapter)
     for role, code, word in (
         (Role.MAGNITUDE, "dora-partly", "use_dora"),
@@ -81,7 +84,7 @@ def losses(adapter: AdapterTensorSet) -> list[Loss]:
             missing = next(module for module in adapted if module not in having)
             message = f"{word} holds for all modules or none, and this one has none"
             found.append(Loss(code, missing, message))
-    return found
+    return [*found, *lost_metadata(adapter)]
 
 
 def write_peft(
@@ -126,11 +129,15 @@ def _adapted(adapter: AdapterTensorSet) -> tuple[str, ...]:
     return tuple(dict.fromkeys(k.module for k in adapter.tensors if k.role not in roles))
 
 
+def _source(adapter: AdapterTensorSet) -> PeftSource:
+    return adapter.source if isinstance(adapter.source, PeftSource) else PeftSource({})
+
+
 def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     """Return the adapter_config.json for an adapter; a PEFT source's own settings are kept."""
-    source: Mapping[str, Any] = adapter.extras.get("peft", {}).get("config", {})
+    source: Mapping[str, Any] = _source(adapter).config
     config = {**_DEFAULTS, **source, **_MEANING}
-    config.update({name: adapter.traits[name] for name in _MEANING if name in adapter.traits})
+    config.update(adapter.settings)
     ranks, scales = _ranks_and_scales(adapter)
     parameters = wrapped_parameters(adapter, base)
     config.update(_scaling(source, adapter, ranks, scales, parameters))
@@ -138,8 +145,6 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
     config["use_dora"] = any(key.role is Role.MAGNITUDE for key in adapter.tensors)
     config["lora_bias"] = any(key.role is Role.LORA_BIAS for key in adapter.tensors)
     config.update(_saved(source, adapter))
-    if "init_lora_weights" in adapter.traits:
-        config["init_lora_weights"] = adapter.traits["init_lora_weights"]
     name = adapter.base.name or (base.name if base else None)
     config["base_model_name_or_path"] = name
     if base and not source:
@@ -213,7 +218,7 @@ def _targeting(
     create, and miss, the others. Full paths are always right.
     """
     adapted = _adapted(adapter)
-    if source and set(adapter.extras["peft"]["modules"]) == set(adapted):
+    if source and set(_source(adapter).modules) == set(adapted):
         return {name: source[name] for name in _TARGETING if name in source}
     modules = [module for module in adapted if module not in parameters]
     suffixes = sorted({module.rpartition(".")[2] for module in modules})

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from adapterkit.model import AdapterTensorSet, Loss
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
 
 @dataclass(frozen=True, kw_only=True)

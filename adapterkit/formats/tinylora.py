@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError, FormatError, UnsupportedError
-from adapterkit.model import BaseReference, Provenance
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tables import ANY_MAPPING, FLAG, TEXT, Table, number, whole
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import writing
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import AdapterTensorSet, Loss
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
 NAME = "tinylora"
 MARK = "adapterkit.tinylora"

@@ -13,7 +13,7 @@ from adapterkit.formats.tinylora_checkpoint import (
     read_vectors,
 )
 from adapterkit.formats.tinylora_pack_writer import losses, write_pack
-from adapterkit.model import BaseReference, Provenance
+from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tables import TEXT, Table
 from adapterkit.tinylora.adapter import TinyAdapter, neutral
 from adapterkit.tinylora.inference import tie_groups
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import AdapterTensorSet, Loss
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
     from adapterkit.tensor import LazyTensor
 
 NAME = "tinylora-pack"

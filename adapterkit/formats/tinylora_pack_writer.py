@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.errors import UncheckableError
 from adapterkit.formats.tinylora_checkpoint import COMPLETED, MANIFEST, STATE, settings_text
-from adapterkit.model import Loss
+from adapterkit.notes import Loss
 from adapterkit.tinylora import writing
 from adapterkit.tinylora.adapter import carried
 from adapterkit.tinylora.settings import SETTINGS_FILE, TinySettings

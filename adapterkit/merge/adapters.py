@@ -17,7 +17,7 @@ from adapterkit.merge.ranks import rank_rule
 from adapterkit.merge.registry import SPACES, Kind, MethodSpec
 from adapterkit.merge.registry import method as find_method
 from adapterkit.merge.report import MergeReport, ModuleReport
-from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
+from adapterkit.model import AdapterTensorSet, GgufSource, PeftSource
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from adapterkit.dtype import DType
     from adapterkit.merge.planning import ModulePlan, Source
-    from adapterkit.tensor import LazyTensor
+    from adapterkit.notes import BaseReference
 
 _ENERGY = 0.9
 # Planes from here on are merged one after the other: each holds up to 64 MB.
@@ -162,32 +162,26 @@ def _alpha(planned: Sequence[ModulePlan], how: Combination) -> int:
 def _merged(
     planned: Sequence[ModulePlan], work: Any, threads: int | None, how: Combination
 ) -> list[MergedModule]:
-    large = any(np.prod(plan.present[0].shape[-2:]) > _LARGE for plan in planned)
+    large = any(np.prod(plan.present[0].matrix_shape) > _LARGE for plan in planned)
     return in_threads(work, planned, 1 if how.dense and large else threads)
 
 
 def _assembled(
     found: Sequence[Source], merged: Sequence[MergedModule], beside: Beside
 ) -> AdapterTensorSet:
-    tensors: dict[TensorKey, LazyTensor] = {}
-    for pair in (module.pair for module in merged):
-        roles = (
-            (Role.EMBEDDING_A, Role.EMBEDDING_B) if pair.embedding else (Role.LORA_A, Role.LORA_B)
-        )
-        tensors[TensorKey(pair.module, roles[0])] = pair.a
-        tensors[TensorKey(pair.module, roles[1])] = pair.b
     first = found[0].adapter
     layouts: dict[str, str] = {}
     for source in found:
-        layouts |= source.adapter.traits.get("engine_layout", {})
-    shared = ("layer_replication", "alora_invocation_tokens")
-    traits = {name: first.traits[name] for name in shared if name in first.traits}
-    return AdapterTensorSet(
-        tensors={**tensors, **beside.tensors},
-        scales={module.pair.module: module.pair.scale for module in merged},
+        layouts |= source.adapter.engine_layout
+    return AdapterTensorSet.of(
+        (module.pair for module in merged),
+        beside.tensors,
         base=_base(found),
-        traits={**traits, **beside.traits, **({"engine_layout": layouts} if layouts else {})},
-        extras=_extras(found),
+        layer_replication=first.layer_replication,
+        invocation_tokens=first.invocation_tokens,
+        token_indices=beside.token_indices,
+        engine_layout=layouts,
+        source=_source(found),
     )
 
 
@@ -196,21 +190,23 @@ def _base(found: Sequence[Source]) -> BaseReference:
     return next((base for base in bases if base.name), bases[0])
 
 
-def _extras(found: Sequence[Source]) -> dict[str, dict[str, Any]]:
+def _source(found: Sequence[Source]) -> PeftSource | GgufSource | None:
     """Return what a format's writer needs and all adapters of that format agree on."""
-    extras: dict[str, dict[str, Any]] = {}
-    families = [source.adapter.extras.get("gguf", {}).get("family") for source in found]
-    if families[0] and len(set(families)) == 1:
-        extras["gguf"] = {"family": families[0]}
-    peft = [s.adapter.extras["peft"]["config"] for s in found if "peft" in s.adapter.extras]
-    if peft:
-        alike = {
+    sources = [source.adapter.source for source in found]
+    engine = [source for source in sources if isinstance(source, GgufSource)]
+    families = {source.family for source in engine}
+    if len(engine) == len(sources) and len(families) == 1:
+        return GgufSource(families.pop())
+    peft = [source.config for source in sources if isinstance(source, PeftSource)]
+    if not peft:
+        return None
+    return PeftSource(
+        {
             name: peft[0][name]
             for name in _PEFT_FIELDS
             if all(name in config and config[name] == peft[0][name] for config in peft)
         }
-        extras["peft"] = {"config": alike, "modules": ()}
-    return extras
+    )
 
 
 def _report(

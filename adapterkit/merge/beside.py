@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adapterkit.delta import all_finite
 from adapterkit.errors import FormatError, IncompatibleBaseError, UnsupportedError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.storing import wide, widest
-from adapterkit.model import Role, TensorKey
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ class Beside:
     Attributes:
         tensors: by key.
         how: key as text -> what was done, one phrase.
-        traits: settings that the tensors need.
+        token_indices: the tokens of merged rows.
     """
 
     tensors: Mapping[TensorKey, LazyTensor]
     how: Mapping[str, str]
-    traits: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
 
 
 def merge_beside(
@@ -68,16 +68,16 @@ def merge_beside(
     for key in biases:
         tensors[key] = _bias(key, found, spec, scales[key.module], dtype)
         how[str(key)] = "weighted sum"
-    traits: dict[str, Any] = {}
+    tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     for key in dict.fromkeys(key for source in found for key in source.adapter.tensors):
         if key.role in _ABSOLUTE:
             tensors[key], how[str(key)] = _absolute(key, found, spec, dtype)
             if key.role is Role.TOKEN_ROWS:
-                traits |= _token_trait(key, found)
+                tokens = _tokens(key, found)
         elif key.role is Role.BASE_COPY:
             tensors[key] = next(t for _, t in _holders(key, found))
             how[str(key)] = "copied; it is the base's own"
-    return Beside(tensors, how, traits)
+    return Beside(tensors, how, tokens)
 
 
 def bias_keys(found: Sequence[Source], modules: Sequence[str]) -> list[TensorKey]:
@@ -120,7 +120,7 @@ def _bias(
 
 def _rows(module: str, found: Sequence[Source]) -> int:
     pairs = (pair for source in found for pair in source.adapter.pairs())
-    return next(pair.b.shape[-2] for pair in pairs if pair.module == module)
+    return next(pair.matrix_shape[0] for pair in pairs if pair.module == module)
 
 
 def _absolute(
@@ -176,16 +176,18 @@ def _not_finite(key: TensorKey, source: Source) -> FormatError:
     return FormatError("holds NaN or infinity", path=source.label, where=str(key))
 
 
-def _token_trait(key: TensorKey, found: Sequence[Source]) -> dict[str, Any]:
+def _tokens(
+    key: TensorKey, found: Sequence[Source]
+) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
     """Return the token numbers of merged rows; all that hold rows must mean the same tokens."""
     name = "trainable_token_indices"
     holders = _holders(key, found)
-    known = holders[0][0].adapter.traits.get(name)
+    known = holders[0][0].adapter.token_indices
     for source, _ in holders[1:]:
-        if source.adapter.traits.get(name) != known:
+        if source.adapter.token_indices != known:
             raise UnsupportedError(
                 f"holds rows of other tokens than {holders[0][0].label} ({name}); {_INTO}",
                 path=source.label,
                 where=str(key),
             )
-    return {name: known} if known is not None else {}
+    return known

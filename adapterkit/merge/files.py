@@ -10,7 +10,7 @@ from adapterkit.errors import UsageError
 from adapterkit.loading import load_all
 from adapterkit.merge.adapters import merge
 from adapterkit.merge.report import MergeReport
-from adapterkit.model import Loss
+from adapterkit.notes import Loss
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 
 if TYPE_CHECKING:

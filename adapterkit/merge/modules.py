@@ -15,7 +15,7 @@ from adapterkit.merge.lowrank import EXACT_ZERO, NUMERICAL_ZERO, nothing
 from adapterkit.merge.ranks import RankRule
 from adapterkit.merge.report import ModuleReport
 from adapterkit.merge.storing import load, stored, updates, wide, widest
-from adapterkit.model import LoraPair
+from adapterkit.model import Update
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +52,7 @@ class MergedModule:
         report: what was lost.
     """
 
-    pair: LoraPair
+    pair: Update
     report: ModuleReport
 
 
@@ -103,7 +103,7 @@ def _stored(
 
 def _rounded(
     plan: ModulePlan, outcomes: Sequence[Outcome], rank: int, scale: float, settings: Settings
-) -> LoraPair:
+) -> Update:
     """Return the factors of all experts, turned as the model wants them and rounded once."""
     first = plan.present[0]
     b, a = (
@@ -112,11 +112,11 @@ def _rounded(
     )
     if first.embedding:
         a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
-    if len(first.b.shape) == 2:  # noqa: PLR2004  (no experts)
-        a, b = a[0], b[0]
+    a_shape, b_shape = first.factor_shapes(rank)
+    a, b = a.reshape(a_shape), b.reshape(b_shape)
     exact = outcomes[0].spectrum is None
     kinds = _dtypes(plan, a, b, settings.dtype, exact=exact)
-    return LoraPair(plan.module, stored(a, kinds[0]), stored(b, kinds[1]), scale, first.embedding)
+    return Update(plan.module, stored(a, kinds[0]), stored(b, kinds[1]), scale, first.kind)
 
 
 def _kind(plan: ModulePlan, dtype: DType | None) -> DType:
@@ -150,7 +150,7 @@ def _widened(kind: DType) -> DType:
 
 
 def _report(
-    plan: ModulePlan, weights: Array, outcomes: Sequence[Outcome], pair: LoraPair
+    plan: ModulePlan, weights: Array, outcomes: Sequence[Outcome], pair: Update
 ) -> ModuleReport:
     norm = sum(outcome.norm**2 for outcome in outcomes) ** 0.5
     predicted = sum(outcome.predicted_error(pair.rank) ** 2 for outcome in outcomes) ** 0.5
@@ -168,7 +168,7 @@ def _report(
     )
 
 
-def _measured(outcomes: Sequence[Outcome], pair: LoraPair) -> float:
+def _measured(outcomes: Sequence[Outcome], pair: Update) -> float:
     """Return the Frobenius norm of what the rounded factors are off by.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from adapterkit.errors import (
     BaseRequiredError,
@@ -17,8 +17,11 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
-from adapterkit.model import AdapterTensorSet, LoraPair, Role, TensorKey
-from adapterkit.structure import problems
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, Kind, Update
+from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.defects import problems
+from adapterkit.notes import first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +29,16 @@ if TYPE_CHECKING:
     from adapterkit.merge.registry import MethodSpec
 
 _INTO = "merge it into the base instead (adapterkit merge --into)"
-_MATRIX, _EXPERTS = 2, 3
-_PAIR = (Role.LORA_A, Role.LORA_B)
-# Traits that all adapters must share, because they say which modules the tensors are applied to.
+_OF = {
+    Kind.LINEAR: "",
+    Kind.EXPERTS: "experts of ",
+    Kind.EMBEDDING: "an embedding of ",
+    Kind.CONVOLUTION: "a convolution of ",
+}
+# Settings that all adapters must share, because they say which modules the tensors are applied to.
 _SHARED = {
     "layer_replication": "replicates layers in its own way",
-    "alora_invocation_tokens": "is active after its own invocation tokens only",
+    "invocation_tokens": "is active after its own invocation tokens only",
 }
 
 
@@ -67,11 +74,11 @@ class ModulePlan:
     """
 
     module: str
-    pairs: tuple[LoraPair | None, ...]
+    pairs: tuple[Update | None, ...]
     weights: tuple[float, ...]
 
     @property
-    def present(self) -> list[LoraPair]:
+    def present(self) -> list[Update]:
         """The factors that are there."""
         return [pair for pair in self.pairs if pair is not None]
 
@@ -82,7 +89,7 @@ class ModulePlan:
 
     def largest_rank(self, *, dense: bool) -> int:
         """Return the rank that holds any result: Σ rᵢ, or the smaller side of a dense one."""
-        return min(self.present[0].shape[-2:]) if dense else self.rank
+        return min(self.present[0].matrix_shape) if dense else self.rank
 
 
 def sources(
@@ -166,7 +173,7 @@ def check(found: Sequence[Source], *, any_base: bool) -> None:
     if not any_base:
         _check_bases(found)
     for first, second in pairwise(found):
-        _check_traits(first, second)
+        _check_settings(first, second)
     _check_layouts(found)
     _check_names(found)
 
@@ -182,23 +189,13 @@ def _check_kinds(source: Source) -> None:
             )
         if key.role is Role.LORA_BIAS and TensorKey(key.module, Role.LORA_A) not in held:
             raise FormatError("has a bias on B and no factors", path=source.label, where=key.module)
-        if key.role is Role.LORA_A and _is_convolution(source.adapter, key):
-            raise UnsupportedError(
-                "is a convolution; merge it in PEFT", path=source.label, where=key.module
-            )
-    if init := source.adapter.traits.get("init_lora_weights"):
+    if init := source.adapter.initialisation:
         raise UnsupportedError(
             f"init_lora_weights = {init!r} changed the base, so B · A is no update of the original "
             "one; give the original base's directory with --base, which makes PiSSA and OLoRA "
             "plain, or save it with PEFT's path_initial_model_for_weight_conversion",
             path=source.label,
         )
-
-
-def _is_convolution(adapter: AdapterTensorSet, key: TensorKey) -> bool:
-    """Tell (r, in, *kernel) and (out, r, 1...) from stacked experts, (E, r, in) and (E, out, r)."""
-    a, b = (adapter.tensors[TensorKey(key.module, role)].shape for role in _PAIR)
-    return len(a) > _MATRIX and not (len(a) == _EXPERTS and a[0] == b[0] and a[1] == b[2])
 
 
 def _check_bases(found: Sequence[Source]) -> None:
@@ -222,24 +219,20 @@ def _bare(name: str) -> str:
     return re.sub(r"[ _-]+", "-", last).casefold()
 
 
-def _check_traits(first: Source, second: Source) -> None:
+def _check_settings(first: Source, second: Source) -> None:
     for name, what in _SHARED.items():
-        mine, theirs = first.adapter.traits.get(name), second.adapter.traits.get(name)
-        if _plain(mine) != _plain(theirs):
-            holder = second if theirs else first
-            raise UnsupportedError(f"{what} ({name}), and not all others do", path=holder.label)
-
-
-def _plain(value: Any) -> Any:
-    return list(cast("Sequence[Any]", value)) if isinstance(value, (list, tuple)) else value
+        mine, theirs = getattr(first.adapter, name), getattr(second.adapter, name)
+        if mine != theirs:
+            holder, shown = second if theirs else first, SETTINGS[name]
+            raise UnsupportedError(f"{what} ({shown}), and not all others do", path=holder.label)
 
 
 def _check_layouts(found: Sequence[Source]) -> None:
     """Refuse a module whose rows are in llama.cpp's order in one adapter and not in another."""
     for source in found:
-        kept = source.adapter.traits.get("engine_layout", {})
+        kept = source.adapter.engine_layout
         for other in found:
-            theirs = other.adapter.traits.get("engine_layout", {})
+            theirs = other.adapter.engine_layout
             clash = set(kept).intersection(other.adapter.modules).difference(theirs)
             if clash:
                 raise BaseRequiredError(
@@ -296,14 +289,14 @@ def plans(found: Sequence[Source], *, missing: str) -> list[ModulePlan]:
     return planned
 
 
-def _check_shapes(name: str, pairs: Iterable[LoraPair | None], found: Sequence[Source]) -> None:
-    known: tuple[LoraPair, Source] | None = None
+def _check_shapes(name: str, pairs: Iterable[Update | None], found: Sequence[Source]) -> None:
+    known: tuple[Update, Source] | None = None
     for pair, source in zip(pairs, found, strict=True):
         if pair is None:
             continue
         if known is None:
             known = pair, source
-        elif (pair.shape, pair.embedding) != (known[0].shape, known[0].embedding):
+        elif (pair.kind, pair.shape) != (known[0].kind, known[0].shape):
             raise IncompatibleBaseError(
                 f"updates {_shown(pair)}, and {_shown(known[0])} in {known[1].label}; "
                 "are they made for the same model?",
@@ -312,9 +305,9 @@ def _check_shapes(name: str, pairs: Iterable[LoraPair | None], found: Sequence[S
             )
 
 
-def _shown(pair: LoraPair) -> str:
+def _shown(pair: Update) -> str:
     sizes = " x ".join(str(size) for size in pair.shape)
-    return f"an embedding of {sizes}" if pair.embedding else sizes
+    return f"{_OF[pair.kind]}{sizes}"
 
 
 def absences(planned: Sequence[ModulePlan], found: Sequence[Source]) -> list[str]:
@@ -323,6 +316,6 @@ def absences(planned: Sequence[ModulePlan], found: Sequence[Source]) -> list[str
     for place, source in enumerate(found):
         lacking = [plan.module for plan in planned if plan.pairs[place] is None]
         if lacking:
-            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            lines.append(f"{source.label} has no {lacking[0]}{more}; taken as no update there")
+            named = first_and_more(lacking)
+            lines.append(f"{source.label} has no {named}; taken as no update there")
     return lines

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.merge.lowrank import Array
-    from adapterkit.model import LoraPair
+    from adapterkit.model import Update
 
 # From narrow to wide; what is not here (8 bits and blocks) is widened to float32.
 _WIDTHS = (DType.BF16, DType.F16, DType.F32, DType.F64)
@@ -40,7 +40,7 @@ def widest(tensors: Sequence[LazyTensor]) -> DType:
     return DType.F64 if DType.F64 in kinds else DType.F32
 
 
-def load(pair: LoraPair, label: str) -> list[LowRank]:
+def load(pair: Update, label: str) -> list[LowRank]:
     """Return the update of each expert (one where there are none), as it acts on the weight.
 
     Raises:
@@ -61,14 +61,10 @@ def load(pair: LoraPair, label: str) -> list[LowRank]:
     return found
 
 
-def updates(pair: LoraPair) -> list[LowRank]:
-    """Return the update of each expert, (out, in) or, turned, (vocabulary, width)."""
-    a, b = wide(pair.a), wide(pair.b)
-    if a.ndim == 2:  # noqa: PLR2004  (no experts)
-        a, b = a[None], b[None]
-    if pair.embedding:
-        a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
-    return [LowRank(y * pair.scale, x, pair.scale) for y, x in zip(b, a, strict=True)]
+def updates(pair: Update) -> list[LowRank]:
+    """Return the update of each matrix, (out, in) or, of an embedding, (vocabulary, width)."""
+    found = [(a.T, b.T) if pair.embedding else (b, a) for b, a in pair.matrices(wide)]
+    return [LowRank(b * pair.scale, a, pair.scale) for b, a in found]
 
 
 def stored(values: Array, dtype: DType) -> LazyTensor:

@@ -15,22 +15,22 @@ from adapterkit.base.weights import BaseWeights
 from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
-from adapterkit.passes.protocol import Context, Note, Passed
+from adapterkit.model import Kind, PeftSource
+from adapterkit.notes import Note
+from adapterkit.passes.protocol import Context, Passed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy as np
 
     from adapterkit.base.model import BaseModel
-    from adapterkit.model import LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.tensor import LazyTensor
 
     Array = np.ndarray[Any, np.dtype[np.float64]]
 
-_TRAIT = "init_lora_weights"
+_SETTING = "init_lora_weights"
 _MATRIX = 2
 # Training computed the initial factors in float32.
 _ROUNDING = 2.0**-24
@@ -64,7 +64,7 @@ class _Initial:
 
 
 class _Start(Protocol):
-    def __call__(self, stored: Array, pair: LoraPair, *, turned: bool) -> _Initial: ...
+    def __call__(self, stored: Array, pair: Update, *, turned: bool) -> _Initial: ...
 
 
 def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
@@ -75,11 +75,11 @@ def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
     normalise, W - s · B0 · A0 + s · B · A, stays the same.
 
     Args:
-        adapter: with or without a trait `init_lora_weights`.
+        adapter: with or without an initialisation that changed the base.
         context: its base is the original one with its weights, a Hugging Face directory.
 
     Returns:
-        An adapter whose factors are float32 and of twice the rank, without the trait.
+        An adapter whose factors are float32 and of twice the rank, without the setting.
 
     Raises:
         UnsupportedError: if the initial factors do not follow from the base, or its singular values
@@ -87,13 +87,13 @@ def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
         BaseRequiredError: if the base or its weights are missing.
         IncompatibleBaseError: if a module is not in the base, or has another shape.
     """
-    setting = adapter.traits.get(_TRAIT)
+    setting = adapter.initialisation
     if not setting:
         return Passed(adapter)
     path = adapter.provenance.path if adapter.provenance else None
-    initial = _initialisation(str(setting), path)
-    weights = _weights(context.base, str(setting), path)
-    tensors = dict(adapter.tensors)
+    initial = _initialisation(setting, path)
+    weights = _weights(context.base, setting, path)
+    plain: list[Update] = []
     worst = 0.0, ""
     rounded: set[DType] = set()
     for pair in adapter.pairs():
@@ -103,12 +103,11 @@ def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
         rounded.add(weight.dtype)
         start = initial(_wide(weight), pair, turned=weights.turned(pair.module))
         a, b = _joined(pair, start)
-        tensors |= {TensorKey(pair.module, Role.LORA_A): a, TensorKey(pair.module, Role.LORA_B): b}
-        size = norm(replace(pair, a=a, b=b))
+        plain.append(replace(pair, a=a, b=b))
+        size = norm(plain[-1])
         worst = max(worst, (start.doubt / size if size else 0.0, pair.module))
-    notes = _notes(str(setting), worst, rounded, path)
-    said = tuple(Note("initialisation", note) for note in notes)
-    return Passed(_plain(adapter, tensors), said)
+    notes = _notes(setting, worst, rounded, path)
+    return Passed(_plain(adapter.updated(plain)), tuple(map(Note, notes)))
 
 
 def _initialisation(setting: str, path: Path | None) -> _Start:
@@ -120,7 +119,7 @@ def _initialisation(setting: str, path: Path | None) -> _Start:
     kind = next((name for name in _IRREPRODUCIBLE if setting.lower().startswith(name)), "")
     source = _IRREPRODUCIBLE.get(kind, "something that adapterkit does not know")
     raise UnsupportedError(
-        f"{_TRAIT} = {setting!r} changed the base by what it took from {source}; {_AGAIN}",
+        f"{_SETTING} = {setting!r} changed the base by what it took from {source}; {_AGAIN}",
         path=path,
     )
 
@@ -129,19 +128,19 @@ def _weights(base: BaseModel | None, setting: str, path: Path | None) -> BaseWei
     if base is None or base.kind != "hf" or not base.has_tensors:
         given = "" if base is None else f"; {base.path} has no Hugging Face weights"
         raise BaseRequiredError(
-            f"{_TRAIT} = {setting!r} changed the base, and what it changed follows from the "
+            f"{_SETTING} = {setting!r} changed the base, and what it changed follows from the "
             f"original weights: give the model's directory with --base{given}",
             path=path,
         )
     return BaseWeights(base)
 
 
-def _weight(pair: LoraPair, weights: BaseWeights) -> LazyTensor:
+def _weight(pair: Update, weights: BaseWeights) -> LazyTensor:
     weight = weights.stored(pair.module)
     if weight is None:
         message = f"is not in {weights.base.path}; is it the right base?"
         raise IncompatibleBaseError(message, where=pair.module)
-    if len(pair.shape) != _MATRIX or len(weight.shape) != _MATRIX:
+    if pair.kind is not Kind.LINEAR or len(weight.shape) != _MATRIX:
         message = "is no linear layer; what its initialisation changed is not known"
         raise UnsupportedError(message, where=pair.module)
     if not weight.dtype.floating or weight.dtype.quantised or weight.dtype.scaled:
@@ -166,7 +165,7 @@ def _wide(tensor: LazyTensor) -> Array:
     return np.asarray(tensor.numpy(), dtype=np.float64)
 
 
-def _pissa(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
+def _pissa(stored: Array, pair: Update, *, turned: bool) -> _Initial:
     """Return the r largest singular triples of W, as the projection of W on their vectors.
 
     U_r · U_rᵀ · W needs only the eigenvectors of the smaller Gram matrix, and no sign or basis of
@@ -188,7 +187,7 @@ def _pissa(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
     return _Initial(left, right, doubt)
 
 
-def _olora(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
+def _olora(stored: Array, pair: Update, *, turned: bool) -> _Initial:
     """Return s · Q_r · R_r of the QR decomposition of the stored weight.
 
     The first r columns of Q span the first r columns of the weight, and R_r = Q_rᵀ · W, so a QR of
@@ -206,7 +205,7 @@ def _olora(stored: Array, pair: LoraPair, *, turned: bool) -> _Initial:
     return _Initial(right.T, left.T, doubt) if turned else _Initial(left, right, doubt)
 
 
-def _joined(pair: LoraPair, start: _Initial) -> tuple[LazyTensor, LazyTensor]:
+def _joined(pair: Update, start: _Initial) -> tuple[LazyTensor, LazyTensor]:
     """Return [A; A0] and [B, -B0] in float32; row i of A0 and column i of B0 have equal norms."""
     import numpy as np
 
@@ -252,13 +251,9 @@ def _notes(
     return notes
 
 
-def _plain(adapter: AdapterTensorSet, tensors: Mapping[TensorKey, LazyTensor]) -> AdapterTensorSet:
-    extras = dict(adapter.extras)
-    if "peft" in extras:
-        config = {**extras["peft"]["config"], _TRAIT: True}
-        extras["peft"] = {**extras["peft"], "config": config}
+def _plain(adapter: AdapterTensorSet) -> AdapterTensorSet:
+    source = adapter.source
     return adapter.replace(
-        tensors=tensors,
-        traits={name: value for name, value in adapter.traits.items() if name != _TRAIT},
-        extras=extras,
+        initialisation=None,
+        source=source.changed(**{_SETTING: True}) if isinstance(source, PeftSource) else source,
     )

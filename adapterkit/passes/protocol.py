@@ -6,24 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapterkit.base import BaseModel
-from adapterkit.model import AdapterTensorSet, Loss
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Something that was normalised on the way.
-
-    Attributes:
-        origin: what did it: `reading`, or the name of a pass.
-        message: what was done, one sentence.
-    """
-
-    origin: str
-    message: str
-
-    def __str__(self) -> str:
-        """Return the sentence."""
-        return self.message
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import Loss, Note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.factors import padded, with_scale
-from adapterkit.model import Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import PeftSource, Source
 from adapterkit.passes.protocol import Context, Passed
 
 if TYPE_CHECKING:
@@ -38,28 +39,19 @@ def uniform(adapter: AdapterTensorSet, context: Context) -> Passed:
     rank = max(pair.rank for pair in pairs)
     scales = Counter(pair.scale for pair in pairs if pair.scale)
     scale = scales.most_common(1)[0][0] if scales else 1.0
-    tensors = dict(adapter.tensors)
+    ready = [padded(with_scale(pair, scale), rank) for pair in pairs]
+    biases: dict[TensorKey, LazyTensor] = {}
     for pair in pairs:
-        ready = padded(with_scale(pair, scale), rank)
-        tensors.update(zip(pair.keys, (ready.a, ready.b), strict=True))
-        bias = TensorKey(pair.module, Role.LORA_BIAS)
-        if bias in tensors and pair.scale != scale:  # it is scaled like B
-            tensors[bias] = _multiplied(tensors[bias], pair.scale / scale)
-    return Passed(
-        adapter.replace(
-            tensors=tensors,
-            scales={**adapter.scales, **{pair.module: scale for pair in pairs}},
-            extras=_without_patterns(adapter),
-        )
-    )
+        key = TensorKey(pair.module, Role.LORA_BIAS)
+        if key in adapter.tensors and pair.scale != scale:  # it is scaled like B
+            biases[key] = _multiplied(adapter.tensors[key], pair.scale / scale)
+    changed = adapter.updated(ready, biases)
+    return Passed(changed.replace(source=_without_patterns(adapter.source)))
 
 
 def _multiplied(tensor: LazyTensor, factor: float) -> LazyTensor:
     return tensor.map(lambda x: x.astype("float64") * factor, dtype=DType.F32)
 
 
-def _without_patterns(adapter: AdapterTensorSet) -> dict[str, Mapping[str, Any]]:
-    extras = dict(adapter.extras)
-    if source := extras.get("peft"):
-        extras["peft"] = {"config": {**source["config"], **_PLAIN}, "modules": ()}
-    return extras
+def _without_patterns(source: Source | None) -> Source | None:
+    return PeftSource({**source.config, **_PLAIN}) if isinstance(source, PeftSource) else source

@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule
-from adapterkit.model import Loss
-from adapterkit.passes.protocol import Context, Note, Passed
+from adapterkit.notes import Loss, Note, NoteKind
+from adapterkit.passes.protocol import Context, Passed
 
 if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.tensor import LazyTensor
 
 # Padding rounds up to a multiple of at most this; a larger difference is another vocabulary.
@@ -32,7 +32,7 @@ def matched(adapter: AdapterTensorSet, context: Context) -> Passed:
     """
     if context.base is None:
         return Passed(adapter)
-    tensors = dict(adapter.tensors)
+    resized: list[Update] = []
     notes: list[Note] = []
     losses: list[Loss] = []
     for pair in adapter.pairs():
@@ -44,15 +44,14 @@ def matched(adapter: AdapterTensorSet, context: Context) -> Passed:
             losses.append(_loss(pair, stored, rows))
             if not context.allow_lossy:
                 continue
-        fitted = _fitted(pair, rows)
-        tensors.update(zip(fitted.keys, (fitted.a, fitted.b), strict=True))
+        resized.append(_fitted(pair, rows))
         verb = "cut" if rows < stored else "padded with zeros"
-        said = f"{pair.module}: vocabulary {verb} from {stored} to the base's {rows} rows"
-        notes.append(Note("vocabulary", said))
-    return Passed(adapter.replace(tensors=tensors) if notes else adapter, (*notes,), (*losses,))
+        change = f"vocabulary {verb} from {stored} to the base's {rows} rows"
+        notes.append(Note(change, NoteKind.VOCABULARY, pair.module))
+    return Passed(adapter.updated(resized) if notes else adapter, (*notes,), (*losses,))
 
 
-def _loss(pair: LoraPair, stored: int, rows: int) -> Loss:
+def _loss(pair: Update, stored: int, rows: int) -> Loss:
     message = (
         f"its {stored} rows are more than the base's {rows}, and the others hold an update; give "
         "the base with the vocabulary of the training, or leave them out with --allow-lossy"
@@ -60,7 +59,7 @@ def _loss(pair: LoraPair, stored: int, rows: int) -> Loss:
     return Loss("vocabulary", pair.module, message)
 
 
-def _holds_update(pair: LoraPair, rows: int) -> bool:
+def _holds_update(pair: Update, rows: int) -> bool:
     """Tell whether any row from `rows` on is changed: ΔW of a row is its row of the outer factor.
 
     What is not finite counts as a change.
@@ -69,7 +68,7 @@ def _holds_update(pair: LoraPair, rows: int) -> bool:
     return bool(values.any())
 
 
-def _base_rows(pair: LoraPair, base: BaseModel) -> int | None:
+def _base_rows(pair: Update, base: BaseModel) -> int | None:
     match = find_rule(base.architecture, pair.module)
     if match is None or match.rule.shape[:1] != ("vocab",):
         return None
@@ -80,7 +79,7 @@ def _base_rows(pair: LoraPair, base: BaseModel) -> int | None:
     return int(rows) if rows is not None else None
 
 
-def _fitted(pair: LoraPair, rows: int) -> LoraPair:
+def _fitted(pair: Update, rows: int) -> Update:
     if pair.embedding:
         return replace(pair, a=_resized(pair.a, rows, axis=1))
     return replace(pair, b=_resized(pair.b, rows, axis=0))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import PARTNERS, TensorKey
+from adapterkit.model import AdapterTensorSet, Kind, Source, Update
 from adapterkit.tensor import LazyTensor, encode
 from adapterkit.tinylora.settings import TinySettings
 from adapterkit.tinylora.witness import Witness
@@ -15,12 +16,9 @@ from adapterkit.tinylora.witness import Witness
 if TYPE_CHECKING:
     import numpy as np
 
-    from adapterkit.model import BaseReference, Provenance
+    from adapterkit.notes import BaseReference, Provenance
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-EXTRAS = "tinylora"
-FACTORS = {Role.LORA_A, Role.LORA_B, Role.EMBEDDING_A, Role.EMBEDDING_B}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +112,19 @@ def balanced(left: Array, right: Array, core: Array) -> tuple[Array, Array]:
     return (root[:, None] * y) @ q_right.T, q_left @ (x * root)
 
 
+@dataclass(frozen=True, slots=True)
+class TinySource(Source):
+    """The TinyLoRA that a plain LoRA was made from.
+
+    Attributes:
+        adapter: the TinyLoRA.
+        factors: what it was written out as.
+    """
+
+    adapter: TinyAdapter
+    factors: Mapping[TensorKey, LazyTensor]
+
+
 def neutral(
     tiny: TinyAdapter,
     *,
@@ -129,19 +140,17 @@ def neutral(
         provenance: where it was read.
         others: tensors beside the update, such as saved modules.
     """
-    tensors: dict[TensorKey, LazyTensor] = {}
+    updates: list[Update] = []
     for module in tiny.modules:
-        a, b = _factors(module, tiny.vectors[module.group])
-        roles = (Role.LORA_A, Role.LORA_B)
-        if module.embedding:
-            roles = (Role.EMBEDDING_A, Role.EMBEDDING_B)
-        tensors |= dict(zip((TensorKey(module.name, role) for role in roles), (a, b), strict=True))
-    factors = dict(tensors)
-    return AdapterTensorSet(
-        tensors=tensors | dict(others or {}),
-        scales={module.name: 1.0 for module in tiny.modules},
+        kind = Kind.EMBEDDING if module.embedding else Kind.LINEAR
+        factors = _factors(module, tiny.vectors[module.group])
+        updates.append(Update(module.name, *factors, 1.0, kind))
+    known = {key: t for u in updates for key, t in zip(u.keys, (u.a, u.b), strict=True)}
+    return AdapterTensorSet.of(
+        updates,
+        others or {},
         base=base,
-        extras={EXTRAS: {"adapter": tiny, "factors": factors}},
+        source=TinySource(tiny, known),
         provenance=provenance,
     )
 
@@ -170,11 +179,11 @@ def carried(adapter: AdapterTensorSet) -> TinyAdapter | None:
 
     Whatever changed a factor, a module or a scale since made it a plain LoRA.
     """
-    extras = adapter.extras.get(EXTRAS)
-    if not extras:
+    source = adapter.source
+    if not isinstance(source, TinySource):
         return None
-    known: Mapping[TensorKey, LazyTensor] = extras["factors"]
-    mine = {key: tensor for key, tensor in adapter.tensors.items() if key.role in FACTORS}
+    known = source.factors
+    mine = {key: tensor for key, tensor in adapter.tensors.items() if key.role in PARTNERS}
     same = mine.keys() == known.keys() and all(mine[key] is known[key] for key in known)
     unit = all(adapter.scales.get(key.module) == 1.0 for key in known)
-    return extras["adapter"] if same and unit else None
+    return source.adapter if same and unit else None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from adapterkit.model import AdapterTensorSet, LoraPair
+    from adapterkit.model import AdapterTensorSet, Update
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -107,7 +107,7 @@ def fit(adapter: AdapterTensorSet, modules: Iterable[TinyModule]) -> Fit:
     )
 
 
-def _terms(module: TinyModule, pair: LoraPair | None) -> _Terms:
+def _terms(module: TinyModule, pair: Update | None) -> _Terms:
     import numpy as np
 
     left, right = wide(module.left), wide(module.right)
@@ -132,7 +132,7 @@ def _terms(module: TinyModule, pair: LoraPair | None) -> _Terms:
     )
 
 
-def _oriented(pair: LoraPair) -> tuple[Array, Array]:
+def _oriented(pair: Update) -> tuple[Array, Array]:
     """Return A and B of the weight as it is stored: an embedding's update is (B · A)ᵀ."""
     a, b = wide(pair.a), wide(pair.b)
     return (b.T, a.T) if pair.embedding else (a, b)

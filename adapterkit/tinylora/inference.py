@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import UsageError
+from adapterkit.notes import first_and_more
 from adapterkit.tables import whole
 from adapterkit.tinylora.groups import PACK_MODES, pack_groups, partition
 from adapterkit.tinylora.planner import CANDIDATES, SCRIPT_CANDIDATES, planned
@@ -104,10 +105,9 @@ def _chosen(
         if tie in every:
             target = metadata["budget_target"]
             return tie, (f"tie_mode {_spelled(tie)} told from the budget plan for {target}",)
-    shown = ", ".join(_spelled(ties[0]) for ties in candidates[:_SHOWN])
-    more = f" and {len(candidates) - _SHOWN} more" if len(candidates) > _SHOWN else ""
+    shown = first_and_more([_spelled(ties[0]) for ties in candidates], _SHOWN)
     raise UsageError(
-        f"several ties fit the names of its vectors ({shown}{more}); state tie_mode and tie_factor "
+        f"several ties fit the names of its vectors ({shown}); state tie_mode and tie_factor "
         "in tinylora.json beside it",
         path=path,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.delta import finite
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.model import Provenance
+from adapterkit.notes import Provenance
 from adapterkit.tinylora.adapter import TinyAdapter, neutral
 from adapterkit.tinylora.fitting import Fit, ModuleResidual, fit
 from adapterkit.tinylora.pack import doubts, grouping, pack_targets, rebuild
@@ -80,7 +80,7 @@ def project(
     settings = _completed(settings, path)
     known = require_weights(base, path=path)
     for trait, reason in _NO_UPDATE.items():
-        if adapter.traits.get(trait):
+        if trait in adapter.settings:
             raise UnsupportedError(f"{reason} ({trait})", path=path)
     names = pack_targets(known, settings)
     _check_source(adapter, names, path)

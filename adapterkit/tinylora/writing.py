@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import UnsupportedError
-from adapterkit.model import AdapterTensorSet, Loss, Role
-from adapterkit.tinylora.adapter import FACTORS, TinyAdapter, carried
+from adapterkit.keys import PARTNERS
+from adapterkit.model.losses import lost_metadata, lost_settings
+from adapterkit.notes import Loss, first_and_more
+from adapterkit.tinylora.adapter import TinyAdapter, carried
 
 if TYPE_CHECKING:
     from collections.abc import Container
+
+    from adapterkit.keys import Role
+    from adapterkit.model import AdapterTensorSet
 
 _PROJECT = (
     "is a plain LoRA: its factors are no singular vectors of a base; `adapterkit tinylora project` "
@@ -25,14 +30,14 @@ def losses(adapter: AdapterTensorSet, *, holds: Container[Role] = ()) -> list[Lo
         holds: roles beside the factors for which the form has a place.
     """
     found: list[Loss] = []
-    others = [key for key in adapter.tensors if key.role not in FACTORS and key.role not in holds]
+    others = [key for key in adapter.tensors if key.role not in PARTNERS and key.role not in holds]
     if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         message = "TinyLoRA has no place for it; merge it into the base (adapterkit merge --into)"
-        found.append(Loss("not-an-update", f"{others[0]}{more}", message, tuple(others)))
+        named = first_and_more([str(key) for key in others])
+        found.append(Loss("not-an-update", named, message, tuple(others)))
     if carried(adapter) is None:
         found.append(Loss("not-tinylora", "the update", _PROJECT))
-    return found
+    return [*found, *lost_settings(adapter), *lost_metadata(adapter)]
 
 
 def tiny_of(adapter: AdapterTensorSet) -> TinyAdapter:

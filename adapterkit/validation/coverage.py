@@ -10,7 +10,7 @@ from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 from adapterkit.formats.gguf_engine import engine_adapter
 from adapterkit.formats.gguf_losses import losses
 from adapterkit.formats.protocol import Options
-from adapterkit.structure import problems
+from adapterkit.model.defects import problems
 from adapterkit.validation.findings import CoveredModule, Finding, Outcome, Severity
 from adapterkit.validation.fitting import other_architecture
 from adapterkit.validation.structure import outside_targets
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.base.fit import Misfit
-    from adapterkit.model import AdapterTensorSet, LoraPair, Loss
+    from adapterkit.model import AdapterTensorSet, Update
+    from adapterkit.notes import Loss
     from adapterkit.validation.engines import Target
 
 
@@ -68,7 +69,7 @@ def _by_tensor(
 
 
 def _covered(
-    pair: LoraPair,
+    pair: Update,
     tensor: str | None,
     base: BaseModel,
     wrong: Mapping[str, str],
@@ -103,7 +104,7 @@ def _by_module(adapter: AdapterTensorSet, base: BaseModel, target: Target) -> li
 
 
 def _placed(
-    pair: LoraPair,
+    pair: Update,
     base: BaseModel,
     target: Target,
     wrong: Mapping[str, Misfit],

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
-from adapterkit.base.fit import sound
-from adapterkit.model import AdapterTensorSet, Role
-from adapterkit.validation.structure import unclean_names
+from adapterkit.keys import Role
+from adapterkit.model import Kind
+from adapterkit.notes import NoteKind
+from adapterkit.validation.structure import peft_config, unclean_names
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
 
-_STACK = 3
 _HEADS = {"classifier", "score"}
 _PICKLES = {".bin", ".pt", ".pth"}
 
@@ -29,12 +31,12 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     `layer_replication`, `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`,
     `foreign_names`; texts: `format`, `init`, `architecture` (of the base, empty if unknown).
     """
-    pairs = [pair for pair in adapter.pairs() if sound(pair)]
+    pairs = [pair for pair in adapter.pairs() if pair.sound]
     unclean = list(unclean_names(adapter))
     ranks = {pair.rank for pair in pairs}
     full = [key.module for key in adapter.tensors if key.role is Role.FULL]
     roles = {key.role for key in adapter.tensors}
-    config: dict[str, Any] = adapter.extras.get("peft", {}).get("config", {})
+    config = peft_config(adapter)
     return _of_config(config) | {
         "format": adapter.provenance.format if adapter.provenance else "",
         "architecture": base.architecture.gguf if base else "",
@@ -49,20 +51,20 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
         "token_rows": Role.TOKEN_ROWS in roles,
         "embedding": any(pair.embedding for pair in pairs),
         "output": any(_is_output(pair.module, base) for pair in pairs),
-        "experts_fused": any(len(pair.a.shape) == _STACK for pair in pairs),
+        "experts_fused": any(pair.kind is Kind.EXPERTS for pair in pairs),
         "tower": any(in_tower(pair.module) for pair in pairs),
-        "base_changing_init": "init_lora_weights" in adapter.traits,
-        "init": str(adapter.traits.get("init_lora_weights", "")).lower(),
-        "layer_replication": "layer_replication" in adapter.traits,
-        "invocation_tokens": "alora_invocation_tokens" in adapter.traits,
+        "base_changing_init": adapter.initialisation is not None,
+        "init": (adapter.initialisation or "").lower(),
+        "layer_replication": bool(adapter.layer_replication),
+        "invocation_tokens": bool(adapter.invocation_tokens),
         "unclean_names": bool(unclean),
         # PEFT itself takes names with an adapter's name in them.
-        "foreign_names": any("adapter name" not in note for note in unclean),
+        "foreign_names": any(note.kind is not NoteKind.ADAPTER_NAME for note in unclean),
         "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
     }
 
 
-def _of_config(config: dict[str, Any]) -> dict[str, Any]:
+def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what PEFT's config says; for other formats, that it says nothing."""
     alpha = config.get("lora_alpha", 0)
     return {

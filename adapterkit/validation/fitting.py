@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.weights import BaseWeights
 from adapterkit.errors import UnsupportedError
+from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.validation.findings import Finding, Severity
-from adapterkit.validation.structure import selector
+from adapterkit.validation.structure import peft_config, selector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
         yield Finding("AK301", Severity.ERROR, None, message, "give the base it was made for")
         return
     yield from _identity(adapter, base)
-    kept: Mapping[str, str] = adapter.traits.get("engine_layout", {})
+    kept: Mapping[str, str] = adapter.engine_layout
     known = [m for m, n in kept.items() if base.kind == "hf" or f"{n}.weight" in base.tensors]
     if known:
         message = "keeps llama.cpp's layout, and the base does not undo it"
@@ -55,7 +56,7 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
 
 def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     """Report targets that select nothing of the base: PEFT raises an error then."""
-    config: Mapping[str, Any] = adapter.extras.get("peft", {}).get("config", {})
+    config = peft_config(adapter)
     selects = selector(config)
     if selects is None or config.get("target_parameters"):
         return
@@ -74,7 +75,7 @@ def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
 def other_architecture(adapter: AdapterTensorSet, base: BaseModel) -> str | None:
     """Return the llama.cpp architecture that a GGUF adapter is for, if the base is not of it."""
     recorded = adapter.base.architecture
-    wrong = adapter.extras.get("gguf") and recorded != base.architecture.gguf
+    wrong = isinstance(adapter.source, GgufSource) and recorded != base.architecture.gguf
     return str(recorded) if wrong else None
 
 
@@ -83,14 +84,13 @@ def _unknown(module: str, base: BaseModel) -> bool:
 
 
 def _misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
-    if base.kind == "gguf" and not adapter.extras.get("gguf"):
+    if base.kind == "gguf" and not isinstance(adapter.source, GgufSource):
         done = apply(["vocabulary"], adapter, Context(base=base, allow_lossy=True))
         adapter, lost = done.adapter, {loss.subject: loss.message for loss in done.losses}
         for note in done.notes:
-            module, _, change = note.message.partition(": ")
-            message = f"{change.removeprefix('vocabulary ')}, if it is converted for this base"
-            hint = lost.get(module, "")
-            yield Finding("AK308", Severity.WARNING, module, f"its vocabulary is {message}", hint)
+            message = f"{note.text}, if it is converted for this base"
+            hint = lost.get(note.subject or "", "")
+            yield Finding("AK308", Severity.WARNING, note.subject, message, hint)
     for wrong in misfits(adapter, base):
         if wrong.kind == "unknown":
             yield Finding("AK305", Severity.UNCHECKED, wrong.module, wrong.message)
@@ -114,7 +114,7 @@ def _depth(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
 
 def _chosen(adapter: AdapterTensorSet) -> bool:
     """Tell whether the adapter itself says that it is for some layers only."""
-    config = adapter.extras.get("peft", {}).get("config", {})
+    config = peft_config(adapter)
     return config.get("layers_to_transform") is not None or not config
 
 

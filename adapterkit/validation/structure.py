@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.model import AdapterTensorSet, Role
+from adapterkit.keys import Role
+from adapterkit.model import Kind, PeftSource
+from adapterkit.model.defects import Defect, defects
+from adapterkit.notes import Note, NoteKind
 from adapterkit.patterns import bounded, compiled
-from adapterkit.structure import Defect, defects
 from adapterkit.validation.findings import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from adapterkit.model import AdapterTensorSet
 
 # kind of defect -> code, and what to do
 _CODES = {
@@ -25,7 +29,6 @@ _CODES = {
     "axes": ("AK105", ""),
     "declared-rank": ("AK106", "declare it in rank_pattern, with its alpha"),
 }
-_MATRIX = 2
 _ALL = "all-linear"
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -36,11 +39,15 @@ def check_structure(adapter: AdapterTensorSet) -> Iterator[Finding]:
         yield _error("AK111", None, "holds no tensors", "save the adapter again after training")
     yield from map(_finding, defects(adapter))
     yield from _clean_ups(adapter)
-    config = adapter.extras.get("peft", {}).get("config", {})
-    if config:
+    if config := peft_config(adapter):
         yield from _targets(adapter, config)
         yield from _saved_modules(adapter, config)
         yield from _overlaps(adapter, config)
+
+
+def peft_config(adapter: AdapterTensorSet) -> Mapping[str, Any]:
+    """Return the adapter_config.json that an adapter was read with; empty for other formats."""
+    return adapter.source.config if isinstance(adapter.source, PeftSource) else {}
 
 
 def _error(code: str, module: str | None, message: str, hint: str = "") -> Finding:
@@ -62,10 +69,10 @@ def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
         yield Finding("AK110", Severity.WARNING, None, note, hint, fix="to-peft")
 
 
-def unclean_names(adapter: AdapterTensorSet) -> Iterator[str]:
+def unclean_names(adapter: AdapterTensorSet) -> Iterator[Note]:
     """Yield what the reader did to names that are not as PEFT saves them."""
     for note in adapter.provenance.notes if adapter.provenance else ():
-        if "tensor name" in note and "left out" not in note:
+        if isinstance(note, Note) and note.kind in {NoteKind.ADAPTER_NAME, NoteKind.PREFIX}:
             yield note
 
 
@@ -87,13 +94,13 @@ def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
 
     Experts in one tensor are selected by target_parameters; they are not looked at.
     """
-    config: Mapping[str, Any] = adapter.extras.get("peft", {}).get("config", {})
+    config = peft_config(adapter)
     selects = selector(config)
     if selects is None:
         return
     parameters = [str(name) for name in config.get("target_parameters") or ()]
     for pair in adapter.pairs():
-        plain = len(pair.a.shape) == _MATRIX and not _names_parameter(pair.module, parameters)
+        plain = pair.kind is not Kind.EXPERTS and not _names_parameter(pair.module, parameters)
         if plain and not selects(pair.module):
             yield pair.module
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base.fit import sound
 from adapterkit.delta import all_finite, norm
 from adapterkit.dtype import DType
+from adapterkit.tensor import LazyTensor
 from adapterkit.validation.findings import Finding, Severity
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from adapterkit.model import AdapterTensorSet, LoraPair
-    from adapterkit.tensor import LazyTensor
+    from adapterkit.model import AdapterTensorSet, Update
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -44,7 +43,8 @@ def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
     for pair in adapter.pairs():
         if not _numeric(pair):
             continue
-        grams = _gram(pair.a, wide=True), _gram(pair.b, wide=False)
+        b, a = pair.stacked(LazyTensor.numpy)
+        grams = _gram(a, pair.a.dtype, wide=True), _gram(b, pair.b.dtype, wide=False)
         broken = [
             _not_finite(str(key))
             for key, gram, factor in zip(pair.keys, grams, (pair.a, pair.b), strict=True)
@@ -64,7 +64,7 @@ def _not_finite(name: str) -> Finding:
     return Finding("AK201", Severity.ERROR, name, "holds NaN or infinity", hint)
 
 
-def _sizes(pair: LoraPair, size: float, grams: tuple[Array, Array]) -> Iterator[Finding]:
+def _sizes(pair: Update, size: float, grams: tuple[Array, Array]) -> Iterator[Finding]:
     if size > _ABSURD:
         message = f"its update has norm {size:.3g}, far above any trained one"
         yield Finding("AK203", Severity.WARNING, pair.module, message)
@@ -88,9 +88,9 @@ def _silent(modules: list[str], count: int) -> Iterator[Finding]:
         yield Finding("AK205", Severity.WARNING, module, "its update is zero")
 
 
-def _numeric(pair: LoraPair) -> bool:
+def _numeric(pair: Update) -> bool:
     return bool(
-        sound(pair)
+        pair.sound
         and pair.a.size
         and pair.b.size
         and pair.a.dtype.floating
@@ -98,7 +98,7 @@ def _numeric(pair: LoraPair) -> bool:
     )
 
 
-def _norm(pair: LoraPair, a: Array, b: Array) -> float:
+def _norm(pair: Update, a: Array, b: Array) -> float:
     import numpy as np
 
     bound = math.sqrt(_trace(a)) * math.sqrt(_trace(b)) * abs(pair.scale)
@@ -109,12 +109,10 @@ def _norm(pair: LoraPair, a: Array, b: Array) -> float:
     return norm(pair)
 
 
-def _gram(tensor: LazyTensor, *, wide: bool) -> Array:
-    """Return A·Aᵀ of a wide factor, Bᵀ·B of a tall one, (E, r, r); E is 1 without experts."""
+def _gram(stack: np.ndarray[Any, Any], dtype: DType, *, wide: bool) -> Array:
+    """Return A·Aᵀ of wide factors (E, r, in), Bᵀ·B of tall ones (E, out, r), as (E, r, r)."""
     import numpy as np
 
-    values = tensor.numpy()
-    stack = values.reshape(-1, *values.shape[-2:])
     rank = stack.shape[1 if wide else 2]
     total = np.zeros((len(stack), rank, rank), np.float32)
     step = max(1, _BLOCK // max(1, rank))
@@ -122,7 +120,7 @@ def _gram(tensor: LazyTensor, *, wide: bool) -> Array:
         for place, matrix in enumerate(stack):
             for start in range(0, matrix.shape[1 if wide else 0], step):
                 cut = slice(start, start + step)
-                part = _widened(matrix[:, cut] if wide else matrix[cut], tensor.dtype)
+                part = _widened(matrix[:, cut] if wide else matrix[cut], dtype)
                 total[place] += part @ part.T if wide else part.T @ part
     return total
 

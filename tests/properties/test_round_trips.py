@@ -18,7 +18,9 @@ from adapterkit.dtype import DType
 from adapterkit.formats.gguf import FORMAT as GGUF
 from adapterkit.formats.peft import FORMAT as PEFT
 from adapterkit.formats.protocol import Options
-from adapterkit.model import AdapterTensorSet, BaseReference, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import BaseReference
 from adapterkit.proof import tolerance_for
 from adapterkit.tensor import LazyTensor
 

@@ -18,6 +18,7 @@ from adapterkit.merge.into.operations import Sum, operations
 from adapterkit.merge.into.report import TensorReport
 from adapterkit.merge.into.rows import Place, decoded, reader
 from adapterkit.merge.into.steps import Change, Product
+from adapterkit.model import Kind
 from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor, encode
 
@@ -246,7 +247,7 @@ def _geometry(change: Change) -> tuple[int, int, int]:
     if len(shape) < 2:  # noqa: PLR2004  (a vector)
         return 1, 1, change.stored.size
     stacked = len(shape) == _STACK and any(
-        isinstance(step, Product) and len(step.pair.shape) == _STACK for step in change.steps
+        isinstance(step, Product) and step.pair.kind is Kind.EXPERTS for step in change.steps
     )
     matrices = shape[0] if stacked else 1
     rows = shape[1] if stacked else shape[0]

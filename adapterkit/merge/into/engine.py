@@ -9,10 +9,10 @@ from adapterkit.architectures.mapping import find_rule, to_engine
 from adapterkit.architectures.weights import weight_to_engine
 from adapterkit.dtype import DType
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.into.magnitudes import magnitude_of, moved_magnitudes
 from adapterkit.merge.into.reading import token_rows
 from adapterkit.merge.into.steps import Added, Magnitude, Product, Replaced, RowsReplaced
-from adapterkit.model import LoraPair, Role, TensorKey
 from adapterkit.tensor import LazyTensor, encode
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
     from adapterkit.merge.into.steps import Step
     from adapterkit.merge.planning import Source
+    from adapterkit.model import Update
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 _TABLES = {EMBEDDING, OUTPUT}
@@ -78,7 +79,7 @@ def _products(source: Source, base: BaseModel) -> Iterator[tuple[str, Product]]:
 def _magnitudes(source: Source, base: BaseModel) -> dict[str, Magnitude]:
     """Return DoRA's magnitudes by llama.cpp tensor."""
 
-    def move(pairs: Iterable[LoraPair]) -> Sequence[LoraPair]:
+    def move(pairs: Iterable[Update]) -> Sequence[Update]:
         return to_engine(base.architecture, base.sizes, pairs, base.tensors).pairs
 
     pairs = tuple(source.adapter.pairs())

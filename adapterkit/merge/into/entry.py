@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.keys import Role
 from adapterkit.loading import open_model
 from adapterkit.merge.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
 from adapterkit.merge.into.gguf import Allowed, check_type, plan_gguf
@@ -17,7 +18,6 @@ from adapterkit.merge.into.reading import read_sources
 from adapterkit.merge.into.report import MergeIntoReport
 from adapterkit.merge.into.tying import check_choice
 from adapterkit.merge.into.writing import SEGMENT, write_files
-from adapterkit.model import Role
 from adapterkit.output import Output, check_destination
 from adapterkit.saving import stored_type
 from adapterkit.work import counter, threads

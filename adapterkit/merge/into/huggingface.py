@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.into.magnitudes import magnitude_of, moved_magnitudes
 from adapterkit.merge.into.reading import token_rows
 from adapterkit.merge.into.steps import Added, Magnitude, Product, Replaced, RowsReplaced
-from adapterkit.model import LoraPair, Role, TensorKey
+from adapterkit.model import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
     from adapterkit.merge.into.steps import Step
     from adapterkit.merge.planning import Source
+    from adapterkit.model import Update
     from adapterkit.tensor import LazyTensor
 
 _SUFFIXES = (".weight", ".bias")
-_STACK = 3
 
 
 class HuggingFaceNames:
@@ -86,7 +87,7 @@ def checkpoint_steps(source: Source, names: HuggingFaceNames) -> dict[str, list[
         UnsupportedError: if something cannot be told apart there.
     """
     found: dict[str, list[Step]] = defaultdict(list)
-    unknown: list[LoraPair] = []
+    unknown: list[Update] = []
     for pair in source.adapter.pairs():
         name = names.of(pair.module) or _tied_output(pair.module + ".weight", names)
         if name is None:
@@ -111,14 +112,15 @@ def _tied_output(parameter: str, names: HuggingFaceNames) -> str | None:
     return parameter if names.role(parameter) == "output" else None
 
 
-def _product(source: Source, names: HuggingFaceNames, name: str, pair: LoraPair) -> Product:
+def _product(source: Source, names: HuggingFaceNames, name: str, pair: Update) -> Product:
     stored = names.base.tensors.get(name) or names.base.tensors[names.embedding or ""]
     match = find_rule(names.base.architecture, pair.module)
     turned = pair.embedding or (
         match is not None and (match.rule.conv1d or match.rule.stored_turned)
     )
-    shape = _stored_shape(pair, turned=turned)
-    if match is None and shape != stored.shape and _swapped(shape) == stored.shape:
+    shape = _swapped(pair.shape) if turned else pair.shape
+    swaps = match is None and pair.kind is not Kind.CONVOLUTION
+    if swaps and shape != stored.shape and _swapped(shape) == stored.shape:
         turned, shape = not turned, _swapped(shape)
     if shape != stored.shape:
         raise IncompatibleBaseError(
@@ -133,13 +135,6 @@ def _product(source: Source, names: HuggingFaceNames, name: str, pair: LoraPair)
     return Product(source.label, pair.module, pair, weight, turned, magnitude)
 
 
-def _stored_shape(pair: LoraPair, *, turned: bool) -> tuple[int, ...]:
-    a, b = pair.a.shape, pair.b.shape
-    if len(a) > 2 and not (len(a) == _STACK and a[0] == b[0] and a[1] == b[2]):  # noqa: PLR2004
-        return (b[0], *a[1:])
-    return _swapped(pair.shape) if turned else pair.shape
-
-
 def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], *shape[:-3:-1])
 
@@ -149,8 +144,8 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 
 def _respelled(
-    source: Source, names: HuggingFaceNames, pairs: list[LoraPair]
-) -> Iterator[tuple[LoraPair, list[str], Magnitude | None]]:
+    source: Source, names: HuggingFaceNames, pairs: list[Update]
+) -> Iterator[tuple[Update, list[str], Magnitude | None]]:
     """Yield updates under the checkpoint's spelling of experts, by way of llama.cpp's names.
 
     With each, the modules that it was made from, and its magnitudes.
@@ -163,7 +158,7 @@ def _respelled(
         raise _absent(source, names, there.unmatched[0])
     back = from_engine(base.architecture, base.sizes, there.pairs, like=names.modules)
 
-    def move(markers: Iterable[LoraPair]) -> Sequence[LoraPair]:
+    def move(markers: Iterable[Update]) -> Sequence[Update]:
         engine = to_engine(base.architecture, base.sizes, markers).pairs
         return from_engine(base.architecture, base.sizes, engine, like=names.modules).pairs
 

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.errors import UnsupportedError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.into.steps import Magnitude
-from adapterkit.model import Role, TensorKey
+from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from adapterkit.merge.planning import Source
-    from adapterkit.model import LoraPair
-
-_STACK = 3
+    from adapterkit.model import Update
 
 
-def magnitude_of(source: Source, pair: LoraPair) -> LazyTensor | None:
+def magnitude_of(source: Source, pair: Update) -> LazyTensor | None:
     """Return the magnitude of a module, or None if it is no DoRA.
 
     Raises:
@@ -34,7 +33,7 @@ def magnitude_of(source: Source, pair: LoraPair) -> LazyTensor | None:
     found = source.adapter.tensors.get(TensorKey(pair.module, Role.MAGNITUDE))
     if found is None:
         return None
-    rows = pair.b.shape[:-1] if len(pair.shape) == _STACK else pair.b.shape[:1]
+    rows = pair.b.shape[:-1] if pair.kind is Kind.EXPERTS else pair.b.shape[:1]
     if found.size != np.prod(rows):
         raise UnsupportedError(
             f"has a DoRA magnitude of shape {list(found.shape)}, and B of {list(pair.b.shape)}",
@@ -46,8 +45,8 @@ def magnitude_of(source: Source, pair: LoraPair) -> LazyTensor | None:
 
 def moved_magnitudes(
     source: Source,
-    pairs: Sequence[LoraPair],
-    move: Callable[[Iterable[LoraPair]], Iterable[LoraPair]],
+    pairs: Sequence[Update],
+    move: Callable[[Iterable[Update]], Iterable[Update]],
 ) -> dict[str, Magnitude]:
     """Return the magnitudes by the module that `move` brings their rows to.
 
@@ -73,9 +72,9 @@ def moved_magnitudes(
     }
 
 
-def _marker(pair: LoraPair, magnitude: LazyTensor | None) -> LoraPair:
+def _marker(pair: Update, magnitude: LazyTensor | None) -> Update:
     """Return m · 1, or 0 · 1 where there is no magnitude, in the shape of an update."""
-    stack = pair.shape[:1] if len(pair.shape) == _STACK else ()
+    stack = pair.shape[:1] if pair.kind is Kind.EXPERTS else ()
     inputs, outputs = pair.a.shape[-1], pair.b.shape[len(stack)]
     b_shape = (*stack, outputs, 1)
     b = np.zeros(b_shape) if magnitude is None else magnitude.numpy().astype(np.float64)
@@ -87,7 +86,7 @@ def _marker(pair: LoraPair, magnitude: LazyTensor | None) -> LoraPair:
     )
 
 
-def _rows(source: Source, pair: LoraPair) -> np.ndarray[Any, Any]:
+def _rows(source: Source, pair: Update) -> np.ndarray[Any, Any]:
     """Return what stands in each row: (out,), or (E, out) of stacked experts."""
     a, b = pair.a.numpy(), pair.b.numpy() * pair.scale
     if not np.isin(a, (0, 1)).all():

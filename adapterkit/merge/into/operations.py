@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_STACK = 3
-
 
 class Unmerged(Protocol):
     """The tensor that is being changed, as far as an operation looks at it.
@@ -200,19 +198,10 @@ def _unweighted(step: Product) -> Product:
 def _factors(step: Product, kind: np.dtype[Any]) -> tuple[Array, Array]:
     """Return (E, rows, r) and (E, r, columns) as stored, weight and scale in the first."""
     pair = step.pair
-    a = _finite(pair.a, step, np.dtype(np.float64))
-    b = _finite(pair.b, step, np.dtype(np.float64)) * (pair.scale * step.weight)
-    if _is_convolution(a, b):
-        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    b, a = pair.stacked(lambda tensor: _finite(tensor, step, np.dtype(np.float64)))
+    b = b * (pair.scale * step.weight)
     left, right = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if step.turned else (b, a)
     return np.ascontiguousarray(left, kind), np.ascontiguousarray(right, kind)
-
-
-def _is_convolution(a: Array, b: Array) -> bool:
-    """Tell (r, in, *kernel) and (out, r, 1...) from stacked experts, (E, r, in) and (E, out, r)."""
-    stack = a.ndim == _STACK and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
-    return a.ndim >= _STACK and not stack
 
 
 def _finite(tensor: LazyTensor, step: Step, kind: np.dtype[Any]) -> Array:

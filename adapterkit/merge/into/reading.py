@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError, UsageError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import load_all
 from adapterkit.merge.planning import Source
-from adapterkit.model import Role, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,9 +61,9 @@ def read_sources(
         allow_lossy=allow_lossy,
     )
     for each, weight in zip(loaded, weights or [1.0] * len(paths), strict=True):
-        for trait, reason in _NO_UPDATE.items():
-            if each.adapter.traits.get(trait):
-                raise UnsupportedError(f"{reason} ({trait})", path=each.label)
+        for setting, reason in _NO_UPDATE.items():
+            if setting in each.adapter.settings:
+                raise UnsupportedError(f"{reason} ({setting})", path=each.label)
         if each.losses and not allow_lossy:
             raise LossyConversionError(each.losses, path=each.label)
         source = Source(each.label, each.adapter, float(weight))
@@ -78,15 +79,13 @@ def token_rows(source: Source, module: str) -> tuple[int, ...]:
     Raises:
         FormatError: if the setting does not tell.
     """
-    setting: Any = source.adapter.traits.get("trainable_token_indices")
-    if isinstance(setting, dict):
-        by_name = cast("dict[str, Any]", setting)
-        named = [rows for name, rows in by_name.items() if f".{module}".endswith(f".{name}")]
-        setting = named[0] if len(named) == 1 else None
+    numbers = source.adapter.token_indices
+    if isinstance(numbers, Mapping):
+        named = [rows for name, rows in numbers.items() if f".{module}".endswith(f".{name}")]
+        numbers = named[0] if len(named) == 1 else ()
     key = TensorKey(module, Role.TOKEN_ROWS)
     count = source.adapter.tensors[key].shape[0]
-    numbers = tuple(cast("list[Any]", setting)) if isinstance(setting, (list, tuple)) else ()
-    if len(numbers) != count or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if len(numbers) != count or min(numbers, default=0) < 0:
         raise FormatError(
             f"holds {count} rows, and trainable_token_indices names {len(numbers)} tokens",
             path=source.label,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from adapterkit.dtype import DType
-from adapterkit.model import LoraPair
+from adapterkit.model import Update
 from adapterkit.tensor import LazyTensor
 
 
@@ -46,7 +46,7 @@ class Product:
 
     label: str
     module: str
-    pair: LoraPair
+    pair: Update
     weight: float
     turned: bool
     magnitude: Magnitude | None = None

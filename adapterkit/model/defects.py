@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import FormatError
-from adapterkit.model import AdapterTensorSet, Role, TensorKey
+from adapterkit.keys import PARTNERS, Role, TensorKey
+from adapterkit.model.update import Kind, Update, has_axes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from adapterkit.model.adapter import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
-_PARTNERS = {
-    Role.LORA_A: Role.LORA_B,
-    Role.LORA_B: Role.LORA_A,
-    Role.EMBEDDING_A: Role.EMBEDDING_B,
-    Role.EMBEDDING_B: Role.EMBEDDING_A,
+_SHAPED = {
+    Kind.LINEAR: " of a linear layer",
+    Kind.EMBEDDING: " of an embedding",
+    Kind.EXPERTS: " of stacked experts",
+    Kind.CONVOLUTION: " of a convolution",
 }
-_MATRIX = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,7 @@ def defects(adapter: AdapterTensorSet) -> Iterator[Defect]:
     """Yield every defect, by tensor and then those of the config; no tensor data is read."""
     for key, tensor in adapter.tensors.items():
         yield from _of_tensor(adapter, key, tensor)
-    conflicts: dict[str, list[int]] = adapter.traits.get("rank_conflicts", {})
-    for module, (declared, stored) in conflicts.items():
+    for module, (declared, stored) in adapter.rank_conflicts.items():
         message = f"the config declares rank {declared}, the tensors have {stored}"
         yield Defect("declared-rank", module, message)
 
@@ -74,24 +74,22 @@ def _of_tensor(adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor) ->
         return
     if not tensor.dtype.floating:
         yield Defect("integers", name, f"holds {tensor.dtype} values, not real numbers")
-    partner = _PARTNERS.get(key.role)
+    partner = PARTNERS.get(key.role)
     if partner is None:
         return
     other = adapter.tensors.get(TensorKey(key.module, partner))
-    if len(shape) < _MATRIX:
-        yield Defect("axes", name, f"has shape {shape}, not that of a factor")
+    kind = adapter.kind_of(key)
+    if not has_axes(kind, tensor):
+        of = _SHAPED.get(kind, "") if len(shape) > 1 else ""
+        yield Defect("axes", name, f"has shape {shape}, not that of a factor{of}")
     elif other is None:
         yield Defect("half", name, f"has no {partner} beside it")
     elif key.role in {Role.LORA_A, Role.EMBEDDING_A}:
-        yield from _of_ranks(key, tensor, other)
+        yield from _of_ranks(Update(key.module, tensor, other, 1.0, kind))
 
 
-def _of_ranks(key: TensorKey, a: LazyTensor, b: LazyTensor) -> Iterator[Defect]:
-    if not b.size or len(b.shape) < _MATRIX:
-        return  # said of B itself
-    matrices = a.shape[-2] == b.shape[-1] and a.shape[:-2] == b.shape[:-2]
-    convolution = len(a.shape) == len(b.shape) > _MATRIX and a.shape[0] == b.shape[1]
-    if not (matrices or convolution):
-        shapes = f"A is {list(a.shape)}, B is {list(b.shape)}"
-        embedding = key.role is Role.EMBEDDING_A
-        yield Defect("ranks", key.module, f"ranks disagree, {shapes}", embedding)
+def _of_ranks(update: Update) -> Iterator[Defect]:
+    said_of_b = not update.b.size or not has_axes(update.kind, update.b)
+    if not update.sound and not said_of_b:
+        shapes = f"A is {list(update.a.shape)}, B is {list(update.b.shape)}"
+        yield Defect("ranks", update.module, f"ranks disagree, {shapes}", update.embedding)

@@ -1,0 +1,29 @@
+"""Settings of a LoraConfig that change what its tensors mean, as fields of the neutral model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit.formats.peft_config import BASE_CHANGING_INITS
+
+if TYPE_CHECKING:
+    from adapterkit.formats.peft_config import LoraConfig
+
+
+def meaning(config: LoraConfig) -> dict[str, Any]:
+    """Return fields of AdapterTensorSet; the config has checked their types."""
+    init = config.raw.get("init_lora_weights")
+    changes = isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS)
+    indices: object = config.raw.get("trainable_token_indices") or ()
+    if isinstance(indices, Mapping):
+        rows = cast("Mapping[str, list[int]]", indices)
+        tokens: Any = {module: tuple(numbers) for module, numbers in rows.items()}
+    else:
+        tokens = tuple(cast("list[int]", indices))
+    return {
+        "initialisation": init if changes else None,
+        "layer_replication": tuple(map(tuple, config.raw.get("layer_replication") or ())),
+        "invocation_tokens": tuple(config.raw.get("alora_invocation_tokens") or ()),
+        "token_indices": tokens,
+    }

@@ -1,0 +1,15 @@
+"""The neutral model that every format is read into and written from."""
+
+from adapterkit.model.adapter import AdapterTensorSet
+from adapterkit.model.sources import GgufSource, MlxSource, PeftSource, Source
+from adapterkit.model.update import Kind, Update
+
+__all__ = [
+    "AdapterTensorSet",
+    "GgufSource",
+    "Kind",
+    "MlxSource",
+    "PeftSource",
+    "Source",
+    "Update",
+]

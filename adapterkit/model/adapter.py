@@ -1,0 +1,172 @@
+"""The neutral model: what an adapter is, whatever file it came from.
+
+Nothing here is validated beyond its types. A broken adapter (A without B, ranks that disagree, NaN)
+is representable, so that it can be inspected; writers refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+from adapterkit.keys import EMBEDDING_FACTORS, PARTNERS, Role, TensorKey
+from adapterkit.model.sources import Source
+from adapterkit.model.update import Kind, Update
+from adapterkit.notes import BaseReference, Provenance
+from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+_MAPPINGS = ("tensors", "scales", "kinds", "engine_layout", "rank_conflicts", "metadata")
+# Fields that change what the tensors mean and are none, by the names that PEFT's users know.
+SETTINGS = {
+    "initialisation": "init_lora_weights",
+    "layer_replication": "layer_replication",
+    "invocation_tokens": "alora_invocation_tokens",
+    "token_indices": "trainable_token_indices",
+}
+
+
+def _frozen(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    return MappingProxyType(dict(value))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterTensorSet:
+    """An adapter in neutral form; it pickles and copies, whatever its tensors are read from.
+
+    Attributes:
+        tensors: every tensor by its key, in file order.
+        scales: effective multiplier of each module that has factors.
+        kinds: what the factors of a module are those of, EXPERTS or CONVOLUTION; where nothing is
+            said, those of a linear layer or, by their roles, of an embedding.
+        base: the model it was trained on, as recorded.
+        initialisation: the one that changed the base, by PEFT's name: B · A alone is no update.
+        layer_replication: (first, end) of the ranges of layers that make up the model, if any.
+        invocation_tokens: those after which alone it acts (aLoRA); empty if it always does.
+        token_indices: the tokens of TOKEN_ROWS, of the input embedding or by name of a module.
+        engine_layout: module -> llama.cpp tensor, for those still in llama.cpp's own layout because
+            no base was given.
+        rank_conflicts: module -> (declared, stored) ranks, where its file contradicts itself.
+        metadata: free text of the source file, which is not interpreted.
+        source: what only the writer of its own format reads back.
+        provenance: where it was read from.
+    """
+
+    tensors: Mapping[TensorKey, LazyTensor]
+    scales: Mapping[str, float]
+    kinds: Mapping[str, Kind] = field(default_factory=dict[str, Kind])
+    base: BaseReference = field(default_factory=BaseReference)
+    initialisation: str | None = None
+    layer_replication: tuple[tuple[int, ...], ...] = ()
+    invocation_tokens: tuple[int, ...] = ()
+    token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    engine_layout: Mapping[str, str] = field(default_factory=dict[str, str])
+    rank_conflicts: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict[str, tuple[int, int]]
+    )
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    source: Source | None = None
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        for name in _MAPPINGS:
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields with plain dictionaries, which can be pickled and copied."""
+        return {**vars(self), **{name: dict(getattr(self, name)) for name in _MAPPINGS}}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take the fields and close their dictionaries again."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def __repr__(self) -> str:
+        """Return counts and names; what is in the tensors is for `summarize` to tell."""
+        facts = [f"{len(self.modules)} modules", f"{len(self.tensors)} tensors"]
+        if self.provenance:
+            facts.append(self.provenance.format)
+        if self.base.name:
+            facts.append(f"base {self.base.name!r}")
+        return f"<AdapterTensorSet: {', '.join(facts)}>"
+
+    @classmethod
+    def of(
+        cls, updates: Iterable[Update], beside: Mapping[TensorKey, LazyTensor], **fields: Any
+    ) -> AdapterTensorSet:
+        """Return the adapter of some updates.
+
+        Args:
+            updates: no two of one module.
+            beside: tensors that are no factors, or halves alone.
+            fields: the other fields.
+        """
+        return cls(tensors={}, scales={}, **fields).updated(updates, beside)
+
+    def updated(
+        self, updates: Iterable[Update], beside: Mapping[TensorKey, LazyTensor] | None = None
+    ) -> AdapterTensorSet:
+        """Return a copy with these updates, and tensors beside them, in place of what was there."""
+        tensors, scales, kinds = dict(self.tensors), dict(self.scales), dict(self.kinds)
+        for update in updates:
+            tensors.update(zip(update.keys, (update.a, update.b), strict=True))
+            scales[update.module] = update.scale
+            kinds.pop(update.module, None)
+            if update.kind in {Kind.EXPERTS, Kind.CONVOLUTION}:
+                kinds[update.module] = update.kind
+        return self.replace(tensors={**tensors, **(beside or {})}, scales=scales, kinds=kinds)
+
+    def kind_of(self, key: TensorKey) -> Kind:
+        """Return what a factor is one of."""
+        if key.role in EMBEDDING_FACTORS:
+            return Kind.EMBEDDING
+        return self.kinds.get(key.module, Kind.LINEAR)
+
+    def pairs(self) -> Iterator[Update]:
+        """Yield every complete pair of factors, in file order; halves alone are skipped."""
+        for key, tensor in self.tensors.items():
+            if key.role not in {Role.LORA_A, Role.EMBEDDING_A}:
+                continue
+            other = TensorKey(key.module, PARTNERS[key.role])
+            if other not in self.tensors:
+                continue
+            yield Update(
+                key.module,
+                tensor,
+                self.tensors[other],
+                self.scales.get(key.module, 1.0),
+                self.kind_of(key),
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the meaning of the tensors and is none, by PEFT's names, as JSON has it."""
+        values = {name: getattr(self, name) for name in SETTINGS}
+        return {SETTINGS[name]: _plain(value) for name, value in values.items() if value}
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Adapted modules and replaced parameters, in file order."""
+        return tuple(dict.fromkeys(key.module for key in self.tensors))
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored elements."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    def replace(self, **changes: Any) -> AdapterTensorSet:
+        """Return a copy with the named fields changed."""
+        return replace(self, **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in cast("tuple[Any, ...]", value)]
+    return value

@@ -1,0 +1,55 @@
+"""What a format keeps of a file for its own round trip; other formats do not look inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The base of all; a format of an entry point may have its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeftSource(Source):
+    """An adapter_config.json of PEFT.
+
+    Attributes:
+        config: the document.
+        modules: the modules that it selects, if all of them are known.
+    """
+
+    config: Mapping[str, Any]
+    modules: tuple[str, ...] = ()
+
+    def changed(self, **settings: Any) -> PeftSource:
+        """Return a copy with other settings."""
+        return replace(self, config={**self.config, **settings})
+
+
+@dataclass(frozen=True, slots=True)
+class GgufSource(Source):
+    """The header of a GGUF adapter.
+
+    Attributes:
+        family: name of the family table, if there is one.
+        metadata: typed values of the keys that the writer does not make itself.
+    """
+
+    family: str | None
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class MlxSource(Source):
+    """An adapter_config.json of MLX-LM.
+
+    Attributes:
+        config: the document.
+        metadata: that of the weights file.
+    """
+
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
