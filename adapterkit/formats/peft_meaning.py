@@ -15,10 +15,10 @@ def meaning(config: LoraConfig) -> dict[str, Any]:
     """Return fields of AdapterTensorSet; the config has checked their types."""
     init = config.raw.get("init_lora_weights")
     changes = isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS)
-    indices: object = config.raw.get("trainable_token_indices") or ()
+    indices: Any = config.raw.get("trainable_token_indices") or ()
     if isinstance(indices, Mapping):
         rows = cast("Mapping[str, list[int]]", indices)
-        tokens: Any = {module: tuple(numbers) for module, numbers in rows.items()}
+        tokens: object = {module: tuple(numbers) for module, numbers in rows.items()}
     else:
         tokens = tuple(cast("list[int]", indices))
     return {
