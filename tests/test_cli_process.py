@@ -36,6 +36,24 @@ def test_runs_as_a_module() -> None:
     assert out.startswith("path ")
 
 
+def test_one_request_that_comes_twice_ends_cleanly(tmp_path: Path) -> None:
+    arguments = ["convert", str(TINY), "-o", str(tmp_path / "x.gguf"), "--base", str(BASE)]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "proving\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert err.count("nothing was written") == 1
+    assert process.returncode in {128 + signal.SIGTERM, 128 + signal.SIGINT}
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("number", "word"),
     [

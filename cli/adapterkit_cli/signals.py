@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from types import FrameType
 
+# Seconds in which several signals are one request to end.
+_ONE_REQUEST = 0.02
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
@@ -39,6 +42,10 @@ def stopping_cleanly() -> Generator[None]:
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         del frame
+        # `timeout` and others that pass signals on send one request twice.
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)
+        time.sleep(_ONE_REQUEST)
         # From here on the operating system answers, even where no Python code gets to run.
         for each in heeded:
             signal.signal(each, signal.SIG_DFL)
