@@ -75,7 +75,7 @@ def convert(
         WriteError: if the output cannot be written.
     """
     destination = Path(destination)
-    target = destination_format(destination, to)
+    target = destination_format(destination, to, force=force)
     dtype = stored_type(outtype)
     loaded = load(
         source,

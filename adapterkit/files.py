@@ -80,7 +80,7 @@ def write(
         WriteError: if the output cannot be written.
     """
     path = Path(path)
-    target = destination_format(path, format)
+    target = destination_format(path, format, force=force)
     options = Options(base=open_model(base), dtype=stored_type(outtype))
     ready = admitted(adapter, target, options)
     return save(ready.adapter, path, target, options, force=force)

@@ -92,7 +92,7 @@ def project_file(
         WriteError: if the output cannot be written.
     """
     destination = Path(destination)
-    target = destination_format(destination, to)
+    target = destination_format(destination, to, force=force)
     loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
     known = open_model(loaded.base or base)
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)

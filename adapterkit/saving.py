@@ -12,7 +12,7 @@ from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.keys import Role
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
-from adapterkit.output import staged
+from adapterkit.output import check_destination, staged
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
@@ -76,11 +76,14 @@ class Admitted:
     warnings: tuple[str, ...] = ()
 
 
-def destination_format(path: Path, name: str | None) -> FormatSpec:
+def destination_format(path: Path, name: str | None, *, force: bool) -> FormatSpec:
     """Return the format to write: by name if given, else by the destination's suffix.
+
+    What stands in the way of writing there is said now, before long work is done for nothing.
 
     Raises:
         UsageError: if the suffix says nothing and no name was given, or the format is read-only.
+        DestinationExistsError: if there is something at the destination that is not to be replaced.
     """
     if name:
         chosen = spec(name)
@@ -91,6 +94,7 @@ def destination_format(path: Path, name: str | None) -> FormatSpec:
         raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
     if not chosen.writes:
         raise UsageError(f"format {chosen.name!r} can be read but not written")
+    check_destination(path, force=force, directory=chosen.directory)
     return chosen
 
 

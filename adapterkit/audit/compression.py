@@ -209,7 +209,7 @@ def compress_file(
     from adapterkit.saving import admitted, destination_format, save, stored_type
 
     destination = Path(destination)
-    target = destination_format(destination, to)
+    target = destination_format(destination, to, force=force)
     dtype = stored_type(outtype)
     loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
     options = replace(loaded.options, dtype=dtype)

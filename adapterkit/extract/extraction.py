@@ -18,7 +18,6 @@ from adapterkit.extract.report import ExtractReport
 from adapterkit.extract.twins import twins
 from adapterkit.formats.protocol import Options
 from adapterkit.notes import first_and_more
-from adapterkit.output import check_destination
 from adapterkit.saving import admitted, destination_format, save, stored_type
 from adapterkit.work import counter, in_threads
 
@@ -92,9 +91,8 @@ def extract(
     """
     asked = wish(rank, tol, energy, max_rank)
     destination = Path(destination)
-    target = destination_format(destination, to)
+    target = destination_format(destination, to, force=force)
     dtype = stored_type(outtype)
-    check_destination(destination, force=force, directory=target.directory)
     before, after = open_both(base, tuned)
     if save_rest and before.kind == "gguf":
         raise UsageError("whole parameters are saved from Hugging Face checkpoints only")

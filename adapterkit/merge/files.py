@@ -78,7 +78,7 @@ def merge_files(
     if not sources:
         raise UsageError("nothing to merge; name one adapter or more")
     destination = Path(destination)
-    target = destination_format(destination, to)
+    target = destination_format(destination, to, force=force)
     dtype = stored_type(outtype)
     loaded = load_all(
         sources,
