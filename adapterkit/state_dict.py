@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_reader import interpret
@@ -36,7 +36,12 @@ def from_state_dict(
         UnsupportedError: if a tensor or setting is something other than a low-rank update.
     """
     stored = {name: LazyTensor.of(array) for name, array in state.items()}
-    return interpret(stored, LoraConfig(config, _MEMORY), _MEMORY)
+    # PEFT keeps names in sets, which its files have as lists.
+    fields = {
+        name: sorted(cast("set[str]", value)) if isinstance(value, (set, frozenset)) else value
+        for name, value in config.items()
+    }
+    return interpret(stored, LoraConfig(fields, _MEMORY), _MEMORY)
 
 
 def to_state_dict(

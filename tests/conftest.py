@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -16,6 +17,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Models are built here or not at all.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell in the background has its programs ignore these, and what is ignored stays ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The counts of tests/soak reach the end of the run through every process.
 pytest_plugins = ["soak.counts"]

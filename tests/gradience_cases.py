@@ -10,6 +10,8 @@ from audit_adapters import adapter, gaussian, layered, orthonormal, planted, wri
 from terminal import PEFT
 from test_audit_metrics import example
 
+from adapterkit.model import Kind
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -26,6 +28,9 @@ def saved(folder: Path, pairs: dict[str, Any], **config: Any) -> Path:
         known.pop(name, None)
     (path / "adapter_config.json").write_text(json.dumps(known | config))
     return path
+
+
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
 
 
 def experts() -> list[Any]:
@@ -73,7 +78,7 @@ def sources(folder: Path) -> dict[str, Path]:
         "falling": adapter(layered(3, rank=6), scale=1.5),
         "gpt2": adapter(GPT2 | {"transformer.h.0.mlp.c_proj": gaussian(9, 9, 2)}),
         "small": adapter({f"layers.{i}.x": (SMALL[0], SMALL[1] * f) for i, f in enumerate(TINY)}),
-        "experts": adapter({"model.layers.0.mlp.experts.down_proj": stacked()}),
+        "experts": adapter({EXPERTS: stacked()}, kinds={EXPERTS: Kind.EXPERTS}),
         "zero": adapter({name: (a, b * 0) for name, (a, b) in layered(2).items()}),
         "flat": adapter({"layers.0.x": planted([1.0] * 256, 300, 280)}),
         "flat-8": adapter({"layers.0.x": planted([1.0] * 8, 40, 40)}),

@@ -11,6 +11,7 @@ import merge_oracle as oracle
 import numpy as np
 import pytest
 
+import adapterkit
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merge import merge, merge_methods, registry
 from adapterkit.merge.registry import Kind
@@ -163,7 +164,8 @@ def test_every_module_and_expert_has_masks_of_its_own() -> None:
     options: dict[str, Any] = {"method": "dare", "density": 0.5, "rank": min(SHAPE)}
     first, second = oracle.deltas(merge([oracle.adapter(twice)], **options).adapter).values()
     assert not np.allclose(first, second)
-    (both,) = oracle.deltas(merge([oracle.adapter(experts)], **options).adapter).values()
+    stacked = oracle.adapter(experts, kinds={"experts": adapterkit.Kind.EXPERTS})
+    (both,) = oracle.deltas(merge([stacked], **options).adapter).values()
     assert not np.allclose(both[0], both[1])
 
 
