@@ -219,7 +219,7 @@ class Output:
         return [path for path in old if path.name in new or directory.owns(path.name)]
 
     def _locked(self) -> BaseFileLock | None:
-        """Take the lock beside the destination; None where the file system has no locks."""
+        """Take the lock beside the destination; None where there can be none."""
         from filelock import FileLock, Timeout
 
         path = self._absolute.parent / _hidden(self._absolute.name, f"{_MARK}.lock")
@@ -232,8 +232,12 @@ class Output:
             try:
                 lock.acquire()
             except Timeout:
-                if path.exists():  # else its holder has just ended
-                    break
+                if path.exists():
+                    message = (
+                        f"is being written by {_holder(path)}; wait for its end or name another"
+                    )
+                    raise WriteError(message, path=self.destination) from None
+                # Its holder has just ended, or nothing can be created here.
             except OSError as error:
                 if error.errno in _NO_LOCKS:
                     return None
@@ -242,10 +246,7 @@ class Output:
                 with suppress(OSError):
                     path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
                 return lock
-        raise WriteError(
-            f"is being written by {_holder(path)}; wait for its end or name another",
-            path=self.destination,
-        )
+        return None
 
     def _take_up(self) -> None:
         """Make a folder of its own, or take that of a killed writer, and sweep up the others."""
