@@ -85,7 +85,8 @@ def named(rule: Rule, expert: int = 0) -> str:
 @pytest.mark.parametrize("name", families())
 def test_family_is_one_that_llama_cpp_knows(name: str) -> None:
     family = load(name)
-    assert family.gguf in gguf.MODEL_ARCH_NAMES.values()
+    # The engine test runs what is newer than the package.
+    assert family.gguf in gguf.MODEL_ARCH_NAMES.values() or family.verified == "engine"
     assert family.verified in {"engine", "dense", "no"}
     assert family.classes
     assert family.model_types
