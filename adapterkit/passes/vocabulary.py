@@ -61,6 +61,7 @@ def matched(adapter: AdapterTensorSet, context: Context) -> Passed:
 
 def _tokens_matched(adapter: AdapterTensorSet, base: BaseModel, context: Context) -> Passed:
     """Return the adapter without rows of tokens that the base has not, and what was left out."""
+    notes: list[Note] = []
     losses: list[Loss] = []
     for key, tensor in adapter.tensors.items():
         rows = _base_rows(key.module, base) if key.role is Role.TOKEN_ROWS else None
@@ -70,14 +71,14 @@ def _tokens_matched(adapter: AdapterTensorSet, base: BaseModel, context: Context
         beyond = [token for token in tokens if token >= rows]
         if context.growing and _carried(adapter, key.module, max(beyond) + 1, base):
             continue
-        message = (
-            f"its rows of tokens {first_and_more([*map(str, beyond)])} are beyond the base's "
-            f"{rows}; {_WAYS}"
-        )
+        names = first_and_more([*map(str, beyond)], 8)
+        message = f"its rows of tokens {names} are beyond the base's {rows}; {_WAYS}"
         losses.append(Loss("vocabulary", key.module, message))
         if context.allow_lossy:
             adapter = _without_tokens(adapter, key, rows)
-    return Passed(adapter, losses=(*losses,))
+            change = f"rows of tokens {names} left out: the base has {rows}"
+            notes.append(Note(change, NoteKind.VOCABULARY, key.module))
+    return Passed(adapter, (*notes,), (*losses,))
 
 
 def _without_tokens(adapter: AdapterTensorSet, key: TensorKey, rows: int) -> AdapterTensorSet:
