@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tables_oracle import ROWS, assert_same, load_model, reloaded, tuned, write_base
+from tables_oracle import GROWN, ROWS, assert_same, load_model, reloaded, tuned, write_base
 
 from adapterkit.audit import audit, compress_file
 from adapterkit.convert import convert
@@ -91,6 +91,35 @@ def test_a_stored_copy_of_the_table_follows(tmp_path: Path) -> None:
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     assert_same(live, load_model(tmp_path / "merged"), ROWS)
+
+
+def test_a_stored_copy_of_the_table_grows_with_it(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", tied=True)
+    live = tuned(base, tmp_path / "adapter", rows=GROWN, **ENSURED)
+    held = load_file(base / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+    save_file(held, base / "model.safetensors", {"format": "pt"})
+    merge_into([tmp_path / "adapter"], base, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert_same(live, load_model(tmp_path / "merged"), GROWN)
+
+
+def test_norms_that_are_alike_are_no_tied_tables(tmp_path: Path) -> None:
+    """Saved whole and never moved, all of them hold ones; each is still its own."""
+    base = write_base(tmp_path / "base", tied=True)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    tuned(base, tmp_path / "adapter", **ENSURED | {"modules_to_save": norms})
+    held = load_file(tmp_path / "adapter" / WEIGHTS)
+    for name in held:
+        if "layernorm" in name:
+            held[name].fill_(1.5)
+    save_file(held, tmp_path / "adapter" / WEIGHTS)
+    assert set(read(tmp_path / "adapter").tied) <= {TABLE}
+    merge_into([tmp_path / "adapter"], base, tmp_path / "merged", tied="untie")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for norm in norms:
+        assert (merged[f"model.layers.0.{norm}.weight"] == 1.5).all()
 
 
 def test_an_untied_base_gets_it_in_both_tables(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[TensorKey, LazyTensor]
 
+_MATRIX = 2
 _OF_AN_OUTPUT = frozenset({*FACTORS, Role.TOKEN_ROWS, Role.FULL})
 # Embeddings that PEFT ties by name, whether or not the file has their update twice.
 _TIED_BY_NAME = "embed_tokens"
@@ -35,7 +36,8 @@ def tied_tables(tensors: Tensors, config: LoraConfig) -> dict[str, tuple[str, ..
     found: dict[str, tuple[str, ...]] = {}
     if not config.flag("ensure_weight_tying"):
         return found
-    modules = dict.fromkeys(map(module_of, tensors))
+    chosen = [module for module, role in _tables(tensors, config).items() if role is Role.FULL]
+    modules = [m for m in dict.fromkeys(map(module_of, tensors)) if m not in chosen]
     second: set[str] = set()
     for table, role in _tables(tensors, config).items():
         if table in second:
@@ -63,10 +65,11 @@ def _tables(tensors: Tensors, config: LoraConfig) -> dict[str, Role]:
     """Return the modules that are trained as embeddings, or saved whole by the config's choice."""
     chosen = config.names("modules_to_save")
     found: dict[str, Role] = {}
-    for key in tensors:
+    for key, tensor in tensors.items():
         module = module_of(key)
         named = any(f".{module}".endswith(f".{name}") for name in chosen)
-        table = key.role in EMBEDDING_FACTORS or (key.role is Role.FULL and named)
+        whole = key.role is Role.FULL and len(tensor.shape) == _MATRIX
+        table = key.role in EMBEDDING_FACTORS or (whole and named)
         if table or (key.role is Role.TOKEN_ROWS and not _is_output(module)):
             found[module] = key.role
     return found

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
+_RESIZED = "give the base with the vocabulary of the training (resize_token_embeddings)"
 _CODES = {"layer": "AK302", "expert": "AK310", "missing": "AK303", "shape": "AK304"}
 
 
@@ -119,7 +120,8 @@ def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
             message = f"trains the row of token {token}, and the base has {rows} rows here"
         else:
             continue
-        hint = "give the base with the vocabulary of the training (resize_token_embeddings)"
+        rows_only = len(tensor.shape) > 1 and tensor.shape[1:] == stored.shape[1:]
+        hint = _RESIZED if rows_only else "is it the right base?"
         yield Finding("AK304", Severity.ERROR, key.module, message, hint)
 
 

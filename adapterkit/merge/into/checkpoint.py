@@ -130,7 +130,7 @@ def plan_checkpoint(
     """
     spelled = as_spelled(sources, tied=base.tied, choice=tied)
     sources, tables = grown(spelled, HuggingFaceNames(base))
-    given, base = base, replace(base, tensors={**base.tensors, **tables})
+    stored, base = base, replace(base, tensors={**base.tensors, **tables})
     names = HuggingFaceNames(base)
     steps: dict[str, list[Step]] = {}
     for source in sources:
@@ -145,18 +145,20 @@ def plan_checkpoint(
         if tied == "untie" and output in steps:
             fields["tie_word_embeddings"] = False
     kinds = dict.fromkeys(decoded.stored, dtype or _sixteen_bits(base)) if decoded else {}
-    kinds |= {name: dtype or kinds.get(name, given.tensors[name].dtype) for name in tables}
+    kinds |= {name: dtype or kinds.get(name, stored.tensors[name].dtype) for name in tables}
     changes = _changes(base, names, steps, dtype, kinds)
     if dtype is not None:
         fields |= {"torch_dtype": _TORCH[dtype], "dtype": _TORCH[dtype]}
-    fields |= _vocabulary(given, names, changes)
+    fields |= _vocabulary(stored, names, changes)
     files = decoded.files if decoded else frozenset[Path]()
     shards = planned_shards(base.tensors, changes, {*files, *map(stored_in, tables.values())})
     own = {path.name for path in (*files, *(shard.path for shard in shards))}
     others, left_out = _other_files(base.path, own)
     if decoded:
         others = tuple(path for path in others if str(path) not in BESIDE)
-    return CheckpointPlan(given, tuple(shards), fields, others, left_out, FIELDS if decoded else ())
+    return CheckpointPlan(
+        stored, tuple(shards), fields, others, left_out, FIELDS if decoded else ()
+    )
 
 
 def checked(base: BaseModel, *, dequantize: bool) -> DecodedBase | None:

@@ -102,7 +102,10 @@ def grown(
         if _adds(longest.tensor, stored) or _wanted(sources, name, names) > stored.shape[0]:
             for copy in copies:
                 _check_alike(copy, longest, stored.shape[0])
-            tables[name] = _lengthened(stored, longest.tensor)
+            tables |= {
+                each: _lengthened(names.base.tensors[each], longest.tensor)
+                for each in (name, *_stored_twice(name, names))
+            }
     if not tables:
         return list(sources), tables
     base = replace(names.base, tensors={**names.base.tensors, **tables})
@@ -116,7 +119,8 @@ def _copies(sources: Sequence[Source], names: HuggingFaceNames) -> Mapping[str, 
         for key, tensor in source.adapter.tensors.items():
             name = _table(key.module, names) if key.role is Role.BASE_COPY else None
             stored = names.base.tensors.get(name or "")
-            if name and stored and tensor.shape[1:] == stored.shape[1:]:
+            fits = stored and stored.dtype.floating and tensor.shape[1:] == stored.shape[1:]
+            if name and fits:
                 found[name].append(Copy(source.label, key.module, tensor))
     return found
 
@@ -126,7 +130,14 @@ def _table(module: str, names: HuggingFaceNames) -> str | None:
     parameter = f"{module}.weight"
     if names.role(parameter) is None:
         return None
-    return names.find(parameter) or (names.embedding if names.base.tied else None)
+    return names.embedding if names.base.tied else names.find(parameter)
+
+
+def _stored_twice(name: str, names: HuggingFaceNames) -> list[str]:
+    """Return the output that a checkpoint of tied tables stores beside the embedding, if any."""
+    if not names.base.tied or name != names.embedding:
+        return []
+    return [each for each in names.base.tensors if names.role(each) == "output"]
 
 
 def _wanted(sources: Sequence[Source], name: str, names: HuggingFaceNames) -> int:
