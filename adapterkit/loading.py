@@ -153,8 +153,11 @@ def load_all(
     as_format: str | None = None,
     need: Need = Need.PLAIN,
     allow_lossy: bool = False,
+    growing: bool = False,
 ) -> tuple[Loaded, ...]:
     """Load adapters of one base: the one that is given, or that one of them names.
+
+    Where `growing` is true, the base may grow by rows of a vocabulary that an adapter carries.
 
     Args and errors are those of `load`. A dialect is for those whose file cannot tell; of several,
     it overrules no config beside another.
@@ -169,7 +172,7 @@ def load_all(
         _prepared(
             replace(each, options=replace(each.options, base=known), given=base is not None),
             need,
-            allow_lossy=allow_lossy,
+            Context(base=known, allow_lossy=allow_lossy, growing=growing),
         )
         for each in readings
     )
@@ -308,7 +311,7 @@ def _recorded_base(adapter: AdapterTensorSet) -> tuple[BaseModel | None, tuple[N
         return None, (Note(f"the base in the hub cache is not used: {error}"),)
 
 
-def _prepared(loaded: Loaded, need: Need, *, allow_lossy: bool) -> Loaded:
+def _prepared(loaded: Loaded, need: Need, context: Context) -> Loaded:
     """Check and change a reading as far as it is needed."""
     if need >= Need.SOUND:
         check_structure(loaded.adapter)
@@ -316,7 +319,6 @@ def _prepared(loaded: Loaded, need: Need, *, allow_lossy: bool) -> Loaded:
         return loaded
     from adapterkit.passes.registry import apply
 
-    context = Context(base=loaded.base, allow_lossy=allow_lossy)
     names = ("initialisation", "vocabulary")
     try:
         done = apply(names, loaded.adapter, context)

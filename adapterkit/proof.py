@@ -10,6 +10,7 @@ from adapterkit.delta import Difference, difference, norm, same_bits
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
 from adapterkit.keys import PARTNERS, Role
+from adapterkit.model.tying import one_spelling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,7 +57,11 @@ class Comparison:
 
 
 def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
-    """Compare every pair of factors, and every other tensor by its values."""
+    """Compare every pair of factors, and every other tensor by its values.
+
+    An update that is tied in both counts once.
+    """
+    (first, second), _ = one_spelling([first, second])
     pairs1 = {pair.module: pair for pair in first.pairs()}
     pairs2 = {pair.module: pair for pair in second.pairs()}
     differences = {

@@ -15,6 +15,7 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, Update
 from adapterkit.model.defects import problems
 from adapterkit.notes import BaseReference
+from adapterkit.proof import prove
 from adapterkit.registry import BUILTIN, detect, spec
 from adapterkit.tensor import LazyTensor
 
@@ -49,6 +50,12 @@ def tokens(adapter: AdapterTensorSet) -> AdapterTensorSet:
     return adapter.updated([], rows_of).replace(token_indices=(3, 5))
 
 
+def tied(adapter: AdapterTensorSet) -> AdapterTensorSet:
+    a, b = np.ones((2, 16), np.float32), np.ones((8, 2), np.float32)
+    table = Update(EMBEDDING, LazyTensor.of(a), LazyTensor.of(b), 1.0, Kind.EMBEDDING)
+    return adapter.updated([table]).replace(tied={EMBEDDING: ("lm_head",)})
+
+
 def beside(adapter: AdapterTensorSet) -> AdapterTensorSet:
     return adapter.updated([], {TensorKey("score.weight", Role.FULL): LazyTensor.of(np.ones(3))})
 
@@ -67,6 +74,7 @@ SET: dict[str, Callable[[AdapterTensorSet], AdapterTensorSet]] = {
     "layer_replication": lambda adapter: adapter.replace(layer_replication=((0, 1), (0, 2))),
     "invocation_tokens": lambda adapter: adapter.replace(invocation_tokens=(5, 6)),
     "token_indices": tokens,
+    "tied": tied,
     "engine_layout": lambda adapter: adapter.replace(engine_layout={QUERY: "blk.0.attn_q"}),
     "rank_conflicts": lambda adapter: adapter.replace(
         rank_conflicts={first_module(adapter): (5, 4)}
@@ -107,6 +115,10 @@ def test_a_field_is_written_or_named_as_a_loss(name: str, field: str, tmp_path: 
         assert form.read(tmp_path / "written", options).engine_layout[QUERY] == "blk.0.attn_q"
         return
     again = form.read(tmp_path / "written", options)
+    if field == "tied" and not again.tied:  # under all its names, which is the same without a base
+        prove(changed, again, path=tmp_path)
+        assert {"lm_head", EMBEDDING} <= set(again.modules)
+        return
     assert held(again, field) == held(changed, field)
 
 

@@ -20,11 +20,17 @@ from engine import (
     max_kl,
     prompts_for,
 )
+from tables_oracle import tuned
 from test_into_checkpoint import EFFECT, LINEAR, loaded, trained
 
 from adapterkit.containers.gguf import GGUFArray, Typed, ValueType, read_gguf, uint32, write_gguf
 from adapterkit.dtype import DType
-from adapterkit.errors import DestinationExistsError, UnsupportedError, UsageError
+from adapterkit.errors import (
+    DestinationExistsError,
+    LossyConversionError,
+    UnsupportedError,
+    UsageError,
+)
 from adapterkit.merge.into import merge_into
 from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
@@ -42,6 +48,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseFixture]:
 
 
 ALL: dict[str, Any] = {"target_modules": ["q_proj"]}
+# A small step: the output repeats the embedding's, and logits of hundreds say little of equality.
+ENSURED: dict[str, Any] = {
+    "target_modules": ["embed_tokens", "q_proj"],
+    "ensure_weight_tying": True,
+    "lora_alpha": 0.5,
+}
 SETTINGS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "plain": ("llama", None, {"target_modules": LINEAR}),
     "dora": ("llama", None, {"target_modules": LINEAR, "use_dora": True}),
@@ -69,7 +81,17 @@ SETTINGS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
         "shared",
         {**ALL, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
-    "tied-token-rows": ("llama-tied", "shared", {**ALL, "trainable_token_indices": [5, 300]}),
+    "tied-token-rows": ("llama-tied", None, {**ALL, "trainable_token_indices": [5, 300]}),
+    "tied-ensured": (
+        "llama-tied",
+        None,
+        ENSURED,
+    ),
+    "tied-ensured-apart": (
+        "llama-tied",
+        "untie",
+        ENSURED,
+    ),
 }
 
 
@@ -79,15 +101,30 @@ def test_llama_cpp_gives_the_logits_of_peft(
 ) -> None:
     family, tied, settings = SETTINGS[name]
     base = bases[family]
-    tuned = trained(base, tmp_path / "adapter", **settings)
+    live = trained(base, tmp_path / "adapter", **settings)
     merge_into([tmp_path / "adapter"], base.gguf, tmp_path / "merged.gguf", tied=tied)
     prompts = prompts_for(base)[-8:]
-    wanted = logprobs(tuned, prompts)
+    wanted = logprobs(live, prompts)
     assert max_kl(logprobs(base.model, prompts), wanted) > EFFECT
     assert max_kl(wanted, engine_logprobs(tmp_path / "merged.gguf", prompts)) < base.tolerance
     assert ("output.weight" in read_gguf(tmp_path / "merged.gguf").tensors) == (
-        tied != "shared" and name != "norms" and "gpt2" not in family
+        (tied == "untie" or "tied" not in family) and name != "norms" and "gpt2" not in family
     )
+
+
+def test_new_tokens_have_no_place_in_a_gguf_base(
+    bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    base = bases["llama"]
+    tuned(base.hf, tmp_path / "adapter", rows=520, target_modules=["lm_head"])
+    with pytest.raises(LossyConversionError, match="520 rows are more than the base's 512"):
+        merge_into([tmp_path / "adapter"], base.gguf, tmp_path / "merged.gguf")
+    assert not (tmp_path / "merged.gguf").exists()
+    report = merge_into(
+        [tmp_path / "adapter"], base.gguf, tmp_path / "merged.gguf", allow_lossy=True
+    )
+    assert any("cut from 520 to the base's 512 rows" in note for note in report.notes)
+    assert read_gguf(tmp_path / "merged.gguf").tensors["output.weight"].shape[0] == 512
 
 
 def test_gguf_and_directory_hold_the_same_numbers(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.formats.gguf_losses import losses
 from adapterkit.formats.gguf_reader import read_adapter
 from adapterkit.formats.gguf_writer import write_adapter
+from adapterkit.model import spelled_out
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,11 +26,11 @@ class GGUFFormat:
 
     def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
         """List what llama.cpp cannot hold of this adapter, on this base."""
-        return losses(adapter, options)
+        return losses(spelled_out(adapter), options)
 
     def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
         """Write a file."""
-        write_adapter(adapter, path, options)
+        write_adapter(spelled_out(adapter), path, options)
 
 
 FORMAT = GGUFFormat()

@@ -10,6 +10,7 @@ from adapterkit.formats.mlx_losses import losses
 from adapterkit.formats.mlx_names import in_block
 from adapterkit.formats.mlx_reader import LEAF, locate, read_mlx
 from adapterkit.formats.mlx_writer import write_mlx
+from adapterkit.model import spelled_out
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,11 +29,11 @@ class MLXFormat:
 
     def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
         """List what MLX-LM cannot hold."""
-        return losses(adapter, options)
+        return losses(spelled_out(adapter), options)
 
     def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
         """Write an adapter directory."""
-        write_mlx(adapter, path, options)
+        write_mlx(spelled_out(adapter), path, options)
 
 
 def is_mlx(path: Path) -> bool:

@@ -11,7 +11,7 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.notes import Note, NoteKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
 PREFIX = "base_model.model."
@@ -30,7 +30,7 @@ _LEAVES = (
     (re.compile(r"^(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$"), Role.TOKEN_ROWS),
 )
 _SAVED = re.compile(r"^(.+)\.modules_to_save(?:\.[^.]+)?\.((?:[^.]+\.)*[^.]+)$")
-_BASE_COPY = re.compile(r"^(.+?)(?:\.base_layer)+\.weight$")
+_BASE_COPY = re.compile(r"^(.+?)(?:\.token_adapter)?(?:\.base_layer)+\.weight$")
 _BASE_BIAS = re.compile(r"^(.+?)(?:\.base_layer)+\.(bias)$")
 _LEAKED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 _ADAPTER_NAME = re.compile(
@@ -102,12 +102,13 @@ class KeyReader:
         )
 
 
-def saved_name(key: TensorKey, adapted: Iterable[str]) -> str:
+def saved_name(key: TensorKey, adapted: Iterable[str], tokens: Collection[str] = ()) -> str:
     """Return the name under which PEFT saves and looks for a tensor.
 
     Args:
         key: the tensor.
         adapted: all modules with factors, whose full bias sits in a base layer.
+        tokens: all modules with rows of tokens, which are wrapped in another way.
     """
     leaves = {
         Role.LORA_A: ".lora_A.weight",
@@ -119,6 +120,8 @@ def saved_name(key: TensorKey, adapted: Iterable[str]) -> str:
         Role.TOKEN_ROWS: ".token_adapter.trainable_tokens_delta",
         Role.BASE_COPY: ".base_layer.weight",
     }
+    if key.role is Role.BASE_COPY and key.module in tokens:
+        return f"{PREFIX}{key.module}.token_adapter.base_layer.weight"
     if key.role in leaves:
         return PREFIX + key.module + leaves[key.role]
     module, _, parameter = key.module.rpartition(".")

@@ -12,15 +12,16 @@ from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.formats.peft_meaning import meaning
 from adapterkit.formats.peft_own_config import own_config
+from adapterkit.formats.peft_tying import folded, tied_tables
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
-from adapterkit.notes import BaseReference, Provenance
+from adapterkit.notes import BaseReference, Note, Provenance
 from adapterkit.storage import readable
 from adapterkit.tables import TEXT, listed, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from adapterkit.base import BaseModel
@@ -125,7 +126,9 @@ def interpret(
         tensors[key] = tensor
     if not tensors:
         raise FormatError("holds no tensors; training saved an empty adapter", path=path)
-    notes: list[str] = list(keys.notes())
+    tied = tied_tables(tensors, config)
+    tensors = folded(tensors, tied)
+    notes: list[str] = [*keys.notes(), *_second_names(tied)]
     kinds = _convolutions(tensors, config)
     tensors, stacks = unfold_experts(tensors, config, base)
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
@@ -139,11 +142,18 @@ def interpret(
             revision=config.fields.optional("revision", TEXT) or None,
             architecture=config.mapping("auto_mapping").optional("base_model_class", TEXT) or None,
         ),
+        tied=tied,
         rank_conflicts=_conflicts(config, tensors, kinds),
         source=PeftSource(dict(config.raw), tuple(scales)),
         provenance=Provenance(path, "peft", tuple(notes)),
         **meaning(config),
     )
+
+
+def _second_names(tied: Mapping[str, tuple[str, ...]]) -> Iterator[Note]:
+    for table, names in tied.items():
+        for name in names:
+            yield Note(f"is the update of {table} under a second name", subject=name)
 
 
 def _convolutions(tensors: Mapping[TensorKey, LazyTensor], config: LoraConfig) -> dict[str, Kind]:

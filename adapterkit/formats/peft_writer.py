@@ -19,7 +19,7 @@ from adapterkit.formats.peft_experts import (
 from adapterkit.formats.peft_keys import saved_name
 from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.keys import Role
-from adapterkit.model import PeftSource
+from adapterkit.model import PeftSource, spelled_out
 from adapterkit.model.losses import lost_metadata
 from adapterkit.notes import Loss, first_and_more
 
@@ -111,11 +111,15 @@ def as_peft(
 ) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """Return the tensors under PEFT's saved names, and the adapter_config.json beside them."""
     adapted = _adapted(adapter)
-    folded = fold_experts(adapter, base)
+    spelled = spelled_out(adapter)
+    folded = fold_experts(spelled, base)
     config = config_for(adapter, base)
+    if adapter.tied:
+        config["ensure_weight_tying"] = True
     if config.get("target_parameters"):
         config["peft_version"] = WRITTEN_VERSION
-    return {saved_name(key, adapted): tensor for key, tensor in folded.items()}, config
+    tokens = {key.module for key in spelled.tensors if key.role is Role.TOKEN_ROWS}
+    return {saved_name(key, adapted, tokens): tensor for key, tensor in folded.items()}, config
 
 
 def _stored(tensor: LazyTensor, dtype: DType | None) -> LazyTensor:
@@ -138,7 +142,7 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
     source: Mapping[str, Any] = _source(adapter).config
     config = {**_DEFAULTS, **source, **_MEANING}
     config.update(adapter.settings)
-    ranks, scales = _ranks_and_scales(adapter)
+    ranks, scales = _ranks_and_scales(spelled_out(adapter))
     parameters = wrapped_parameters(adapter, base)
     config.update(_scaling(source, adapter, ranks, scales, parameters))
     config.update(_targeting(source, adapter, base, parameters))

@@ -18,6 +18,7 @@ from adapterkit.merge.registry import SPACES, Kind, MethodSpec
 from adapterkit.merge.registry import method as find_method
 from adapterkit.merge.report import MergeReport, ModuleReport
 from adapterkit.model import AdapterTensorSet, GgufSource, PeftSource
+from adapterkit.model.tying import one_spelling
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def merge(
         UnsupportedError: if an adapter holds what cannot be merged without its base.
     """
     spec = find_method(method)
+    adapters, tied = one_spelling(adapters)
     found = planning.sources(adapters, weights, module_weights, spec)
     if missing not in {"zero", "error"}:
         raise UsageError(f"missing is {missing!r}, neither zero nor error")
@@ -121,7 +123,7 @@ def merge(
     scales = {module.pair.module: module.pair.scale for module in merged}
     keys = bias_keys(found, list(scales))
     beside = merge_beside(found, spec, scales, keys, dtype)
-    adapter = _assembled(found, merged, beside)
+    adapter = _assembled(found, merged, beside).replace(tied=tied)
     notes = planning.absences(planned, found)
     return MergeResult(adapter, _report(found, how, merged, beside, notes, normalize=normalize))
 

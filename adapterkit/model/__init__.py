@@ -2,6 +2,7 @@
 
 from adapterkit.model.adapter import AdapterTensorSet
 from adapterkit.model.sources import GgufSource, MlxSource, PeftSource, Source
+from adapterkit.model.tying import spelled_out
 from adapterkit.model.update import Kind, Update
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "PeftSource",
     "Source",
     "Update",
+    "spelled_out",
 ]

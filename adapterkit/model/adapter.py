@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
-_MAPPINGS = ("tensors", "scales", "kinds", "engine_layout", "rank_conflicts", "metadata")
+_MAPPINGS = (
+    *("tensors", "scales", "kinds", "tied", "engine_layout", "rank_conflicts", "metadata"),
+)
 # Fields that change what the tensors mean and are none, by the names that PEFT's users know.
 SETTINGS = {
     "initialisation": "init_lora_weights",
@@ -49,6 +51,9 @@ class AdapterTensorSet:
         layer_replication: (first, end) of the ranges of layers that make up the model, if any.
         invocation_tokens: those after which alone it acts (aLoRA); empty if it always does.
         token_indices: the tokens of TOKEN_ROWS, of the input embedding or by name of a module.
+        tied: embedding whose update is that of every output that the base ties to it (PEFT's
+            `ensure_weight_tying`) -> further names that the file has it under; what is stored under
+            those is not among the tensors: `spelled_out` brings it back.
         engine_layout: module -> llama.cpp tensor, for those still in llama.cpp's own layout because
             no base was given.
         rank_conflicts: module -> (declared, stored) ranks, where its file contradicts itself.
@@ -65,6 +70,7 @@ class AdapterTensorSet:
     layer_replication: tuple[tuple[int, ...], ...] = ()
     invocation_tokens: tuple[int, ...] = ()
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     engine_layout: Mapping[str, str] = field(default_factory=dict[str, str])
     rank_conflicts: Mapping[str, tuple[int, int]] = field(
         default_factory=dict[str, tuple[int, int]]
@@ -142,6 +148,14 @@ class AdapterTensorSet:
                 self.scales.get(key.module, 1.0),
                 self.kind_of(key),
             )
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """Return the tokens whose rows are trained in a module; none where that is not said."""
+        numbers = self.token_indices
+        if isinstance(numbers, tuple):
+            return numbers
+        named = [rows for name, rows in numbers.items() if f".{module}".endswith(f".{name}")]
+        return named[0] if len(named) == 1 else ()
 
     @property
     def settings(self) -> dict[str, Any]:

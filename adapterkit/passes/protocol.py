@@ -18,11 +18,13 @@ class Context:
         base: the base model, if given or found.
         losses: what a target cannot hold, and what may leave for it.
         allow_lossy: whether a pass may drop what it has to list as a loss.
+        growing: whether the target takes new rows of a vocabulary from the adapter.
     """
 
     base: BaseModel | None = None
     losses: tuple[Loss, ...] = ()
     allow_lossy: bool = False
+    growing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

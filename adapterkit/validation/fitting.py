@@ -10,6 +10,7 @@ from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.weights import BaseWeights
 from adapterkit.errors import UnsupportedError
+from adapterkit.keys import Role
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
+    from adapterkit.tensor import LazyTensor
 
+_RESIZED = "give the base with the vocabulary of the training (resize_token_embeddings)"
 _CODES = {"layer": "AK302", "expert": "AK310", "missing": "AK303", "shape": "AK304"}
 
 
@@ -50,6 +53,7 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
         yield from _misfits(adapter, base)
     except UnsupportedError as error:
         yield Finding("AK305", Severity.UNCHECKED, error.where, error.message)
+    yield from _whole(adapter, base)
     yield from _depth(adapter, base)
     yield from _selection(adapter, base)
 
@@ -97,6 +101,36 @@ def _misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
             continue
         hint = "is it the right base?"
         yield Finding(_CODES[wrong.kind], Severity.ERROR, wrong.module, wrong.message, hint)
+
+
+def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
+    """Report whole parameters, and rows of tokens, for which the base has no place of that size.
+
+    PEFT refuses both; it resizes no vocabulary by itself.
+    """
+    for key, tensor in adapter.tensors.items() if base.kind == "hf" else ():
+        name = key.module if key.role is Role.FULL else f"{key.module}.weight"
+        stored = base.tensors.get(name)
+        if stored is None or not stored.dtype.floating:
+            continue
+        if key.role is Role.FULL and tensor.shape != stored.shape:
+            message = f"is stored whole, {_shown(tensor)}, and the base has {_shown(stored)} here"
+        elif key.role is Role.TOKEN_ROWS and _last(adapter, key.module) >= stored.shape[0]:
+            token, rows = _last(adapter, key.module), stored.shape[0]
+            message = f"trains the row of token {token}, and the base has {rows} rows here"
+        else:
+            continue
+        rows_only = len(tensor.shape) > 1 and tensor.shape[1:] == stored.shape[1:]
+        hint = _RESIZED if rows_only else "is it the right base?"
+        yield Finding("AK304", Severity.ERROR, key.module, message, hint)
+
+
+def _last(adapter: AdapterTensorSet, module: str) -> int:
+    return max(adapter.tokens_of(module), default=-1)
+
+
+def _shown(tensor: LazyTensor) -> str:
+    return " x ".join(map(str, tensor.shape))
 
 
 def _depth(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,9 +19,10 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.json_file import read_json_object
 from adapterkit.merge.into.huggingface import HuggingFaceNames, checkpoint_steps
-from adapterkit.merge.into.shards import Shard, planned_shards
+from adapterkit.merge.into.shards import Shard, planned_shards, stored_in
 from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsReplaced
-from adapterkit.merge.into.tying import Tying, resolved
+from adapterkit.merge.into.tying import Tying, as_spelled, resolved
+from adapterkit.merge.into.vocabulary import grown
 from adapterkit.merge.into.writing import write_files
 from adapterkit.output import Directory
 from adapterkit.storage import readable
@@ -127,6 +128,9 @@ def plan_checkpoint(
         UnsupportedError: if a change has no right place in the base.
         IncompatibleBaseError: if an adapter does not fit the base; names what.
     """
+    spelled = as_spelled(sources, tied=base.tied, choice=tied)
+    sources, tables = grown(spelled, HuggingFaceNames(base))
+    stored, base = base, replace(base, tensors={**base.tensors, **tables})
     names = HuggingFaceNames(base)
     steps: dict[str, list[Step]] = {}
     for source in sources:
@@ -137,21 +141,24 @@ def plan_checkpoint(
     if base.tied and names.embedding:
         output = outputs[0] if outputs else "lm_head.weight"
         tying = Tying(names.embedding, output, output in base.tensors)
-        steps = resolved(steps, tying, tied)
+        steps = resolved(steps, tying, tied, sources)
         if tied == "untie" and output in steps:
             fields["tie_word_embeddings"] = False
     kinds = dict.fromkeys(decoded.stored, dtype or _sixteen_bits(base)) if decoded else {}
+    kinds |= {name: dtype or kinds.get(name, stored.tensors[name].dtype) for name in tables}
     changes = _changes(base, names, steps, dtype, kinds)
     if dtype is not None:
         fields |= {"torch_dtype": _TORCH[dtype], "dtype": _TORCH[dtype]}
-    fields |= _vocabulary(base, names, changes)
+    fields |= _vocabulary(stored, names, changes)
     files = decoded.files if decoded else frozenset[Path]()
-    shards = planned_shards(base.tensors, changes, files)
+    shards = planned_shards(base.tensors, changes, {*files, *map(stored_in, tables.values())})
     own = {path.name for path in (*files, *(shard.path for shard in shards))}
     others, left_out = _other_files(base.path, own)
     if decoded:
         others = tuple(path for path in others if str(path) not in BESIDE)
-    return CheckpointPlan(base, tuple(shards), fields, others, left_out, FIELDS if decoded else ())
+    return CheckpointPlan(
+        stored, tuple(shards), fields, others, left_out, FIELDS if decoded else ()
+    )
 
 
 def checked(base: BaseModel, *, dequantize: bool) -> DecodedBase | None:
@@ -296,7 +303,11 @@ def _vocabulary(
         return {}
     if len(set(tables.values())) > 1:
         shown = ", ".join(f"{name} {rows}" for name, rows in tables.items())
-        raise UnsupportedError(f"embedding and output would have different rows: {shown}")
+        raise UnsupportedError(
+            f"embedding and output would have different rows ({shown}), and the adapter carries "
+            "those of one alone; merge into a base that was saved after resize_token_embeddings",
+            path=base.path,
+        )
     return {"vocab_size": next(iter(tables.values()))}
 
 
@@ -330,15 +341,21 @@ def write_checkpoint(
         with data, target.open("wb") as copy:
             shutil.copyfileobj(data, copy)
     if plan.config or plan.without:
-        _edit_config(staging / "config.json", plan.config, plan.without)
+        rows = plan.base.facts.get("vocab_size")
+        _edit_config(staging / "config.json", plan.config, plan.without, rows)
     if (plan.base.path / INDEX).is_file():
         _write_index(plan, staging / INDEX)
     order = {name: place for place, name in enumerate(plan.base.tensors)}
     return sorted(reports, key=lambda report: order.get(report.tensor, len(order)))
 
 
-def _edit_config(path: Path, fields: Mapping[str, Any], without: Sequence[str]) -> None:
-    """Set fields where the config has them, at the top and in the text tower; else at the top."""
+def _edit_config(
+    path: Path, fields: Mapping[str, Any], without: Sequence[str], rows: object
+) -> None:
+    """Set fields where the config has them, at the top and in the text tower; else at the top.
+
+    A vocabulary of other than the base's `rows` is that of another tower.
+    """
     config = dict(read_json_object(path))
     inner = [cast("dict[str, Any]", value) for value in config.values() if isinstance(value, dict)]
     for holder in (config, *inner):
@@ -346,6 +363,8 @@ def _edit_config(path: Path, fields: Mapping[str, Any], without: Sequence[str]) 
             holder.pop(name, None)
     for name, value in fields.items():
         holders = [each for each in (config, *inner) if name in each]
+        if name == "vocab_size":
+            holders = [each for each in holders if each[name] == rows]
         aliases = {"dtype": "torch_dtype", "torch_dtype": "dtype"}
         if not holders and aliases.get(name) in config:
             continue

@@ -112,6 +112,7 @@ def merge_into(
         alpha=alpha,
         as_format=as_format,
         allow_lossy=allow_lossy,
+        growing=opened.kind == "hf",
     )
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)

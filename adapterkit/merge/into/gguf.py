@@ -12,7 +12,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merge.into.engine import EMBEDDING, OUTPUT, engine_steps
 from adapterkit.merge.into.steps import Change
-from adapterkit.merge.into.tying import Tying, resolved
+from adapterkit.merge.into.tying import Tying, as_spelled, resolved
 from adapterkit.merge.into.writing import OutputFile, Piece
 from adapterkit.quantisation import check_encodable
 from adapterkit.storage import FileSlice
@@ -116,11 +116,12 @@ def plan_gguf(
         IncompatibleBaseError: if an adapter does not fit the base.
     """
     steps: dict[str, list[Step]] = {}
+    sources = as_spelled(sources, tied=base.tied, choice=tied)
     for source in sources:
         for name, more in engine_steps(source, base).items():
             steps.setdefault(name, []).extend(more)
     if base.tied:
-        steps = resolved(steps, Tying(EMBEDDING, OUTPUT, stored=False), tied)
+        steps = resolved(steps, Tying(EMBEDDING, OUTPUT, stored=False), tied, sources)
     tensors = _with_output(base.tensors, steps)
     mixture = mixtures().get(kind or "")
     if mixture is None:

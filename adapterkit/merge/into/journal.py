@@ -201,6 +201,7 @@ def plan_hash(
         digest.update(f"{source.weight} {source.patterns}\n".encode())
         digest.update(f"{dict(source.adapter.scales)}\n".encode())
         digest.update(repr(sorted(source.adapter.settings.items(), key=str)).encode())
+        digest.update(repr(sorted(source.adapter.tied.items())).encode())
         for key, tensor in source.adapter.tensors.items():
             digest.update(f"{key} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(tensor.tobytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError, UsageError
@@ -33,8 +32,11 @@ def read_sources(
     alpha: float | None = None,
     as_format: str | None = None,
     allow_lossy: bool = False,
+    growing: bool = False,
 ) -> tuple[list[Source], BaseModel, tuple[str, ...]]:
     """Read all adapters with the base's row orders, names and vocabulary.
+
+    Where `growing` is true, a vocabulary whose rows an adapter carries stays as it is.
 
     Returns:
         The adapters in the base's family, that family's base, and notes.
@@ -59,6 +61,7 @@ def read_sources(
         alpha=alpha,
         as_format=as_format,
         allow_lossy=allow_lossy,
+        growing=growing,
     )
     for each, weight in zip(loaded, weights or [1.0] * len(paths), strict=True):
         for setting, reason in _NO_UPDATE.items():
@@ -79,10 +82,7 @@ def token_rows(source: Source, module: str) -> tuple[int, ...]:
     Raises:
         FormatError: if the setting does not tell.
     """
-    numbers = source.adapter.token_indices
-    if isinstance(numbers, Mapping):
-        named = [rows for name, rows in numbers.items() if f".{module}".endswith(f".{name}")]
-        numbers = named[0] if len(named) == 1 else ()
+    numbers = source.adapter.tokens_of(module)
     key = TensorKey(module, Role.TOKEN_ROWS)
     count = source.adapter.tensors[key].shape[0]
     if len(numbers) != count or min(numbers, default=0) < 0:

@@ -128,7 +128,7 @@ def planned_shards(
     files: dict[Path, list[Entry]] = {}
     rewritten = set(other)
     for name, tensor in tensors.items():
-        path = _file(tensor)
+        path = stored_in(tensor)
         change = changes.get(name)
         files.setdefault(path, []).append(Entry(name, change.stored if change else tensor, change))
         if change and (change.dtype, change.shape) != (tensor.dtype, tensor.shape):
@@ -136,7 +136,7 @@ def planned_shards(
     for name, change in changes.items():
         if name in tensors:
             continue
-        path = _file(change.source)
+        path = stored_in(change.source)
         if path not in files:
             raise UnsupportedError("is from no file of the base", where=name)
         span = isinstance(change.source.read, FileSlice)
@@ -147,5 +147,6 @@ def planned_shards(
     return [Shard(path, tuple(entries), path in rewritten) for path, entries in files.items()]
 
 
-def _file(tensor: LazyTensor) -> Path:
+def stored_in(tensor: LazyTensor) -> Path:
+    """Return the file of the base that holds a tensor, or most of it."""
     return cast("FileSlice | RowReader", tensor.read).path
