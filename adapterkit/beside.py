@@ -89,6 +89,14 @@ def carry(files: Iterable[BesideFile], folder: Path) -> None:
 
 
 @cache
+def trained_names() -> tuple[str, ...]:
+    """Return the names and patterns of trained files that the table knows, directories aside."""
+    kinds = {BesideKind.WEIGHTS, BesideKind.HEAD}
+    names = (name for row in _rows() if row.kind in kinds for name in row.names)
+    return tuple(name for name in names if "/" not in name)
+
+
+@cache
 def _rows() -> tuple[_Row, ...]:
     rows = tomllib.loads(_TABLE.read_text(encoding="utf-8"))["file"]
     return tuple(_Row(tuple(row["names"]), row["kind"], row["what"]) for row in rows)
@@ -111,8 +119,7 @@ def _differs(path: Path, base: BaseModel | None) -> bool | None:
         return None
     own = base.path / path.name
     if not own.is_file():
-        # A base without any tokenizer is a bare checkpoint and says nothing.
-        return True if any(base.path.glob("tokenizer*")) else None
+        return True if base.has_tensors else None  # a lone config says nothing
     if filecmp.cmp(path, own, shallow=False):
         return False
     if path.suffix != ".json":
