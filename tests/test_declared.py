@@ -49,11 +49,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(base: Path, folder: Path, **settings: Any) -> Path:
     torch.manual_seed(4)
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(**settings))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT's own use of transformers, and of biases on B
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(**settings))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
     return folder
 
 
