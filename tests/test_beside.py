@@ -35,7 +35,7 @@ PROJECTOR, HEAD, UNKNOWN = "non_lora_trainables.bin", "value_head.safetensors", 
 
 
 @pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:  # noqa: F811
+def adapter(base: Path, tmp_path: Path) -> Path:
     """Return an adapter with a projector, a value head, and what a training run leaves behind."""
     folder = trained(base, tmp_path / "adapter", **TARGETS)
     (folder / PROJECTOR).write_bytes(b"projector")
@@ -80,7 +80,7 @@ def test_a_peft_directory_carries_them(
 
 
 @pytest.mark.parametrize("name", [PROJECTOR, HEAD, UNKNOWN])
-def test_nothing_else_holds_them(name: str, adapter: Path, base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_nothing_else_holds_them(name: str, adapter: Path, base: Path, tmp_path: Path) -> None:
     (adapter / name).write_bytes(b"trained")
     into, merged = tmp_path / "into", tmp_path / "merged"
     for act in (
@@ -112,7 +112,7 @@ def test_a_replaced_directory_keeps_none_of_the_former(adapter: Path, tmp_path: 
     assert (tmp_path / "out" / "notes.txt").exists()
 
 
-def test_engines_load_the_adapter_alone(adapter: Path, base: Path) -> None:  # noqa: F811
+def test_engines_load_the_adapter_alone(adapter: Path, base: Path) -> None:
     codes = [
         each.severity for each in validate(adapter, base=base).findings if each.code == "AK117"
     ]
@@ -132,7 +132,7 @@ def tokenizer(folder: Path, **settings: str) -> None:
 
 
 def test_a_tokenizer_of_its_own_goes_into_the_model(
-    base: Path,  # noqa: F811
+    base: Path,
     tmp_path: Path,
 ) -> None:
     model = tmp_path / "base"
@@ -155,7 +155,7 @@ def test_a_tokenizer_of_its_own_goes_into_the_model(
 
 
 def test_adapters_with_different_tokenizers_leave_the_base_its_own(
-    base: Path,  # noqa: F811
+    base: Path,
     tmp_path: Path,
 ) -> None:
     folders = [trained(base, tmp_path / name, **TARGETS) for name in ("a", "b")]
@@ -166,7 +166,7 @@ def test_adapters_with_different_tokenizers_leave_the_base_its_own(
     assert not (tmp_path / "m" / "tokenizer_config.json").exists()
 
 
-def test_an_mlx_directory_is_looked_at_too(base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_mlx_directory_is_looked_at_too(base: Path, tmp_path: Path) -> None:
     folder = trained(base, tmp_path / "a", **TARGETS)
     convert(folder, tmp_path / "mlx", to="mlx", base=base)
     shutil.copy(
@@ -188,6 +188,6 @@ def test_other_folders_are_not_looked_into(tmp_path: Path) -> None:
     assert found.kind is BesideKind.HEAD
 
 
-def test_peft_loads_the_carried_directory(adapter: Path, base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_peft_loads_the_carried_directory(adapter: Path, base: Path, tmp_path: Path) -> None:
     convert(adapter, tmp_path / "peft", base=base)
     assert np.allclose(logits(base, tmp_path / "peft"), logits(base, adapter), atol=1e-6)

@@ -7,7 +7,7 @@ Saved modules and trained biases are loaded whatever the config says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from adapterkit.base.schemes import quantisation_method
 from adapterkit.keys import FACTORS, Role
@@ -45,7 +45,9 @@ def contradictions(
     declared: object = config.raw.get("trainable_token_indices")
     if rows and not declared:
         denied["trainable_token_indices"] = rows
-    named = tuple(map(str, declared)) if isinstance(declared, dict) else (_EMBEDDING,)
+    named = (_EMBEDDING,)
+    if isinstance(declared, dict):
+        named = tuple(cast("dict[str, object]", declared))
     if declared and (lost := tuple(name for name in named if not _ends(name, rows))):
         missing["trainable_token_indices"] = lost
     return {"unstored": missing, "undeclared": denied}
