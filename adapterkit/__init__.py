@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         merge_methods,
         read_recipe,
     )
-    from adapterkit.model import AdapterTensorSet, Kind, Update
+    from adapterkit.model import AdapterTensorSet, BesideFile, BesideKind, Kind, Update
     from adapterkit.notes import BaseReference, Loss, Note, NoteKind, Provenance
     from adapterkit.stack import (
         AdapterIncompatibleError,
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
         StackError,
     )
     from adapterkit.state_dict import from_state_dict, to_state_dict
-    from adapterkit.summary import Summary, inspect, summarize
+    from adapterkit.summary import BesideEntry, Summary, inspect, summarize
     from adapterkit.tensor import LazyTensor
     from adapterkit.validation import Finding, Severity, ValidationReport, validate
 
@@ -87,6 +87,9 @@ __all__ = [
     "BaseModel",
     "BaseReference",
     "BaseRequiredError",
+    "BesideEntry",
+    "BesideFile",
+    "BesideKind",
     "CompressReport",
     "CompressResult",
     "CompressedFile",
@@ -196,9 +199,9 @@ _HOMES = {
         "read_recipe",
     ),
     "keys": ("Role", "TensorKey"),
-    "model": ("AdapterTensorSet", "Kind", "Update"),
+    "model": ("AdapterTensorSet", "BesideFile", "BesideKind", "Kind", "Update"),
     "notes": ("BaseReference", "Loss", "Note", "NoteKind", "Provenance"),
-    "summary": ("Summary", "inspect", "summarize"),
+    "summary": ("BesideEntry", "Summary", "inspect", "summarize"),
     "tensor": ("LazyTensor",),
     "validation": ("Finding", "Severity", "ValidationReport", "validate"),
 }

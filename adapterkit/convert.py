@@ -85,7 +85,8 @@ def convert(
         moe_layout=moe_layout,
         as_format=as_format,
         need=Need.FITTED,
-        allow_lossy=allow_lossy and not target.any_vocabulary,
+        allow_lossy=allow_lossy,
+        any_vocabulary=target.any_vocabulary,
     )
     options = replace(loaded.options, dtype=dtype, unverified=unverified)
     ready = admitted(loaded.adapter, target, options, allow_lossy=allow_lossy, passed=loaded.losses)

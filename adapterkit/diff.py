@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import UncheckableError
 from adapterkit.loading import Need, load_all
+from adapterkit.passes.declaration import settled
+from adapterkit.passes.protocol import Context
 from adapterkit.proof import Comparison, compare, tolerance_for
 
 if TYPE_CHECKING:
@@ -85,13 +87,14 @@ def diff(
 
     Raises:
         FormatError: if a file is malformed or its factors do not pair up.
+        LossyConversionError: if a file holds what its config denies.
         UncheckableError: if row orders differ, or the updates are those of another base, and no
             base is known to undo that.
     """
     one, other = load_all(
         [a, b], base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.FITTED
     )
-    first, second = one.adapter, other.adapter
+    first, second = (settled(each.adapter, Context()).adapter for each in (one, other))
     _check_comparable(first, second)
     comparison = compare(first, second)
     _check_plain(first, second, comparison)

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 class Need(IntEnum):
     """How much must hold of an adapter that is loaded; each level includes those before it.
 
-    STORED: it is what the file holds, broken or not. SOUND: factors pair up and agree. FITTED: it
-    went through the passes as far as the base at hand allows; what they cannot undo is still there,
-    for a target that holds it or refuses. PLAIN: its tensors are the update of the original base.
+    STORED: it is what the file holds, broken or not. SOUND: factors pair up and agree, and what
+    the config denies is not there. FITTED: it went through the passes as far as the base at hand
+    allows; what they cannot undo, and what the config denies, is still there, for a target that
+    holds it or refuses. PLAIN: its tensors are the update of the original base.
     """
 
     STORED = 0
@@ -110,6 +111,7 @@ def load(
     as_format: str | None = None,
     need: Need = Need.PLAIN,
     allow_lossy: bool = False,
+    any_vocabulary: bool = False,
 ) -> Loaded:
     """Load an adapter of any format, or take one in memory through the same checks and passes.
 
@@ -123,6 +125,7 @@ def load(
         as_format: name of the format to read it as, where its content does not tell.
         need: how much must hold of it.
         allow_lossy: whether a pass may drop what it cannot keep; it is listed.
+        any_vocabulary: whether rows of a vocabulary that the base lacks stay all the same.
 
     Raises:
         FormatError: if there is no adapter, or it is malformed or, where more than STORED is
@@ -139,6 +142,7 @@ def load(
         as_format=as_format,
         need=need,
         allow_lossy=allow_lossy,
+        any_vocabulary=any_vocabulary,
     )
     return loaded
 
@@ -154,6 +158,7 @@ def load_all(
     need: Need = Need.PLAIN,
     allow_lossy: bool = False,
     growing: bool = False,
+    any_vocabulary: bool = False,
 ) -> tuple[Loaded, ...]:
     """Load adapters of one base: the one that is given, or that one of them names.
 
@@ -173,6 +178,7 @@ def load_all(
             replace(each, options=replace(each.options, base=known), given=base is not None),
             need,
             Context(base=known, allow_lossy=allow_lossy, growing=growing),
+            any_vocabulary=any_vocabulary,
         )
         for each in readings
     )
@@ -311,14 +317,24 @@ def _recorded_base(adapter: AdapterTensorSet) -> tuple[BaseModel | None, tuple[N
         return None, (Note(f"the base in the hub cache is not used: {error}"),)
 
 
-def _prepared(loaded: Loaded, need: Need, context: Context) -> Loaded:
+def _prepared(loaded: Loaded, need: Need, context: Context, *, any_vocabulary: bool) -> Loaded:
     """Check and change a reading as far as it is needed."""
-    if need >= Need.SOUND:
-        check_structure(loaded.adapter)
-    if need < Need.FITTED:
+    if need < Need.SOUND:
         return loaded
     from adapterkit.passes.registry import apply
 
+    check_structure(loaded.adapter)
+    if need is not Need.FITTED:  # targets name what the config denies among all else that they do
+        settled = apply(["declaration"], loaded.adapter, context)
+        loaded = replace(
+            loaded,
+            adapter=_annotated(settled),
+            notes=(*loaded.notes, *settled.notes),
+            losses=settled.losses,
+        )
+    if need < Need.FITTED:
+        return loaded
+    context = replace(context, allow_lossy=context.allow_lossy and not any_vocabulary)
     names = ("initialisation", "vocabulary")
     try:
         done = apply(names, loaded.adapter, context)
@@ -331,7 +347,7 @@ def _prepared(loaded: Loaded, need: Need, context: Context) -> Loaded:
         loaded,
         adapter=_annotated(done),
         notes=(*loaded.notes, *done.notes),
-        losses=done.losses,
+        losses=(*loaded.losses, *done.losses),
     )
 
 

@@ -23,6 +23,7 @@ class Loss:
         message: why, and what to do instead.
         drops: the tensors that `allow_lossy` leaves out; empty where dropping is no way out.
         blocks: false for a warning, which is reported and stops nothing.
+        leaves: the files beside the adapter that it leaves out.
     """
 
     code: str
@@ -30,11 +31,12 @@ class Loss:
     message: str
     drops: tuple[TensorKey, ...] = ()
     blocks: bool = True
+    leaves: tuple[str, ...] = ()
 
     @property
     def droppable(self) -> bool:
         """Whether `allow_lossy` may write the rest without it."""
-        return bool(self.drops)
+        return bool(self.drops or self.leaves)
 
 
 class NoteKind(StrEnum):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit import tinylora
 from adapterkit.loading import load, open_model
+from adapterkit.model.beside import lost_trained
 from adapterkit.saving import admitted, destination_format, save
 from adapterkit.tinylora import ProjectionReport
 from adapterkit.tinylora.planner import CANDIDATES
@@ -96,7 +97,8 @@ def project_file(
     loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
     known = open_model(loaded.base or base)
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
-    ready = admitted(result, target, replace(loaded.options, alpha=None), passed=loaded.losses)
+    lost = [*loaded.losses, *lost_trained(loaded.adapter)]
+    ready = admitted(result, target, replace(loaded.options, alpha=None), passed=lost)
     save(ready.adapter, destination, target, loaded.options, force=force)
     return ProjectedFile(
         source=str(source),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,11 +14,11 @@ from adapterkit.keys import PARTNERS, Role
 from adapterkit.model.tying import one_spelling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
     from pathlib import Path
 
     from adapterkit.keys import TensorKey
-    from adapterkit.model import AdapterTensorSet, Update
+    from adapterkit.model import AdapterTensorSet, BesideFile, Update
     from adapterkit.tensor import LazyTensor
 
 # Relative Frobenius error that the rounding of a stored dtype explains.
@@ -57,7 +58,7 @@ class Comparison:
 
 
 def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
-    """Compare every pair of factors, and every other tensor by its values.
+    """Compare every pair of factors, every other tensor by its values, and trained files beside.
 
     An update that is tied in both counts once.
     """
@@ -69,14 +70,20 @@ def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
         for module, pair in pairs1.items()
         if module in pairs2
     }
+    files1, files2 = _files(first), _files(second)
+    differences |= {
+        name: _file_difference(file, files2[name])
+        for name, file in files1.items()
+        if name in files2
+    }
     others1, others2 = _others(first, pairs1), _others(second, pairs2)
     for key, tensor in others1.items():
         if key in others2:
             differences[str(key)] = _value_difference(tensor, others2[key])
     return Comparison(
         differences,
-        (*_unshared(pairs1, pairs2), *(str(key) for key in others1 if key not in others2)),
-        (*_unshared(pairs2, pairs1), *(str(key) for key in others2 if key not in others1)),
+        (*_unshared(pairs1, pairs2), *_missing(others1, others2), *_missing(files1, files2)),
+        (*_unshared(pairs2, pairs1), *_missing(others2, others1), *_missing(files2, files1)),
     )
 
 
@@ -92,6 +99,21 @@ def _others(adapter: AdapterTensorSet, pairs: Mapping[str, Update]) -> dict[Tens
         for key, tensor in adapter.tensors.items()
         if key.role is not Role.BASE_COPY and not (key.module in pairs and key.role in PARTNERS)
     }
+
+
+def _files(adapter: AdapterTensorSet) -> dict[str, BesideFile]:
+    """Return the trained files that lie beside an adapter."""
+    return {file.name: file for file in adapter.beside if file.trained}
+
+
+def _file_difference(first: BesideFile, second: BesideFile) -> Difference:
+    if filecmp.cmp(first.path, second.path, shallow=False):
+        return Difference(0.0, 1.0, 1.0)
+    return Difference(float("inf"), None, None)
+
+
+def _missing(mine: Iterable[object], theirs: Container[object]) -> list[str]:
+    return [str(name) for name in mine if name not in theirs]
 
 
 def _unshared(mine: Mapping[str, Update], theirs: Mapping[str, Update]) -> list[str]:

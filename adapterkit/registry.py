@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from adapterkit.beside import trained_names
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
 from adapterkit.output import Directory
@@ -76,7 +77,8 @@ class FormatSpec:
         if not self.files:
             return None
         files = tuple(dict.fromkeys(name for known in formats() for name in known.files))
-        return Directory("adapter directory", marks=files, files=files)
+        # What was trained with the adapter that was here before is not the new one's.
+        return Directory("adapter directory", marks=files, files=(*files, *trained_names()))
 
     @property
     def format(self) -> Format:

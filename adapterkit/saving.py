@@ -133,10 +133,13 @@ def admitted(
             left; lists every reason.
     """
     path = adapter.provenance.path if adapter.provenance else None
-    if passed and not (allow_lossy or target.any_vocabulary):
+    grown: set[str] = set()
+    if target.any_vocabulary:
+        grown = {loss.subject for loss in passed if loss.code == "vocabulary"}
+        passed = [loss for loss in passed if loss.code != "vocabulary"]
+    if passed and not allow_lossy:
         raise LossyConversionError(passed, path=path)
     if options.base:
-        grown = {loss.subject for loss in passed} if target.any_vocabulary else set[str]()
         check_fit(_beside(adapter, grown), options.base)
     found = target.format.losses(adapter, options)
     losses = tuple(loss for loss in found if loss.blocks)
@@ -151,8 +154,8 @@ def admitted(
     warnings = [f"{loss.subject}: {loss.message}" for loss in found if not loss.blocks]
     return Admitted(
         adapter=left,
-        losses=(*(() if target.any_vocabulary else passed), *losses),
-        warnings=(*warnings, *_silence(left)),
+        losses=(*passed, *losses),
+        warnings=(*warnings, *_carried(left, found), *_silence(left)),
     )
 
 
@@ -205,6 +208,13 @@ def _beside(adapter: AdapterTensorSet, modules: set[str]) -> AdapterTensorSet:
     """Return an adapter without some modules."""
     kept = {key: tensor for key, tensor in adapter.tensors.items() if key.module not in modules}
     return adapter.replace(tensors=kept) if modules else adapter
+
+
+def _carried(adapter: AdapterTensorSet, losses: Sequence[Loss]) -> list[str]:
+    """Say which files come along: those that the target does not name as a loss."""
+    lost = {loss.subject for loss in losses}
+    files = [file for file in adapter.beside if file.name not in lost and file.trained]
+    return [f"{file.name}: {file.what}, is copied as it is" for file in files]
 
 
 def _trained(adapter: AdapterTensorSet) -> bool:

@@ -129,7 +129,8 @@ class AdapterStack:
             AdapterNotFoundError: if there is nothing at the path.
             AdapterLoadFailedError: if it is malformed, not finite in its scale, or its name taken.
             AdapterIncompatibleError: if it does not fit the base, or is for a base that its
-                initialisation changed: an engine would load it onto the original.
+                initialisation changed: an engine would load it onto the original; or if trained
+                weights lie beside it.
             UsageError: if a dialect or format is unknown, or the file cannot say something.
         """
         try:
@@ -258,6 +259,12 @@ def _check_plain(adapter: AdapterTensorSet, path: Path) -> None:
         raise AdapterIncompatibleError(
             f"init_lora_weights = {init!r} changed the base, and an engine adds B · A to the "
             "original one; make it plain first (adapterkit convert --base BASE)",
+            path=path,
+        )
+    if needed := [file for file in adapter.beside if file.needed]:
+        raise AdapterIncompatibleError(
+            f"{needed[0].name} lies beside it ({needed[0].what}), and an engine loads the adapter "
+            "alone; serve the model that it belongs to",
             path=path,
         )
 

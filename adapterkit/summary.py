@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.keys import Role
 from adapterkit.loading import Need, load
+from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import problems
 
 if TYPE_CHECKING:
@@ -25,6 +26,23 @@ if TYPE_CHECKING:
 
 # What is stored whole: the values themselves, not factors of a change to them.
 _WHOLE = {Role.FULL, Role.TOKEN_ROWS}
+
+
+@dataclass(frozen=True, slots=True)
+class BesideEntry:
+    """A file beside an adapter's own.
+
+    Attributes:
+        name: path in the adapter's directory.
+        what: what it is.
+        trained: whether it holds weights that were trained with the adapter.
+        bytes: its size.
+    """
+
+    name: str
+    what: str
+    trained: bool
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +65,7 @@ class Summary:
         sha256: digest of the tensors' contents, see `digest`.
         targets: last component of the module names -> number of modules.
         replaced: parameters that are stored whole (`modules_to_save`, biases, token rows).
+        beside: what lies beside its own files and belongs to what was trained.
         notes: what the reader normalised, one sentence each.
         problems: what makes the adapter unfit for any use, one sentence each.
     """
@@ -65,6 +84,7 @@ class Summary:
     sha256: str
     targets: Mapping[str, int]
     replaced: tuple[str, ...]
+    beside: tuple[BesideEntry, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -127,8 +147,9 @@ def summarize(adapter: AdapterTensorSet) -> Summary:
         sha256=digest(adapter),
         targets=_counts(map(_target, adapted)),
         replaced=tuple(key.module for key in adapter.tensors if key.role in _WHOLE),
+        beside=tuple(BesideEntry(f.name, f.what, f.trained, f.bytes) for f in adapter.beside),
         notes=source.notes if source else (),
-        problems=tuple(problems(adapter)),
+        problems=(*problems(adapter), *(f"{s.subject}: {s.message}" for s in undeclared(adapter))),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from adapterkit.base import open_base
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet, Kind, Update
+from adapterkit.model import AdapterTensorSet, BesideFile, BesideKind, Kind, Update
 from adapterkit.model.defects import problems
 from adapterkit.notes import BaseReference
 from adapterkit.proof import prove
@@ -31,6 +31,7 @@ SOURCES = {
     "tinylora": FIXTURES / "tinylora" / "self-contained.safetensors",
     "tinylora-peft": FIXTURES / "tinylora" / "peft",
 }
+HEAD = FIXTURES / "validation" / "AK117" / "mm_projector.safetensors"
 EMBEDDING, QUERY = "model.embed_tokens", "model.layers.0.self_attn.q_proj"
 
 
@@ -78,6 +79,13 @@ SET: dict[str, Callable[[AdapterTensorSet], AdapterTensorSet]] = {
     "engine_layout": lambda adapter: adapter.replace(engine_layout={QUERY: "blk.0.attn_q"}),
     "rank_conflicts": lambda adapter: adapter.replace(
         rank_conflicts={first_module(adapter): (5, 4)}
+    ),
+    "unstored": lambda adapter: adapter.replace(unstored={"use_dora": (first_module(adapter),)}),
+    "undeclared": lambda adapter: adapter.replace(
+        undeclared={"use_dora": (first_module(adapter),)}
+    ),
+    "beside": lambda adapter: adapter.replace(
+        beside=(BesideFile("value_head.bin", BesideKind.HEAD, "a trained value head", 792, HEAD),)
     ),
     "metadata": lambda adapter: adapter.replace(metadata={"ss_epoch": "3"}),
 }
@@ -129,7 +137,7 @@ def held(adapter: AdapterTensorSet, field: str) -> Any:
     return value.name if field == "base" else value
 
 
-@pytest.mark.parametrize("field", sorted(SET.keys() - {"base", "rank_conflicts"}))
+@pytest.mark.parametrize("field", sorted(SET.keys() - {"base", "rank_conflicts", "unstored"}))
 def test_the_pack_holds_nothing_that_tinylora_does_not(field: str) -> None:
     plain, options = prepared("tinylora")
     changed = SET[field](plain)

@@ -132,6 +132,7 @@ def test_every_reason_is_given_at_once(tmp_path: Path) -> None:
         "saved-module",
         "tied-embedding",
         "token-rows",
+        "undeclared",
     }
     assert caught.value.exit_code == 4
     assert not (tmp_path / "b.gguf").exists()

@@ -92,9 +92,10 @@ def fitted(adapter: AdapterTensorSet, model: BaseModel, *, allow_lossy: bool = F
 
 
 def test_passes_are_named_and_promise_something() -> None:
-    assert [known.name for known in PASSES] == ["initialisation", "vocabulary", "uniform", "drop"]
+    names = ["declaration", "initialisation", "vocabulary", "uniform", "drop"]
+    assert [known.name for known in PASSES] == names
     assert all(known.promise for known in PASSES)
-    with pytest.raises(UsageError, match="known: initialisation, vocabulary"):
+    with pytest.raises(UsageError, match="known: declaration, initialisation"):
         by_name("nonsense")
 
 

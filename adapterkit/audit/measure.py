@@ -203,7 +203,7 @@ def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
         bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
         tensors=len(adapter.tensors),
         unaudited=tuple(_unaudited(adapter.tensors)),
-        notes=adapter.provenance.notes if adapter.provenance else (),
+        notes=(*(adapter.provenance.notes if adapter.provenance else ()), *_beside(adapter)),
         health=tuple(_health(modules)),
         summary=summarise(modules, layers),
         families=families_of(modules),
@@ -280,3 +280,8 @@ def _health(modules: tuple[ModuleAudit, ...]) -> Iterable[str]:
     partly = sum(module.low_rank_only for module in modules)
     if partly:
         yield f"DoRA: {partly} of {count} updates are audited without their magnitude"
+
+
+def _beside(adapter: AdapterTensorSet) -> list[str]:
+    files = [file for file in adapter.beside if file.trained]
+    return [f"{file.name} ({file.what}) lies beside it and is not measured" for file in files]

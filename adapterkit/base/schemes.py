@@ -93,6 +93,12 @@ def quantisation(base: BaseModel) -> Scheme | Refused | None:
     return Refused(", ".join([name, *details]))
 
 
+def quantisation_method(base: BaseModel) -> str | None:
+    """Return `quant_method` of a base; None if nothing says that it is quantised."""
+    config = _config(base)
+    return None if config is None else str(config.get("quant_method", "unknown")).lower()
+
+
 @cache
 def decodable() -> str:
     """Return the names of the schemes, for messages."""

@@ -10,6 +10,8 @@ from adapterkit.formats.gguf_engine import EngineAdapter, engine_adapter
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import Kind
 from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.beside import lost_beside
+from adapterkit.model.declared import undeclared
 from adapterkit.model.losses import lost_metadata
 from adapterkit.notes import Loss, first_and_more
 
@@ -46,8 +48,9 @@ _SETTINGS = {
 
 def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
-    found = [*_by_role(adapter), *_saved(adapter), *_by_setting(adapter), *lost_metadata(adapter)]
     base = options.base
+    found = [*_by_role(adapter), *_saved(adapter, base), *_by_setting(adapter)]
+    found += [*undeclared(adapter), *lost_beside(adapter), *lost_metadata(adapter)]
     engine = engine_adapter(adapter, options)
     found += _convolutions(adapter)
     found += _unmatched(adapter, engine, options)
@@ -80,16 +83,32 @@ def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
             yield _loss(code, keys, message)
 
 
-def _saved(adapter: AdapterTensorSet) -> Iterator[Loss]:
+def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     kinds: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
         ("saved-bias", "a trained bias has no place in a GGUF adapter", _is_bias),
         ("saved-norm", "llama.cpp loads norms and never applies them", _is_norm),
         ("saved-module", "a whole trained weight has no place in a GGUF adapter", _is_weight),
     )
+    foreign = [key for key in full if _foreign(key.module, base)]
     for code, reason, fits in kinds:
-        if keys := [key for key in full if fits(key.module)]:
+        if keys := [key for key in full if fits(key.module) and key not in foreign]:
             yield _loss(code, keys, f"{reason}; {_MERGE}")
+    if foreign:
+        message = (
+            "is no parameter of the base, a head for training; leave it out with --allow-lossy"
+        )
+        yield _loss("foreign-module", foreign, message)
+
+
+def _foreign(parameter: str, base: BaseModel | None) -> bool:
+    """Tell whether the base has no such parameter, so that no merge holds it either."""
+    if base is None or base.kind != "hf" or not base.names or base.text_prefix:
+        return False
+    top = parameter.partition(".")[0]
+    return find_rule(base.architecture, parameter.rpartition(".")[0]) is None and not any(
+        name.startswith(f"{top}.") for name in base.names
+    )
 
 
 def _is_bias(name: str) -> bool:

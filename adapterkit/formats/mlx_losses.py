@@ -10,6 +10,8 @@ from adapterkit.formats.mlx_writer import MLXAdapter, mlx_adapter
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import Kind
 from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.beside import lost_beside
+from adapterkit.model.declared import undeclared
 from adapterkit.model.losses import lost_metadata
 from adapterkit.notes import Loss, first_and_more
 
@@ -52,6 +54,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     mapped = mlx_adapter(adapter, options.base)
     found = [*_by_role(adapter), *_by_setting(adapter), *_unplaced(adapter, mapped)]
     found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]
+    found += [*undeclared(adapter), *lost_beside(adapter)]
     if options.dtype is DType.Q8_0:
         message = "MLX adapters hold f32, f16 or bf16; choose one with --outtype"
         found.append(Loss("quantised", "q8_0", message))

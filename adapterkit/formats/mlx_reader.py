@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base import BaseModel, find_base
+from adapterkit.beside import lying_beside
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import (
     BaseRequiredError,
@@ -41,6 +42,8 @@ WEIGHTS = "adapters.safetensors"
 # mlx-lm; Unsloth, whose factors are the weights of linear layers; mlx-vlm.
 LEAF = re.compile(r"^(?P<module>.+)\.(?P<leaf>lora_[ab](?:\.weight)?|m|[AB])$")
 _STACK, _MATRIX = 3, 2
+# mlx-lm keeps the states of its training beside the last.
+_CHECKPOINTS = (f"*_{WEIGHTS}", "adapters.npz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,12 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
         _others(groups, source),
         base=BaseReference(name=name),
         rank_conflicts=_conflicts(config, pairs),
+        **_contradictions(config, groups),
+        beside=lying_beside(
+            weights_path.parent,
+            {CONFIG, weights_path.name, *_CHECKPOINTS},
+            source.base,
+        ),
         source=MlxSource(dict(raw), dict(file.metadata)),
         provenance=Provenance(path, "mlx", _notes(groups, pairs)),
     )
@@ -287,6 +296,21 @@ def _conflicts(config: MLXConfig, pairs: list[Update]) -> dict[str, tuple[int, i
         for pair in pairs
         if declared is not None and pair.a.shape[-2] != declared
     }
+
+
+def _contradictions(
+    config: MLXConfig, groups: Mapping[str, Mapping[str, LazyTensor]]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return what `fine_tune_type` promises and the file lacks, or denies and it holds.
+
+    mlx-lm loads what its layers have and nothing else, without a word.
+    """
+    having = tuple(module for module, parts in groups.items() if "m" in parts)
+    without = tuple(module for module, parts in groups.items() if "m" not in parts)
+    kind = config.raw.get("fine_tune_type")
+    if kind == "dora":
+        return {"unstored": {"fine_tune_type": without}} if without else {}
+    return {"undeclared": {"fine_tune_type": having}} if having and config.raw else {}
 
 
 def _notes(groups: Mapping[str, Mapping[str, LazyTensor]], pairs: list[Update]) -> tuple[str, ...]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.beside import lying_beside
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.delta import same_bits
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.formats.peft_config import LoraConfig
+from adapterkit.formats.peft_declared import contradictions, reads_qalora
 from adapterkit.formats.peft_experts import unfold_experts
 from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.formats.peft_meaning import meaning
@@ -81,7 +83,7 @@ def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
 
     Args:
         path: directory, or weights file beside its config.
-        base: the model; only old layouts of experts may need it.
+        base: the model; only old layouts of experts may need it, and tokenizers are compared.
 
     Raises:
         NotFoundError: if there is no adapter at the path.
@@ -95,7 +97,8 @@ def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
     notes = (*told, *(adapter.provenance.notes if adapter.provenance else ()))
     if path.is_dir() and config_path.parent != path:
         notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
-    return adapter.replace(provenance=Provenance(path, "peft", notes))
+    beside = lying_beside(config_path.parent, {config_path.name, weights_path.name}, base)
+    return adapter.replace(beside=beside, provenance=Provenance(path, "peft", notes))
 
 
 def interpret(
@@ -132,7 +135,8 @@ def interpret(
     kinds = _convolutions(tensors, config)
     tensors, stacks = unfold_experts(tensors, config, base)
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
-    tensors, scales = _interpreted(config, tensors, notes)
+    tensors, scales = _interpreted(config, tensors, notes, base)
+    declared = contradictions(config, tensors.keys(), base)
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
@@ -146,6 +150,7 @@ def interpret(
         rank_conflicts=_conflicts(config, tensors, kinds),
         source=PeftSource(dict(config.raw), tuple(scales)),
         provenance=Provenance(path, "peft", tuple(notes)),
+        **declared,
         **meaning(config),
     )
 
@@ -195,7 +200,10 @@ def _stored(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
 
 
 def _interpreted(
-    config: LoraConfig, tensors: dict[TensorKey, LazyTensor], notes: list[str]
+    config: LoraConfig,
+    tensors: dict[TensorKey, LazyTensor],
+    notes: list[str],
+    base: BaseModel | None,
 ) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
     """Resolve scales, and spell out factors that are stored folded up."""
     adapted = dict.fromkeys(
@@ -207,9 +215,13 @@ def _interpreted(
     if config.mapping("use_bdlora").fields:
         tensors = _block_diagonal(config, tensors)
         notes.append("block-diagonal factors (use_bdlora) written out in full")
-    if config.flag("use_qalora"):
-        tensors = _unpooled(config, tensors, scales)
-        notes.append("pooled inputs (use_qalora) written out in full")
+    if reads_qalora(config, base) is False:
+        if config.flag("use_qalora"):
+            notes.append("use_qalora is left aside, as PEFT does on a base that is not GPTQ")
+        return tensors, scales
+    unknown = "" if base else "; PEFT pools on GPTQ bases alone, give --base if it is another"
+    notes.append(f"pooled inputs (use_qalora) written out in full{unknown}")
+    tensors = _unpooled(config, tensors, scales)
     return tensors, scales
 
 

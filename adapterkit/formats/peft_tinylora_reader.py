@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures import find
 from adapterkit.architectures.mapping import find_rule
+from adapterkit.beside import lying_beside
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.dtype import DType
@@ -88,7 +89,7 @@ def read_peft_tinylora(path: Path, options: Options) -> AdapterTensorSet:
     notes = list(stored.notes)
     modules = _modules(stored, fields, weights_path, options, notes)
     tiny = TinyAdapter(modules=modules, vectors=stored.vectors, form="peft", config=config)
-    return neutral(
+    adapter = neutral(
         tiny,
         base=BaseReference(
             name=fields.optional("base_model_name_or_path", TEXT) or None,
@@ -98,6 +99,8 @@ def read_peft_tinylora(path: Path, options: Options) -> AdapterTensorSet:
         provenance=Provenance(path, NAME, tuple(notes)),
         others=stored.others,
     )
+    own = {config_path.name, weights_path.name}
+    return adapter.replace(beside=lying_beside(config_path.parent, own, options.base))
 
 
 def _sorted(path: Path) -> _Stored:

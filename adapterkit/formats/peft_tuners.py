@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base
+from adapterkit.beside import lying_beside
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.errors import FormatError, UnknownArchitectureError, UnsupportedError
@@ -88,6 +89,9 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
             name=name,
             revision=fields.optional("revision", TEXT) or None,
             architecture=_class(fields),
+        ),
+        beside=lying_beside(
+            config_path.parent, {config_path.name, weights_path.name}, context.base
         ),
         source=PeftSource({f: config[f] for f in _KEPT if f in config}),
         provenance=Provenance(path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks))),

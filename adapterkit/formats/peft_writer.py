@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from adapterkit.beside import carry
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.formats.peft_config import LoraConfig
@@ -20,6 +21,8 @@ from adapterkit.formats.peft_keys import saved_name
 from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.keys import Role
 from adapterkit.model import PeftSource, spelled_out
+from adapterkit.model.beside import BesideKind, lost_copy
+from adapterkit.model.declared import undeclared
 from adapterkit.model.losses import lost_metadata
 from adapterkit.notes import Loss, first_and_more
 
@@ -84,13 +87,16 @@ def losses(adapter: AdapterTensorSet) -> list[Loss]:
             missing = next(module for module in adapted if module not in having)
             message = f"{word} holds for all modules or none, and this one has none"
             found.append(Loss(code, missing, message))
-    return [*found, *lost_metadata(adapter)]
+    copies = (lost_copy(file) for file in adapter.beside if file.kind is BesideKind.COPY)
+    return [*found, *copies, *undeclared(adapter), *lost_metadata(adapter)]
 
 
 def write_peft(
     adapter: AdapterTensorSet, folder: Path, *, base: BaseModel | None, dtype: DType | None
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory.
+
+    What lies beside the adapter, copies of whole models aside, is carried along byte for byte.
 
     Args:
         adapter: every tensor in canonical orientation.
@@ -104,6 +110,7 @@ def write_peft(
     write_safetensors(folder / WEIGHTS[0], stored, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    carry(adapter.beside, folder)
 
 
 def as_peft(

@@ -10,6 +10,7 @@ from adapterkit.errors import UsageError
 from adapterkit.loading import load_all
 from adapterkit.merge.adapters import merge
 from adapterkit.merge.report import MergeReport
+from adapterkit.model.beside import lost_trained
 from adapterkit.notes import Loss
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 
@@ -87,7 +88,8 @@ def merge_files(
         alpha=alpha,
         moe_layout=moe_layout,
         as_format=as_format,
-        allow_lossy=allow_lossy and not target.any_vocabulary,
+        allow_lossy=allow_lossy,
+        any_vocabulary=target.any_vocabulary,
     )
     options = replace(loaded[0].options, dtype=dtype, unverified=unverified)
     result = merge([each.adapter for each in loaded], dtype=_rounded_in_merge(dtype), **settings)
@@ -96,7 +98,7 @@ def merge_files(
         target,
         options,
         allow_lossy=allow_lossy,
-        passed=[loss for each in loaded for loss in each.losses],
+        passed=[loss for each in loaded for loss in (*each.losses, *lost_trained(each.adapter))],
     )
     read = [each.source.path for each in loaded if each.source]
     proven = save(ready.adapter, destination, target, options, force=force, spared=read)

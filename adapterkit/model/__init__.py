@@ -1,12 +1,15 @@
 """The neutral model that every format is read into and written from."""
 
 from adapterkit.model.adapter import AdapterTensorSet
+from adapterkit.model.beside import BesideFile, BesideKind
 from adapterkit.model.sources import GgufSource, MlxSource, PeftSource, Source
 from adapterkit.model.tying import spelled_out
 from adapterkit.model.update import Kind, Update
 
 __all__ = [
     "AdapterTensorSet",
+    "BesideFile",
+    "BesideKind",
     "GgufSource",
     "Kind",
     "MlxSource",

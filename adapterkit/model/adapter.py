@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.keys import EMBEDDING_FACTORS, PARTNERS, Role, TensorKey
+from adapterkit.model.beside import BesideFile
 from adapterkit.model.sources import Source
 from adapterkit.model.update import Kind, Update
 from adapterkit.notes import BaseReference, Provenance
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 _MAPPINGS = (
-    *("tensors", "scales", "kinds", "tied", "engine_layout", "rank_conflicts", "metadata"),
+    *("tensors", "scales", "kinds", "tied", "engine_layout"),
+    *("rank_conflicts", "unstored", "undeclared", "metadata"),
 )
 # Fields that change what the tensors mean and are none, by the names that PEFT's users know.
 SETTINGS = {
@@ -57,6 +59,10 @@ class AdapterTensorSet:
         engine_layout: module -> llama.cpp tensor, for those still in llama.cpp's own layout because
             no base was given.
         rank_conflicts: module -> (declared, stored) ranks, where its file contradicts itself.
+        unstored: setting -> modules whose tensors it promises and the file lacks.
+        undeclared: setting -> modules whose tensors the file holds, though it says that there are
+            none; what the adapter is depends on who reads it.
+        beside: files beside its own that belong to what was trained.
         metadata: free text of the source file, which is not interpreted.
         source: what only the writer of its own format reads back.
         provenance: where it was read from.
@@ -75,6 +81,9 @@ class AdapterTensorSet:
     rank_conflicts: Mapping[str, tuple[int, int]] = field(
         default_factory=dict[str, tuple[int, int]]
     )
+    unstored: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    undeclared: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    beside: tuple[BesideFile, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     source: Source | None = None
     provenance: Provenance | None = None
@@ -103,19 +112,19 @@ class AdapterTensorSet:
 
     @classmethod
     def of(
-        cls, updates: Iterable[Update], beside: Mapping[TensorKey, LazyTensor], **fields: Any
+        cls, updates: Iterable[Update], others: Mapping[TensorKey, LazyTensor], **fields: Any
     ) -> AdapterTensorSet:
         """Return the adapter of some updates.
 
         Args:
             updates: no two of one module.
-            beside: tensors that are no factors, or halves alone.
+            others: tensors that are no factors, or halves alone.
             fields: the other fields.
         """
-        return cls(tensors={}, scales={}, **fields).updated(updates, beside)
+        return cls(tensors={}, scales={}, **fields).updated(updates, others)
 
     def updated(
-        self, updates: Iterable[Update], beside: Mapping[TensorKey, LazyTensor] | None = None
+        self, updates: Iterable[Update], others: Mapping[TensorKey, LazyTensor] | None = None
     ) -> AdapterTensorSet:
         """Return a copy with these updates, and tensors beside them, in place of what was there."""
         tensors, scales, kinds = dict(self.tensors), dict(self.scales), dict(self.kinds)
@@ -125,7 +134,7 @@ class AdapterTensorSet:
             kinds.pop(update.module, None)
             if update.kind in {Kind.EXPERTS, Kind.CONVOLUTION}:
                 kinds[update.module] = update.kind
-        return self.replace(tensors={**tensors, **(beside or {})}, scales=scales, kinds=kinds)
+        return self.replace(tensors={**tensors, **(others or {})}, scales=scales, kinds=kinds)
 
     def kind_of(self, key: TensorKey) -> Kind:
         """Return what a factor is one of."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import FormatError
 from adapterkit.keys import PARTNERS, Role, TensorKey
+from adapterkit.model.declared import unstored
 from adapterkit.model.update import Kind, Update, has_axes
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ _SHAPED = {
     Kind.EXPERTS: " of stacked experts",
     Kind.CONVOLUTION: " of a convolution",
 }
+_UNSTORED = {"modules_to_save": "unsaved"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,8 @@ class Defect:
     """One thing that makes an adapter broken.
 
     Attributes:
-        kind: `half`, `ranks`, `empty`, `integers`, `axes` or `declared-rank`.
+        kind: `half`, `ranks`, `empty`, `integers`, `axes`, `declared-rank`, or for a setting that
+            promises what is not there `unstored` and `unsaved` (of `modules_to_save`).
         where: tensor or module.
         message: what is the case.
         embedding: whether it is about the factors of an embedding.
@@ -47,6 +51,9 @@ def defects(adapter: AdapterTensorSet) -> Iterator[Defect]:
     for module, (declared, stored) in adapter.rank_conflicts.items():
         message = f"the config declares rank {declared}, the tensors have {stored}"
         yield Defect("declared-rank", module, message)
+    for setting, modules, message in unstored(adapter):
+        yield Defect(_UNSTORED.get(setting, "unstored"), modules, message)
+    yield from _of_token_rows(adapter)
 
 
 def problems(adapter: AdapterTensorSet) -> list[str]:
@@ -93,3 +100,17 @@ def _of_ranks(update: Update) -> Iterator[Defect]:
     if not update.sound and not said_of_b:
         shapes = f"A is {list(update.a.shape)}, B is {list(update.b.shape)}"
         yield Defect("ranks", update.module, f"ranks disagree, {shapes}", update.embedding)
+
+
+def _of_token_rows(adapter: AdapterTensorSet) -> Iterator[Defect]:
+    """Compare the number of rows with the number of tokens that are said to be theirs."""
+    for key, rows in adapter.tensors.items():
+        if key.role is not Role.TOKEN_ROWS or not rows.shape:
+            continue
+        tokens = adapter.token_indices
+        if isinstance(tokens, Mapping):
+            named = [each for name, each in tokens.items() if f".{key.module}".endswith(f".{name}")]
+            tokens = named[0] if len(named) == 1 else ()
+        if tokens and len(tokens) != rows.shape[0]:
+            message = f"trainable_token_indices names {len(tokens)} tokens, and it has "
+            yield Defect("unstored", str(key), f"{message}{rows.shape[0]} rows")

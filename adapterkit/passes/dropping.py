@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.keys import TensorKey
+from adapterkit.model.declared import PROMISES
 from adapterkit.model.tying import module_of, spelled_out
 from adapterkit.passes.protocol import Context, Passed
 
@@ -12,15 +14,25 @@ if TYPE_CHECKING:
 
 
 def drop(adapter: AdapterTensorSet, context: Context) -> Passed:
-    """Return the adapter without the tensors that the context's losses name.
+    """Return the adapter without the tensors, and files beside it, that the losses name.
 
     Where one name of a tied update is among them, the others stand for themselves from then on.
     """
     dropped = {key for loss in context.losses for key in loss.drops}
-    if not dropped:
+    files = {name for loss in context.losses for name in loss.leaves}
+    if not (dropped or files):
         return Passed(adapter)
     tied = {name for table, names in adapter.tied.items() for name in (table, *names)}
     if tied & set(map(module_of, dropped)):
         adapter = spelled_out(adapter)
     left = {key: tensor for key, tensor in adapter.tensors.items() if key not in dropped}
-    return Passed(adapter.replace(tensors=left), losses=context.losses)
+    declared = {
+        setting: tuple(m for m in modules if TensorKey(m, PROMISES[setting].role) in left)
+        for setting, modules in adapter.undeclared.items()
+    }
+    without = adapter.replace(
+        tensors=left,
+        beside=tuple(file for file in adapter.beside if file.name not in files),
+        undeclared={setting: modules for setting, modules in declared.items() if modules},
+    )
+    return Passed(without, losses=context.losses)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import UsageError
+from adapterkit.passes.declaration import settled
 from adapterkit.passes.dropping import drop
 from adapterkit.passes.initialisation import undone
 from adapterkit.passes.protocol import Context, Pass, Passed
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 PASSES = (
+    Pass(
+        name="declaration",
+        promise="it is what its config says; tensors that the config denies leave if they are "
+        "listed and allowed, and are refused otherwise",
+        change=settled,
+    ),
     Pass(
         name="initialisation",
         promise="on the original base the adapter is the model that it was on the changed one",
@@ -35,7 +42,7 @@ PASSES = (
     ),
     Pass(
         name="drop",
-        promise="the tensors that the losses name leave, and no other",
+        promise="the tensors and files that the losses name leave, and no other",
         change=drop,
     ),
 )

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from adapterkit.errors import UnsupportedError
 from adapterkit.keys import PARTNERS
+from adapterkit.model.beside import lost_beside
+from adapterkit.model.declared import undeclared
 from adapterkit.model.losses import lost_metadata, lost_settings
 from adapterkit.notes import Loss, first_and_more
 from adapterkit.tinylora.adapter import TinyAdapter, carried
@@ -37,7 +39,8 @@ def losses(adapter: AdapterTensorSet, *, holds: Container[Role] = ()) -> list[Lo
         found.append(Loss("not-an-update", named, message, tuple(others)))
     if carried(adapter) is None:
         found.append(Loss("not-tinylora", "the update", _PROJECT))
-    return [*found, *lost_settings(adapter), *lost_metadata(adapter)]
+    found += [*lost_settings(adapter), *undeclared(adapter), *lost_beside(adapter)]
+    return [*found, *lost_metadata(adapter)]
 
 
 def tiny_of(adapter: AdapterTensorSet) -> TinyAdapter:

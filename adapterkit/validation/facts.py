@@ -29,7 +29,8 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     `token_rows`, `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`,
     `alpha_pattern`, `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`,
     `layer_replication`, `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`,
-    `foreign_names`; texts: `format`, `init`, `architecture` (of the base, empty if unknown).
+    `foreign_names`, `trained_beside` (files without which answers are others); texts: `format`,
+    `init`, `architecture` (of the base, empty if unknown).
     """
     pairs = [pair for pair in adapter.pairs() if pair.sound]
     unclean = list(unclean_names(adapter))
@@ -60,6 +61,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
         "unclean_names": bool(unclean),
         # PEFT itself takes names with an adapter's name in them.
         "foreign_names": any(note.kind is not NoteKind.ADAPTER_NAME for note in unclean),
+        "trained_beside": any(file.needed for file in adapter.beside),
         "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
     }
 

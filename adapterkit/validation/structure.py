@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.keys import Role
 from adapterkit.model import Kind, PeftSource
+from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import Defect, defects
 from adapterkit.notes import Note, NoteKind
 from adapterkit.patterns import bounded, compiled
@@ -28,6 +28,8 @@ _CODES = {
     "integers": ("AK104", ""),
     "axes": ("AK105", ""),
     "declared-rank": ("AK106", "declare it in rank_pattern, with its alpha"),
+    "unsaved": ("AK112", ""),
+    "unstored": ("AK115", ""),
 }
 _ALL = "all-linear"
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -38,10 +40,12 @@ def check_structure(adapter: AdapterTensorSet) -> Iterator[Finding]:
     if not adapter.tensors:
         yield _error("AK111", None, "holds no tensors", "save the adapter again after training")
     yield from map(_finding, defects(adapter))
+    for loss in undeclared(adapter):
+        yield _error("AK116", loss.subject, loss.message)
     yield from _clean_ups(adapter)
+    yield from _beside(adapter)
     if config := peft_config(adapter):
         yield from _targets(adapter, config)
-        yield from _saved_modules(adapter, config)
         yield from _overlaps(adapter, config)
 
 
@@ -139,16 +143,13 @@ def _ends_with(module: str, target: str) -> bool:
     return module == target or module.endswith(f".{target}")
 
 
-def _saved_modules(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:
-    declared = config.get("modules_to_save")
-    if not isinstance(declared, list):
-        return
-    saved = [key.module for key in adapter.tensors if key.role is Role.FULL]
-    for name in map(str, cast("list[Any]", declared)):
-        if not any(name in module.split(".") or f".{name}." in module for module in saved):
-            message = f"modules_to_save names {name}, and the file does not hold it"
-            hint = "take it out of modules_to_save, or save the adapter again"
-            yield _error("AK112", None, message, hint)
+def _beside(adapter: AdapterTensorSet) -> Iterator[Finding]:
+    """Report trained files that lie beside the adapter: who loads the adapter loads it alone."""
+    for file in adapter.beside:
+        if file.trained:
+            message = f"{file.what} lies beside the adapter: nothing loads it with the adapter"
+            hint = "load it as the program that trained it does"
+            yield Finding("AK117", Severity.WARNING, file.name, message, hint)
 
 
 def _overlaps(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import TypeVar
 
-    from adapterkit import Summary
+    from adapterkit import BesideEntry, Summary
 
     _Value = TypeVar("_Value")
 
@@ -59,12 +59,17 @@ def _entries(summary: Summary) -> list[tuple[str, str]]:
         ("rank", _spread(summary.ranks, summary.modules)),
         ("scale", _spread(summary.scales, summary.modules)),
         ("replaced", ", ".join(summary.replaced)),
+        *(("beside", _beside(file)) for file in summary.beside),
         ("parameters", f"{summary.parameters:,}"),
         ("dtype", _spread(summary.dtypes, sum(summary.dtypes.values()))),
         ("size", rendering.size(summary.bytes)),
         ("sha256", summary.sha256),
         *(("problem", problem) for problem in summary.problems),
     ]
+
+
+def _beside(file: BesideEntry) -> str:
+    return f"{file.name}: {file.what}, {rendering.size(file.bytes)}"
 
 
 def _spread(counts: Mapping[_Value, int], total: int, *, always: bool = False) -> str:

@@ -60,6 +60,10 @@ def command(
         )
         return
     rendering.emit(settings)
+    for member in members:
+        for file in member.adapter.beside:
+            if file.trained:
+                rendering.remark("note", f"{file.name} ({file.what}) is not loaded by the engine")
     for conflict in conflicts:
         if conflict.cancels:
             pair = f"{conflict.first} and {conflict.second}"

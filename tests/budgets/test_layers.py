@@ -20,7 +20,7 @@ LAYERS = (
     {"architectures"},
     {"dialects"},
     {"base"},
-    {"passes"},
+    {"passes", "beside"},
     {"tinylora", "tuners"},
     {"formats"},
     {"registry"},

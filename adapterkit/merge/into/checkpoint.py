@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,6 +82,7 @@ class CheckpointPlan:
         others: files to copy, relative to the base.
         left_out: files that hold other copies of the unmerged weights.
         without: fields of config.json to leave out.
+        carried: files of `others` that lie elsewhere than in the base.
     """
 
     base: BaseModel
@@ -90,11 +91,16 @@ class CheckpointPlan:
     others: tuple[Path, ...]
     left_out: tuple[Path, ...]
     without: tuple[str, ...] = ()
+    carried: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(shard.nbytes for shard in self.shards)
+
+    def origin(self, other: Path) -> Path:
+        """Return where a file of `others` is copied from."""
+        return self.carried.get(str(other), self.base.path / other)
 
     @cached_property
     def outputs(self) -> list[OutputFile]:
@@ -336,8 +342,8 @@ def write_checkpoint(
     for other in plan.others:
         target = staging / other
         target.parent.mkdir(parents=True, exist_ok=True)
-        with readable(plan.base.path / other):
-            data = (plan.base.path / other).open("rb")
+        with readable(plan.origin(other)):
+            data = plan.origin(other).open("rb")
         with data, target.open("wb") as copy:
             shutil.copyfileobj(data, copy)
     if plan.config or plan.without:

@@ -16,6 +16,7 @@ from adapterkit.merge.into.gguf import Allowed, check_type, plan_gguf
 from adapterkit.merge.into.journal import journalled, plan_hash
 from adapterkit.merge.into.reading import read_sources
 from adapterkit.merge.into.report import MergeIntoReport
+from adapterkit.merge.into.tokenizers import unplaced, with_tokenizer
 from adapterkit.merge.into.tying import check_choice
 from adapterkit.merge.into.writing import SEGMENT, write_files
 from adapterkit.output import Output, check_destination
@@ -79,7 +80,8 @@ def merge_into(
         dialect: key grammar of hand-written adapters, where the files cannot tell.
         alpha: scale numerator of adapters whose files do not hold it.
         as_format: name of the format to read all as, where their content does not tell.
-        allow_lossy: leave out rows of a vocabulary that the base does not have; notes name them.
+        allow_lossy: leave out rows of a vocabulary that the base does not have, trained files
+            beside an adapter, and what its config denies; notes name them.
         allow_requantise: quantise again what a GGUF base has quantised already, for a mixture.
         allow_weak: keep a GGUF type that loses much of the update.
         resume: go on where a killed merge with the same arguments ended.
@@ -179,15 +181,16 @@ def _merge_directory(
     decoded: DecodedBase | None,
 ) -> tuple[list[TensorReport], list[str]]:
     plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied, decoded=decoded)
+    plan, said = with_tokenizer(plan, sources)
     settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None}
     with write.output(sources, MODEL) as output:
-        others = [base.path / path for path in plan.others]
+        others = [plan.origin(path) for path in plan.others]
         key = plan_hash(sources, plan.spans, others, settings | {"segment": SEGMENT})
         count = counter(plan.nbytes, write.progress)
         with journalled(output, key) as journal:
             tensors = write_checkpoint(plan, output.path, journal, write.jobs, count)
     left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
-    return tensors, left
+    return tensors, [*said, *left]
 
 
 def _merge_file(
@@ -207,7 +210,7 @@ def _merge_file(
         count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)
         with journalled(output, key) as journal:
             tensors = write_files([file], output.folder, journal, write.jobs, count)
-    return tensors, list(plan.notes)
+    return tensors, [*plan.notes, *unplaced(sources)]
 
 
 def _report(

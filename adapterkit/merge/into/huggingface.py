@@ -185,7 +185,7 @@ def _beside(
     elif key.role is Role.FULL:
         name = names.find(key.module) or _tied_output(key.module, names)
         if name is None:
-            raise _absent(source, names, key.module)
+            raise _without_place(source, names, key.module)
         yield name, Replaced(source.label, key.module, tensor, weight)
     elif key.role is Role.TOKEN_ROWS:
         name = names.of(key.module) or _tied_output(f"{key.module}.weight", names)
@@ -193,6 +193,15 @@ def _beside(
             raise _absent(source, names, key.module)
         tokens = token_rows(source, key.module)
         yield name, RowsReplaced(source.label, key.module, tokens, tensor, weight)
+
+
+def _without_place(source: Source, names: HuggingFaceNames, module: str) -> IncompatibleBaseError:
+    return IncompatibleBaseError(
+        f"is stored whole, and the base {names.base.path} has no such parameter: give a base of "
+        "the class that it was trained on, which has it",
+        path=source.label,
+        where=module,
+    )
 
 
 def _absent(source: Source, names: HuggingFaceNames, module: str) -> IncompatibleBaseError:

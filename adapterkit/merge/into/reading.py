@@ -8,6 +8,7 @@ from adapterkit.errors import FormatError, LossyConversionError, UnsupportedErro
 from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import load_all
 from adapterkit.merge.planning import Source
+from adapterkit.model.beside import lost_trained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +55,7 @@ def read_sources(
         if not abs(weight) < float("inf"):
             raise UsageError(f"weight {weight!r} is not a finite number")
     found: list[Source] = []
+    said: list[str] = []
     loaded = load_all(
         paths,
         base=base,
@@ -67,13 +69,15 @@ def read_sources(
         for setting, reason in _NO_UPDATE.items():
             if setting in each.adapter.settings:
                 raise UnsupportedError(f"{reason} ({setting})", path=each.label)
-        if each.losses and not allow_lossy:
-            raise LossyConversionError(each.losses, path=each.label)
+        lost = lost_trained(each.adapter)
+        if (each.losses or lost) and not allow_lossy:
+            raise LossyConversionError([*each.losses, *lost], path=each.label)
+        said += [f"{each.label}: {loss.subject} is left out" for loss in lost]
         source = Source(each.label, each.adapter, float(weight))
         _check_halves(source)
         found.append(source)
     notes = (f"{each.label}: {note}" for each in loaded for note in each.notes)
-    return found, loaded[-1].base or base, tuple(notes)
+    return found, loaded[-1].base or base, (*notes, *said)
 
 
 def token_rows(source: Source, module: str) -> tuple[int, ...]:
