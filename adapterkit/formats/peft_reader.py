@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.containers.safetensors import read_safetensors
-from adapterkit.delta import same_bits
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_experts import unfold_experts
@@ -14,6 +13,7 @@ from adapterkit.formats.peft_meaning import meaning
 from adapterkit.formats.peft_own_config import own_config
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
+from adapterkit.lowrank.differences import same_bits
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
 from adapterkit.notes import BaseReference, Provenance
 from adapterkit.storage import readable
