@@ -64,12 +64,12 @@ def difference(first: Update, second: Update) -> Difference:
         return Difference(abs(ratio - 1), math.copysign(1, ratio) if ratio else None, abs(ratio))
     from adapterkit.lowrank import distances, products
 
-    one, other = products.whole(first), products.whole(second)
-    norm1, norm2 = distances.norm(one), distances.norm(other)
+    found = distances.measured(products.whole(first), products.whole(second))
+    one, other = found.norms
     return Difference(
-        relative_error=_over(distances.distance(one, other), norm1),
-        cosine=distances.inner(one, other) / norm1 / norm2 if norm1 and norm2 else None,
-        norm_ratio=norm2 / norm1 if norm1 else None,
+        relative_error=_over(found.distance, one),
+        cosine=found.inner / one / other if one and other else None,
+        norm_ratio=other / one if one else None,
     )
 
 
