@@ -6,8 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.transforms import inverse, rope
-from adapterkit.delta import difference
 from adapterkit.factors import take_rows, transposed
+from adapterkit.lowrank.differences import difference
 from adapterkit.model import Kind
 
 if TYPE_CHECKING:

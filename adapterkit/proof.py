@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.delta import Difference, difference, norm, same_bits
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
 from adapterkit.keys import PARTNERS, Role
+from adapterkit.lowrank.differences import Difference, difference, norm, same_bits
 from adapterkit.model.tying import one_spelling
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def prove(
 
 def _blame(source: AdapterTensorSet, module: str) -> None:
     """Raise for a source that is not finite; a finite one overflowed in the output."""
-    from adapterkit.delta import all_finite
+    from adapterkit.lowrank.differences import all_finite
 
     for key, tensor in source.tensors.items():
         if key.module == module and not all_finite(tensor):

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.base.fit import check_fit
-from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.keys import Role
+from adapterkit.lowrank.differences import norm
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
 from adapterkit.output import check_destination, staged

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
-from adapterkit.delta import difference
 from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError, UsageError
 from adapterkit.factors import concatenated
 from adapterkit.loading import Need, load, open_model, recognise
+from adapterkit.lowrank.differences import difference
 from adapterkit.model import AdapterTensorSet, GgufSource, Update
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from terminal import PEFT, invoke
 from adapterkit import read
 from adapterkit.audit import BaseAudit, WeightAudit, audit
 from adapterkit.audit.against_base import against_base
-from adapterkit.audit.krylov import leading
-from adapterkit.audit.operators import Operator
 from adapterkit.base import open_base
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UncheckableError, UsageError
+from adapterkit.lowrank.operators import Operator
+from adapterkit.lowrank.sketching import leading
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -193,58 +193,12 @@ def test_the_estimate_counts_planted_intruders(gain: float) -> None:
     found = leading(changed, 10, tolerance=1e-3)
     retention = np.linalg.norm(weight.T @ found.left, axis=0) / found.values
     old = np.linalg.svd(weight)[0]
-    new = np.linalg.svd(changed.dense())[0][:, :10]
+    new = np.linalg.svd(changed.plane.dense())[0][:, :10]
     exact = int((np.abs(new.T @ old).max(axis=1) < 0.5).sum())
     assert exact == (3 if gain >= 0.5 else 0)
     assert int((retention < 0.7).sum()) == exact
     if not gain:
         assert retention == pytest.approx(np.ones(10), abs=1e-5)
-
-
-@pytest.mark.parametrize("power", [0.0, 0.2, 0.5, 1.0])
-@pytest.mark.parametrize("count", [1, 10])
-def test_lanczos_is_as_exact_as_its_residual_says(power: float, count: int) -> None:
-    random = np.random.default_rng(1)
-    weight = decaying(400, 320, power) if power else random.standard_normal((400, 320))
-    true = np.linalg.svd(weight, compute_uv=False)
-    found = leading(Operator(weight), count, tolerance=1e-4)
-    assert found.values == pytest.approx(true[:count], rel=1e-4)
-    assert (found.values <= true[:count] * (1 + 1e-12)).all()
-    for value, residual in zip(found.values, found.residuals, strict=True):
-        assert np.abs(true - value).min() <= (residual + 1e-12) * true[0]
-    apart = weight.T @ found.left - found.right * found.values
-    assert found.residuals == pytest.approx(np.linalg.norm(apart, axis=0) / true[0], abs=1e-9)
-
-
-def test_lanczos_of_low_rank_and_of_nothing() -> None:
-    random = np.random.default_rng(2)
-    low = random.standard_normal((300, 4)) @ random.standard_normal((4, 200))
-    found = leading(Operator(low), 10, tolerance=1e-3)
-    assert found.values[:4] == pytest.approx(np.linalg.svd(low, compute_uv=False)[:4], rel=1e-9)
-    assert (found.values[4:] < 1e-6 * found.values[0]).all()
-    nothing = leading(Operator(np.zeros((300, 200))), 3, tolerance=1e-3)
-    assert not nothing.values.any()
-    assert not nothing.residuals.any()
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
-def test_operators_are_the_matrices_that_they_stand_for(kind: Any) -> None:
-    random = np.random.default_rng(4)
-    weight = random.standard_normal((30, 20)).astype(kind)
-    left, right = random.standard_normal((30, 3)), random.standard_normal((3, 20))
-    rows = random.standard_normal(30)
-    x, y = random.standard_normal((20, 4)), random.standard_normal((30, 4))
-    wide = weight.astype(np.float64)
-    for operator, dense in (
-        (Operator(weight), wide),
-        (Operator(weight, left, right), wide + left @ right),
-        (Operator(weight, left, right, rows), rows[:, None] * (wide + left @ right)),
-        (Operator(weight, left, right, rows, True), rows[:, None] * (wide + left @ right) - wide),  # noqa: FBT003
-    ):
-        assert operator.dense() == pytest.approx(dense, rel=1e-12)
-        assert operator.times(x) == pytest.approx(dense @ x, abs=1e-4)
-        assert operator.transposed_times(y) == pytest.approx(dense.T @ y, abs=1e-4)
-        assert operator.frobenius_norm() == pytest.approx(np.linalg.norm(dense), rel=1e-12)
 
 
 def model_of(folder: Path, weights: dict[str, Array], **config: Any) -> Path:

@@ -18,7 +18,7 @@ from terminal import BASE, PEFT, TINY, invoke
 
 from adapterkit import BaseReference, convert, read
 from adapterkit.audit import ModuleAudit, audit
-from adapterkit.delta import norm
+from adapterkit.lowrank.differences import norm
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -32,7 +32,7 @@ from terminal import PEFT, invoke
 from adapterkit import read
 from adapterkit.audit import AuditReport, ModuleAudit, audit, compress
 from adapterkit.containers.safetensors import write_safetensors
-from adapterkit.delta import norm
+from adapterkit.lowrank.differences import norm
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 

@@ -24,7 +24,7 @@ from adapterkit.errors import (
     WriteError,
 )
 from adapterkit.extract import difference as differences
-from adapterkit.merge import plane
+from adapterkit.lowrank.operators import Plane
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,14 +156,14 @@ def test_white_noise_has_no_rank_of_its_own(tmp_path: Path) -> None:
 
 def test_large_planes_take_few_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     passes = 0
-    once = plane._pass
+    once = Plane.pulled
 
     def counted(*arguments: Any) -> Any:
         nonlocal passes
         passes += 1
         return once(*arguments)
 
-    monkeypatch.setattr(plane, "_pass", counted)
+    monkeypatch.setattr(Plane, "pulled", counted)
     random = np.random.default_rng(0)
     update = random.standard_normal((400, 8)) @ random.standard_normal((8, 300)) * 1e-4
     base, tuned = pair(tmp_path, update, dtype=DType.BF16)

@@ -24,7 +24,7 @@ from engine import (
 from peft import PeftModel
 
 import adapterkit
-from adapterkit.delta import difference
+from adapterkit.lowrank.differences import difference
 
 if TYPE_CHECKING:
     from pathlib import Path

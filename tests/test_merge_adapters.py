@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,20 @@ def named(adapter: AdapterTensorSet, name: str) -> AdapterTensorSet:
 
 def factors(array: Any, module: str, role: Role) -> dict[TensorKey, LazyTensor]:
     return {TensorKey(module, role): LazyTensor.of(np.asarray(array))}
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
+def test_the_measured_error_of_updates_that_cancel_is_the_true_one(share: float) -> None:
+    parts = [oracle.random_parts(seed, {Q: (60, 50)}, 4, 0.5) for seed in (1, 2)]
+    one = oracle.adapter(parts[0])
+    first, second = (next(iter(oracle.adapter(each).pairs())) for each in parts)
+    b = first.b.numpy() + share * second.b.numpy()
+    near = one.updated([replace(first, b=LazyTensor.of(b))])
+    result = merge([one, near], weights=[1.0, -1.0], dtype=DType.F32)
+    true = oracle.deltas(one)[Q] - oracle.deltas(near)[Q]
+    wanted = oracle.relative(oracle.deltas(result.adapter)[Q], true)
+    assert result.report.max_measured_error == pytest.approx(wanted, rel=1e-2)
+    assert 1e-8 < wanted < 1e-7
 
 
 class TestWeights:

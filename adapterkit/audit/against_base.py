@@ -10,9 +10,6 @@ import numpy as np
 
 from adapterkit.audit.base_report import BaseAudit, BaseSummary, NotCompared, WeightAudit
 from adapterkit.audit.base_sites import sites
-from adapterkit.audit.krylov import Triplets, leading
-from adapterkit.audit.operators import Operator
-from adapterkit.audit.spectrum import factors, not_finite
 from adapterkit.base.decoding import stored_type
 from adapterkit.base.quantised import as_floats
 from adapterkit.errors import (
@@ -21,6 +18,11 @@ from adapterkit.errors import (
     IncompatibleBaseError,
     UncheckableError,
 )
+from adapterkit.lowrank.decomposition import EXACT_ZERO, decompose
+from adapterkit.lowrank.operators import Operator
+from adapterkit.lowrank.products import LowRank, expert, updates
+from adapterkit.lowrank.sketching import Triplets, leading
+from adapterkit.lowrank.spectrum import not_finite
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
@@ -28,9 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from adapterkit.audit.base_sites import Site
-    from adapterkit.audit.operators import Weight
-    from adapterkit.audit.spectrum import Array, Factors
     from adapterkit.base.model import BaseModel
+    from adapterkit.lowrank.operators import Weight
+    from adapterkit.lowrank.products import Array
     from adapterkit.model import AdapterTensorSet
 
 # Directions of W' looked at, and when one is an intruder: the defaults of PEFT 0.21.2
@@ -92,29 +94,29 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
 def _site(site: Site, base: BaseModel, *, exact: bool) -> Iterator[WeightAudit]:
     size = site.pair.matrix_shape
     _check_shape(site, base, size)
-    for each in factors(site.pair):
+    for place, each in enumerate(updates(site.pair)):
+        number = expert(site.pair, place)
         row = WeightAudit(
             modules=site.modules,
-            expert=each.expert,
+            expert=number,
             tensor=site.pair.module,
             shape=size,
             dtype=stored_type(site.stored).value,
             kind="low-rank" if site.magnitude is None else "dora",
         )
-        left = each.b * site.pair.scale
-        if not (np.isfinite(left).all() and np.isfinite(each.a).all()):
+        if not (np.isfinite(each.b).all() and np.isfinite(each.a).all()):
             raise not_finite(site.pair)
         # A fused stack has zeros for the experts that are not adapted: their weights stay on disk.
-        if site.magnitude is None and not (left.any() and each.a.any()):
+        if site.magnitude is None and not (each.b.any() and each.a.any()):
             yield row
             continue
-        weight = _weight(site, each, size)
+        weight = _weight(site, number, size)
         plain = Operator(weight)
-        norm = plain.frobenius_norm()
+        norm = plain.plane.norm()
         if not math.isfinite(norm):
             message = "the base's weight holds NaN or infinity"
             raise FormatError(message, path=base.path, where=site.pair.module)
-        changed = Operator(weight, left, each.a)
+        changed = Operator(weight, each.b, each.a)
         if site.magnitude is not None:
             lengths = changed.row_norms()
             rows = np.divide(site.magnitude, lengths, out=np.ones_like(lengths), where=lengths > 0)
@@ -137,10 +139,10 @@ def _check_shape(site: Site, base: BaseModel, size: tuple[int, int]) -> None:
         )
 
 
-def _weight(site: Site, each: Factors, size: tuple[int, int]) -> Weight:
+def _weight(site: Site, number: int | None, size: tuple[int, int]) -> Weight:
     """Return W (out, in): one expert's rows only, float64 where that is small."""
     stored = site.stored
-    values = (stored if each.expert is None else _slice(stored, each.expert)).numpy()
+    values = (stored if number is None else _slice(stored, number)).numpy()
     kind = np.float64 if values.size <= _SMALL else np.float32
     weight = values.astype(kind).reshape(size[::-1] if site.turned else size)
     return weight.T if site.turned else weight
@@ -158,7 +160,7 @@ def _measured(
 ) -> WeightAudit:
     top = leading(plain, 1, tolerance=_SPECTRAL)
     update, size = _update(changed)
-    spectral = float(update.values[0])
+    spectral = float(update.values.max(initial=0.0))
     if not spectral:
         return row
     after = leading(changed, LEADING, tolerance=_DIRECTIONS)
@@ -192,24 +194,19 @@ def _update(changed: Operator) -> tuple[Triplets, float]:
     """Return the leading r triplets of ΔW, and ‖ΔW‖_F: from the factors, unless it is a DoRA."""
     assert changed.left is not None  # noqa: S101  (the update's operator)
     assert changed.right is not None  # noqa: S101
-    rank = min(changed.left.shape[1], *changed.shape)
     if changed.rows is not None:
+        rank = min(changed.left.shape[1], *changed.shape)
         update = replace(changed, minus=True)
-        return leading(update, rank, tolerance=_DIRECTIONS), update.frobenius_norm()
-    q_left, r_left = np.linalg.qr(changed.left)
-    q_right, r_right = np.linalg.qr(changed.right.T)
-    u, values, v = np.linalg.svd(r_left @ r_right.T)
-    kept = min(rank, len(values))
-    found = Triplets(
-        values[:kept], q_left @ u[:, :kept], q_right @ v[:kept].T, np.zeros_like(values[:kept])
-    )
-    return found, float(np.linalg.norm(values))
+        return leading(update, rank, tolerance=_DIRECTIONS), update.plane.norm()
+    found = decompose(LowRank(changed.left, changed.right), EXACT_ZERO)
+    left, right = found.vectors
+    return Triplets(found.values, left, right.T, np.zeros_like(found.values)), found.norm
 
 
 def _cosines(plain: Operator, changed: Operator) -> Array:
     """Return max |cos| of each leading left singular vector of W' with all of W's."""
-    old = np.linalg.svd(plain.dense(), full_matrices=False)[0]
-    new = np.linalg.svd(changed.dense(), full_matrices=False)[0][:, :LEADING]
+    old = np.linalg.svd(plain.plane.dense(), full_matrices=False)[0]
+    new = np.linalg.svd(changed.plane.dense(), full_matrices=False)[0][:, :LEADING]
     return np.asarray(np.abs(new.T @ old).max(axis=1), dtype=np.float64)
 
 

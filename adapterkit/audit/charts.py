@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.audit.spectrum import Array
+    from adapterkit.lowrank.products import Array
 
 # Dark to light with even steps of lightness, told apart with any colour vision (viridis).
 RAMP = (

@@ -11,20 +11,22 @@ import numpy as np
 from adapterkit.audit.measure import audit_one
 from adapterkit.audit.plan import suggest
 from adapterkit.audit.rank_plan import ModuleRank
-from adapterkit.audit.spectrum import factors, triangular
 from adapterkit.dtype import DType
 from adapterkit.errors import ProofError
 from adapterkit.keys import Role
 from adapterkit.loading import load
+from adapterkit.lowrank.decomposition import EXACT_ZERO, decompose
+from adapterkit.lowrank.distances import distance, norm
+from adapterkit.lowrank.products import factors, stored, updates
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.proof import tolerance_for
-from adapterkit.tensor import LazyTensor, encode
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.audit.spectrum import Array, Factors
+    from adapterkit.lowrank.products import Array, LowRank
+    from adapterkit.tensor import LazyTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +147,7 @@ def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> 
     ranks = plan.ranks
     cut = in_threads(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
     result = whole.updated(cut)
-    measured = distance(pairs, cut)
+    measured = _apart(pairs, cut)
     changed = [new for old, new in zip(pairs, cut, strict=True) if new is not old]
     _check(plan.relative_error, measured, changed, whole)
     return CompressResult(
@@ -265,57 +267,40 @@ def _stored(values: Array, like: LazyTensor, module: str, dtype: DType | None) -
         ProofError: if the stored type loses more of it than its rounding explains.
     """
     kind = dtype or (DType.F32 if like.dtype.quantised else like.dtype)
-    data = encode(values, kind)
-    stored = LazyTensor(kind, values.shape, lambda: data)
-    apart = float(np.linalg.norm(stored.numpy().astype(np.float64) - values))
+    new = stored(values, kind)
+    apart = float(np.linalg.norm(new.numpy().astype(np.float64) - values))
     # The factors are balanced, so what a factor loses the update loses.
     if not apart <= tolerance_for([kind]) * float(np.linalg.norm(values)):
         message = f"the new factors do not fit into {kind} (too small or too large); "
         raise ProofError(message + "try --outtype f32", where=module)
-    return stored
+    return new
 
 
-def _cut(each: Factors, rank: int) -> tuple[Array, Array]:
+def _cut(each: LowRank, rank: int) -> tuple[Array, Array]:
     """Return A (rank, in) and B (out, rank) of the truncated B·A."""
-    q_b, r_b = np.linalg.qr(each.b)
-    q_a, r_a = np.linalg.qr(each.a.T)
-    u, values, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    kept = min(rank, values.size)
-    a, b = np.zeros((rank, each.a.shape[1])), np.zeros((each.b.shape[0], rank))
-    if not values[0]:
+    found = decompose(each, EXACT_ZERO)
+    if not found.values.size:
         # A zero update keeps rows of A: with both factors zero it could never be trained.
-        a[:] = each.a[:rank]
-        return a, b
-    root = np.sqrt(values[:kept])
-    b[:, :kept] = q_b @ (u[:, :kept] * root)
-    a[:kept] = (root[:, None] * vt[:kept]) @ q_a.T
+        return each.a[:rank], np.zeros((each.b.shape[0], rank))
+    b, a = found.factors(rank)
     return a, b
 
 
-def distance(first: Sequence[Update], second: Sequence[Update]) -> float:
-    """Return ‖ΔW₁ - ΔW₂‖ / ‖ΔW₁‖, Frobenius, over all modules; 0 for two zero updates.
-
-    The difference is taken as one product [B₁, -B₂]·[A₁; A₂], whose norm comes from orthogonal
-    decompositions: nothing is lost to cancellation.
-    """
-    parts = in_threads(lambda pair: _apart(*pair), list(zip(first, second, strict=True)))
+def _apart(first: Sequence[Update], second: Sequence[Update]) -> float:
+    """Return ‖ΔW₁ - ΔW₂‖ / ‖ΔW₁‖, Frobenius, over all modules; 0 for two zero updates."""
+    parts = in_threads(lambda pair: _squares(*pair), list(zip(first, second, strict=True)))
     total = sum(norm for _, norm in parts)
     return (sum(apart for apart, _ in parts) / total) ** 0.5 if total else 0.0
 
 
-def _apart(first: Update, second: Update) -> tuple[float, float]:
+def _squares(first: Update, second: Update) -> tuple[float, float]:
+    if first is second:
+        return 0.0, sum(norm(one) ** 2 for one in updates(first))
     apart = whole = 0.0
-    same = first is second
-    for one, other in zip(factors(first), factors(second), strict=True):
-        whole += _squared(one.b * first.scale, one.a)
-        if not same:
-            b = np.concatenate([one.b * first.scale, other.b * -second.scale], axis=1)
-            apart += _squared(b, np.concatenate([one.a, other.a]))
+    for one, other in zip(updates(first), updates(second), strict=True):
+        apart += distance(one, other) ** 2
+        whole += norm(one) ** 2
     return apart, whole
-
-
-def _squared(b: Array, a: Array) -> float:
-    return float(np.linalg.norm(triangular(b) @ triangular(a.T).T)) ** 2
 
 
 def _check(

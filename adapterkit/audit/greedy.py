@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterkit.audit.metrics import energy_ranks
-from adapterkit.audit.spectrum import Array
 from adapterkit.errors import UsageError
+from adapterkit.lowrank.products import Array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,11 +12,11 @@ from adapterkit.audit.null_model import null_model
 from adapterkit.audit.outliers import with_scores
 from adapterkit.audit.places import place_of
 from adapterkit.audit.report import AdapterAudit, AuditReport, ModuleAudit, Unaudited
-from adapterkit.audit.spectrum import Spectrum, spectra
 from adapterkit.base.quantised import as_floats
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.keys import PARTNERS, Role
 from adapterkit.loading import load, load_all, open_model
+from adapterkit.lowrank.spectrum import Spectrum, spectra
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:

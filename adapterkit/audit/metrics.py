@@ -17,7 +17,7 @@ from adapterkit.dtype import DType
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from adapterkit.audit.spectrum import Array
+    from adapterkit.lowrank.products import Array
 
 ENERGY_LEVELS = (0.90, 0.95, 0.99)
 

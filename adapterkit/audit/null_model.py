@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapterkit.audit.spectrum import Array
+from adapterkit.lowrank.products import Array
 
 _DRAWS = 48
 # Draws for large ranks, where single ones cost much and vary little.

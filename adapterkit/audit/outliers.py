@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.audit.report import ModuleAudit
-    from adapterkit.audit.spectrum import Array
+    from adapterkit.lowrank.products import Array
 
 # Fewer members say little of what is usual among them.
 _FAMILY = 16

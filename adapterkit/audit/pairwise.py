@@ -22,15 +22,15 @@ from adapterkit.audit.interference import (
     ModuleInterference,
     PairInterference,
 )
-from adapterkit.audit.spectrum import Array, factors, triangular
 from adapterkit.errors import UncheckableError
+from adapterkit.lowrank.decomposition import decompose
+from adapterkit.lowrank.products import Array, LowRank, expert, factors
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.audit.report import AdapterAudit
-    from adapterkit.audit.spectrum import Factors
     from adapterkit.model import AdapterTensorSet, Update
 
 # Directions that hold less than 1e-12 of the energy are no directions to compare.
@@ -158,28 +158,26 @@ def _compare(group: dict[int, Update]) -> list[_Compared]:
 
 def _compare_alike(alike: dict[int, Update]) -> list[_Compared]:
     found: list[_Compared] = []
-    for experts in zip(*(factors(pair) for pair in alike.values()), strict=True):
+    for place, experts in enumerate(zip(*(factors(p) for p in alike.values()), strict=True)):
         updates = {
             number: _update(each, pair.scale)
             for (number, pair), each in zip(alike.items(), experts, strict=True)
         }
-        module, expert = next(iter(alike.values())).module, experts[0].expert
-        found.append(_matrix(module if expert is None else f"{module}[{expert}]", updates))
+        first = next(iter(alike.values()))
+        number = expert(first, place)
+        name = first.module if number is None else f"{first.module}[{number}]"
+        found.append(_matrix(name, updates))
     return found
 
 
-def _update(each: Factors, scale: float) -> _Update:
-    r_a, r_b = triangular(each.a.T), triangular(each.b)
-    u, values, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    kept = values > _NOTHING * values[0] if values[0] and scale else np.zeros(values.shape, bool)
-    u, values, vt = u[:, kept], values[kept], vt[kept]
-    # B·R_Aᵀ = U Σ (rows of Vᵀ in Q_A's basis), so U = B·R_Aᵀ·V'·Σ⁻¹, and likewise V.
+def _update(each: LowRank, scale: float) -> _Update:
+    found = decompose(LowRank(each.b * abs(scale), each.a), _NOTHING)
     return _Update(
         each.a,
-        each.b * abs(scale),
-        values * abs(scale),
-        (r_a.T @ vt.T) / (values * (abs(scale) or 1.0)),
-        (r_b.T @ u) / values,
+        found.update.b,
+        found.values,
+        found.left,
+        found.right.T,
         math.copysign(1.0, scale),
     )
 

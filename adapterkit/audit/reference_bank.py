@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapterkit.audit.moments import kurtosis
 from adapterkit.audit.places import place_of
 from adapterkit.audit.reference_report import ReferenceAudit, Standing
-from adapterkit.audit.spectrum import factors, spectra
 from adapterkit.errors import FormatError, UncheckableError
 from adapterkit.json_file import read_json_object
+from adapterkit.lowrank.moments import kurtosis
+from adapterkit.lowrank.products import factors
+from adapterkit.lowrank.spectrum import spectra
 from adapterkit.output import check_destination, staged
 from adapterkit.tables import ANY_MAPPING, TEXT, Table, listed, mapped, number
 from adapterkit.work import in_threads

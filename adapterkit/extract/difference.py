@@ -16,7 +16,7 @@ import numpy as np
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.merge.plane import Plane
+from adapterkit.lowrank.operators import Plane
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from adapterkit.extract.ranks import choose
 from adapterkit.extract.report import ExtractedModule, LeftOver
 from adapterkit.extract.twins import Twin
 from adapterkit.factors import turned
-from adapterkit.merge.lowrank import LowRank, distance
-from adapterkit.merge.plane import Plane
-from adapterkit.merge.ranks import predicted_error
-from adapterkit.merge.storing import stored, updates
+from adapterkit.lowrank.distances import distance
+from adapterkit.lowrank.operators import Plane
+from adapterkit.lowrank.products import LowRank, nothing, stored, updates
+from adapterkit.lowrank.ranks import predicted_error
 from adapterkit.model import Kind, Update
 
 if TYPE_CHECKING:
@@ -123,11 +123,10 @@ def extract_tensor(twin: Twin, *, asked: Wish, seed: int, dtype: DType | None) -
 
 def _part(old: Stored, new: Stored, key: Key, asked: Wish, *, factored: bool, alone: bool) -> _Part:
     found = difference(old, new)
-    nothing = LowRank(np.zeros((old.shape[0], 0)), np.zeros((0, old.shape[1])))
     if not factored or not found.norm:
-        return _Part(None, nothing, found.norm, found.base_norm)
+        return _Part(None, nothing(old.shape), found.norm, found.base_norm)
     chosen = choose(found, asked, key)
-    update = LowRank(*chosen.spectrum.factors(chosen.rank)) if chosen.rank else nothing
+    update = LowRank(*chosen.spectrum.factors(chosen.rank)) if chosen.rank else nothing(old.shape)
     return _Part(
         found.plane if alone else found.streamed,
         update,
@@ -225,8 +224,7 @@ def _stored(twin: Twin, parts: Sequence[_Part], dtype: DType) -> Update:
 
 def _as_stored(twin: Twin, pair: Update) -> list[LowRank]:
     """Return the rounded updates in the orientation of the stored matrices."""
-    turned = twin.turned and not twin.embedding
-    return [LowRank(u.a.T, u.b.T) if turned else u for u in updates(pair)]
+    return [u.turned if twin.turned or twin.embedding else u for u in updates(pair)]
 
 
 def _of_output(pair: Update, module: str) -> Update:

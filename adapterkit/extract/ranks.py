@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterkit.errors import UsageError
-from adapterkit.merge.lowrank import Spectrum
-from adapterkit.merge.plane import compressed
-from adapterkit.merge.ranks import RankRule, rank_rule
+from adapterkit.lowrank.decomposition import Decomposition
+from adapterkit.lowrank.ranks import RankRule, rank_rule, tails, within
+from adapterkit.lowrank.sketching import compressed
 
 if TYPE_CHECKING:
     from adapterkit.extract.difference import Difference
+    from adapterkit.lowrank.products import Array
     from adapterkit.merge.elementwise import Key
-    from adapterkit.merge.lowrank import Array
 
 # How far a singular value must stand above the edge that is expected of noise. Rounding's is a
 # bound; that of the rest is a mean, around which small matrices scatter (Tracy and Widom 1994).
@@ -24,6 +24,8 @@ _ABOVE_ROUNDING, _ABOVE_REST = 1.05, 1.2
 # and values up to this many times the edge.
 _FEW, _STRUCTURED = 2, 3.0
 _FIRST, _GROWTH = 24, 4
+# Share of ‖ΔW‖² that is rounding of the sum.
+_NOTHING = 1e-13
 # Engines serve up to a few hundred ranks; what needs more is no adapter.
 MOST = 256
 
@@ -74,7 +76,7 @@ class Chosen:
         capped: whether more would have been asked for.
     """
 
-    spectrum: Spectrum
+    spectrum: Decomposition
     rank: int
     capped: bool
 
@@ -94,27 +96,18 @@ def choose(found: Difference, asked: Wish, key: Key) -> Chosen:
         start, wanted = spectrum.vectors[1], min(wanted * _GROWTH, most)
 
 
-def _rank(spectrum: Spectrum, found: Difference, asked: Wish) -> tuple[int, bool]:
+def _rank(spectrum: Decomposition, found: Difference, asked: Wish) -> tuple[int, bool]:
     """Return the rank that the known values call for, and whether more of them would change it."""
     values = spectrum.values
-    everything = values.size >= min(found.plane.shape) or _tails(spectrum)[-1] == 0
+    everything = values.size >= min(found.plane.shape) or tails([spectrum])[-1] == 0
     rule = asked.rule
     if rule.rank is not None:
         return min(rule.rank, _above_rounding(values, found.edge)), True
     if rule.tolerance:
-        allowed = (rule.tolerance * found.norm) ** 2
-        enough = np.flatnonzero(_tails(spectrum) <= allowed)
-        return (int(enough[0]), True) if enough.size else (values.size, everything)
+        enough = within(rule.tolerance, [spectrum])
+        return (values.size, everything) if enough is None else (enough, True)
     rank = _signal(spectrum, found)
     return rank, everything or rank < values.size
-
-
-def _tails(spectrum: Spectrum) -> Array:
-    """Return what a truncation to each rank from 0 leaves of ‖ΔW‖²; rounding of the sum is 0."""
-    kept = np.concatenate([[0.0], np.cumsum(spectrum.values**2)])
-    left = spectrum.norm**2 - kept
-    left[left < 1e-13 * spectrum.norm**2] = 0.0
-    return left
 
 
 def _above_rounding(values: Array, edge: float) -> int:
@@ -125,7 +118,7 @@ def _above_rounding(values: Array, edge: float) -> int:
     return int(np.count_nonzero(values > _ABOVE_ROUNDING * edge))
 
 
-def _signal(spectrum: Spectrum, found: Difference) -> int:
+def _signal(spectrum: Decomposition, found: Difference) -> int:
     """Return how many singular values stand above what noise explains.
 
     Noise is the rounding of the stored type, whose size is known, and whatever else the rest looks
@@ -135,7 +128,8 @@ def _signal(spectrum: Spectrum, found: Difference) -> int:
     values = spectrum.values
     ranks = np.arange(1, values.size + 1)
     rows, columns = (np.maximum(size - ranks, 0.5) for size in found.plane.shape)
-    left = _tails(spectrum)[1:]
+    left = tails([spectrum])[1:]
+    left[left < _NOTHING * spectrum.norm**2] = 0.0
     edges = np.sqrt(left / (rows * columns)) * (np.sqrt(rows) + np.sqrt(columns))
     above = (values > _ABOVE_REST * edges) & (ranks <= _above_rounding(values, found.edge))
     if not found.edge:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.beside import lying_beside
 from adapterkit.containers.safetensors import read_safetensors
-from adapterkit.delta import same_bits
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_declared import contradictions, reads_qalora
@@ -17,6 +16,7 @@ from adapterkit.formats.peft_own_config import own_config
 from adapterkit.formats.peft_tying import folded, tied_tables
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
+from adapterkit.lowrank.differences import same_bits
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
 from adapterkit.notes import BaseReference, Note, Provenance
 from adapterkit.storage import readable

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.errors import UsageError
+from adapterkit.lowrank.ranks import rank_rule
 from adapterkit.merge import planning
 from adapterkit.merge.beside import Beside, bias_keys, merge_beside
 from adapterkit.merge.combination import Combination, check
 from adapterkit.merge.modules import MergedModule, Settings, merge_module
-from adapterkit.merge.ranks import rank_rule
 from adapterkit.merge.registry import SPACES, Kind, MethodSpec
 from adapterkit.merge.registry import method as find_method
 from adapterkit.merge.report import MergeReport, ModuleReport

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapterkit.delta import all_finite
 from adapterkit.errors import FormatError, IncompatibleBaseError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
-from adapterkit.merge.storing import wide, widest
+from adapterkit.lowrank.differences import all_finite
+from adapterkit.lowrank.products import wide
+from adapterkit.merge.storing import widest
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from adapterkit.merge.lowrank import Array
+    from adapterkit.lowrank.products import Array
 
     Parameters = Mapping[str, float | None]
 

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterkit.errors import UsageError
-from adapterkit.merge import lowrank, plane, subspaces
-from adapterkit.merge.lowrank import EXACT_ZERO, LowRank, Spectrum
-from adapterkit.merge.ranks import predicted_error
+from adapterkit.lowrank.decomposition import EXACT_ZERO, Decomposition, decompose
+from adapterkit.lowrank.distances import distance, gram, norm
+from adapterkit.lowrank.operators import Plane
+from adapterkit.lowrank.products import LowRank, stacked
+from adapterkit.lowrank.ranks import predicted_error
+from adapterkit.lowrank.sketching import compressed
+from adapterkit.merge import subspaces
+from adapterkit.merge.elementwise import merged
 from adapterkit.merge.registry import Kind, MethodSpec
 
 if TYPE_CHECKING:
+    from adapterkit.lowrank.products import Array
     from adapterkit.merge.elementwise import Key
-    from adapterkit.merge.lowrank import Array
 
 _ACCURATE = 1e-8
 
@@ -56,8 +61,8 @@ class Outcome:
         spectrum: its leading singular values; None where factors are to be stored as they are.
     """
 
-    exact: LowRank | plane.Plane
-    spectrum: Spectrum | None
+    exact: LowRank | Plane
+    spectrum: Decomposition | None
 
     @property
     def norm(self) -> float:
@@ -65,7 +70,7 @@ class Outcome:
         if self.spectrum is not None:
             return self.spectrum.norm
         if isinstance(self.exact, LowRank):
-            return lowrank.norm(self.exact)
+            return norm(self.exact)
         return self.exact.norm()
 
     def factors(self, rank: int, scale: float) -> tuple[Array, Array]:
@@ -87,7 +92,7 @@ class Outcome:
     def error(self, stored: LowRank) -> float:
         """Return the Frobenius norm of what a stored update is off by."""
         if isinstance(self.exact, LowRank):
-            return lowrank.distance(self.exact, stored)
+            return distance(self.exact, stored)
         return self.exact.distance(stored)
 
 
@@ -107,13 +112,13 @@ def combine(
         return _elementwise(updates, weights, how, place)
     if spec.kind is Kind.COEFFICIENTS:
         # A plain sum asks for no inner product, and they are a third of its work.
-        inner = np.zeros((len(updates),) * 2) if spec.sums else lowrank.gram(updates)
-        exact = lowrank.stacked(updates, list(spec.function(inner, weights, how.parameters)))
+        inner = np.zeros((len(updates),) * 2) if spec.sums else gram(updates)
+        exact = stacked(updates, list(spec.function(inner, weights, how.parameters)))
     else:
         exact = spec.function(updates, weights, {**how.parameters, "rank": how.rank})
     if spec.kind is Kind.STACK:
         return Outcome(exact, None)
-    return Outcome(exact, lowrank.decompose(exact, EXACT_ZERO))
+    return Outcome(exact, decompose(exact, EXACT_ZERO))
 
 
 def _elementwise(
@@ -122,16 +127,16 @@ def _elementwise(
     keys = _keys(updates, weights, how, place)
     rule = how.spec.function
     if how.space == "delta":
-        whole = plane.merged(updates, weights, rule, how.parameters, keys)
+        whole = merged(updates, weights, rule, how.parameters, keys)
         total = sum(update.rank for update in updates)
         start = np.concatenate([update.a for update in updates])
         rank = min(how.rank or total, *whole.shape)
-        return Outcome(whole, plane.compressed(whole, rank, start, _key(how, place, -1)))
+        return Outcome(whole, compressed(whole, rank, start, _key(how, place, -1)))
     make = {"knots": subspaces.knots_space, "core": subspaces.core_space}[how.space or ""]
     space = make(updates)
-    small = plane.merged(space.updates, weights, rule, how.parameters, keys).dense()
+    small = merged(space.updates, weights, rule, how.parameters, keys).dense()
     exact = space.back(LowRank(np.eye(len(small)), small))
-    return Outcome(exact, lowrank.decompose(exact, EXACT_ZERO))
+    return Outcome(exact, decompose(exact, EXACT_ZERO))
 
 
 def _keys(
@@ -148,7 +153,7 @@ def _keys(
     generator = np.random.Generator(np.random.Philox(key=np.zeros(2, dtype=np.uint64)))
     rows, columns = updates[0].shape
     u, v = generator.standard_normal(rows), generator.standard_normal(columns)
-    norms = np.sqrt(np.abs(np.diag(lowrank.gram(updates))))
+    norms = np.sqrt(np.abs(np.diag(gram(updates))))
 
     def direction(index: int) -> tuple[float, float]:
         update, norm = updates[index], norms[index]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from adapterkit.errors import UsageError
-from adapterkit.merge.lowrank import Array, LowRank
+from adapterkit.lowrank.operators import Plane
+from adapterkit.lowrank.products import Array, LowRank
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,6 +54,25 @@ def blocks(update: LowRank) -> Iterator[Array]:
     height = max(BLOCK // max(columns, 1), 1)
     for start in range(0, rows, height):
         yield update.b[start : start + height] @ update.a
+
+
+def merged(
+    updates: Sequence[LowRank],
+    weights: Array,
+    rule: Rule,
+    parameters: Parameters,
+    keys: Sequence[Key],
+) -> Plane:
+    """Return the plane that an elementwise rule makes of updates of one shape."""
+    starts = [rule.pruner(u, parameters, key) for u, key in zip(updates, keys, strict=True)]
+
+    def read() -> Iterator[Array]:
+        filters = [start() for start in starts]
+        for rows in zip(*(blocks(update) for update in updates), strict=True):
+            pruned = [keep(block) for keep, block in zip(filters, rows, strict=True)]
+            yield rule.combine(pruned, weights)
+
+    return Plane(updates[0].shape, read).held()
 
 
 def weighted_sum(pruned: Sequence[Array], weights: Array) -> Array:

@@ -10,17 +10,18 @@ import numpy as np
 
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError
+from adapterkit.lowrank.decomposition import EXACT_ZERO, NUMERICAL_ZERO
+from adapterkit.lowrank.products import nothing, stored, wide
+from adapterkit.lowrank.ranks import RankRule
 from adapterkit.merge.combination import Combination, Outcome, combine
-from adapterkit.merge.lowrank import EXACT_ZERO, NUMERICAL_ZERO, nothing
-from adapterkit.merge.ranks import RankRule
 from adapterkit.merge.report import ModuleReport
-from adapterkit.merge.storing import load, stored, updates, wide, widest
+from adapterkit.merge.storing import acting, load, widest
 from adapterkit.model import Update
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.merge.lowrank import Array
+    from adapterkit.lowrank.products import Array
     from adapterkit.merge.planning import ModulePlan
 
 
@@ -174,7 +175,7 @@ def _measured(outcomes: Sequence[Outcome], pair: Update) -> float:
     Raises:
         UnsupportedError: if they overflowed.
     """
-    rounded = updates(pair)
+    rounded = acting(pair)
     error = sum(o.error(u) ** 2 for o, u in zip(outcomes, rounded, strict=True)) ** 0.5
     if not math.isfinite(error):
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Between stored tensors and float64 factors: reading, checking, rounding once."""
+"""What a merge reads and stores: finite updates as they act on weights, and types."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import numpy as np
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
-from adapterkit.merge.lowrank import LowRank
-from adapterkit.tensor import LazyTensor, encode
+from adapterkit.lowrank.products import updates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.merge.lowrank import Array
+    from adapterkit.lowrank.products import LowRank
     from adapterkit.model import Update
+    from adapterkit.tensor import LazyTensor
 
 # From narrow to wide; what is not here (8 bits and blocks) is widened to float32.
 _WIDTHS = (DType.BF16, DType.F16, DType.F32, DType.F64)
-
-
-def wide(tensor: LazyTensor) -> Array:
-    """Return the values in float64."""
-    return np.asarray(tensor.numpy(), dtype=np.float64)
 
 
 def widest(tensors: Sequence[LazyTensor]) -> DType:
@@ -46,7 +41,7 @@ def load(pair: Update, label: str) -> list[LowRank]:
     Raises:
         FormatError: if a factor is not finite; names adapter and module.
     """
-    found = updates(pair)
+    found = acting(pair)
     for name, finite in (
         ("A", all(np.isfinite(u.a).all() for u in found)),
         ("B", all(np.isfinite(u.b).all() for u in found)),
@@ -61,13 +56,6 @@ def load(pair: Update, label: str) -> list[LowRank]:
     return found
 
 
-def updates(pair: Update) -> list[LowRank]:
+def acting(pair: Update) -> list[LowRank]:
     """Return the update of each matrix, (out, in) or, of an embedding, (vocabulary, width)."""
-    found = [(a.T, b.T) if pair.embedding else (b, a) for b, a in pair.matrices(wide)]
-    return [LowRank(b * pair.scale, a, pair.scale) for b, a in found]
-
-
-def stored(values: Array, dtype: DType) -> LazyTensor:
-    """Round once and keep only the rounded bytes."""
-    data = encode(values, dtype)
-    return LazyTensor(dtype, values.shape, lambda: data)
+    return [each.turned if pair.embedding else each for each in updates(pair)]

@@ -10,20 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterkit.errors import UnsupportedError
-from adapterkit.merge.lowrank import (
-    NUMERICAL_ZERO,
-    LowRank,
-    balanced,
-    basis,
-    decompose,
-    nothing,
-    stacked,
-)
+from adapterkit.lowrank.decomposition import NUMERICAL_ZERO, balanced, basis, decompose
+from adapterkit.lowrank.products import LowRank, nothing, stacked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from adapterkit.merge.lowrank import Array
+    from adapterkit.lowrank.products import Array
 
     Parameters = Mapping[str, float | None]
 

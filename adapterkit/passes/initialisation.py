@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.base.weights import BaseWeights
-from adapterkit.delta import norm
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
+from adapterkit.lowrank.differences import norm
 from adapterkit.model import Kind, PeftSource
 from adapterkit.notes import Note
 from adapterkit.passes.protocol import Context, Passed

@@ -102,14 +102,14 @@ def balanced(left: Array, right: Array, core: Array) -> tuple[Array, Array]:
     """
     import numpy as np
 
-    q_left, r_left = np.linalg.qr(left)
-    q_right, r_right = np.linalg.qr(right.T)
-    inner = r_left @ core @ r_right.T
-    if not np.isfinite(inner).all():
-        return right, left @ core  # broken, and to be seen as such
-    x, sigma, y = np.linalg.svd(inner, full_matrices=False)
-    root = np.sqrt(sigma)
-    return (root[:, None] * y) @ q_right.T, q_left @ (x * root)
+    from adapterkit.lowrank.decomposition import decompose
+    from adapterkit.lowrank.products import LowRank
+
+    inner = left @ core
+    if not (np.isfinite(inner).all() and np.isfinite(right).all()):
+        return right, inner  # broken, and to be seen as such
+    b, a = decompose(LowRank(inner, right), 0.0).factors(min(inner.shape[0], *right.shape))
+    return a, b
 
 
 @dataclass(frozen=True, slots=True)

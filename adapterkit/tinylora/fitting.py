@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
+from adapterkit.model import Update
 from adapterkit.tensor import LazyTensor
-from adapterkit.tinylora.adapter import TinyModule, wide
+from adapterkit.tinylora.adapter import TinyModule, middle, wide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import numpy as np
 
-    from adapterkit.model import AdapterTensorSet, Update
+    from adapterkit.lowrank.products import LowRank
+    from adapterkit.model import AdapterTensorSet
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -67,6 +69,7 @@ class Fit:
 @dataclass(slots=True)
 class _Terms:
     module: TinyModule
+    pair: Update | None
     gram: Array
     right_side: Array
     energy: float
@@ -88,11 +91,14 @@ def fit(adapter: AdapterTensorSet, modules: Iterable[TinyModule]) -> Fit:
     for term in terms:
         groups.setdefault(term.module.group, []).append(term)
     # The file holds float32, so the residual is that of the rounded numbers.
-    vectors = {group: _solved(members).astype("float32") for group, members in groups.items()}
-    left = [_left(term, vectors[term.module.group]) for term in terms]
+    tensors = {
+        group: LazyTensor.of(_solved(members).astype("float32"), DType.F32)
+        for group, members in groups.items()
+    }
+    left = [_left(term, tensors[term.module.group]) for term in terms]
     total = sum(term.energy for term in terms)
     return Fit(
-        vectors={group: LazyTensor.of(v, DType.F32) for group, v in vectors.items()},
+        vectors=tensors,
         modules=tuple(
             ModuleResidual(
                 module=term.module.name,
@@ -110,6 +116,8 @@ def fit(adapter: AdapterTensorSet, modules: Iterable[TinyModule]) -> Fit:
 def _terms(module: TinyModule, pair: Update | None) -> _Terms:
     import numpy as np
 
+    from adapterkit.lowrank.distances import norm
+
     left, right = wide(module.left), wide(module.right)
     projection = wide(module.projection) * module.scale
     gram_left, gram_right = left.T @ left, right @ right.T
@@ -117,25 +125,27 @@ def _terms(module: TinyModule, pair: Update | None) -> _Terms:
     gram = np.tensordot(projection, turned, axes=([1, 2], [1, 2]))
     size = projection.shape[0]
     if pair is None:
-        return _Terms(module, gram, np.zeros(size), 0.0, 0.0)
-    a, b = _oriented(pair)
-    seen = pair.scale * (left.T @ b) @ (a @ right.T)
-    energy = pair.scale**2 * float(np.sum((b.T @ b) * (a @ a.T)))
+        return _Terms(module, None, gram, np.zeros(size), 0.0, 0.0)
+    target = _target(pair)
+    seen = (left.T @ target.b) @ (target.a @ right.T)
     inner = np.linalg.pinv(gram_left, rcond=_NULL, hermitian=True) @ seen
     inner = inner @ np.linalg.pinv(gram_right, rcond=_NULL, hermitian=True)
     return _Terms(
         module,
+        pair,
         gram,
         np.tensordot(projection, seen, axes=([1, 2], [0, 1])),
-        max(energy, 0.0),
+        norm(target) ** 2,
         float(np.sum(seen * inner)),
     )
 
 
-def _oriented(pair: Update) -> tuple[Array, Array]:
-    """Return A and B of the weight as it is stored: an embedding's update is (B · A)ᵀ."""
-    a, b = wide(pair.a), wide(pair.b)
-    return (b.T, a.T) if pair.embedding else (a, b)
+def _target(pair: Update) -> LowRank:
+    """Return the update of the weight as it is stored: an embedding's is (B · A)ᵀ."""
+    from adapterkit.lowrank.products import updates
+
+    update = next(iter(updates(pair)))
+    return update.turned if pair.embedding else update
 
 
 def _solved(terms: list[_Terms]) -> Array:
@@ -149,9 +159,13 @@ def _solved(terms: list[_Terms]) -> Array:
     return basis @ ((basis.T @ right_side) / values[kept])
 
 
-def _left(term: _Terms, vector: Array) -> float:
-    v = vector.astype("float64")
-    return max(term.energy - 2 * float(v @ term.right_side) + float(v @ term.gram @ v), 0.0)
+def _left(term: _Terms, vector: LazyTensor) -> float:
+    from adapterkit.lowrank.distances import distance, norm
+    from adapterkit.lowrank.products import LowRank
+
+    left, right = wide(term.module.left), wide(term.module.right)
+    fitted = LowRank(left @ middle(term.module, vector), right)
+    return (norm(fitted) if term.pair is None else distance(_target(term.pair), fitted)) ** 2
 
 
 def _relative(squared: float, energy: float) -> float | None:

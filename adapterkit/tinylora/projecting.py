@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.delta import finite
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.lowrank.differences import finite
 from adapterkit.notes import Provenance
 from adapterkit.tinylora.adapter import TinyAdapter, neutral
 from adapterkit.tinylora.fitting import Fit, ModuleResidual, fit

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.delta import all_finite, norm
 from adapterkit.dtype import DType
+from adapterkit.lowrank.differences import all_finite, norm
 from adapterkit.tensor import LazyTensor
 from adapterkit.validation.findings import Finding, Severity
 

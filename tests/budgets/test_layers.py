@@ -16,7 +16,7 @@ LAYERS = (
     {"storage", "quantisation", "disk", "work", "tables"},
     {"tensor", "output"},
     {"model"},
-    {"containers", "factors", "json_file", "yaml_file", "patterns", "hub", "delta"},
+    {"containers", "factors", "json_file", "yaml_file", "patterns", "hub", "lowrank"},
     {"architectures"},
     {"dialects"},
     {"base"},

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from adapterkit.base import open_base
 from adapterkit.convert import convert
-from adapterkit.delta import difference
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf import FORMAT as GGUF
 from adapterkit.formats.peft import FORMAT as PEFT
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
+from adapterkit.lowrank.differences import difference
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import BaseReference
 from adapterkit.proof import tolerance_for

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from adapterkit.audit.spectrum import Array
+    from adapterkit.lowrank.products import Array
 
 # Elements of a block of products.
 _BLOCK = 1 << 20

@@ -1,4 +1,4 @@
-"""Which rank a merged module gets, and what that costs."""
+"""Which rank an update gets, and what that costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from adapterkit.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.merge.lowrank import Spectrum
+    from adapterkit.lowrank.decomposition import Decomposition
+    from adapterkit.lowrank.products import Array
+
+# What the squares of equal norms differ by.
+_ROUNDING = 1e-13
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class RankRule:
     rank: int | None
     tolerance: float
 
-    def choose(self, spectra: Sequence[Spectrum], limit: int, zero: float) -> int:
+    def choose(self, spectra: Sequence[Decomposition], limit: int, zero: float) -> int:
         """Return one rank for the experts (or the one matrix) of a module.
 
         Args:
@@ -39,15 +43,9 @@ class RankRule:
             return min(self.rank, limit)
         top = max(float(spectrum.values.max(initial=0.0)) for spectrum in spectra)
         longest = max(int((spectrum.values > zero * top).sum()) for spectrum in spectra)
-        energy = np.zeros(max(spectrum.values.size for spectrum in spectra) + 1)
-        for spectrum in spectra:
-            energy[: spectrum.values.size] += spectrum.values**2
-        # tails[r] is what a truncation to rank r leaves out, with what the spectra lack already.
-        lacking = sum(s.norm**2 - float(np.sum(s.values**2)) for s in spectra)
-        tails = energy[::-1].cumsum()[::-1] + max(lacking, 0.0)
-        allowed = self.tolerance**2 * sum(spectrum.norm**2 for spectrum in spectra)
-        enough = np.flatnonzero(tails <= allowed)
-        chosen = int(enough[0]) if self.tolerance and enough.size else longest
+        chosen = longest
+        if self.tolerance:
+            chosen = within(self.tolerance, spectra) or longest
         return max(min(chosen, limit), 1)
 
 
@@ -76,11 +74,25 @@ def rank_rule(rank: int | str | None, tol: float | None, energy: float | None) -
     return RankRule(None, tol or 0.0)
 
 
-def predicted_error(spectrum: Spectrum, rank: int) -> float:
+def predicted_error(spectrum: Decomposition, rank: int) -> float:
     """Return ‖ΔW - ΔW_r‖ of the truncation to a rank: √(‖ΔW‖² - Σ σ²), exact (Eckart-Young)."""
-    lacking = spectrum.norm**2 - float(np.sum(spectrum.values**2))
-    left_out = float(np.sum(spectrum.values[rank:] ** 2))
-    # A difference of equal norms is rounding.
-    if lacking < 1e-13 * spectrum.norm**2:
-        lacking = 0.0
-    return (left_out + lacking) ** 0.5
+    return float(tails([spectrum])[min(rank, spectrum.values.size)]) ** 0.5
+
+
+def tails(spectra: Sequence[Decomposition]) -> Array:
+    """Return what truncations to each rank from 0 leave of Σ‖ΔW‖², with what the spectra lack."""
+    energy = np.zeros(max(spectrum.values.size for spectrum in spectra) + 1)
+    for spectrum in spectra:
+        energy[: spectrum.values.size] += spectrum.values**2
+        lacking = spectrum.norm**2 - float(np.sum(spectrum.values**2))
+        # A difference of equal norms is rounding.
+        energy[-1] += lacking if lacking >= _ROUNDING * spectrum.norm**2 else 0.0
+    # Summed from the smallest: a tail keeps its digits beside a large head.
+    return energy[::-1].cumsum()[::-1]
+
+
+def within(tolerance: float, spectra: Sequence[Decomposition]) -> int | None:
+    """Return the smallest rank of a relative error up to a tolerance; None if none is known."""
+    allowed = tolerance**2 * sum(spectrum.norm**2 for spectrum in spectra)
+    enough = np.flatnonzero(tails(spectra) <= allowed)
+    return int(enough[0]) if enough.size else None
