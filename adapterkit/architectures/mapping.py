@@ -81,7 +81,9 @@ def to_engine(
     Raises:
         BaseRequiredError: if the base does not state a size that a rule needs.
         IncompatibleBaseError: if a module's rows cannot be heads of this base.
+        UnknownArchitectureError: if no table describes the model.
     """
+    architecture.require_known()
     engine: list[Update] = []
     unmatched: list[str] = []
     sources: dict[str, tuple[str, ...]] = {}
@@ -147,7 +149,11 @@ def from_engine(
         layout: `experts` for one module per expert, `fused` for one 3-D parameter.
         like: modules of another adapter, whose spelling is to be used where a family has several.
         text_prefix: spelling of the text tower in a multimodal class, in place of `model.`.
+
+    Raises:
+        UnknownArchitectureError: if no table describes the model.
     """
+    architecture.require_known()
     spelling = _spelling(architecture, like)
     groups: dict[tuple[Rule, int | None], dict[int, Update]] = {}
     unmatched: list[str] = []

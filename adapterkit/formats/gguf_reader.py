@@ -163,6 +163,7 @@ def _family(
     base = options.base
     candidates = [a for a in (base.candidates if base else find(name)) if a.gguf == name]
     if base and not candidates:
+        base.architecture.require_known(base.path)
         raise IncompatibleBaseError(
             f"is made for architecture {name!r}, the base is {base.architecture.gguf!r}", path=path
         )
