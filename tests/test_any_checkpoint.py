@@ -48,13 +48,17 @@ def _quiet() -> Iterator[None]:
 
 
 def parameters() -> list[Any]:
-    marks = [() if place % EVERY == 0 else (pytest.mark.all_classes,) for place in range(len(NAMES))]
+    marks = [
+        () if place % EVERY == 0 else (pytest.mark.all_classes,) for place in range(len(NAMES))
+    ]
     return [pytest.param(name, marks=mark) for name, mark in zip(NAMES, marks, strict=True)]
 
 
 def adapted(model: Any) -> Any:
     """Return a model with random factors on every linear layer; magnitudes as after training."""
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -89,7 +93,9 @@ def test_merged_validated_and_extracted(name: str, tmp_path: Path) -> None:
         if key not in merged or not tensor.is_floating_point():
             continue
         expected = tensor + change
-        assert (merged[key] - expected).abs().max() <= CLOSE * expected.abs().max().clamp(min=1), key
+        assert (merged[key] - expected).abs().max() <= CLOSE * expected.abs().max().clamp(min=1), (
+            key
+        )
 
     extract(tmp_path / "base", tmp_path / "merged", tmp_path / "again", rank=4)
     found = {pair.module: pair for pair in read(tmp_path / "again").pairs()}

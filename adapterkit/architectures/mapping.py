@@ -17,7 +17,7 @@ from adapterkit.errors import IncompatibleBaseError
 from adapterkit.model import Kind, Update
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     import numpy as np
 
@@ -43,6 +43,15 @@ class Mapped:
     unmatched: tuple[str, ...]
     sources: Mapping[str, tuple[str, ...]]
     unsized: tuple[str, ...] = ()
+
+    def renamed(self, rename: Callable[[str], str]) -> Mapped:
+        """Return this with other new names."""
+        return replace(
+            self,
+            pairs=tuple(replace(pair, module=rename(pair.module)) for pair in self.pairs),
+            sources={rename(name): old for name, old in self.sources.items()},
+            unsized=tuple(map(rename, self.unsized)),
+        )
 
 
 def find_rule(architecture: Architecture, module: str) -> Match | None:

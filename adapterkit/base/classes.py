@@ -62,6 +62,11 @@ class ModelClass:
     kinds: Mapping[str, str] = field(repr=False)
     renamings: Sequence[Renaming] = field(repr=False)
 
+    @property
+    def headless(self) -> bool:
+        """Whether it is the trunk alone, by the convention of its name."""
+        return self.name.endswith("Model") and "LMHead" not in self.name
+
     def kind(self, parameter: str) -> str:
         """Return what holds a matrix, by its path in memory: one of `kinds`, or `linear`."""
         template = _NUMBER.sub("N", parameter).removeprefix(f"{self.prefix}.")
@@ -84,8 +89,6 @@ def model_class(name: str) -> ModelClass | None:
         kinds={path: what for what, paths in data["kinds"][kinds].items() for path in paths},
         renamings=tuple(Renaming(*data["renamings"][place]) for place in renamings),
     )
-
-
 
 
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:

@@ -15,7 +15,7 @@ from adapterkit.model import Kind, PeftSource
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from adapterkit.base.classes import ModelClass
+    from adapterkit.base.classes import ModelClass, Renaming
     from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.tensor import LazyTensor
 
@@ -135,10 +135,35 @@ class Places:
 
     def memory(self, name: str) -> str:
         """Return the path in the base's class of a stored parameter or module."""
-        for renaming in self.cls.renamings if self.cls else ():
-            if (found := renaming.memory(name)) != name:
-                return found
-        return name
+        return self._spelling.memory(name) if self._spelling else name
+
+    def live(self, name: str) -> str:
+        """Return the path in the base's class of a module or parameter in any of its spellings.
+
+        What the base does not store keeps its name, but for the wrapper's prefix.
+        """
+        if (stored := self.of(name)) is not None:
+            whole = stored == self.find(name)
+            return self.memory(stored if whole else stored.removesuffix(_WEIGHT))
+        match = find_rule(self.base.architecture, name)
+        if match is None or match.rule.alias or not self.base.text_prefix:
+            return name
+        path = match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))
+        if not path.startswith("model."):
+            return name
+        return self.base.text_prefix + path.removeprefix("model.")
+
+    def in_class(self, module: str) -> str:
+        """Return a path of the family's table as the base's own class has it.
+
+        Tables are of one class with a head: others of the family have another prefix for their
+        trunk (`roberta.` for `bert.`), and those without a head none.
+        """
+        root, cls = self.base.architecture.root, self.cls
+        if not root or cls is None or self.base.text_prefix or not module.startswith(root):
+            return module
+        prefix = "" if cls.headless else f"{cls.prefix}."
+        return prefix + module.removeprefix(root)
 
     def kind(self, name: str) -> str | None:
         """Return what holds a stored matrix, as `ModelClass.kind`; None for a class not known."""
@@ -229,6 +254,22 @@ class Places:
             yield name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
 
     @cached_property
+    def _spelling(self) -> Renaming | None:
+        """The renaming by which the checkpoint is spelled; None if it has the names in memory.
+
+        It is the one by which most of the tables that the class is known to have are there.
+        """
+        if self.cls is None or not self.cls.renamings:
+            return None
+        known = self.cls
+
+        def hits(renaming: Renaming | None) -> int:
+            names = map(renaming.memory, self.base.names) if renaming else self.base.names
+            return sum(known.kind(name) != "linear" for name in names)
+
+        return max((*known.renamings, None), key=hits)
+
+    @cached_property
     def _by_memory(self) -> Mapping[str, str]:
         return {self.memory(name): name for name in self.base.tensors}
 
@@ -288,4 +329,3 @@ class Places:
                 if match:
                     return match.rule.hf, match.layer, match.expert, suffix
         return None
-

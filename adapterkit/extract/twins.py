@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule
 from adapterkit.architectures.table import Match
+from adapterkit.base.places import Places
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.extract.difference import Stored, differ
 from adapterkit.extract.spelling import (
@@ -19,7 +20,6 @@ from adapterkit.extract.spelling import (
     rows_of,
     wanted_rule,
 )
-from adapterkit.base.places import Places
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

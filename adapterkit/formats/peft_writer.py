@@ -150,9 +150,9 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
     config["base_model_name_or_path"] = name
     if base and not source:
         places = Places(base)
-        config["fan_in_fan_out"] = any(
-            rule.conv1d for rule in base.architecture.rules
-        ) or any(map(places.conv1d, ranks))
+        config["fan_in_fan_out"] = any(rule.conv1d for rule in base.architecture.rules) or any(
+            map(places.conv1d, ranks)
+        )
     return config
 
 

@@ -12,7 +12,6 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.into.magnitudes import magnitude_of, moved_magnitudes
 from adapterkit.merge.into.reading import token_rows
 from adapterkit.merge.into.steps import Added, Magnitude, Product, Replaced, RowsReplaced
-from adapterkit.model import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
