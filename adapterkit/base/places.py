@@ -145,13 +145,17 @@ class Places:
         if (stored := self.of(name)) is not None:
             whole = stored == self.find(name)
             return self.memory(stored if whole else stored.removesuffix(_WEIGHT))
-        match = find_rule(self.base.architecture, name)
-        if match is None or match.rule.alias or not self.base.text_prefix:
-            return name
-        path = match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))
-        if not path.startswith("model."):
-            return name
+        path = self.canonical(name)
+        if not self.base.text_prefix or not path.startswith("model."):
+            return self.in_class(path)
         return self.base.text_prefix + path.removeprefix("model.")
+
+    def canonical(self, module: str) -> str:
+        """Return a path as the family's table has it; itself if the table has none."""
+        match = find_rule(self.base.architecture, module)
+        if match is None or match.rule.alias:
+            return module
+        return match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))
 
     def in_class(self, module: str) -> str:
         """Return a path of the family's table as the base's own class has it.

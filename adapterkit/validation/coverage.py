@@ -138,7 +138,7 @@ def _own_path(module: str, places: Places) -> bool:
     if base.kind == "gguf":
         return True  # a GGUF does not tell which class it was made from
     if not base.text_prefix:
-        return plain
+        return places.in_class(places.canonical(module)) == module if places.cls else plain
     # transformers moved text towers about; every wrapped spelling is taken for one of them.
     return not plain or in_tower(module)
 
