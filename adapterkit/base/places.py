@@ -87,7 +87,7 @@ class Places:
 
     def own(self, module: str) -> bool:
         """Tell whether a path is that of a module in the base's class, as far as names tell."""
-        return not self._named or module in self._named or module in map(self.memory, self._named)
+        return not self._named or module in self._named or module in self._live
 
     def role(self, parameter: str) -> str | None:
         """Return `token_embd` or `output` for the two that may be tied, else None."""
@@ -320,6 +320,10 @@ class Places:
     @cached_property
     def _named(self) -> frozenset[str]:
         return frozenset(name.rpartition(".")[0] for name in self.base.names)
+
+    @cached_property
+    def _live(self) -> frozenset[str]:
+        return frozenset(map(self.memory, self._named))
 
     @cached_property
     def _spots(self) -> frozenset[Spot]:

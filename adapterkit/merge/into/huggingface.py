@@ -130,7 +130,7 @@ def _beside(
     elif key.role is Role.FULL:
         name = names.find(key.module) or _tied_output(key.module, names)
         if name is None:
-            raise _absent(source, names, key.module)
+            raise _without(source, names, key.module)
         yield name, Replaced(source.label, key.module, tensor, weight)
     elif key.role is Role.TOKEN_ROWS:
         name = names.of(key.module) or _tied_output(f"{key.module}.weight", names)
@@ -138,6 +138,17 @@ def _beside(
             raise _absent(source, names, key.module)
         tokens = token_rows(source, key.module)
         yield name, RowsReplaced(source.label, key.module, tokens, tensor, weight)
+
+
+def _without(source: Source, names: Places, parameter: str) -> IncompatibleBaseError:
+    """Say of a parameter that was trained whole, mostly a head, that the base has none."""
+    titled = ", ".join(names.base.classes) or "a model of no named class"
+    return IncompatibleBaseError(
+        f"was trained whole, and the base {names.base.path}, {titled}, has no such parameter; "
+        "merge into a base of the class that was trained",
+        path=source.label,
+        where=parameter,
+    )
 
 
 def _absent(source: Source, names: Places, module: str) -> IncompatibleBaseError:
