@@ -162,8 +162,8 @@ def _task(base: BaseModel | None) -> str | None:
     generates = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     if classes and not any(name.endswith(generates) for name in classes):
         return None
-    facts = base.facts if base else {}
-    return "SEQ_2_SEQ_LM" if facts.get("is_encoder_decoder") is True else "CAUSAL_LM"
+    both = base is not None and base.facts.get("is_encoder_decoder") is True
+    return "SEQ_2_SEQ_LM" if both else "CAUSAL_LM"
 
 
 def _ranks_and_scales(adapter: AdapterTensorSet) -> tuple[dict[str, int], dict[str, float]]:
