@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak lint types bench setup clean
+.PHONY: demo test test-all soak lint types bench setup clean
 
 setup: $(STAMP)  ## create the environment
 
@@ -19,6 +19,9 @@ demo: $(STAMP)  ## inspect, convert and run a real adapter in llama.cpp
 
 test: $(STAMP)  ## run every test, oracles included
 	$(BIN)/pytest -n 2
+
+test-all: $(STAMP)  ## every test, on every model class that transformers can build small
+	$(BIN)/pytest -n 2 -m "not soak"
 
 soak: $(STAMP)  ## kill, race and starve every command that writes, at real size; counts in build/soak.json
 	$(BIN)/pytest tests/soak -m soak

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.loading import Need, load
 from adapterkit.notes import Loss
+from adapterkit.passes.naming import NAMES
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
@@ -90,12 +91,15 @@ def convert(
     )
     options = replace(loaded.options, dtype=dtype, unverified=unverified)
     ready = admitted(loaded.adapter, target, options, allow_lossy=allow_lossy, passed=loaded.losses)
-    changed = apply(prepare, ready.adapter, Context(base=loaded.base))
-    proven = save(changed.adapter, destination, target, options, force=force, against=ready.adapter)
+    context = Context(base=loaded.base)
+    # The proof compares modules by name, so it is of the adapter under its new names.
+    named = apply([step for step in prepare if step == NAMES], ready.adapter, context)
+    changed = apply([step for step in prepare if step != NAMES], named.adapter, context)
+    proven = save(changed.adapter, destination, target, options, force=force, against=named.adapter)
     return ConversionReport(
         **vars(proven),
         source=loaded.label,
         source_format=loaded.format,
         losses=ready.losses,
-        notes=(*loaded.told, *map(str, changed.notes), *ready.warnings),
+        notes=(*loaded.told, *map(str, (*named.notes, *changed.notes)), *ready.warnings),
     )

@@ -11,7 +11,6 @@ from adapterkit.base import BaseModel, find_base, open_base
 from adapterkit.errors import (
     FormatError,
     IncompatibleBaseError,
-    UnknownArchitectureError,
     UnknownFormatError,
     UnsupportedError,
     UsageError,
@@ -234,7 +233,7 @@ def open_model(base: BaseModel | Path | str | None) -> BaseModel | None:
     Raises:
         NotFoundError: if there is no model.
         FormatError: if a file of it is malformed.
-        UnknownArchitectureError: if no family file describes it.
+        UnknownArchitectureError: if no family file describes a GGUF file's model.
     """
     return base if base is None or isinstance(base, BaseModel) else open_base(base)
 
@@ -272,7 +271,8 @@ def _readings_with_recorded_base(
         reading = _read(source, options, need)
         model, note = _recorded_base(reading.adapter)
         if model is not None:
-            return _readings(found, replace(options, base=model), need)
+            done = _readings(found, replace(options, base=model), need)
+            return [replace(each, notes=(*each.notes, *note)) for each in done]
         readings.append(replace(reading, notes=(*reading.notes, *note)))
     return readings
 
@@ -309,12 +309,26 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
 
 
 def _recorded_base(adapter: AdapterTensorSet) -> tuple[BaseModel | None, tuple[Note, ...]]:
+    name, source = adapter.base.name, adapter.provenance
+    if not name or source is None:
+        return find_base(name) if name else None, ()
+    folder = source.path if source.path.is_dir() else source.path.parent
     try:
-        return find_base(adapter.base.name), ()
-    except UnknownArchitectureError:
-        return None, ()  # what needs the base will say so; many targets do not
+        if (place := _model_at(folder, name)) is not None:
+            note = Note(f"the base is {place}, which the adapter names")
+            return open_base(place), (note,)
+        return find_base(name), ()
     except FormatError as error:
-        return None, (Note(f"the base in the hub cache is not used: {error}"),)
+        return None, (Note(f"the base that it names is not used: {error}"),)
+
+
+def _model_at(folder: Path, name: str) -> Path | None:
+    """Return the model directory of a path that an adapter names, as PEFT takes it or beside it."""
+    try:
+        found = [path for path in (Path(name), folder / name) if (path / "config.json").is_file()]
+    except (OSError, ValueError):  # no name of a file
+        return None
+    return found[0] if found else None
 
 
 def _prepared(loaded: Loaded, need: Need, context: Context, *, any_vocabulary: bool) -> Loaded:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.fit import misfits
+from adapterkit.base.places import Places
 from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError, UsageError
 from adapterkit.factors import concatenated
 from adapterkit.loading import Need, load, open_model, recognise
@@ -171,8 +172,10 @@ class AdapterStack:
         ):
             message = f"is made for {recorded}, the base is {base.architecture.gguf}"
             raise AdapterIncompatibleError(message, path=path)
+        places = Places(base)
         for pair in adapter.pairs():
-            if find_rule(base.architecture, pair.module) is None and not in_tower(pair.module):
+            tower = base.architecture.known and in_tower(pair.module)
+            if places.has(pair.module) is False and not tower:
                 message = f"is no module of {base.architecture.title}"
                 raise AdapterIncompatibleError(message, path=path, where=pair.module)
         for wrong in misfits(adapter, base):

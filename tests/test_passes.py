@@ -55,8 +55,12 @@ def adapter() -> AdapterTensorSet:
 
 
 def base(folder: Path, rows: int) -> BaseModel:
+    return open_base(written(folder, rows))
+
+
+def written(folder: Path, rows: int, cls: str = "LlamaForCausalLM") -> Path:
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [cls],
         "model_type": "llama",
         "hidden_size": WIDTH,
         "intermediate_size": WIDTH,
@@ -65,7 +69,7 @@ def base(folder: Path, rows: int) -> BaseModel:
         "vocab_size": rows,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    return open_base(folder / "config.json")
+    return folder / "config.json"
 
 
 def dense(adapter: AdapterTensorSet) -> dict[str, np.ndarray]:
@@ -92,11 +96,22 @@ def fitted(adapter: AdapterTensorSet, model: BaseModel, *, allow_lossy: bool = F
 
 
 def test_passes_are_named_and_promise_something() -> None:
-    names = ["declaration", "initialisation", "vocabulary", "uniform", "drop"]
+    names = ["declaration", "initialisation", "vocabulary", "uniform", "names", "drop"]
     assert [known.name for known in PASSES] == names
     assert all(known.promise for known in PASSES)
     with pytest.raises(UsageError, match="known: declaration, initialisation"):
         by_name("nonsense")
+
+
+def test_modules_are_named_as_the_class_has_them(adapter: AdapterTensorSet, tmp_path: Path) -> None:
+    headless = open_base(written(tmp_path, ROWS, "LlamaModel"))
+    done = apply(["names"], adapter, Context(base=headless))
+    names = {name: name.removeprefix("model.") for name in adapter.modules}
+    before, after = dense(adapter), dense(done.adapter)
+    assert after.keys() == set(names.values())
+    for old, new in names.items():
+        np.testing.assert_array_equal(after[new], before[old])
+    assert "embed_tokens" in str(done.notes[0])
 
 
 @pytest.mark.parametrize("name", [known.name for known in PASSES])

@@ -29,8 +29,28 @@ GROUPS = tomllib.loads(DATA.read_text(encoding="utf-8"))["refused"]
 )
 def test_reason_is_given(config: dict[str, object], reason: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
+    base = open_base(tmp_path / "config.json")
     with pytest.raises(UnknownArchitectureError, match=reason):
-        open_base(tmp_path / "config.json")
+        _ = base.family
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({"architectures": ["LlamaModel"], "model_type": "llama"}, "llama"),
+        ({"model_type": "llama"}, "llama"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "qwen3"),
+        # llama.cpp has other architectures for these two.
+        ({"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}, ""),
+        ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, ""),
+        ({"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}, ""),
+        ({"architectures": ["BitnetForCausalLM"], "model_type": "llama"}, ""),
+    ],
+)
+def test_class_decides(config: dict[str, object], family: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = open_base(tmp_path / "config.json")
+    assert (base.architecture.name, base.architecture.known) == (family, bool(family))
 
 
 def test_no_family_is_refused_and_no_name_twice() -> None:
@@ -38,5 +58,5 @@ def test_no_family_is_refused_and_no_name_twice() -> None:
     assert len(names) == len(set(names))
     for name in names:
         assert refusal(name)
-        assert not [a for a in find(name) if name in {*a.classes, *a.model_types}]
+        assert not [a for a in find(name) if name in a.names]
     assert refusal("LlamaForCausalLM") is None

@@ -10,6 +10,7 @@ from adapterkit.architectures.table import (
     find,
     load,
     refusal,
+    unlisted,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "find",
     "load",
     "refusal",
+    "unlisted",
 ]

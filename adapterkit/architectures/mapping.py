@@ -17,7 +17,7 @@ from adapterkit.errors import IncompatibleBaseError
 from adapterkit.model import Kind, Update
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     import numpy as np
 
@@ -43,6 +43,15 @@ class Mapped:
     unmatched: tuple[str, ...]
     sources: Mapping[str, tuple[str, ...]]
     unsized: tuple[str, ...] = ()
+
+    def renamed(self, rename: Callable[[str], str]) -> Mapped:
+        """Return this with other new names."""
+        return replace(
+            self,
+            pairs=tuple(replace(pair, module=rename(pair.module)) for pair in self.pairs),
+            sources={rename(name): old for name, old in self.sources.items()},
+            unsized=tuple(map(rename, self.unsized)),
+        )
 
 
 def find_rule(architecture: Architecture, module: str) -> Match | None:
@@ -81,7 +90,9 @@ def to_engine(
     Raises:
         BaseRequiredError: if the base does not state a size that a rule needs.
         IncompatibleBaseError: if a module's rows cannot be heads of this base.
+        UnknownArchitectureError: if no table describes the model.
     """
+    architecture.require_known()
     engine: list[Update] = []
     unmatched: list[str] = []
     sources: dict[str, tuple[str, ...]] = {}
@@ -147,7 +158,11 @@ def from_engine(
         layout: `experts` for one module per expert, `fused` for one 3-D parameter.
         like: modules of another adapter, whose spelling is to be used where a family has several.
         text_prefix: spelling of the text tower in a multimodal class, in place of `model.`.
+
+    Raises:
+        UnknownArchitectureError: if no table describes the model.
     """
+    architecture.require_known()
     spelling = _spelling(architecture, like)
     groups: dict[tuple[Rule, int | None], dict[int, Update]] = {}
     unmatched: list[str] = []

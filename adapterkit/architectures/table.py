@@ -1,7 +1,8 @@
 """One model family as data: which Hugging Face parameter is which llama.cpp tensor, and how.
 
 A family file holds `title`, `gguf` (the name llama.cpp knows it by), `classes` and `model_types`
-(Hugging Face), `tied` (whether the output shares the embedding when the config does not say),
+(Hugging Face), `other_heads` (classes of the same trunk without a head, or with one that llama.cpp
+does not have), `tied` (whether the output shares the embedding when the config does not say),
 `verified` (`engine`, `dense` or `no`), optionally `select` (an expression over parameters that must
 be non-zero for this family to be meant, where several share a GGUF name), `include` (blocks of
 rules), `inert` with `inert_build` (tensors that llama.cpp loads adapters for and never applies),
@@ -42,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.architectures.expressions import Call, parse_call
+from adapterkit.errors import UnknownArchitectureError
 
 _HERE = Path(__file__).parent
 _FAMILIES = _HERE / "families"
@@ -134,7 +136,8 @@ class Architecture:
         title: as people call it.
         gguf: `general.architecture` of a GGUF file.
         classes: Hugging Face classes, the first is the one to write.
-        model_types: Hugging Face `model_type` values.
+        other_heads: classes of the same trunk without a head, or with one of their own.
+        model_types: Hugging Face `model_type` values, of configs that name no class.
         tied: whether output and embedding share weights when the config does not say.
         verified: `engine` (logits equal in llama.cpp), `dense` (full weights), or `no`.
         select: parameter expression that must be non-zero, or None.
@@ -142,6 +145,7 @@ class Architecture:
         inert_build: llama.cpp build on which that was seen.
         rules: every rule, in table order.
         parameters: the family's own sizes, over those of parameters.toml.
+        absent: why no file describes this model; empty for a family of a file.
     """
 
     name: str
@@ -156,6 +160,27 @@ class Architecture:
     inert_build: str
     rules: tuple[Rule, ...]
     parameters: Mapping[str, Mapping[str, tuple[str, ...]]]
+    absent: str = ""
+    other_heads: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every class and model type by which config.json may call it."""
+        return frozenset((*self.classes, *self.other_heads, *self.model_types))
+
+    @property
+    def known(self) -> bool:
+        """Whether a file describes it; of any other nothing is known but the checkpoint's names."""
+        return not self.absent
+
+    def require_known(self, path: Path | None = None) -> None:
+        """Refuse a model without a table where names of another program are asked for.
+
+        Raises:
+            UnknownArchitectureError: naming the model's class.
+        """
+        if self.absent:
+            raise UnknownArchitectureError(self.absent, path=path)
 
     def is_inert(self, name: str) -> bool:
         """Tell whether llama.cpp ignores an adapter of this tensor (name without `.weight`)."""
@@ -175,11 +200,8 @@ class Architecture:
     @property
     def root(self) -> str:
         """Component that headless models leave out: `model.` or `transformer.`."""
-        return _embedding(self).split(".", 1)[0] + "."
-
-
-def _embedding(architecture: Architecture) -> str:
-    return next(rule.hf for rule in architecture.rules if rule.kind == "embedding")
+        tables = (rule.hf for rule in self.rules if rule.kind == "embedding")
+        return next((table.split(".", 1)[0] + "." for table in tables), "")
 
 
 @cache
@@ -253,8 +275,36 @@ def load(name: str) -> Architecture:
         select=data.get("select"),
         inert=tuple(data.get("inert", ())),
         inert_build=data.get("inert_build", ""),
+        other_heads=tuple(data.get("other_heads", ())),
         rules=tuple(_rule(path, fields) for path, fields in raw.items()),
         parameters=_parameters(data.get("parameters", {})),
+    )
+
+
+@cache
+def unlisted(names: tuple[str, ...]) -> Architecture:
+    """Return the family of a model that no file describes: without rules, titled by its class.
+
+    Args:
+        names: its classes and model types, as config.json has them, the class first.
+    """
+    shown = ", ".join(dict.fromkeys(names)) or "no architecture"
+    reason = next(filter(None, map(refusal, names)), None)
+    missing = f"{shown} is not in the tables; `adapterkit architectures` lists what is"
+    return Architecture(
+        name="",
+        title=names[0] if names else "a model without a class",
+        gguf="",
+        classes=names,
+        model_types=(),
+        tied=False,
+        verified="no",
+        select=None,
+        inert=(),
+        inert_build="",
+        rules=(),
+        parameters={},
+        absent=f"{shown}: {reason}" if reason else missing,
     )
 
 
@@ -266,7 +316,7 @@ def find(key: str) -> tuple[Architecture, ...]:
     quoted = f'"{key}"'
     names = (path.stem for path in sorted(_FAMILIES.glob("*.toml")) if quoted in _text(path))
     loaded = (load(name) for name in names)
-    return tuple(a for a in loaded if key in {*a.classes, *a.model_types, a.gguf})
+    return tuple(a for a in loaded if key in {*a.names, a.gguf})
 
 
 def refusal(name: str) -> str | None:

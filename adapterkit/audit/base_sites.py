@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
+from adapterkit.architectures.mapping import from_engine, to_engine
 from adapterkit.audit.base_report import NotCompared
-from adapterkit.base.weights import BaseWeights
+from adapterkit.base.places import Places
 from adapterkit.dtype import DType
-from adapterkit.errors import AdapterKitError
+from adapterkit.errors import AdapterKitError, UnsupportedError
 from adapterkit.keys import Role
 from adapterkit.model import Kind, Update
 from adapterkit.tensor import LazyTensor
@@ -57,7 +57,7 @@ def sites(adapter: AdapterTensorSet, base: BaseModel) -> tuple[list[Site], list[
     if base.kind == "gguf":
         found, missing = _in_gguf(pairs, base)
     else:
-        found, missing = _in_checkpoint(pairs, base)
+        found, missing = _in_checkpoint(pairs, base, adapter)
     usable: list[Site] = []
     for site in found:
         try:
@@ -133,63 +133,56 @@ def _rescaled(site: Site, ratio: float) -> Site:
     return replace(site, pair=replace(site.pair, b=scaled, scale=site.pair.scale / ratio))
 
 
-def _in_checkpoint(pairs: list[Update], base: BaseModel) -> tuple[list[Site], list[NotCompared]]:
-    weights = BaseWeights(base)
+def _in_checkpoint(
+    pairs: list[Update], base: BaseModel, adapter: AdapterTensorSet
+) -> tuple[list[Site], list[NotCompared]]:
+    places = Places(base)
     found: list[Site] = []
+    missing: list[NotCompared] = []
     elsewhere: list[Update] = []
     for pair in pairs:
-        stored = _stored(pair.module, weights)
+        stored = _stored(pair.module, places)
         if stored is None:
             elsewhere.append(pair)
+            continue
+        try:
+            turned = places.turned(pair, stored, adapter)
+        except UnsupportedError as error:
+            missing.append(NotCompared(pair.module, error.message))
         else:
-            found.append(Site((pair.module,), pair, stored, _turned(pair, stored, weights)))
-    respelled, missing = _respelled(elsewhere, weights)
-    return found + respelled, missing
+            found.append(Site((pair.module,), pair, stored, turned))
+    respelled, absent = _respelled(elsewhere, places, adapter)
+    return found + respelled, missing + absent
 
 
-def _stored(module: str, weights: BaseWeights) -> LazyTensor | None:
+def _stored(module: str, places: Places) -> LazyTensor | None:
     """Return a module's weight, a bare parameter, or the table that an absent output shares."""
-    found = weights.stored(module) or weights.base.tensors.get(module)
-    if found is None and _target(module, weights) == _OUTPUT:
-        tables = (name for name in weights.modules() if _target(name, weights) == _TABLE)
-        found = next((weights.stored(name) for name in tables), None)
-    return found
+    name = places.of(module) or places.shared(f"{module}.weight")
+    return places.base.tensors[name] if name else None
 
 
-def _target(module: str, weights: BaseWeights) -> str | None:
-    match = find_rule(weights.base.architecture, module)
-    return match.rule.targets[0].name if match and match.rule.targets else None
-
-
-def _turned(pair: Update, stored: LazyTensor, weights: BaseWeights) -> bool:
-    if pair.embedding:
-        return True
-    match = find_rule(weights.base.architecture, pair.module)
-    if match is not None:
-        return match.rule.conv1d or match.rule.stored_turned
-    return pair.shape != stored.shape and pair.shape[::-1] == stored.shape
-
-
-def _respelled(pairs: list[Update], weights: BaseWeights) -> tuple[list[Site], list[NotCompared]]:
+def _respelled(
+    pairs: list[Update], places: Places, adapter: AdapterTensorSet
+) -> tuple[list[Site], list[NotCompared]]:
     """Look experts and fused projections up under the checkpoint's spelling, by llama.cpp's."""
-    base, found = weights.base, list[Site]()
+    base, found = places.base, list[Site]()
     if not pairs:
         return [], []
+    if not base.architecture.known:
+        return [], _absent((pair.module for pair in pairs), "is not in the base")
     try:
         there = to_engine(base.architecture, base.sizes, pairs)
-        back = from_engine(
-            base.architecture, base.sizes, there.pairs, like=tuple(weights.modules())
-        )
+        back = from_engine(base.architecture, base.sizes, there.pairs, like=places.spelled)
     except AdapterKitError as error:
         return [], _absent((pair.module for pair in pairs), f"is not in the base: {error.message}")
     missing = _absent(there.unmatched, "is not in the base")
     for pair in back.pairs:
         origins = tuple(o for part in back.sources[pair.module] for o in there.sources[part])
-        stored = _stored(pair.module, weights)
+        stored = _stored(pair.module, places)
         if stored is None:
             missing += _absent(origins, "is not in the base")
         else:
-            found.append(Site(origins, pair, stored, _turned(pair, stored, weights)))
+            found.append(Site(origins, pair, stored, places.turned(pair, stored, adapter)))
     return found, missing
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, to_engine
-from adapterkit.base.weights import BaseWeights
+from adapterkit.base.places import Places
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError
 from adapterkit.model import Kind
 
@@ -58,15 +58,19 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
     """
     kept = adapter.engine_layout
     pairs = [pair for pair in adapter.pairs() if pair.module not in kept and pair.sound]
-    weights = BaseWeights(base)
+    weights = Places(base)
     fitting: list[Update] = []
     for pair in pairs:
         match = find_rule(base.architecture, pair.module)
         wrong = _beyond(pair, match, base)
         if wrong is None and pair.kind is Kind.CONVOLUTION:
-            wrong = _other_kernel(pair, base)
-        elif wrong is None and base.kind == "hf" and match:
-            wrong = _absent(pair, match, weights) or _wrong_shape(pair, match, base)
+            wrong = _other_kernel(pair, weights)
+        elif wrong is None and base.kind == "hf":
+            wrong = (
+                _absent(pair, match, weights) or _wrong_shape(pair, match, base)
+                if match
+                else _untabled(pair, weights)
+            )
         if wrong:
             yield wrong
         else:
@@ -99,7 +103,7 @@ def _beyond(pair: Update, match: Match | None, base: BaseModel) -> Misfit | None
     return None
 
 
-def _absent(pair: Update, match: Match, weights: BaseWeights) -> Misfit | None:
+def _absent(pair: Update, match: Match, weights: Places) -> Misfit | None:
     """Look the module up among the names of the base's checkpoint, where those are known.
 
     Experts have several spellings in checkpoints, and a tied output is in none.
@@ -125,9 +129,24 @@ def _wrong_shape(pair: Update, match: Match, base: BaseModel) -> Misfit | None:
     return Misfit(pair.module, message, "shape")
 
 
-def _other_kernel(pair: Update, base: BaseModel) -> Misfit | None:
+def _untabled(pair: Update, weights: Places) -> Misfit | None:
+    """Compare a module that no table describes with what the checkpoint stores, either way."""
+    if weights.has(pair.module) is None:
+        message = "no table describes this model, and the base's weights are not there"
+        return Misfit(pair.module, message, "unknown")
+    stored = weights.base.tensors.get(weights.of(pair.module) or "")
+    if stored is None or not stored.dtype.floating or len(stored.shape) != len(pair.shape):
+        return None
+    actual = _oriented(pair)
+    if stored.shape in {actual, (*actual[:-2], *actual[:-3:-1])}:
+        return None
+    message = f"the base has {_shown(stored.shape)} here, the adapter {_shown(actual)}"
+    return Misfit(pair.module, message, "shape")
+
+
+def _other_kernel(pair: Update, weights: Places) -> Misfit | None:
     """Compare a convolution with the base's, which no table describes."""
-    stored = base.tensors.get(f"{pair.module}.weight")
+    stored = weights.stored(pair.module)
     if stored is None or stored.shape == pair.shape:
         return None
     message = f"the base has {_shown(stored.shape)} here, the adapter {_shown(pair.shape)}"

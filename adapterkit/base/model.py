@@ -20,7 +20,9 @@ class BaseModel:
         path: what it was read from.
         kind: `hf` (directory or config.json) or `gguf`.
         name: hub id or recorded name, if any.
-        candidates: families that it may be; several where they share a GGUF architecture.
+        candidates: families that it may be; several where they share a GGUF architecture. A class
+            that no table describes is a family of its own, without rules.
+        classes: names of its Hugging Face class, as config.json has them.
         facts: config.json (text tower) or GGUF keys, as `Sizes` looks them up.
         tensors: stored tensors by Hugging Face or llama.cpp name; empty if only a config is known.
         names: names of all stored tensors, also of shards that are not there; empty if unknown.
@@ -40,11 +42,22 @@ class BaseModel:
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
     tied: bool | None = None
     text_prefix: str = ""
+    classes: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> Architecture:
         """The most likely family."""
         return self.candidates[0]
+
+    @property
+    def family(self) -> Architecture:
+        """The most likely family, for names of other programs.
+
+        Raises:
+            UnknownArchitectureError: if no table describes the model's class.
+        """
+        self.architecture.require_known(self.path)
+        return self.architecture
 
     @property
     def sizes(self) -> Sizes:

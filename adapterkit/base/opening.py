@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import hub
-from adapterkit.architectures import Sizes, find, refusal
+from adapterkit.architectures import Sizes, find, unlisted
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
 from adapterkit.json_file import read_json_object
@@ -42,7 +42,7 @@ def open_base(reference: str | Path) -> BaseModel:
     Raises:
         NotFoundError: if there is nothing at the path and no such model in the cache.
         FormatError: if a file is malformed.
-        UnknownArchitectureError: if no family file describes the model.
+        UnknownArchitectureError: if no family file describes a GGUF file's model.
     """
     path = Path(reference)
     with readable(path):
@@ -106,6 +106,7 @@ def _open_config(path: Path, name: str | None) -> BaseModel:
         names=names,
         tied=_tied((fields, Table(facts, path)), architectures[0], names),
         text_prefix=next((p for key, p in _TEXT_TOWERS.items() if _is_map(config, key)), ""),
+        classes=tuple(fields.optional("architectures", listed(_WORD)) or ()),
     )
 
 
@@ -117,21 +118,20 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]:
+    """Return the families of a model's class, or that of its text tower's.
+
+    The class decides: a model_type says what a model is only where no class is named.
+    """
     fields = Table(config, path)
-    sources = [fields, *filter(None, (_tower(fields, key) for key in _TEXT_TOWERS))]
     named: list[str] = []
-    for source in sources:
-        named += source.optional("architectures", listed(_WORD)) or ()
-    named += [kind for source in sources if (kind := source.optional("model_type", _WORD))]
-    for name in named:
-        if found := tuple(a for a in find(name) if name in {*a.classes, *a.model_types}):
-            return _selected(found, "hf", _text_config(config), path)
-    shown = ", ".join(dict.fromkeys(named)) or "no architecture"
-    if reason := next(filter(None, map(refusal, named)), None):
-        raise UnknownArchitectureError(f"{shown}: {reason}", path=path)
-    raise UnknownArchitectureError(
-        f"{shown} is not in the tables; `adapterkit architectures` lists what is", path=path
-    )
+    for source in [fields, *filter(None, (_tower(fields, key) for key in _TEXT_TOWERS))]:
+        classes = source.optional("architectures", listed(_WORD)) or ()
+        kind = source.optional("model_type", _WORD)
+        for name in classes or filter(None, (kind,)):
+            if found := tuple(a for a in find(name) if name in a.names):
+                return _selected(found, "hf", _text_config(config), path)
+        named += [*classes, *filter(None, (kind,))]
+    return (unlisted(tuple(named)),)
 
 
 def _tower(fields: Table, key: str) -> Table | None:

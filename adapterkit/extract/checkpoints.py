@@ -34,6 +34,8 @@ def open_both(base: Path | str, tuned: Path | str) -> tuple[BaseModel, BaseModel
             path=after.path,
         )
     shared = [family for family in before.candidates if family in after.candidates]
+    if not shared and _same_type(before, after):
+        return before, after
     if not shared:
         raise IncompatibleBaseError(
             f"is {after.architecture.title}, and the base {before.path} is "
@@ -41,6 +43,13 @@ def open_both(base: Path | str, tuned: Path | str) -> tuple[BaseModel, BaseModel
             path=after.path,
         )
     return replace(before, candidates=shared), replace(after, candidates=shared)
+
+
+def _same_type(before: BaseModel, after: BaseModel) -> bool:
+    """Tell whether two models that no table describes are one but for their heads."""
+    known = before.architecture.known or after.architecture.known
+    kinds = {model.facts.get("model_type") for model in (before, after)}
+    return not known and len(kinds) == 1 and None not in kinds
 
 
 def _check_whole(model: BaseModel) -> None:

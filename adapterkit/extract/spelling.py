@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from adapterkit.architectures.table import Match, Rule
     from adapterkit.base.model import BaseModel
-    from adapterkit.merge.into.huggingface import HuggingFaceNames
+    from adapterkit.base.places import Places
     from adapterkit.tensor import LazyTensor
 
 _STACK = 3
 
 
-def live_name(model: BaseModel, module: str, match: Match | None) -> str:
+def live_name(places: Places, module: str, match: Match | None) -> str:
     """Return a stored module as the loaded model calls it.
 
     Checkpoints of a model with a head may leave out the component that it puts before all names
     (`h.0.attn.c_attn` of GPT-2), and multimodal ones spell their text tower in older ways. Without
     a stored name it is the table's.
     """
-    if match is None or match.rule.alias:
+    model = places.base
+    if match is None:
+        return places.memory(module)
+    if match.rule.alias:
         return module
     canonical = match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))
     if model.text_prefix and canonical.startswith("model."):
@@ -29,11 +32,13 @@ def live_name(model: BaseModel, module: str, match: Match | None) -> str:
     return canonical if not module or (headless and _has_head(model)) else module
 
 
-def output_module(model: BaseModel) -> str | None:
+def output_module(places: Places) -> str | None:
     """Return the output layer of a model that may store none, or None for a model without one."""
-    if not _has_head(model):
+    if not places.base.architecture.known:
+        return places.tied_output
+    if not _has_head(places.base):
         return None
-    rules = model.architecture.rules
+    rules = places.base.architecture.rules
     found = (rule.hf for rule in rules if rule.targets[0].name == "output" and not rule.alias)
     return next(found, None)
 
@@ -58,7 +63,7 @@ def wanted_rule(model: BaseModel, match: Match | None, layout: str) -> Rule | No
     return None
 
 
-def count_experts(names: HuggingFaceNames, rule: Rule, layer: int | None) -> int:
+def count_experts(names: Places, rule: Rule, layer: int | None) -> int:
     """Return how many experts a checkpoint has of a parameter that holds them all."""
     count = 0
     while rows_of(names, rule, layer, count):
@@ -67,7 +72,7 @@ def count_experts(names: HuggingFaceNames, rule: Rule, layer: int | None) -> int
 
 
 def rows_of(
-    names: HuggingFaceNames, rule: Rule, layer: int | None, expert: int | None
+    names: Places, rule: Rule, layer: int | None, expert: int | None
 ) -> list[tuple[str, LazyTensor]]:
     """Return the stored rows of one matrix, with their tensors' names, in any layout.
 
@@ -98,7 +103,7 @@ def rows_of(
 
 
 def _target_rows(
-    names: HuggingFaceNames, target: str, layer: int | None, expert: int | None
+    names: Places, target: str, layer: int | None, expert: int | None
 ) -> tuple[str, LazyTensor] | None:
     """Return the rows that fill one llama.cpp tensor, by whatever rule the checkpoint spells."""
     for rule in names.base.architecture.rules:

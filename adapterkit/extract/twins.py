@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule
 from adapterkit.architectures.table import Match
+from adapterkit.base.places import Places
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.extract.difference import Stored, differ
 from adapterkit.extract.spelling import (
@@ -19,7 +20,6 @@ from adapterkit.extract.spelling import (
     rows_of,
     wanted_rule,
 )
-from adapterkit.merge.into.huggingface import HuggingFaceNames
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _TABLES = ("token_embd", "output")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _MATRIX, _STACK = 2, 3
+_UNKNOWN = "is nothing that the family's table knows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,8 @@ class _HuggingFace:
 
     def __init__(self, base: BaseModel, tuned: BaseModel, layout: str) -> None:
         self.base, self.tuned, self.layout = base, tuned, layout
-        self.here, self.there = HuggingFaceNames(tuned), HuggingFaceNames(base)
-        self.mine, self.theirs = _own_output(self.here), _own_output(self.there)
+        self.here, self.there = Places(tuned), Places(base)
+        self.mine, self.theirs = self.here.output, self.there.output
         # A stored copy of the embedding, in one of them only, counts under the embedding's name.
         self.copies = {
             name
@@ -169,6 +170,7 @@ class _HuggingFace:
                 (self.tuned, name, tensor),
                 match.rule if match else None,
                 self._modules(name, module),
+                self.here,
             )
         yield from self._output_of_tied()
 
@@ -177,12 +179,12 @@ class _HuggingFace:
         bias = ".bias" if name.endswith(".bias") else ""
         stem = name.removesuffix(bias or ".weight")
         match = find_rule(self.tuned.architecture, stem)
-        module = live_name(self.tuned, stem, match) + bias
+        module = live_name(self.here, stem, match) + bias
         return (None if bias else match), module
 
     def _modules(self, name: str, module: str) -> tuple[str, ...]:
         """Return what a tensor is the weight of: a table that both models share, of two modules."""
-        output = output_module(self.tuned)
+        output = output_module(self.here)
         shared = self.mine is None and self.theirs is None and self.tuned.tied and self.base.tied
         if output is None or not shared or name != self.here.embedding:
             return (module,)
@@ -190,7 +192,7 @@ class _HuggingFace:
 
     def _output_of_tied(self) -> Iterator[Twin]:
         """Yield the output of a tied model whose base has a table of its own for it."""
-        output, table = output_module(self.tuned), self.here.embedding
+        output, table = output_module(self.here), self.here.embedding
         if self.theirs is None or self.mine is not None or output is None or table is None:
             return
         if not self.tuned.tied:
@@ -199,7 +201,8 @@ class _HuggingFace:
         old, new = self.base.tensors[self.theirs], self.tuned.tensors[table]
         match, _ = self._match(output)
         rule = match.rule if match else None
-        yield _twin((self.base, self.theirs, old), (self.tuned, table, new), rule, (output,))
+        models = (self.base, self.theirs, old), (self.tuned, table, new)
+        yield _twin(*models, rule, (output,), self.here)
 
     def _respelled(self, name: str, match: Match, rule: Rule) -> list[Twin]:
         """Return the matrices that a rule makes of a tensor, put together from both checkpoints.
@@ -226,7 +229,7 @@ class _HuggingFace:
                 tuple(_put_together(self.base, rows) for rows in old),
                 tuple(_put_together(self.tuned, rows) for rows in new),
                 self.tuned.tensors[name],
-                (live_name(self.tuned, "", place),),
+                (live_name(self.here, "", place),),
                 stacked=rule.kind == "experts",
                 turned=rule.stored_turned,
                 respelled=True,
@@ -244,11 +247,7 @@ class _HuggingFace:
         return (self.base, left) if left else None
 
 
-def _own_output(names: HuggingFaceNames) -> str | None:
-    return next((name for name in names.base.tensors if names.role(name) == "output"), None)
-
-
-def _is_copy(names: HuggingFaceNames, output: str) -> bool:
+def _is_copy(names: Places, output: str) -> bool:
     """Tell whether a stored output is the embedding's table to the bit."""
     table = names.embedding
     return table is not None and _equal(names.base, output, table)
@@ -268,8 +267,10 @@ def _twin(
     tuned: tuple[BaseModel, str, LazyTensor],
     rule: Rule | None,
     modules: tuple[str, ...],
+    places: Places | None = None,
 ) -> Twin:
     model, name, tensor = tuned
+    kind = places.kind(name) if places and rule is None else None
     old_model, old_name, old = base
     if old.shape != tensor.shape:
         table = rule is not None and rule.targets[0].name in _TABLES
@@ -283,10 +284,11 @@ def _twin(
         _matrices(model, name, tensor),
         tensor,
         modules,
-        embedding=rule is not None and rule.kind == "embedding",
+        embedding=(rule.kind if rule else kind) == "embedding",
         stacked=len(tensor.shape) == _STACK,
-        turned=rule is not None and model.kind == "hf" and (rule.conv1d or rule.stored_turned),
-        reason=_no_matrix(name, tensor, rule),
+        turned=kind == "conv1d"
+        or (rule is not None and model.kind == "hf" and (rule.conv1d or rule.stored_turned)),
+        reason=_no_matrix(name, tensor, rule, kind),
     )
 
 
@@ -312,15 +314,17 @@ def _matrices(model: BaseModel, name: str, tensor: LazyTensor) -> tuple[Stored, 
     )
 
 
-def _no_matrix(name: str, tensor: LazyTensor, rule: Rule | None) -> str:
+def _no_matrix(name: str, tensor: LazyTensor, rule: Rule | None, kind: str | None) -> str:
     """Return why a tensor is no matrix of a linear layer, or an empty text."""
     if not tensor.dtype.floating:
         return f"holds {tensor.dtype} values, not real numbers"
     if len(tensor.shape) < _MATRIX:
         kind = "norm" if rule is not None and rule.kind == "norm" else "vector"
         return f"is a {'bias' if name.endswith('.bias') else kind}"
+    if rule is None and kind in {"linear", "embedding", "conv1d"} and len(tensor.shape) == _MATRIX:
+        return ""
     if rule is None:
-        return "is nothing that the family's table knows"
+        return f"is no matrix of a linear layer ({kind})" if kind else _UNKNOWN
     stack = rule.kind == "experts" or rule.stacked or rule.per_head
     if not rule.adaptable or (len(tensor.shape) > _MATRIX and not stack):
         return f"is no matrix of a linear layer ({rule.kind})"

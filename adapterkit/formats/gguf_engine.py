@@ -66,7 +66,7 @@ def _family(
     adapter: AdapterTensorSet, options: Options, *, needed: bool
 ) -> tuple[Architecture | None, Sizes | None]:
     if options.base:
-        return options.base.architecture, options.base.sizes
+        return options.base.family, options.base.sizes
     if isinstance(adapter.source, GgufSource) and adapter.source.family:
         # The file names its own family; its sizes stay unknown, and rules that need some say so.
         architecture = load(adapter.source.family)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures import Architecture, Sizes, find
 from adapterkit.architectures.mapping import from_engine
+from adapterkit.base.places import Places
 from adapterkit.containers.gguf import GGUFArray, GGUFFile, ValueType, read_gguf
 from adapterkit.errors import FormatError, IncompatibleBaseError
 from adapterkit.factors import turned
@@ -88,6 +89,8 @@ def _renamed(
     mapped = from_engine(
         architecture, sizes, pairs, layout=layout, like=options.like, text_prefix=prefix
     )
+    if options.base and options.base.kind == "hf" and not options.like:
+        mapped = mapped.renamed(Places(options.base).in_class)
     unknown = set(mapped.unmatched)
     kept = {name: mapped.sources[name][0] for name in mapped.unsized}
     kept.update({name: name for name in mapped.unmatched})
@@ -163,6 +166,7 @@ def _family(
     base = options.base
     candidates = [a for a in (base.candidates if base else find(name)) if a.gguf == name]
     if base and not candidates:
+        base.architecture.require_known(base.path)
         raise IncompatibleBaseError(
             f"is made for architecture {name!r}, the base is {base.architecture.gguf!r}", path=path
         )

@@ -188,7 +188,7 @@ class Names:
                 path=self._document.path,
                 where=pair.module,
             )
-        family = self._base.architecture.name
+        family = self._base.family.name
         call = rule.rows.get(family)
         if call is None:
             raise IncompatibleBaseError(

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from adapterkit.base.weights import BaseWeights
+from adapterkit.base.places import Places
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import (
     AdapterKitError,
@@ -191,7 +191,7 @@ def _modules(stems: list[str], base: BaseModel | None, path: Path) -> dict[str, 
             where=stems[0],
         )
     known: dict[str, list[str]] = defaultdict(list)
-    for module in BaseWeights(base).modules():
+    for module in Places(base).modules():
         known[module.replace(".", "_")].append(module)
     found: dict[str, str] = {}
     for stem, name in plain.items():

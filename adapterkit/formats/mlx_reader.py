@@ -20,7 +20,6 @@ from adapterkit.errors import (
     BaseRequiredError,
     FormatError,
     NotFoundError,
-    UnknownArchitectureError,
     UnsupportedError,
 )
 from adapterkit.factors import fuse_rows, turned, unstack_experts
@@ -129,10 +128,8 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
 
 
 def _cached(name: str | None) -> BaseModel | None:
-    try:
-        return find_base(name)
-    except UnknownArchitectureError:
-        return None
+    found = find_base(name)
+    return found if found and found.architecture.known else None
 
 
 def _grouped(stored: Mapping[str, LazyTensor], path: Path) -> dict[str, dict[str, LazyTensor]]:

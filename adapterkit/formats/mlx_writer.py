@@ -52,7 +52,10 @@ def mlx_adapter(adapter: AdapterTensorSet, base: BaseModel | None) -> MLXAdapter
 
     Raises:
         IncompatibleBaseError: if an expert is adapted that the base does not have.
+        UnknownArchitectureError: if no table describes the base.
     """
+    if base is not None:
+        base.architecture.require_known(base.path)
     pairs: list[Update] = []
     unknown: list[str] = []
     stranded: dict[str, str] = {}

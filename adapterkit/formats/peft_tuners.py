@@ -10,7 +10,7 @@ from adapterkit.base import find_base
 from adapterkit.beside import lying_beside
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
-from adapterkit.errors import FormatError, UnknownArchitectureError, UnsupportedError
+from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.formats.peft_reader import locate
 from adapterkit.formats.peft_tuners_refused import REFUSED
@@ -80,7 +80,7 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
     if not groups:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
     name = fields.optional("base_model_name_or_path", TEXT) or None
-    context = Context(config, config_path, shared, base or _cached(name))
+    context = Context(config, config_path, shared, base or find_base(name))
     scales, ranks = _factors(kind, groups, context, tensors)
     return AdapterTensorSet(
         tensors=tensors,
@@ -161,13 +161,6 @@ def _notes(kind: str, ranks: Mapping[str, int]) -> Iterable[str]:
     yield f"{kind} written out as LoRA of {span}"
     if pruned := [module for module, rank in ranks.items() if not rank]:
         yield f"{len(pruned)} modules were pruned to rank 0 and have no update ({pruned[0]})"
-
-
-def _cached(name: str | None) -> BaseModel | None:
-    try:
-        return find_base(name)
-    except UnknownArchitectureError:
-        return None
 
 
 def _class(fields: Table) -> str | None:

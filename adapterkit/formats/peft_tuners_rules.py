@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.base import BaseModel
-from adapterkit.base.weights import BaseWeights
+from adapterkit.base.places import Places
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
 from adapterkit.formats.peft_config import LARGEST_RANK, LoraConfig
 from adapterkit.tables import Table, number, whole
@@ -68,9 +68,9 @@ class Context:
         return LoraConfig(fields, self.path)
 
     @cached_property
-    def weights(self) -> BaseWeights | None:
+    def weights(self) -> Places | None:
         """Sizes of the base's modules."""
-        return BaseWeights(self.base) if self.base else None
+        return Places(self.base) if self.base else None
 
     def shape(self, module: str) -> tuple[int, int]:
         """Return (out, in) of a module, which some files do not state.

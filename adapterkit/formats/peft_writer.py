@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from adapterkit.base.places import Places
 from adapterkit.beside import carry
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
@@ -147,7 +148,7 @@ def _source(adapter: AdapterTensorSet) -> PeftSource:
 def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     """Return the adapter_config.json for an adapter; a PEFT source's own settings are kept."""
     source: Mapping[str, Any] = _source(adapter).config
-    config = {**_DEFAULTS, **source, **_MEANING}
+    config = {**_DEFAULTS, "task_type": _task(base), **source, **_MEANING}
     config.update(adapter.settings)
     ranks, scales = _ranks_and_scales(spelled_out(adapter))
     parameters = wrapped_parameters(adapter, base)
@@ -159,8 +160,21 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
     name = adapter.base.name or (base.name if base else None)
     config["base_model_name_or_path"] = name
     if base and not source:
-        config["fan_in_fan_out"] = any(rule.conv1d for rule in base.architecture.rules)
+        places = Places(base)
+        config["fan_in_fan_out"] = any(rule.conv1d for rule in base.architecture.rules) or any(
+            map(places.conv1d, ranks)
+        )
     return config
+
+
+def _task(base: BaseModel | None) -> str | None:
+    """Return the task that PEFT is to load a causal model for; encoders need none."""
+    classes = base.classes if base else ()
+    generates = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if classes and not any(name.endswith(generates) for name in classes):
+        return None
+    both = base is not None and base.facts.get("is_encoder_decoder") is True
+    return "SEQ_2_SEQ_LM" if both else "CAUSAL_LM"
 
 
 def _ranks_and_scales(adapter: AdapterTensorSet) -> tuple[dict[str, int], dict[str, float]]:
@@ -259,7 +273,8 @@ def _base_modules(base: BaseModel | None) -> set[str]:
     if base is None or base.text_prefix or _has_tower(base.architecture):
         return set()  # a suffix could hit a vision tower that no table lists
     if base.kind == "hf" and base.has_tensors:
-        return {name.removesuffix(".weight") for name in base.names if name.endswith(".weight")}
+        named = {name.removesuffix(".weight") for name in base.names if name.endswith(".weight")}
+        return named if base.architecture.known else set(map(Places(base).memory, named))
     return set(_table_modules(base))
 
 

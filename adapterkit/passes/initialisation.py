@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterkit.base.weights import BaseWeights
+from adapterkit.base.places import Places
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
 from adapterkit.lowrank.differences import norm
@@ -101,7 +101,7 @@ def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
             continue
         weight = _weight(pair, weights)
         rounded.add(weight.dtype)
-        start = initial(_wide(weight), pair, turned=weights.turned(pair.module))
+        start = initial(_wide(weight), pair, turned=weights.conv1d(pair.module))
         a, b = _joined(pair, start)
         plain.append(replace(pair, a=a, b=b))
         size = norm(plain[-1])
@@ -124,7 +124,7 @@ def _initialisation(setting: str, path: Path | None) -> _Start:
     )
 
 
-def _weights(base: BaseModel | None, setting: str, path: Path | None) -> BaseWeights:
+def _weights(base: BaseModel | None, setting: str, path: Path | None) -> Places:
     if base is None or base.kind != "hf" or not base.has_tensors:
         given = "" if base is None else f"; {base.path} has no Hugging Face weights"
         raise BaseRequiredError(
@@ -132,10 +132,10 @@ def _weights(base: BaseModel | None, setting: str, path: Path | None) -> BaseWei
             f"original weights: give the model's directory with --base{given}",
             path=path,
         )
-    return BaseWeights(base)
+    return Places(base)
 
 
-def _weight(pair: Update, weights: BaseWeights) -> LazyTensor:
+def _weight(pair: Update, weights: Places) -> LazyTensor:
     weight = weights.stored(pair.module)
     if weight is None:
         message = f"is not in {weights.base.path}; is it the right base?"
@@ -149,7 +149,7 @@ def _weight(pair: Update, weights: BaseWeights) -> LazyTensor:
             "quantised",
             where=pair.module,
         )
-    shape = weight.shape[::-1] if weights.turned(pair.module) else weight.shape
+    shape = weight.shape[::-1] if weights.conv1d(pair.module) else weight.shape
     if shape != pair.shape:
         raise IncompatibleBaseError(
             f"the base has {shape[0]} x {shape[1]} here, the adapter "

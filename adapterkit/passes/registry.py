@@ -8,6 +8,7 @@ from adapterkit.errors import UsageError
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.dropping import drop
 from adapterkit.passes.initialisation import undone
+from adapterkit.passes.naming import NAMES, named
 from adapterkit.passes.protocol import Context, Pass, Passed
 from adapterkit.passes.uniform import uniform
 from adapterkit.passes.vocabulary import matched
@@ -39,6 +40,11 @@ PASSES = (
         name="uniform",
         promise="every update stays the same, and all modules have one rank and one scale",
         change=uniform,
+    ),
+    Pass(
+        name=NAMES,
+        promise="every update stays the same, under the path of its module in the base's class",
+        change=named,
     ),
     Pass(
         name="drop",

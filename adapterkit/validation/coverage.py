@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.fit import misfits
+from adapterkit.base.places import Places
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 from adapterkit.formats.gguf_engine import engine_adapter
 from adapterkit.formats.gguf_losses import losses
@@ -100,12 +101,13 @@ def _finding(loss: Loss, target: Target) -> Finding:
 def _by_module(adapter: AdapterTensorSet, base: BaseModel, target: Target) -> list[CoveredModule]:
     wrong = {found.module: found for found in misfits(adapter, base) if found.kind != "unknown"}
     outside = set(outside_targets(adapter))
-    return [_placed(pair, base, target, wrong, outside) for pair in adapter.pairs()]
+    places = Places(base)
+    return [_placed(pair, places, target, wrong, outside) for pair in adapter.pairs()]
 
 
 def _placed(
     pair: Update,
-    base: BaseModel,
+    places: Places,
     target: Target,
     wrong: Mapping[str, Misfit],
     outside: Collection[str],
@@ -114,11 +116,11 @@ def _placed(
     misfit = wrong.get(module)
     if misfit and misfit.kind in {"shape", "expert"}:
         return CoveredModule(module, Outcome.REFUSED, module, misfit.message)
-    if misfit or find_rule(base.architecture, module) is None:
+    if misfit or places.has(module) is False:
         silent = " and says nothing" if absent is Outcome.IGNORED else ""
         reason = f"{target.title} finds no such module{silent}"
         return CoveredModule(module, absent, None, reason)
-    if target.wrapped == "exact" and not _own_path(module, base):
+    if target.wrapped == "exact" and not _own_path(module, places):
         reason = f"{target.title} looks for its very path, and the base's class has another"
         return CoveredModule(module, Outcome.IGNORED, None, reason)
     if module in outside:
@@ -127,13 +129,16 @@ def _placed(
     return CoveredModule(module, Outcome.APPLIED, module)
 
 
-def _own_path(module: str, base: BaseModel) -> bool:
+def _own_path(module: str, places: Places) -> bool:
     """Tell whether the base's class has the module under this path, wrappers and all."""
+    base = places.base
+    if not base.architecture.known:
+        return places.own(module)
     plain = base.architecture.match_hf(module) is not None
     if base.kind == "gguf":
         return True  # a GGUF does not tell which class it was made from
     if not base.text_prefix:
-        return plain
+        return places.in_class(places.canonical(module)) == module if places.cls else plain
     # transformers moved text towers about; every wrapped spelling is taken for one of them.
     return not plain or in_tower(module)
 

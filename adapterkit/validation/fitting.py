@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
-from adapterkit.base.weights import BaseWeights
+from adapterkit.base.places import Places
 from adapterkit.errors import UnsupportedError
 from adapterkit.keys import Role
 from adapterkit.model import GgufSource
@@ -36,7 +36,8 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
         yield Finding("AK300", Severity.UNCHECKED, None, message, hint)
         return
     if (other := other_architecture(adapter, base)) is not None:
-        message = f"is made for {other}, the base is {base.architecture.gguf}"
+        title = base.architecture.gguf or base.architecture.title
+        message = f"is made for {other}, the base is {title}"
         yield Finding("AK301", Severity.ERROR, None, message, "give the base it was made for")
         return
     yield from _identity(adapter, base)
@@ -45,8 +46,9 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
     if known:
         message = "keeps llama.cpp's layout, and the base does not undo it"
         yield Finding("AK306", Severity.UNCHECKED, known[0], message)
+    places = Places(base)
     for pair in adapter.pairs():
-        if pair.module not in kept and _unknown(pair.module, base):
+        if pair.module not in kept and _unknown(pair.module, places):
             message = f"is no module of {base.architecture.title}"
             yield Finding("AK303", Severity.ERROR, pair.module, message, "is it the right base?")
     try:
@@ -65,9 +67,13 @@ def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     if selects is None or config.get("target_parameters"):
         return
     # Quantised checkpoints have other tensors than `.weight` under a module's name.
-    stored = (name.rpartition(".")[0] for name in base.names)
+    stored = [name.rpartition(".")[0] for name in base.names]
+    if not stored and not base.architecture.known:
+        return
+    places = Places(base)
+    live = map(places.memory, stored)
     try:
-        nothing = not any(map(selects, chain(stored, BaseWeights(base).modules())))
+        nothing = not any(map(selects, chain(stored, live, places.modules())))
     except UnsupportedError:
         return  # the sizes that are missing are said to be by the comparison of dimensions
     if nothing:
@@ -83,8 +89,10 @@ def other_architecture(adapter: AdapterTensorSet, base: BaseModel) -> str | None
     return str(recorded) if wrong else None
 
 
-def _unknown(module: str, base: BaseModel) -> bool:
-    return find_rule(base.architecture, module) is None and not in_tower(module)
+def _unknown(module: str, places: Places) -> bool:
+    # Tables leave towers out, and so do some checkpoints that they describe.
+    tower = places.base.architecture.known and in_tower(module)
+    return places.has(module) is False and not tower
 
 
 def _misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adapterkit import AdapterTensorSet, LazyTensor, Role, TensorKey
 from adapterkit.base import open_base
-from adapterkit.base.weights import BaseWeights
+from adapterkit.base.places import Places
 from adapterkit.validation import Severity, check
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def made_for(base: BaseModel, seed: int) -> AdapterTensorSet:
     def factor(*shape: int) -> LazyTensor:
         return LazyTensor.of(random.standard_normal(shape, np.float32))
 
-    weights = BaseWeights(base)
+    weights = Places(base)
     tensors: dict[TensorKey, LazyTensor] = {}
     for module in weights.modules():
         shape = weights.shape(module)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.base.model import BaseModel
 from adapterkit.base.opening import INDEX, weight_map
+from adapterkit.base.places import Places
 from adapterkit.base.quantised import decoded as decoded_base
 from adapterkit.base.schemes import BESIDE, FIELDS, Refused, decodable, quantisation
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.json_file import read_json_object
-from adapterkit.merge.into.huggingface import HuggingFaceNames, checkpoint_steps
+from adapterkit.merge.into.huggingface import checkpoint_steps
 from adapterkit.merge.into.shards import Shard, planned_shards, stored_in
 from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsReplaced
 from adapterkit.merge.into.tying import Tying, as_spelled, resolved
@@ -135,9 +136,9 @@ def plan_checkpoint(
         IncompatibleBaseError: if an adapter does not fit the base; names what.
     """
     spelled = as_spelled(sources, tied=base.tied, choice=tied)
-    sources, tables = grown(spelled, HuggingFaceNames(base))
+    sources, tables = grown(spelled, Places(base))
     stored, base = base, replace(base, tensors={**base.tensors, **tables})
-    names = HuggingFaceNames(base)
+    names = Places(base)
     steps: dict[str, list[Step]] = {}
     for source in sources:
         for name, more in checkpoint_steps(source, names).items():
@@ -225,7 +226,7 @@ def _check_complete(base: BaseModel) -> None:
 
 def _changes(
     base: BaseModel,
-    names: HuggingFaceNames,
+    names: Places,
     steps: Mapping[str, Sequence[Step]],
     dtype: DType | None,
     decoded: Mapping[str, DType],
@@ -295,9 +296,7 @@ def _check_vector(step: Step, source: LazyTensor) -> None:
         )
 
 
-def _vocabulary(
-    base: BaseModel, names: HuggingFaceNames, changes: Mapping[str, Change]
-) -> dict[str, Any]:
+def _vocabulary(base: BaseModel, names: Places, changes: Mapping[str, Change]) -> dict[str, Any]:
     """Return the new vocab_size where tables have other rows; all of them must have the same."""
     tables = {
         name: changes[name].shape[0] if name in changes else base.tensors[name].shape[0]

@@ -4,80 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
+from adapterkit.architectures.mapping import from_engine, to_engine
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.merge.into.magnitudes import magnitude_of, moved_magnitudes
 from adapterkit.merge.into.reading import token_rows
 from adapterkit.merge.into.steps import Added, Magnitude, Product, Replaced, RowsReplaced
-from adapterkit.model import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from adapterkit.base.model import BaseModel
+    from adapterkit.base.places import Places
     from adapterkit.merge.into.steps import Step
     from adapterkit.merge.planning import Source
     from adapterkit.model import Update
     from adapterkit.tensor import LazyTensor
 
-_SUFFIXES = (".weight", ".bias")
 
-
-class HuggingFaceNames:
-    """The stored names of a checkpoint, by Hugging Face name in any spelling of its family."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self.base = base
-
-    def find(self, parameter: str) -> str | None:
-        """Return the stored name of a parameter, or None."""
-        if parameter in self.base.tensors:
-            return parameter
-        place = self._place(parameter)
-        return self._by_place.get(place) if place else None
-
-    def of(self, module: str) -> str | None:
-        """Return the stored name of a module's weight, or of a bare parameter."""
-        return self.find(f"{module}.weight") or self.find(module)
-
-    def role(self, parameter: str) -> str | None:
-        """Return `token_embd` or `output` for the two that may be tied, else None."""
-        place = self._place(parameter)
-        match = find_rule(self.base.architecture, parameter.removesuffix(".weight"))
-        if place is None or match is None or place[-1] != ".weight":
-            return None
-        target = match.rule.targets[0].name
-        return target if target in {"token_embd", "output"} else None
-
-    @cached_property
-    def modules(self) -> tuple[str, ...]:
-        """Every module of the checkpoint, as adapters name it."""
-        return tuple(name.removesuffix(".weight") for name in self.base.tensors)
-
-    @cached_property
-    def embedding(self) -> str | None:
-        """The stored embedding table."""
-        return next((name for name in self.base.tensors if self.role(name) == "token_embd"), None)
-
-    @cached_property
-    def _by_place(self) -> dict[tuple[str, int | None, int | None, str], str]:
-        places = ((self._place(name), name) for name in self.base.tensors)
-        return {place: name for place, name in places if place}
-
-    def _place(self, parameter: str) -> tuple[str, int | None, int | None, str] | None:
-        for suffix in (*_SUFFIXES, ""):
-            if parameter.endswith(suffix):
-                match = find_rule(self.base.architecture, parameter[: len(parameter) - len(suffix)])
-                if match:
-                    return match.rule.hf, match.layer, match.expert, suffix
-        return None
-
-
-def checkpoint_steps(source: Source, names: HuggingFaceNames) -> dict[str, list[Step]]:
+def checkpoint_steps(source: Source, names: Places) -> dict[str, list[Step]]:
     """Return what each stored tensor gets from one adapter; every tensor of it is used.
 
     An output that the checkpoint does not store is named as the adapter names it.
@@ -108,20 +54,17 @@ def checkpoint_steps(source: Source, names: HuggingFaceNames) -> dict[str, list[
     return found
 
 
-def _tied_output(parameter: str, names: HuggingFaceNames) -> str | None:
+def _tied_output(parameter: str, names: Places) -> str | None:
     return parameter if names.role(parameter) == "output" else None
 
 
-def _product(source: Source, names: HuggingFaceNames, name: str, pair: Update) -> Product:
+def _product(source: Source, names: Places, name: str, pair: Update) -> Product:
     stored = names.base.tensors.get(name) or names.base.tensors[names.embedding or ""]
-    match = find_rule(names.base.architecture, pair.module)
-    turned = pair.embedding or (
-        match is not None and (match.rule.conv1d or match.rule.stored_turned)
-    )
+    try:
+        turned = names.turned(pair, stored, source.adapter)
+    except UnsupportedError as error:
+        raise UnsupportedError(error.message, path=source.label, where=pair.module) from None
     shape = _swapped(pair.shape) if turned else pair.shape
-    swaps = match is None and pair.kind is not Kind.CONVOLUTION
-    if swaps and shape != stored.shape and _swapped(shape) == stored.shape:
-        turned, shape = not turned, _swapped(shape)
     if shape != stored.shape:
         raise IncompatibleBaseError(
             f"the base has {_shown(stored.shape)} in {name}, the adapter {_shown(shape)}; is it "
@@ -144,7 +87,7 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 
 def _respelled(
-    source: Source, names: HuggingFaceNames, pairs: list[Update]
+    source: Source, names: Places, pairs: list[Update]
 ) -> Iterator[tuple[Update, list[str], Magnitude | None]]:
     """Yield updates under the checkpoint's spelling of experts, by way of llama.cpp's names.
 
@@ -153,14 +96,16 @@ def _respelled(
     if not pairs:
         return
     base = names.base
+    if not base.architecture.known:
+        raise _absent(source, names, pairs[0].module)
     there = to_engine(base.architecture, base.sizes, pairs)
     if there.unmatched:
         raise _absent(source, names, there.unmatched[0])
-    back = from_engine(base.architecture, base.sizes, there.pairs, like=names.modules)
+    back = from_engine(base.architecture, base.sizes, there.pairs, like=names.spelled)
 
     def move(markers: Iterable[Update]) -> Sequence[Update]:
         engine = to_engine(base.architecture, base.sizes, markers).pairs
-        return from_engine(base.architecture, base.sizes, engine, like=names.modules).pairs
+        return from_engine(base.architecture, base.sizes, engine, like=names.spelled).pairs
 
     magnitudes = moved_magnitudes(source, pairs, move)
     for pair in back.pairs:
@@ -169,7 +114,7 @@ def _respelled(
 
 
 def _beside(
-    source: Source, names: HuggingFaceNames, key: TensorKey, tensor: LazyTensor
+    source: Source, names: Places, key: TensorKey, tensor: LazyTensor
 ) -> Iterator[tuple[str, Step]]:
     weight = source.weight_of(key.module)
     if key.role is Role.LORA_BIAS:
@@ -185,7 +130,7 @@ def _beside(
     elif key.role is Role.FULL:
         name = names.find(key.module) or _tied_output(key.module, names)
         if name is None:
-            raise _without_place(source, names, key.module)
+            raise _without(source, names, key.module)
         yield name, Replaced(source.label, key.module, tensor, weight)
     elif key.role is Role.TOKEN_ROWS:
         name = names.of(key.module) or _tied_output(f"{key.module}.weight", names)
@@ -195,16 +140,18 @@ def _beside(
         yield name, RowsReplaced(source.label, key.module, tokens, tensor, weight)
 
 
-def _without_place(source: Source, names: HuggingFaceNames, module: str) -> IncompatibleBaseError:
+def _without(source: Source, names: Places, parameter: str) -> IncompatibleBaseError:
+    """Say of a parameter that was trained whole, mostly a head, that the base has none."""
+    titled = ", ".join(names.base.classes) or "a model of no named class"
     return IncompatibleBaseError(
-        f"is stored whole, and the base {names.base.path} has no such parameter: give a base of "
-        "the class that it was trained on, which has it",
+        f"was trained whole, and the base {names.base.path}, {titled}, has no such parameter; "
+        "merge into a base of the class that was trained",
         path=source.label,
-        where=module,
+        where=parameter,
     )
 
 
-def _absent(source: Source, names: HuggingFaceNames, module: str) -> IncompatibleBaseError:
+def _absent(source: Source, names: Places, module: str) -> IncompatibleBaseError:
     return IncompatibleBaseError(
         f"is not in the base {names.base.path}; is it the right base?",
         path=source.label,

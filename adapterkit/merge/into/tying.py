@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapterkit.delta import same_bits
 from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.lowrank.differences import same_bits
 from adapterkit.merge.into.steps import Product, Replaced, RowsReplaced
 from adapterkit.model import spelled_out
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base.model import BaseModel
-    from adapterkit.merge.into.huggingface import HuggingFaceNames
+    from adapterkit.base.places import Places
     from adapterkit.merge.planning import Source
     from adapterkit.storage import FileSlice
 
@@ -84,9 +84,7 @@ class Lengthened(RowReader):
         return found[0] if len(found) == 1 else memoryview(b"".join(found))
 
 
-def grown(
-    sources: Sequence[Source], names: HuggingFaceNames
-) -> tuple[list[Source], dict[str, LazyTensor]]:
+def grown(sources: Sequence[Source], names: Places) -> tuple[list[Source], dict[str, LazyTensor]]:
     """Return the adapters fitted to the grown tables, and those tables by stored name.
 
     Raises:
@@ -112,7 +110,7 @@ def grown(
     return [_fitted(source, base) for source in sources], tables
 
 
-def _copies(sources: Sequence[Source], names: HuggingFaceNames) -> Mapping[str, list[Copy]]:
+def _copies(sources: Sequence[Source], names: Places) -> Mapping[str, list[Copy]]:
     """Return the frozen copies of each stored table that has rows for tokens."""
     found: dict[str, list[Copy]] = defaultdict(list)
     for source in sources:
@@ -125,7 +123,7 @@ def _copies(sources: Sequence[Source], names: HuggingFaceNames) -> Mapping[str, 
     return found
 
 
-def _table(module: str, names: HuggingFaceNames) -> str | None:
+def _table(module: str, names: Places) -> str | None:
     """Return the stored table of a module; a tied output's is the embedding."""
     parameter = f"{module}.weight"
     if names.role(parameter) is None:
@@ -133,14 +131,14 @@ def _table(module: str, names: HuggingFaceNames) -> str | None:
     return names.embedding if names.base.tied else names.find(parameter)
 
 
-def _stored_twice(name: str, names: HuggingFaceNames) -> list[str]:
+def _stored_twice(name: str, names: Places) -> list[str]:
     """Return the output that a checkpoint of tied tables stores beside the embedding, if any."""
     if not names.base.tied or name != names.embedding:
         return []
     return [each for each in names.base.tensors if names.role(each) == "output"]
 
 
-def _wanted(sources: Sequence[Source], name: str, names: HuggingFaceNames) -> int:
+def _wanted(sources: Sequence[Source], name: str, names: Places) -> int:
     """Return how many rows the updates of a table have, at most."""
     return max(
         (

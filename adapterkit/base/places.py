@@ -1,0 +1,339 @@
+"""Where a module's weight stands in a base model, whatever its checkpoint calls it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from adapterkit.architectures.mapping import find_rule
+from adapterkit.base.classes import model_class
+from adapterkit.base.model import BaseModel
+from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
+from adapterkit.model import Kind, PeftSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from adapterkit.base.classes import ModelClass, Renaming
+    from adapterkit.model import AdapterTensorSet, Update
+    from adapterkit.tensor import LazyTensor
+
+    Spot = tuple[str, int | None, int | None, str]
+
+EMBEDDING, OUTPUT = "token_embd", "output"
+_WEIGHT = ".weight"
+_SUFFIXES = (_WEIGHT, ".bias")
+_MATRIX = 2
+_MOST_MODULES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Places:
+    """The parameters of a base by Hugging Face path, and how they are stored.
+
+    A path is looked for as it stands, then in other spellings of the same place in the family
+    (`transformer.h.0` and `h.0`), then under what its class's modules are called on disk, with and
+    without the prefix of a class with a head.
+
+    Attributes:
+        base: the model.
+    """
+
+    base: BaseModel
+
+    def find(self, parameter: str) -> str | None:
+        """Return the stored name of a parameter, or None."""
+        if self.base.kind != "hf":
+            return None
+        if parameter in self.base.tensors:
+            return parameter
+        spot = self._spot(parameter)
+        if spot and (found := self._by_spot.get(spot)):
+            return found
+        return self._by_class(parameter)
+
+    def of(self, module: str) -> str | None:
+        """Return the stored name of a module's weight, or of a bare parameter."""
+        return self.find(module + _WEIGHT) or self.find(module)
+
+    def stored(self, module: str) -> LazyTensor | None:
+        """Return a module's weight as it is stored: (out, in), or (in, out) of a Conv1D."""
+        name = self.find(module + _WEIGHT)
+        return self.base.tensors[name] if name else None
+
+    def shared(self, parameter: str) -> str | None:
+        """Return the table that an output shares, where it has no tensor of its own."""
+        return self.embedding if self.role(parameter) == OUTPUT else None
+
+    def has(self, module: str) -> bool | None:
+        """Tell whether the base has a module; None if nothing is known of its modules."""
+        if find_rule(self.base.architecture, module) is not None:
+            return True
+        if self.base.kind != "hf" or not self.base.names:
+            return False if self.base.architecture.known else None
+        return bool(self.of(module)) or self.names_place(module) is True
+
+    def names_place(self, module: str) -> bool | None:
+        """Tell whether the checkpoint names anything of a module; None if its names are unknown.
+
+        Quantised checkpoints have other tensors than `.weight` under a module's name.
+        """
+        if not self._named:
+            return None
+        if module in self._named or self._spot(module + _WEIGHT) in self._spots:
+            return True
+        return any(name in self._named for name in self._spellings(module))
+
+    def own(self, module: str) -> bool:
+        """Tell whether a path is that of a module in the base's class, as far as names tell."""
+        return not self._named or module in self._named or module in self._live
+
+    def role(self, parameter: str) -> str | None:
+        """Return `token_embd` or `output` for the two that may be tied, else None."""
+        if not self.base.architecture.known:
+            return self._tied_roles.get(parameter) or self._tied_roles.get(self.memory(parameter))
+        spot = self._spot(parameter)
+        match = find_rule(self.base.architecture, parameter.removesuffix(_WEIGHT))
+        if spot is None or match is None or spot[-1] != _WEIGHT:
+            return None
+        target = match.rule.targets[0].name
+        return target if target in {EMBEDDING, OUTPUT} else None
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The stored embedding table, where an output may share it."""
+        return next((name for name in self.base.tensors if self.role(name) == EMBEDDING), None)
+
+    @cached_property
+    def output(self) -> str | None:
+        """The stored output."""
+        return next((name for name in self.base.tensors if self.role(name) == OUTPUT), None)
+
+    @cached_property
+    def tied_output(self) -> str | None:
+        """The output, as a path in memory, of a class that no table describes."""
+        outputs = (name for name, role in self._tied_roles.items() if role == OUTPUT)
+        found = next(outputs, None)
+        return found.removesuffix(_WEIGHT) if found else None
+
+    @cached_property
+    def spelled(self) -> tuple[str, ...]:
+        """Every stored weight and bare parameter, without `.weight`."""
+        return tuple(name.removesuffix(_WEIGHT) for name in self.base.tensors)
+
+    def modules(self) -> Iterator[str]:
+        """Yield every module that has a matrix: from the weights, or else from the tables."""
+        if self.base.kind == "hf" and self.base.has_tensors:
+            for name, tensor in self.base.tensors.items():
+                if name.endswith(_WEIGHT) and len(tensor.shape) == _MATRIX:
+                    yield name.removesuffix(_WEIGHT)
+            return
+        for rule in self.base.architecture.rules:
+            if rule.kind in {"linear", "embedding"}:
+                yield from self._numbered(rule.hf)
+
+    def memory(self, name: str) -> str:
+        """Return the path in the base's class of a stored parameter or module."""
+        return self._spelling.memory(name) if self._spelling else name
+
+    def live(self, name: str) -> str:
+        """Return the path in the base's class of a module or parameter in any of its spellings.
+
+        What the base does not store keeps its name, but for the wrapper's prefix.
+        """
+        if (stored := self.of(name)) is not None:
+            whole = stored == self.find(name)
+            return self.memory(stored if whole else stored.removesuffix(_WEIGHT))
+        path = self.canonical(name)
+        if not self.base.text_prefix or not path.startswith("model."):
+            return self.in_class(path)
+        return self.base.text_prefix + path.removeprefix("model.")
+
+    def canonical(self, module: str) -> str:
+        """Return a path as the family's table has it; itself if the table has none."""
+        match = find_rule(self.base.architecture, module)
+        if match is None or match.rule.alias:
+            return module
+        return match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))
+
+    def in_class(self, module: str) -> str:
+        """Return a path of the family's table as the base's own class has it.
+
+        Tables are of one class with a head: others of the family have another prefix for their
+        trunk (`roberta.` for `bert.`), and those without a head none.
+        """
+        root, cls = self.base.architecture.root, self.cls
+        if not root or cls is None or self.base.text_prefix or not module.startswith(root):
+            return module
+        prefix = "" if cls.headless else f"{cls.prefix}."
+        return prefix + module.removeprefix(root)
+
+    def kind(self, name: str) -> str | None:
+        """Return what holds a stored matrix, as `ModelClass.kind`; None for a class not known."""
+        return self.cls.kind(self.memory(name)) if self.cls else None
+
+    def shape(self, module: str) -> tuple[int, int] | None:
+        """Return (out, in) of a linear layer, from the weights or from the configuration."""
+        stored = self.stored(module)
+        match = find_rule(self.base.architecture, module)
+        # Quantised checkpoints store packed shapes; their config tells the logical ones.
+        if stored is not None and stored.dtype.floating and len(stored.shape) == _MATRIX:
+            rows, columns = stored.shape
+            return (columns, rows) if self.conv1d(module) else (rows, columns)
+        if match is None or len(match.rule.shape) != _MATRIX:
+            return None
+        try:
+            rows, columns = (self.base.sizes.value(text, match.layer) for text in match.rule.shape)
+        except BaseRequiredError:
+            return None
+        return rows, columns
+
+    def turned(self, pair: Update, stored: LazyTensor, adapter: AdapterTensorSet) -> bool:
+        """Tell whether an update is to be turned, to (in, out), to be added to a stored tensor.
+
+        The tables and transformers' classes know; else shapes tell, and else what PEFT recorded.
+
+        Raises:
+            UnsupportedError: if nothing tells.
+        """
+        if pair.embedding:
+            return True
+        match = find_rule(self.base.architecture, pair.module)
+        if match is not None:
+            return match.rule.conv1d or match.rule.stored_turned
+        if pair.kind is Kind.CONVOLUTION:
+            return False
+        turned = (*pair.shape[:-2], *pair.shape[:-3:-1])
+        if turned != pair.shape:
+            return pair.shape != stored.shape and turned == stored.shape
+        if self.cls is not None:
+            return self.conv1d(pair.module)
+        source = adapter.source
+        recorded = source.config.get("fan_in_fan_out") if isinstance(source, PeftSource) else None
+        if isinstance(recorded, bool):
+            return recorded
+        raise UnsupportedError(
+            f"is square, and nothing tells whether {self.base.architecture.title} stores it as "
+            "(out, in) or (in, out)",
+            where=pair.module,
+        )
+
+    @cached_property
+    def cls(self) -> ModelClass | None:
+        """What transformers says of the base's class."""
+        return next(filter(None, map(model_class, self.base.classes)), None)
+
+    def conv1d(self, module: str) -> bool:
+        """Tell whether a module is known to be a Conv1D, whose weight is stored as (in, out)."""
+        if match := find_rule(self.base.architecture, module):
+            return match.rule.conv1d
+        return self.cls is not None and self.cls.kind(module + _WEIGHT) == "conv1d"
+
+    def _by_class(self, parameter: str) -> str | None:
+        for name in self._spellings(parameter):
+            if name in self.base.tensors:
+                return name
+        return next(
+            (
+                self._by_memory[name]
+                for name in map(self.memory, self._prefixed(parameter))
+                if name in self._by_memory
+            ),
+            None,
+        )
+
+    def _spellings(self, name: str) -> Iterator[str]:
+        """Yield the names that a parameter or module of the class may have on disk."""
+        for path in self._prefixed(name):
+            yield path
+            for renaming in self.cls.renamings if self.cls else ():
+                yield renaming.disk(path)
+
+    def _prefixed(self, name: str) -> Iterator[str]:
+        """Yield a path as it is, and as it is in the class with, and without, a head."""
+        yield name
+        if self.cls and self.cls.prefix:
+            prefix = self.cls.prefix + "."
+            yield name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+
+    @cached_property
+    def _spelling(self) -> Renaming | None:
+        """The renaming by which the checkpoint is spelled; None if it has the names in memory.
+
+        It is the one by which most of the tables that the class is known to have are there.
+        """
+        if self.cls is None or not self.cls.renamings:
+            return None
+        known = self.cls
+
+        def hits(renaming: Renaming | None) -> int:
+            names = map(renaming.memory, self.base.names) if renaming else self.base.names
+            return sum(known.kind(name) != "linear" for name in names)
+
+        return max((*known.renamings, None), key=hits)
+
+    @cached_property
+    def _by_memory(self) -> Mapping[str, str]:
+        return {self.memory(name): name for name in self.base.tensors}
+
+    @cached_property
+    def _tied_roles(self) -> Mapping[str, str]:
+        """Outputs that share a table, and the table, by their paths in memory."""
+        if self.cls is None:
+            return self._plain_roles()
+        outputs = {
+            output: table
+            for output, table in self.cls.tied.items()
+            if output.endswith(_WEIGHT) and self.cls.kind(output) != "embedding"
+        }
+        roles = dict.fromkeys(outputs, OUTPUT)
+        return roles | dict.fromkeys(outputs.values(), EMBEDDING)
+
+    def _plain_roles(self) -> Mapping[str, str]:
+        """Tell the two of a class that is not known by name and by the size of the vocabulary."""
+        if not self.base.tied or "lm_head.weight" in self.base.names:
+            return {}
+        rows = self.base.facts.get("vocab_size")
+        tables = [
+            name
+            for name, tensor in self.base.tensors.items()
+            if len(tensor.shape) == _MATRIX and tensor.shape[0] == rows
+        ]
+        return {tables[0]: EMBEDDING, "lm_head.weight": OUTPUT} if len(tables) == 1 else {}
+
+    def _numbered(self, pattern: str) -> Iterator[str]:
+        layers = range(self.base.sizes.value("layers") if "{i}" in pattern else 1)
+        experts = range(self.base.sizes.value("experts") if "{e}" in pattern else 1)
+        if len(layers) * len(experts) > _MOST_MODULES:
+            message = f"{len(layers)} layers of {len(experts)} experts are no model"
+            raise FormatError(message, path=self.base.path)
+        for layer in layers:
+            for expert in experts:
+                yield pattern.replace("{i}", str(layer)).replace("{e}", str(expert))
+
+    @cached_property
+    def _by_spot(self) -> dict[Spot, str]:
+        spots = ((self._spot(name), name) for name in self.base.tensors)
+        return {spot: name for spot, name in spots if spot}
+
+    @cached_property
+    def _named(self) -> frozenset[str]:
+        return frozenset(name.rpartition(".")[0] for name in self.base.names)
+
+    @cached_property
+    def _live(self) -> frozenset[str]:
+        return frozenset(map(self.memory, self._named))
+
+    @cached_property
+    def _spots(self) -> frozenset[Spot]:
+        spots = (self._spot(module + _WEIGHT) for module in self._named)
+        return frozenset(spot for spot in spots if spot)
+
+    def _spot(self, parameter: str) -> Spot | None:
+        for suffix in (*_SUFFIXES, ""):
+            if parameter.endswith(suffix):
+                match = find_rule(self.base.architecture, parameter[: len(parameter) - len(suffix)])
+                if match:
+                    return match.rule.hf, match.layer, match.expert, suffix
+        return None
