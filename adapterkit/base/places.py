@@ -166,6 +166,9 @@ class Places:
         root, cls = self.base.architecture.root, self.cls
         if not root or cls is None or self.base.text_prefix or not module.startswith(root):
             return module
+        # Some classes state a prefix that their own names do not have.
+        if any(path.startswith(root) for path in cls.kinds):
+            return module
         prefix = "" if cls.headless else f"{cls.prefix}."
         return prefix + module.removeprefix(root)
 
