@@ -48,7 +48,7 @@ class TestRanks:
 
 
 def test_a_tail_keeps_its_digits_beside_a_large_head() -> None:
-    values = 10.0 ** -np.arange(8)
+    values = np.array([10.0**-power for power in range(8)])
     found = decompose(LowRank(np.diag(values), np.eye(8)), EXACT_ZERO)
     for rank in range(8):
         wanted = float(np.linalg.norm(values[rank:][::-1]))

@@ -72,7 +72,8 @@ def _gram_triangle(gram: Array) -> Array | None:
     values = np.linalg.svd(lower, compute_uv=False)
     if not (values[..., -1] * _GRAM_CONDITION > values[..., 0]).all():
         return None
-    return (lower * lengths[..., None]).swapaxes(-1, -2)
+    upper: Array = np.asarray(lower * lengths[..., None], dtype=np.float64)
+    return upper.swapaxes(-1, -2)
 
 
 def orthogonal_triangle(tall: Array) -> Array:
@@ -104,7 +105,7 @@ def basis(tall: Array) -> tuple[Array, Array]:
     """
     upper = _gram_triangle(_gram(tall))
     if upper is not None:
-        return np.linalg.inv(upper), upper
+        return np.asarray(np.linalg.inv(upper), dtype=np.float64), upper
     upper = orthogonal_triangle(tall)
     size = _size(upper)
     lengths = np.linalg.norm(upper / size, axis=0) * size

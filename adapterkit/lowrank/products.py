@@ -145,7 +145,7 @@ def _widened(values: np.ndarray[Any, Any], dtype: DType, out: Array | None) -> A
         out[...] = values
         return out
     # bf16 is the upper half of float32; through ml_dtypes the same takes four times as long.
-    result: Array = np.empty(values.shape) if out is None else out
+    result = out if out is not None else np.empty(values.shape, np.float64)
     narrow, flat = values.reshape(-1), result.reshape(-1)
     part = np.empty(min(_CHUNK, narrow.size), np.uint32)
     for start in range(0, narrow.size, _CHUNK):

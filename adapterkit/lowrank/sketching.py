@@ -45,6 +45,7 @@ class _Range:
         returns: Mᵀ · M · Q.
         squared: ‖M‖²; None if a pass does not tell.
         passes: how many there were.
+        last: whether no more will come.
     """
 
     basis: Array
@@ -52,6 +53,7 @@ class _Range:
     returns: Array
     squared: float | None
     passes: int
+    last: bool
 
 
 def _ranges(operator: Operator | Plane, block: Array, *, growing: bool) -> Iterator[_Range]:
@@ -67,14 +69,12 @@ def _ranges(operator: Operator | Plane, block: Array, *, growing: bool) -> Itera
         images, returns, squared = operator.pulled(block)
         known = [*(known if growing else []), (block, images, returns)]
         basis, seen, back = (np.concatenate(part, axis=1) for part in zip(*known, strict=True))
-        yield _Range(basis, seen, back, squared, passes)
-        if not growing:
-            block = _orthonormal(returns)
-            continue
-        width = min(block.shape[1], min(operator.shape) - basis.shape[1])
-        if not width:
+        width = min(block.shape[1], min(operator.shape) - basis.shape[1]) if growing else None
+        last = passes == _PASSES or width == 0
+        yield _Range(basis, seen, back, squared, passes, last)
+        if last:
             return
-        block = _beyond(returns[:, :width], basis)
+        block = _orthonormal(returns) if width is None else _beyond(returns[:, :width], basis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +110,10 @@ def leading(operator: Operator, count: int, *, tolerance: float) -> Triplets:
     first = _orthonormal(random.standard_normal((operator.shape[1], count + _EXTRA)))
     for found in _ranges(operator, first, growing=True):
         triplets = _ritz(found, count)
-        if found.passes > 1 and float(triplets.residuals.max()) <= tolerance:
-            break
-    return triplets
+        enough = found.passes > 1 and float(triplets.residuals.max()) <= tolerance
+        if enough or found.last:
+            return triplets
+    raise AssertionError  # the last range has returned
 
 
 def _whole(operator: Operator, count: int) -> Triplets:
@@ -186,9 +187,10 @@ def _randomised(
         residuals = found.returns @ vt.T - (found.basis @ vt.T) * values**2
         squared = found.squared or 0.0
         lacking = max(squared - float(np.sum(values[:rank] ** 2)), 1e-14 * squared)
-        if found.passes > 1 and _gain(values, residuals, rank, floor) <= _GAIN * lacking:
-            break
-    return u, values, vt @ found.basis.T, squared
+        enough = found.passes > 1 and _gain(values, residuals, rank, floor) <= _GAIN * lacking
+        if enough or found.last:
+            return u, values, vt @ found.basis.T, squared
+    raise AssertionError  # the last range has returned
 
 
 def _gain(values: Array, residuals: Array, rank: int, floor: float) -> float:
