@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit import tinylora
+from adapterkit.base.fit import check_fit
 from adapterkit.loading import load, open_model
 from adapterkit.saving import admitted, destination_format, save
 from adapterkit.tinylora import ProjectionReport
@@ -87,7 +88,8 @@ def project_file(
 
     Raises:
         FormatError: if the source is malformed, broken or not finite.
-        UnsupportedError: if the base has no weights, or the adapter holds what no TinyLoRA does.
+        UnsupportedError: if the base has no weights or is another model, or the adapter holds what
+            no TinyLoRA does.
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
@@ -95,6 +97,7 @@ def project_file(
     target = destination_format(destination, to)
     loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
     known = open_model(loaded.base or base)
+    check_fit(loaded.adapter, known)
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
     ready = admitted(result, target, replace(loaded.options, alpha=None), passed=loaded.losses)
     save(ready.adapter, destination, target, loaded.options, force=force)
