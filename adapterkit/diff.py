@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import UncheckableError
 from adapterkit.loading import Need, load_all
+from adapterkit.model.adapter import SETTINGS
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.protocol import Context
 from adapterkit.proof import Comparison, compare, tolerance_for
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from adapterkit.model import AdapterTensorSet
@@ -42,7 +44,8 @@ class DiffReport:
     Attributes:
         a: first path.
         b: second path.
-        equal: whether every update agrees within `tolerance` and none is missing.
+        equal: whether every update agrees within `tolerance`, none is missing, and no setting
+            gives the same tensors another meaning.
         tolerance: relative error that counts as equal.
         max_relative_error: largest error of a module that both have; None without any.
         modules: every module that both have, worst first.
@@ -100,9 +103,9 @@ def diff(
     _check_plain(first, second, comparison)
     stored = (t.dtype for adapter in (first, second) for t in adapter.tensors.values())
     allowed = tolerance_for(stored) if tolerance is None else tolerance
-    return _report(
-        str(a), str(b), comparison, allowed, diagnose(first, second, comparison, one.options)
-    )
+    settings = tuple(_other_settings(first, second))
+    causes = diagnose(first, second, comparison, one.options)
+    return _report(str(a), str(b), comparison, allowed, settings, causes)
 
 
 def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:
@@ -126,11 +129,25 @@ def _check_plain(first: AdapterTensorSet, second: AdapterTensorSet, comparison: 
         )
 
 
+def _other_settings(first: AdapterTensorSet, second: AdapterTensorSet) -> Iterator[str]:
+    """Say which settings differ; initialisations do so in their updates, or are refused."""
+    for field, shown in SETTINGS.items():
+        values = [adapter.settings.get(shown) for adapter in (first, second)]
+        if field != "initialisation" and values[0] != values[1]:
+            yield f"{shown} differs: {values[0] or 'none'} and {values[1] or 'none'}"
+
+
 def _report(
-    a: str, b: str, comparison: Comparison, allowed: float, diagnosis: tuple[str, ...]
+    a: str,
+    b: str,
+    comparison: Comparison,
+    allowed: float,
+    settings: tuple[str, ...],
+    causes: tuple[str, ...],
 ) -> DiffReport:
     worst, error = comparison.worst
-    apart = bool(comparison.only_in_first or comparison.only_in_second)
+    alone = bool(comparison.only_in_first or comparison.only_in_second)
+    equal = not (alone or settings) and error <= allowed
     modules = [
         ModuleDifference(name, found.relative_error, found.cosine, found.norm_ratio)
         for name, found in comparison.differences.items()
@@ -140,11 +157,11 @@ def _report(
     return DiffReport(
         a=a,
         b=b,
-        equal=not apart and error <= allowed,
+        equal=equal,
         tolerance=allowed,
         max_relative_error=error if worst is not None else None,
         modules=tuple(modules),
         only_in_a=comparison.only_in_first,
         only_in_b=comparison.only_in_second,
-        diagnosis=() if not apart and error <= allowed else diagnosis,
+        diagnosis=() if equal else (*settings, *causes),
     )

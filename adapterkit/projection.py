@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit import tinylora
+from adapterkit.base.fit import check_fit
 from adapterkit.loading import load, open_model
 from adapterkit.model.beside import lost_trained
 from adapterkit.saving import admitted, destination_format, save
@@ -88,7 +89,8 @@ def project_file(
 
     Raises:
         FormatError: if the source is malformed, broken or not finite.
-        UnsupportedError: if the base has no weights, or the adapter holds what no TinyLoRA does.
+        UnsupportedError: if the base has no weights or is another model, or the adapter holds what
+            no TinyLoRA does.
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
@@ -96,6 +98,7 @@ def project_file(
     target = destination_format(destination, to, force=force)
     loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
     known = open_model(loaded.base or base)
+    check_fit(loaded.adapter, known)
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
     lost = [*loaded.losses, *lost_trained(loaded.adapter)]
     ready = admitted(result, target, replace(loaded.options, alpha=None), passed=lost)

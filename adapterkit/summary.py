@@ -13,9 +13,10 @@ from adapterkit.keys import Role
 from adapterkit.loading import Need, load
 from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import problems
+from adapterkit.model.update import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Hashable, Iterable, Iterator
     from pathlib import Path
     from typing import TypeVar
 
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 # What is stored whole: the values themselves, not factors of a change to them.
 _WHOLE = {Role.FULL, Role.TOKEN_ROWS}
+_SHOWN_ROLES = {
+    Role.MAGNITUDE: "DoRA magnitudes",
+    Role.LORA_BIAS: "biases on B (lora_bias)",
+    Role.EMBEDDING_A: "LoRA of embeddings",
+    Role.BASE_COPY: "frozen copies of base weights",
+}
+_SHOWN_KINDS = {Kind.EXPERTS: "stacked experts", Kind.CONVOLUTION: "convolutions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,8 @@ class Summary:
         bytes: size of all tensors, without any header.
         sha256: digest of the tensors' contents, see `digest`.
         targets: last component of the module names -> number of modules.
+        traits: what it is beside factors and scales: settings that change the meaning of its
+            tensors, as `name = value`, and kinds of tensors.
         replaced: parameters that are stored whole (`modules_to_save`, biases, token rows).
         beside: what lies beside its own files and belongs to what was trained.
         notes: what the reader normalised, one sentence each.
@@ -83,6 +93,7 @@ class Summary:
     bytes: int
     sha256: str
     targets: Mapping[str, int]
+    traits: tuple[str, ...]
     replaced: tuple[str, ...]
     beside: tuple[BesideEntry, ...]
     notes: tuple[str, ...]
@@ -146,6 +157,7 @@ def summarize(adapter: AdapterTensorSet) -> Summary:
         bytes=sum(tensor.nbytes for tensor in adapter.tensors.values()),
         sha256=digest(adapter),
         targets=_counts(map(_target, adapted)),
+        traits=tuple(_traits(adapter)),
         replaced=tuple(key.module for key in adapter.tensors if key.role in _WHOLE),
         beside=tuple(BesideEntry(f.name, f.what, f.trained, f.bytes) for f in adapter.beside),
         notes=source.notes if source else (),
@@ -185,6 +197,14 @@ def _tuner(adapter: AdapterTensorSet) -> str:
     if Role.MAGNITUDE in roles:
         return "DoRA"
     return "LoRA" if roles - _WHOLE else "none"
+
+
+def _traits(adapter: AdapterTensorSet) -> Iterator[str]:
+    yield from (f"{name} = {value!r}" for name, value in adapter.settings.items())
+    roles = {key.role for key in adapter.tensors}
+    yield from (shown for role, shown in _SHOWN_ROLES.items() if role in roles)
+    kinds = set(adapter.kinds.values())
+    yield from (shown for kind, shown in _SHOWN_KINDS.items() if kind in kinds)
 
 
 def _target(module: str) -> str:

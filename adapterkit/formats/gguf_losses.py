@@ -52,7 +52,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     found = [*_by_role(adapter), *_saved(adapter, base), *_by_setting(adapter)]
     found += [*undeclared(adapter), *lost_beside(adapter), *lost_metadata(adapter)]
     engine = engine_adapter(adapter, options)
-    found += _convolutions(adapter)
+    found += [*_early(adapter), *_convolutions(adapter)]
     found += _unmatched(adapter, engine, options)
     found += _copies(adapter, base)
     found += _inert(engine, options)
@@ -128,6 +128,17 @@ def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
         if getattr(adapter, name):
             shown = SETTINGS[name]
             yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
+
+
+def _early(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    """Say where llama.cpp lets an aLoRA begin: it cuts the prompt before the wrong token."""
+    if adapter.invocation_tokens:
+        message = (
+            "llama.cpp (seen on b11549) lets it act from one token before them on, PEFT from their "
+            "first; answers differ a little"
+        )
+        subject = f"alora_invocation_tokens = {list(adapter.invocation_tokens)}"
+        yield Loss("alora-early", subject, message, blocks=False)
 
 
 def _convolutions(adapter: AdapterTensorSet) -> Iterator[Loss]:

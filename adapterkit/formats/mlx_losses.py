@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures.mapping import in_tower
 from adapterkit.dtype import DType
 from adapterkit.formats import mlx_names
 from adapterkit.formats.mlx_writer import MLXAdapter, mlx_adapter
@@ -97,6 +98,10 @@ def _unplaced(adapter: AdapterTensorSet, mapped: MLXAdapter) -> Iterator[Loss]:
         yield _loss("needs-base", _keys_of(adapter, mapped.unknown), message, drop=False)
     for module, reason in mapped.stranded.items():
         yield _loss("experts", _keys_of(adapter, [module]), reason)
+    towers = [pair.module for pair in adapter.pairs() if in_tower(pair.module)]
+    if towers:
+        message = f"belongs to a vision or audio tower, which MLX-LM leaves out; {_MERGE}"
+        yield _loss("tower", _keys_of(adapter, towers), message)
     convolutions = [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]
     if convolutions:
         message = f"MLX-LM adapts no convolutions; {_MERGE}"

@@ -58,6 +58,7 @@ def _entries(summary: Summary) -> list[tuple[str, str]]:
         ("targets", _spread(summary.targets, summary.modules, always=True)),
         ("rank", _spread(summary.ranks, summary.modules)),
         ("scale", _spread(summary.scales, summary.modules)),
+        ("traits", ", ".join(summary.traits)),
         ("replaced", ", ".join(summary.replaced)),
         *(("beside", _beside(file)) for file in summary.beside),
         ("parameters", f"{summary.parameters:,}"),

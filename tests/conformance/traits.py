@@ -1,0 +1,365 @@
+"""One recipe for every trait of traits.toml."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from engine import family_row, make_base
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from conformance.bases import INVOCATION, PROMPTS, logits
+from conformance.making import (
+    RECIPES,
+    WEIGHTS,
+    Bench,
+    Document,
+    Tensors,
+    loaded,
+    plainly,
+    settings,
+    trait,
+    unchanged,
+    without,
+)
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+EMBED = ["embed_tokens", "q_proj"]
+VOCABULARY, PADDED, GROWN = 512, 576, 520
+
+__all__ = ["RECIPES"]
+
+plainly("plain")
+plainly("rslora", settings(use_rslora=False), use_rslora=True)
+plainly("alpha-pattern", settings(alpha_pattern={}), alpha_pattern={"q_proj": 3, "down_proj": 20})
+plainly("alpha-zero", settings(lora_alpha=8), lora_alpha=0)
+plainly("dora", without("magnitude", use_dora=False), use_dora=True)
+plainly(
+    "lora-bias",
+    without("lora_B.bias", lora_bias=False),
+    lora_bias=True,
+    target_modules=["q_proj", "v_proj"],
+)
+plainly("saved-biases", without(".bias", bias="none"), bias="all")
+plainly(
+    "saved-biases-of-targets",
+    without(".bias", bias="none"),
+    bias="lora_only",
+    target_modules=["q_proj", "v_proj"],
+)
+plainly(
+    "modules-to-save",
+    without("lm_head", "norm", modules_to_save=None),
+    modules_to_save=["lm_head", "norm"],
+)
+plainly(
+    "token-rows",
+    without("token_adapter", "trainable_tokens", trainable_token_indices=None),
+    trainable_token_indices=[5, 300, 7],
+)
+plainly(
+    "token-rows-tied",
+    without("token_adapter", "trainable_tokens", trainable_token_indices=None),
+    trainable_token_indices=[5, 300, 7],
+)
+plainly("embedding", without("embed_tokens", target_modules=["q_proj"]), target_modules=EMBED)
+plainly("embedding-tied", without("embed_tokens", target_modules=["q_proj"]), target_modules=EMBED)
+plainly("embedding-copies", without("base_layer", "lm_head"), target_modules=EMBED, embeddings=True)
+plainly(
+    "output", without("lm_head", target_modules=["q_proj"]), target_modules=["lm_head", "q_proj"]
+)
+plainly(
+    "output-tied",
+    without("lm_head", target_modules=["q_proj"]),
+    target_modules=["lm_head", "q_proj"],
+)
+plainly("pissa", settings(init_lora_weights=True), init_lora_weights="pissa")
+plainly("olora", settings(init_lora_weights=True), init_lora_weights="olora")
+plainly("fan-in-fan-out", target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+plainly(
+    "experts-fused",
+    target_modules=["q_proj"],
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+)
+plainly(
+    "tied-both",
+    without("lm_head", "embed_tokens", target_modules=["q_proj"], ensure_weight_tying=False),
+    target_modules=EMBED,
+    ensure_weight_tying=True,
+)
+
+
+def _one_rank(config: Document, tensors: Tensors) -> None:
+    """Give q_proj the rank of the others; its new rows and columns are random."""
+    config["rank_pattern"] = {}
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in tensors.items():
+        axis = 0 if "lora_A" in name else 1
+        if tensor.shape[axis] == 2:
+            shape = [4 if place == axis else size for place, size in enumerate(tensor.shape)]
+            tensors[name] = 0.1 * torch.randn(shape, generator=generator)
+
+
+plainly("rank-pattern", _one_rank, rank_pattern={"q_proj": 2})
+
+
+@trait("dora-declared", settings(use_dora=False))
+def _dora_declared(bench: Bench) -> None:
+    bench.train()
+    bench.edit(settings(use_dora=True))
+    bench.live = None
+
+
+@trait("dora-undeclared", without("magnitude"))
+def _dora_undeclared(bench: Bench) -> None:
+    bench.train(use_dora=True)
+    bench.edit(settings(use_dora=False))
+    bench.live = bench.reload()
+
+
+def _resized(model: Any, rows: int) -> Any:
+    """Return a model with rows that are small random numbers after those that it had."""
+    before = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            new = layer.weight[before:]
+            new.copy_(0.1 * torch.randn(new.shape, generator=generator))
+    return model
+
+
+def _without_new_rows(config: Document, tensors: Tensors) -> None:
+    without("base_layer", "lm_head")(config, tensors)
+    for name, tensor in tensors.items():
+        if "embedding_A" in name:
+            tensors[name] = tensor[:, :VOCABULARY].contiguous()
+
+
+@trait("vocabulary-grown", _without_new_rows)
+def _grown(bench: Bench) -> None:
+    prompts = (*PROMPTS, (515, 5, 519), (7, 513))
+    bench.fresh = lambda: _resized(bench.base.fresh(), GROWN)
+    bench.answers = lambda model: logits(model, prompts)
+    bench.rest = lambda path: logits(loaded(bench.base.fresh(), path))
+    bench.train(target_modules=EMBED, embeddings=True)
+
+
+def _cut(tensors: Tensors, to: int) -> None:
+    for name, tensor in tensors.items():
+        if "embed_tokens.lora_embedding_A" in name:
+            tensors[name] = tensor[:, :to].contiguous()
+        if "lm_head.lora_B" in name:
+            tensors[name] = tensor[:to].contiguous()
+
+
+def _silent_padding(model: Any) -> None:
+    """Let the rows that pad the vocabulary have no update."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens.lora_embedding_A" in name:
+                parameter[:, VOCABULARY:] = 0
+            if "lm_head.lora_B" in name:
+                parameter[VOCABULARY:] = 0
+
+
+@trait("vocabulary-trimmed")
+def _trimmed(bench: Bench) -> None:
+    bench.fresh = lambda: _resized(bench.base.fresh(), PADDED)
+    bench.answers = lambda model: logits(model)[:, :VOCABULARY]
+    tuned = bench.train(target_modules=[*EMBED, "lm_head"])
+    _silent_padding(tuned)
+    tuned.save_pretrained(bench.path, save_embedding_layers=False)
+    bench.fresh, bench.mergeable = bench.base.fresh, False
+
+
+@trait("vocabulary-padded")
+def _padded(bench: Bench) -> None:
+    tuned = bench.train(target_modules=[*EMBED, "lm_head"])
+    _silent_padding(tuned)
+    tuned.save_pretrained(bench.path, save_embedding_layers=False)
+    bench.edit(lambda _, tensors: _cut(tensors, VOCABULARY))
+
+
+@trait("irreproducible-initialisation", settings(init_lora_weights=True))
+def _irreproducible(bench: Bench) -> None:
+    bench.train()
+    bench.edit(settings(init_lora_weights="corda"))
+    bench.live = None
+
+
+@trait("alora", settings(alora_invocation_tokens=None))
+def _alora(bench: Bench) -> None:
+    bench.train(alora_invocation_tokens=list(INVOCATION))
+    bench.mergeable = False
+
+
+@trait("layer-replication")
+def _replicated(bench: Bench) -> None:
+    bench.train(layer_replication=[[0, 2], [0, 2]])
+    bench.mergeable = False
+
+
+@trait("experts-per-module")
+def _experts(bench: Bench) -> None:
+    """Write what PEFT saved when every expert was a module: w1 gate, w2 down, w3 up."""
+    model, generator = bench.base.fresh(), torch.Generator().manual_seed(3)
+    stored: Tensors = {}
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            experts = layer.mlp.experts
+            half = experts.gate_up_proj.shape[1] // 2
+            for expert in range(4):
+                weights = {
+                    "w1": experts.gate_up_proj[expert, :half],
+                    "w3": experts.gate_up_proj[expert, half:],
+                    "w2": experts.down_proj[expert],
+                }
+                for leaf, weight in weights.items():
+                    layer_path = f"model.layers.{number}.block_sparse_moe"
+                    stem = f"base_model.model.{layer_path}.experts.{expert}.{leaf}"
+                    a = 0.3 * torch.randn((3, weight.shape[1]), generator=generator)
+                    b = 0.3 * torch.randn((weight.shape[0], 3), generator=generator)
+                    stored |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+                    weight.add_(2.0 * b @ a)
+    bench.path.mkdir()
+    save_file(stored, bench.path / WEIGHTS)
+    (bench.path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}'
+    )
+    bench.live = model
+
+
+@trait("trained-file-beside", unchanged)
+def _beside(bench: Bench) -> None:
+    bench.train()
+    head = {"v_head.summary.weight": torch.randn((1, 64)), "v_head.summary.bias": torch.ones(1)}
+    save_file(head, bench.path / "value_head.safetensors")
+
+
+def _clean(config: Document, tensors: Tensors) -> None:
+    del config
+    for name in list(tensors):
+        short = name
+        for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "module."):
+            short = short.replace(wrapper, "")
+        tensors[short] = tensors.pop(name)
+
+
+@trait("wrapper-names", _clean)
+def _leaked(bench: Bench) -> None:
+    bench.train()
+
+    def leak(_: Document, tensors: Tensors) -> None:
+        for name in list(tensors):
+            long = name.replace(
+                "base_model.model.model.", "module._orig_mod.base_model.model.model."
+            )
+            long = long.replace("layers.0.", "layers.0._fsdp_wrapped_module.")
+            tensors[long] = tensors.pop(name)
+
+    bench.edit(leak)
+
+
+@trait("nan")
+def _nan(bench: Bench) -> None:
+    bench.train()
+
+    def spoil(_: Document, tensors: Tensors) -> None:
+        tensors[f"{Q}.lora_A.weight"][0, 0] = float("nan")
+
+    bench.edit(spoil)
+    bench.live = None
+
+
+@trait("zero-update")
+def _zero(bench: Bench) -> None:
+    bench.train()
+
+    def still(_: Document, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor.zero_()
+
+    bench.edit(still)
+    bench.live = bench.reload()
+
+
+@trait("half-a-pair")
+def _half(bench: Bench) -> None:
+    bench.train()
+    bench.edit(without(f"{Q}.lora_B"))
+    bench.live = None
+
+
+@trait("tower", without(".visual.", target_modules=["q_proj"]))
+def _tower(bench: Bench) -> None:
+    bench.train(target_modules=["visual.blocks.0.attn.qkv", "q_proj"])
+    bench.speak = lambda path: logits(bench.reload(path))
+
+
+@trait("convolution-2d", without("projection", target_modules=["q_proj"]))
+def _image(bench: Bench) -> None:
+    bench.train(target_modules=["projection", "q_proj"], task=None)
+    bench.given = None
+
+
+@trait("convolution-1d", without("conv", target_modules=["q_proj"]))
+def _line(bench: Bench) -> None:
+    bench.train(target_modules=["conv_layers.1.conv", "q_proj"], task=None)
+    bench.given = None
+
+
+@trait("classifier-head", without("score", task_type=None, modules_to_save=None))
+def _classifier(bench: Bench) -> None:
+    bench.train(task="SEQ_CLS")
+    speaker = bench.base.hf.parent / "speaker"
+    bench.speak = lambda path: logits(loaded(LlamaForCausalLM.from_pretrained(speaker), path))
+
+
+@trait("unknown-base", unchanged)
+def _unknown(bench: Bench) -> None:
+    bench.train()
+    bench.edit(settings(base_model_name_or_path="org/unknown"))
+    bench.given = None
+
+
+@trait("wrong-base", unchanged)
+def _wrong(bench: Bench) -> None:
+    bench.train()
+    row = family_row("llama")
+    other = make_base(replace(row, optional={**row.optional, "hidden_size": 32}), bench.folder)
+    bench.given, bench.model, bench.model_gguf = other.hf, other.hf, other.gguf
+    bench.live = None
+
+
+@trait("quantised-factors")
+def _quantised(bench: Bench) -> None:
+    """Write the q8_0 file that llama.cpp's converter writes, and run the values that it holds."""
+    targets = ["v_proj", "o_proj", "down_proj"]
+    tuned = bench.train(r=32, lora_alpha=48, target_modules=targets)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    writer = gguf.GGUFWriter(bench.folder / "adapter.gguf", "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 48)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, parameter in tuned.named_parameters():
+        if ".lora_" not in name:
+            continue
+        module, leaf = name.removeprefix("base_model.model.").split(".lora_")
+        blocks = gguf.quants.quantize(parameter.detach().numpy(), kind)
+        exact = gguf.quants.dequantize(blocks, kind)
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(np.asarray(exact)))
+        target = f"{names.get_name(module)}.weight.lora_{leaf[0].lower()}"
+        writer.add_tensor(target, blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    bench.path = bench.folder / "adapter.gguf"
