@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
+from adapterkit.errors import FormatError
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
@@ -102,10 +103,17 @@ class LazyTensor:
         return data
 
     def numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Return a read-only array of `shape`; quantised tensors are decoded to float32."""
+        """Return a read-only array of `shape`; quantised tensors are decoded to float32.
+
+        Raises:
+            FormatError: if a boolean is neither 0 nor 1, which each program takes for another.
+        """
         import numpy as np
 
         data = np.frombuffer(self.tobytes(), dtype=np.uint8)
+        if self.dtype is DType.BOOL and data.size and data.max() > 1:
+            path = getattr(self.read, "path", None)
+            raise FormatError(f"holds a boolean that is {data.max()}, neither 0 nor 1", path=path)
         if self.dtype.quantised:
             from adapterkit.quantisation import dequantise
 

@@ -210,7 +210,7 @@ def _open_gguf(path: Path) -> BaseModel:
             f"architecture {name!r} is not in the tables; `adapterkit architectures` lists what is",
             path=path,
         )
-    tensors = {**file.tensors, **_other_shards(path, file.metadata)}
+    tensors = {**file.tensors, **_other_shards(path, file.metadata, name)}
     facts = _gguf_facts(name, file.metadata, tensors)
     identity = {
         key.removeprefix("general."): value
@@ -229,8 +229,14 @@ def _open_gguf(path: Path) -> BaseModel:
     )
 
 
-def _other_shards(path: Path, metadata: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Read the tensor tables of the other files of a split model, `name-00002-of-00003.gguf`."""
+def _other_shards(path: Path, metadata: Mapping[str, Any], name: str) -> dict[str, LazyTensor]:
+    """Read the tensor tables of the other files of a split model, `name-00002-of-00003.gguf`.
+
+    Raises:
+        NotFoundError: if a part is missing.
+        FormatError: if a part is of another model or place, or two hold one tensor; llama.cpp
+            refuses them too.
+    """
     from adapterkit.containers.gguf import read_gguf
 
     count = Table(metadata, path).get("split.count", whole(0, _MOST_PARTS), 0)
@@ -246,8 +252,28 @@ def _other_shards(path: Path, metadata: Mapping[str, Any]) -> dict[str, LazyTens
         shard = path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf")
         if not shard.is_file():
             raise NotFoundError("is missing from the split base model", path=shard)
-        tensors.update(read_gguf(shard).tensors)
+        part = read_gguf(shard)
+        _check_part(Table(part.metadata, shard), name, number, count)
+        if twice := next((tensor for tensor in part.tensors if tensor in tensors), None):
+            raise FormatError("is in two parts of the split base model", path=shard, where=twice)
+        tensors.update(part.tensors)
+    total = Table(metadata, path).get("split.tensors.count", whole(0, 1 << 31), len(tensors))
+    if total != len(tensors):
+        raise FormatError(f"has {len(tensors)} tensors in its parts, not {total}", path=path)
     return tensors
+
+
+def _check_part(part: Table, name: str, number: int, count: int) -> None:
+    if (other := part.get("general.architecture", _WORD, name)) != name:
+        message = f"is a part of architecture {shown(other)}, the first is {name}"
+        raise FormatError(message, path=part.path)
+    found = (
+        part.get("split.no", whole(0, _MOST_PARTS)) + 1,
+        part.get("split.count", whole(0, _MOST_PARTS)),
+    )
+    if found != (number, count):
+        message = f"says that it is part {found[0]} of {found[1]}, not {number} of {count}"
+        raise FormatError(message, path=part.path)
 
 
 _SPLIT = re.compile(r"^(.+)-\d{5}-of-\d{5}\.gguf$")
