@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,26 @@ class LazyTensor:
             read = partial(self._part, offset, length)
 
         return LazyTensor(self.dtype, (end - begin, width), read)
+
+    def blocks(self, elements: int) -> Iterator[LazyTensor]:
+        """Yield the tensor piece by piece in C order, where its bytes can be read so.
+
+        A range of a file is cut anywhere, values that are computed by rows between rows; whatever
+        else there is comes whole.
+
+        Args:
+            elements: of a piece, about; a row is never cut if it is computed or quantised.
+        """
+        flat = self
+        if isinstance(self.read, FileSlice) and not self.dtype.quantised:
+            flat = LazyTensor(self.dtype, (self.size, 1), self.read)
+        width = flat.shape[-1] if flat.shape else 1
+        if not self.size or not isinstance(self.read, FileSlice | RowReader):
+            yield self
+            return
+        height, step = self.size // width, max(1, elements // width)
+        for begin in range(0, height, step):
+            yield flat.rows(begin, min(begin + step, height))
 
     def _part(self, offset: int, length: int) -> memoryview:
         return memoryview(self.read()).cast("B")[offset : offset + length]

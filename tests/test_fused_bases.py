@@ -146,7 +146,7 @@ def test_split_base_is_read_whole_from_its_first_file(llama: BaseFixture, tmp_pa
         convert(tuned.path, tmp_path / "b.gguf", base=first)
 
 
-# What the second part says or holds otherwise, and what is said of it; llama.cpp refuses all of them.
+# What the second part says or holds otherwise, and what is said of it.
 @pytest.mark.parametrize(
     ("changed", "extra", "message"),
     [

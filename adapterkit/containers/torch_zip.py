@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 MAX_DEPTH = 100
+# Objects of the tree; a tensor is one.
+MAX_NODES = 200_000
 _PICKLE = "/data.pkl"
 _ZIP_MAGIC = b"PK\x03\x04"
 # What `torch.save` before 1.6 begins with, after the protocol: a pickled magic number.
@@ -245,6 +247,8 @@ class _Tree:
             raise self._error("a container holds itself", trail)
         if len(trail) > MAX_DEPTH:
             raise self._error(f"is nested deeper than {MAX_DEPTH} levels", trail)
+        if len(self._done) >= MAX_NODES:
+            raise self._error(f"is one object more than {MAX_NODES}; {RESAVE}", trail)
         self._busy.add(key)
         self._done[key] = self._convert_new(node, trail)
         self._busy.remove(key)
