@@ -44,13 +44,16 @@ _PREFIX = 12
 _LENGTHS = {b"\1\0": 2, b"\2\0": 4, b"\3\0": 4}
 # The header is a Python literal; its three fields are plain enough to be read without Python.
 _NAMES = ["descr", "fortran_order", "shape"]
-# Possessive quantifiers: a hostile header must not be tried in more than one way.
-_VALUE = r"(?:'[^'\\]*+'|\[[^\]]*+\]|True|False|\([\d,\sL]*+\))"
-_FIELD = re.compile(rf"'(\w++)'\s*+:\s*+({_VALUE})")
-_HEADER = re.compile(rf"[ \t]*+\{{(?:\s*+'\w++'\s*+:\s*+{_VALUE}\s*+(?:,|(?=\}})))*+\s*+\}}\s*+")
+# Possessive quantifiers: a hostile header must not be tried in more than one way. Spaces are those of
+# Python's own grammar.
+_GAP = r"[ \t\r\n\f]*+"
+_VALUE = r"(?:'[^'\\]*+'|\[[^\]]*+\]|True|False|\([\d, \t\r\n\fL]*+\))"
+_ENTRY = rf"{_GAP}'\w++'{_GAP}:{_GAP}{_VALUE}{_GAP}"
+_FIELD = re.compile(rf"'(\w++)'{_GAP}:{_GAP}({_VALUE})")
+_HEADER = re.compile(rf"[ \t]*+\{{(?:{_ENTRY}(?:,|(?=\}})))*+{_GAP}\}}{_GAP}")
 # A tuple, so that one size alone has a comma after it.
-_SIZE = r"\s*+(?:0|[1-9]\d{0,18})L?+\s*+"
-_SHAPE = re.compile(rf"\((?:\s*+|{_SIZE},(?:{_SIZE},)*+(?:{_SIZE})?+\s*+)\)")
+_SIZE = rf"{_GAP}(?:0|[1-9]\d{{0,18}})L?+{_GAP}"
+_SHAPE = re.compile(rf"\((?:{_GAP}|{_SIZE},(?:{_SIZE},)*+(?:{_SIZE})?+{_GAP})\)")
 _TYPES = {
     "f8": DType.F64,
     "f4": DType.F32,

@@ -161,6 +161,8 @@ def _head(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> _Head:
     where = info.filename
     if info.flag_bits & _ENCRYPTED:
         raise FormatError("is encrypted", path=path, where=where)
+    if info.volume:
+        raise FormatError("lies in another file of a zip in parts", path=path, where=where)
     if info.header_offset < 0:
         raise FormatError("lies before the file", path=path, where=where)
     if max(info.header_offset, info.compress_size, info.file_size) > MAX_BYTES:
