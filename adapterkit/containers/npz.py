@@ -44,8 +44,8 @@ _PREFIX = 12
 _LENGTHS = {b"\1\0": 2, b"\2\0": 4, b"\3\0": 4}
 # The header is a Python literal; its three fields are plain enough to be read without Python.
 _NAMES = ["descr", "fortran_order", "shape"]
-# Possessive quantifiers: a hostile header must not be tried in more than one way. Spaces are those of
-# Python's own grammar.
+# Possessive quantifiers: a hostile header must not be tried in more than one way. Spaces are
+# those of Python's own grammar.
 _GAP = r"[ \t\r\n\f]*+"
 _VALUE = r"(?:'[^'\\]*+'|\[[^\]]*+\]|True|False|\([\d, \t\r\n\fL]*+\))"
 _ENTRY = rf"{_GAP}'\w++'{_GAP}:{_GAP}{_VALUE}{_GAP}"
