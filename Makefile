@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all soak lint types bench setup clean
+SECONDS ?= 60
+
+.PHONY: demo test test-all soak fuzz lint types bench setup clean
 
 setup: $(STAMP)  ## create the environment
 
@@ -25,6 +27,9 @@ test-all: $(STAMP)  ## every test, on every model class that transformers can bu
 
 soak: $(STAMP)  ## kill, race and starve every command that writes, at real size; counts in build/soak.json
 	$(BIN)/pytest tests/soak -m soak
+
+fuzz: $(STAMP)  ## change sound files for SECONDS; crashes, hangs and wrong accepts end with 1
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m fuzz $(SECONDS)
 
 lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # A sharded 700B model's index is 10 MB; a config that is larger than this is not a config.
 _LIMIT = 64 << 20
+# A checkpoint of 200,000 tensors has half as many; each costs some hundred bytes of memory.
+_MOST_VALUES = 500_000
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -25,6 +27,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         FormatError: if it is not UTF-8 JSON, not an object, or absurdly large.
     """
     data = read_document(path, _LIMIT)
+    if (count := json_values(data)) > _MOST_VALUES:
+        raise FormatError(f"holds some {count} values, the most is {_MOST_VALUES}", path=path)
     try:
         value = json.loads(data.decode("utf-8"))
         if _SURROGATE.search(data):
@@ -35,3 +39,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError("is not a JSON object", path=path)
     return cast("dict[str, Any]", value)
+
+
+def json_values(data: bytes) -> int:
+    """Return the most values that a JSON text can hold, without reading it.
+
+    Each value but the first of a list or object stands after a comma. Marks inside of texts are
+    counted too.
+    """
+    return data.count(b",") + data.count(b"[") + data.count(b"{")

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
     from adapterkit.errors import IncompatibleBaseError
     from adapterkit.model import AdapterTensorSet
+    from adapterkit.tensor import LazyTensor
 
     _Value = TypeVar("_Value", bound=Hashable)
 
+# Elements that are read at a time.
+_BLOCK = 1 << 20
 # What is stored whole: the values themselves, not factors of a change to them.
 _WHOLE = {Role.FULL, Role.TOKEN_ROWS}
 _SHOWN_ROLES = {
@@ -180,12 +183,19 @@ def digest(adapter: AdapterTensorSet) -> str:
                 key.role.value,
                 tensor.dtype.value,
                 tensor.shape,
-                hashlib.sha256(tensor.tobytes()).hexdigest(),
+                _sha256(tensor),
             )
         )
         for key, tensor in adapter.tensors.items()
     )
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def _sha256(tensor: LazyTensor) -> str:
+    whole = hashlib.sha256()
+    for block in tensor.blocks(_BLOCK):
+        whole.update(block.tobytes())
+    return whole.hexdigest()
 
 
 def _adapted(adapter: AdapterTensorSet) -> tuple[str, ...]:

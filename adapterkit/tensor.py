@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
+from adapterkit.errors import FormatError
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
@@ -102,10 +103,17 @@ class LazyTensor:
         return data
 
     def numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Return a read-only array of `shape`; quantised tensors are decoded to float32."""
+        """Return a read-only array of `shape`; quantised tensors are decoded to float32.
+
+        Raises:
+            FormatError: if a boolean is neither 0 nor 1, which each program takes for another.
+        """
         import numpy as np
 
         data = np.frombuffer(self.tobytes(), dtype=np.uint8)
+        if self.dtype is DType.BOOL and data.size and data.max() > 1:
+            path = getattr(self.read, "path", None)
+            raise FormatError(f"holds a boolean that is {data.max()}, neither 0 nor 1", path=path)
         if self.dtype.quantised:
             from adapterkit.quantisation import dequantise
 
@@ -134,6 +142,26 @@ class LazyTensor:
             read = partial(self._part, offset, length)
 
         return LazyTensor(self.dtype, (end - begin, width), read)
+
+    def blocks(self, elements: int) -> Iterator[LazyTensor]:
+        """Yield the tensor piece by piece in C order, where its bytes can be read so.
+
+        A range of a file is cut anywhere, values that are computed by rows between rows; whatever
+        else there is comes whole.
+
+        Args:
+            elements: of a piece, about; a row is never cut if it is computed or quantised.
+        """
+        flat = self
+        if isinstance(self.read, FileSlice) and not self.dtype.quantised:
+            flat = LazyTensor(self.dtype, (self.size, 1), self.read)
+        width = flat.shape[-1] if flat.shape else 1
+        if not self.size or not isinstance(self.read, FileSlice | RowReader):
+            yield self
+            return
+        height, step = self.size // width, max(1, elements // width)
+        for begin in range(0, height, step):
+            yield flat.rows(begin, min(begin + step, height))
 
     def _part(self, offset: int, length: int) -> memoryview:
         return memoryview(self.read()).cast("B")[offset : offset + length]

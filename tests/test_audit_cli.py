@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from terminal import BASE, PEFT, TINY, invoke
 
 from adapterkit import BaseReference, convert, read
 from adapterkit.audit import ModuleAudit, audit
+from adapterkit.audit.tables import csv_table, markdown
 from adapterkit.lowrank.differences import norm
 
 if TYPE_CHECKING:
@@ -132,6 +134,48 @@ def test_markdown_is_safe_to_paste(tmp_path: Path) -> None:
     widths = {line.count("|") - line.count(r"\|") for line in text.splitlines() if "| " in line}
     assert widths == {3, 4, 10}
     assert "### Interference" in invoke("audit", path, path, "--markdown").stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "cell"),
+    [
+        ("=cmd|' /C calc'!A0", "'=cmd|' /C calc'!A0"),
+        ("+1", "'+1"),
+        ("-1+1", "'-1+1"),
+        ("@SUM(1)", "'@SUM(1)"),
+        (" =1", "' =1"),
+        ("\t=1", "\\t=1"),
+        ("a\r\n=1", "a\\r\\n=1"),
+        ("\x1b]0;owned\x07\u202e", "\\x1b]0;owned\\x07\\u202e"),
+        ("a=b-c", "a=b-c"),
+        (None, ""),
+    ],
+)
+def test_csv_holds_no_formula_and_nothing_that_steers(source: str | None, cell: str) -> None:
+    report = audit(TINY)
+    (first,) = report.adapters
+    module = replace(first.modules[0], module=source or "")
+    changed = replace(first, source=source, modules=(module,))
+    (row,) = csv.DictReader(io.StringIO(csv_table(replace(report, adapters=(changed,)))))
+    assert (row["adapter"], row["module"]) == (cell, cell)
+    assert float(row["scale"]) == module.scale
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("https://evil.example/x", r"https\://evil.example/x"),
+        ("www.evil.example", r"www\.evil.example"),
+        ("![x](y)", r"!\[x\](y)"),
+        ("&lt;b&gt;", r"\&lt;b\&gt;"),
+        ("~~gone~~ $x$", r"\~\~gone\~\~ \$x\$"),
+        ("a\x1b[2Jb", r"a \[2Jb"),
+    ],
+)
+def test_markdown_shows_names_as_they_are(name: str, shown: str) -> None:
+    report = audit(TINY)
+    changed = replace(report.adapters[0], base_model=name)
+    assert f"| base model | {shown} |" in markdown(replace(report, adapters=(changed,)))
 
 
 class Page(HTMLParser):

@@ -6,6 +6,7 @@ tensor and run in llama.cpp.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from engine import (
 from safetensors.numpy import load_file, save_file
 
 import adapterkit
+from adapterkit.base import open_base
 from adapterkit.containers.gguf import (
     Typed,
     ValueType,
@@ -35,7 +37,7 @@ from adapterkit.containers.gguf import (
     write_gguf,
 )
 from adapterkit.convert import convert
-from adapterkit.errors import LossyConversionError, NotFoundError
+from adapterkit.errors import FormatError, LossyConversionError, NotFoundError
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -142,6 +144,56 @@ def test_split_base_is_read_whole_from_its_first_file(llama: BaseFixture, tmp_pa
     (tmp_path / "base-00002-of-00002.gguf").unlink()
     with pytest.raises(NotFoundError, match="missing from the split base"):
         convert(tuned.path, tmp_path / "b.gguf", base=first)
+
+
+# What the second part says or holds otherwise, and what is said of it.
+@pytest.mark.parametrize(
+    ("changed", "extra", "message"),
+    [
+        ({}, True, "blk.0.attn_q.weight: is in two parts of the split base model"),
+        ({"general.architecture": "qwen2"}, False, "is a part of architecture 'qwen2'"),
+        (
+            {"split.no": Typed(ValueType.UINT16, 0)},
+            False,
+            "says that it is part 1 of 2, not 2",
+        ),
+        ({"split.count": Typed(ValueType.UINT16, 3)}, False, "says that it is part 2 of 3"),
+        ({"split.no": None}, False, "split.no: is missing"),
+    ],
+)
+def test_parts_that_make_no_model_are_refused(
+    changed: dict[str, Any], extra: bool, message: str, llama: BaseFixture, tmp_path: Path
+) -> None:
+    file = read_gguf(llama.gguf)
+    names = [name for name in file.tensors if not (extra and name == "blk.0.attn_q.weight")]
+    split = {"split.count": Typed(ValueType.UINT16, 2), "split.tensors.count": int32(len(names))}
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    for number, part in enumerate(halves):
+        metadata = file.typed() if number == 0 else {"general.architecture": "llama"}
+        metadata |= {**split, "split.no": Typed(ValueType.UINT16, number)}
+        metadata |= changed if number else {}
+        held = [*part, "blk.0.attn_q.weight"] if extra else part
+        write_gguf(
+            tmp_path / f"base-{number + 1:05}-of-00002.gguf",
+            {key: value for key, value in metadata.items() if value is not None},
+            {name: file.tensors[name] for name in held},
+        )
+    with pytest.raises(FormatError, match=re.escape(message)):
+        open_base(tmp_path / "base-00001-of-00002.gguf")
+
+
+def test_a_part_without_some_tensors_is_refused(llama: BaseFixture, tmp_path: Path) -> None:
+    file = read_gguf(llama.gguf)
+    for number, part in enumerate((list(file.tensors)[:5], list(file.tensors)[6:])):
+        split = {
+            "split.no": Typed(ValueType.UINT16, number),
+            "split.count": Typed(ValueType.UINT16, 2),
+            "split.tensors.count": int32(len(file.tensors)),
+        }
+        path = tmp_path / f"base-{number + 1:05}-of-00002.gguf"
+        write_gguf(path, {**file.typed(), **split}, {name: file.tensors[name] for name in part})
+    with pytest.raises(FormatError, match=r"has \d+ tensors in its parts, not \d+"):
+        open_base(tmp_path / "base-00001-of-00002.gguf")
 
 
 # Rows of the base's vocabulary in the GGUF: 512 in the Hugging Face model.

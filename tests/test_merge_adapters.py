@@ -92,7 +92,7 @@ class TestWeights:
     def test_a_pattern_for_nothing_is_a_typo(self) -> None:
         with pytest.raises(UsageError, match=r"no module of adapter 1 matches .* 'k_proj'"):
             merge([plain(1)], module_weights=[{"k_proj": 2.0}])
-        with pytest.raises(UsageError, match=r"'\(' is no regex"):
+        with pytest.raises(UsageError, match=r"'\(' is no regular"):
             merge([plain(1)], module_weights=[{"(": 2.0}])
 
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from adapterkit.containers.npz import FREE_BYTES, MAX_MEMBERS, read_npz
+from adapterkit.containers.npz import FREE_BYTES, read_npz
+from adapterkit.containers.zip_members import MAX_MEMBERS
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, TruncatedFileError
 from fixtures.generators.handwritten import Member, npy, one, zipped
@@ -32,7 +33,7 @@ DEFECTS = {
     "checksum-wrong": (FormatError, WEIGHT, "its checksum is wrong"),
     "complex": (FormatError, WEIGHT, "type '<c8' cannot be read; save it again"),
     "deflate-broken": (FormatError, WEIGHT, "its compressed data is broken"),
-    "duplicate-member": (FormatError, WEIGHT, "has this member twice"),
+    "duplicate-member": (FormatError, WEIGHT, "two members of one name"),
     "empty-file": (TruncatedFileError, None, "the file is empty"),
     "encrypted": (FormatError, WEIGHT, "is encrypted"),
     "expands-to-less": (FormatError, WEIGHT, "other than the 94 bytes that the zip states"),
@@ -63,6 +64,16 @@ DEFECTS = {
     "too-many-axes": (FormatError, WEIGHT, "has 41 axes"),
     "unknown-order": (FormatError, WEIGHT, "type '=f4' cannot be read"),
     "version-9": (FormatError, WEIGHT, "is no .npy array"),
+    "local-header-of-another-checksum": (FormatError, WEIGHT, "contradicts the directory"),
+    "local-header-of-another-method": (FormatError, WEIGHT, "contradicts the directory"),
+    "local-header-of-another-name": (FormatError, WEIGHT, "contradicts the directory"),
+    "local-header-of-another-size": (FormatError, WEIGHT, "contradicts the directory"),
+    "name-endless": (FormatError, "w" * 80 + "...", "a name of more than 1000 letters"),
+    "no-comma": (FormatError, WEIGHT, "its header is malformed"),
+    "order-of-text": (FormatError, WEIGHT, "its order is neither True nor False"),
+    "place-past-every-file": (FormatError, WEIGHT, "a place or size that no file has"),
+    "shape-no-tuple": (FormatError, WEIGHT, "its shape is not of whole numbers"),
+    "version-1-1": (FormatError, WEIGHT, "is no .npy array of version 1, 2 or 3"),
     "void": (FormatError, WEIGHT, "type '|V2' cannot be read"),
 }
 KINDS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")
@@ -181,7 +192,7 @@ def test_a_file_that_shrank_is_noticed_at_the_tensor(tmp_path: Path) -> None:
 
 
 def test_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapterkit.containers.npz.MAX_MEMBERS", 3)
+    monkeypatch.setattr("adapterkit.containers.zip_members.MAX_MEMBERS", 3)
     assert MAX_MEMBERS > 1000
     path = tmp_path / "many.npz"
     path.write_bytes(zipped(*(Member(f"a{place}.npy", npy()) for place in range(4))))

@@ -48,7 +48,7 @@ DEFECTS = {
     "deflated": (FormatError, RECORD, "is compressed; load the file in torch"),
     "directory-place-lies": (FormatError, "archive/data.pkl", "lies before the file"),
     "duplicate-key": (FormatError, None, "key sound is given twice"),
-    "duplicate-member": (FormatError, None, "two members of one name"),
+    "duplicate-member": (FormatError, RECORD, "two members of one name"),
     "empty-file": (TruncatedFileError, None, "the file is empty"),
     "encrypted": (FormatError, RECORD, "is encrypted"),
     "exponential-key": (FormatError, None, "a key that holds a tuple"),
@@ -66,6 +66,11 @@ DEFECTS = {
     "name-without-end": (FormatError, None, "a name without an end"),
     "negated-lazily": (FormatError, WEIGHT, "lazy neg or conj bit"),
     "no-data-pkl": (FormatError, None, "0 members archive/data.pkl"),
+    "name-endless": (FormatError, "archive/" + "w" * 72 + "...", "a name of more than 1000"),
+    "no-version": (FormatError, "version", "states version b''; torch reads 1 to 10"),
+    "stride-of-65-bits": (FormatError, WEIGHT, "an offset or stride that none can be"),
+    "version-11": (FormatError, "version", "states version b'11\\n'"),
+    "version-of-letters": (FormatError, "version", "states version b'new'"),
     "no-directory": (TruncatedFileError, None, "directory at the end of the zip is missing"),
     "no-stop": (FormatError, None, "it ends without STOP"),
     "overlapping-members": (FormatError, "archive/data/1", "overlaps the member before it"),
@@ -444,3 +449,20 @@ def test_a_buffer_saved_by_torch_needs_no_name(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, buffer)
     (tmp_path / "renamed.bin").write_bytes(buffer.getvalue())
     assert read_torch_zip(tmp_path / "renamed.bin").tensors["a"].shape == (2,)
+
+
+def test_a_boolean_that_is_neither_is_not_decoded(tmp_path: Path) -> None:
+    """torch takes 2 for true; other programs read it as 2, or as its last bit."""
+    whole = build.tensor((2,), (1,), source=build.storage(count=2, kind="BoolStorage"))
+    pickled = build.PROTO_2 + build.mapping(("weight", whole)) + build.STOP
+    (tmp_path / "x.pt").write_bytes(build.archive(pickled, data=b"\1\2"))
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["weight"].tolist() == [True, True]
+    weight = read_torch_zip(tmp_path / "x.pt").tensors["weight"]
+    with pytest.raises(FormatError, match=r"x\.pt: holds a boolean that is 2, neither 0 nor 1"):
+        weight.numpy()
+
+
+@pytest.mark.parametrize("name", ["no-version", "version-11", "version-of-letters"])
+def test_torch_refuses_these_versions_too(name: str) -> None:
+    with pytest.raises(RuntimeError, match="version"):
+        torch.load(HOSTILE / f"{name}.pt", weights_only=True)

@@ -49,6 +49,7 @@ CASES = {
     )
 } | {
     "AK114": case("AK114", None, "AK108"),
+    "AK118": case("AK118"),
     "AK300": case("AK300", base=None),
     "AK305": case("AK305", base="vague"),
     "AK307": case("AK307", base="named"),

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from adapterkit.audit.interference import Interference
     from adapterkit.audit.rank_plan import Suggestion
 
+_FORMULA = ("=", "+", "-", "@")
+_MARKS = "\\`*_[]<>|#~&$:"
+
 
 def csv_table(report: AuditReport) -> str:
     """Return one row for each matrix of each adapter; empty cells are null.
 
     The columns are `adapter` (its path) and the fields of `ModuleAudit`; shapes and singular values
-    are separated by spaces.
+    are separated by spaces. What cannot be printed is written as an escape, and text that a
+    spreadsheet would take for a formula has an apostrophe before it.
     """
     text = io.StringIO()
     names = [field.name for field in fields(ModuleAudit)]
@@ -30,14 +34,18 @@ def csv_table(report: AuditReport) -> str:
     writer.writerow(["adapter", *names])
     for audited in report.adapters:
         for module in audited.modules:
-            writer.writerow([audited.source or "", *(_cell(getattr(module, n)) for n in names)])
+            cells = [audited.source, *(getattr(module, name) for name in names)]
+            writer.writerow(map(_cell, cells))
     return text.getvalue()
 
 
 def _cell(value: object) -> object:
     if isinstance(value, tuple):
         return " ".join(map(repr, value))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    return "" if value is None else value
+    if not isinstance(value, str):
+        return "" if value is None else value
+    flat = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    return f"'{flat}" if flat.lstrip().startswith(_FORMULA) else flat
 
 
 def markdown(report: AuditReport) -> str:
@@ -155,9 +163,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 def _escaped(text: str) -> str:
     """Return text that Markdown shows as it is, names from files included."""
     flat = "".join(c if c.isprintable() else " " for c in text)
-    for mark in "\\`*_[]<>|#":
+    for mark in _MARKS:
         flat = flat.replace(mark, "\\" + mark)
-    return flat
+    # Addresses become links without any mark.
+    return flat.replace("www.", "www\\.")
 
 
 def number(value: float | None) -> str:

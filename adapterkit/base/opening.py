@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from adapterkit.architectures import Architecture
+    from adapterkit.containers.gguf import GGUFArray
     from adapterkit.tensor import LazyTensor
 
 # Nested configuration of a text tower -> prefix that transformers puts before its modules.
@@ -29,7 +30,9 @@ _TEXT_TOWERS = {
 }
 INDEX = "model.safetensors.index.json"
 _WORD = text(1 << 8)
-_LONGEST_NAME, _MOST_PARTS = 255, 99_999
+# The names of split models count to 99999; the largest one has some two hundred.
+_LONGEST_NAME, _MOST_PARTS = 255, 9_999
+_LONGEST_ARRAY = 1 << 16
 
 
 def open_base(reference: str | Path) -> BaseModel:
@@ -187,12 +190,16 @@ def weight_map(folder: Path) -> dict[str, Path]:
     """Return the shard of every tensor, as the index of a checkpoint has it.
 
     Raises:
-        FormatError: if the index maps no names to names of files.
+        FormatError: if the index maps no names to names of files, or to more than any model has.
     """
     table = Table(read_json_object(folder / INDEX), folder / INDEX)
     # Only plain file names: an index must not lead out of its directory.
     shards = table.get("weight_map", mapped(text(_LONGEST_NAME, empty=False)), dict[str, str]())
-    return {name: folder / Path(shard).name for name, shard in shards.items()}
+    files = set(shards.values())
+    if len(files) > _MOST_PARTS:
+        raise table.error("weight_map", f"names {len(files)} files, the most is {_MOST_PARTS}")
+    paths = {shard: folder / Path(shard).name for shard in files}
+    return {name: paths[shard] for name, shard in shards.items()}
 
 
 def _open_gguf(path: Path) -> BaseModel:
@@ -210,8 +217,8 @@ def _open_gguf(path: Path) -> BaseModel:
             f"architecture {name!r} is not in the tables; `adapterkit architectures` lists what is",
             path=path,
         )
-    tensors = {**file.tensors, **_other_shards(path, file.metadata)}
-    facts = _gguf_facts(name, file.metadata, tensors)
+    tensors = {**file.tensors, **_other_shards(path, file.metadata, name)}
+    facts = _gguf_facts(name, file.metadata, tensors, path)
     identity = {
         key.removeprefix("general."): value
         for key, value in file.metadata.items()
@@ -229,8 +236,14 @@ def _open_gguf(path: Path) -> BaseModel:
     )
 
 
-def _other_shards(path: Path, metadata: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Read the tensor tables of the other files of a split model, `name-00002-of-00003.gguf`."""
+def _other_shards(path: Path, metadata: Mapping[str, Any], name: str) -> dict[str, LazyTensor]:
+    """Read the tensor tables of the other files of a split model, `name-00002-of-00003.gguf`.
+
+    Raises:
+        NotFoundError: if a part is missing.
+        FormatError: if a part is of another model or place, or two hold one tensor; llama.cpp
+            refuses them too.
+    """
     from adapterkit.containers.gguf import read_gguf
 
     count = Table(metadata, path).get("split.count", whole(0, _MOST_PARTS), 0)
@@ -246,8 +259,28 @@ def _other_shards(path: Path, metadata: Mapping[str, Any]) -> dict[str, LazyTens
         shard = path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf")
         if not shard.is_file():
             raise NotFoundError("is missing from the split base model", path=shard)
-        tensors.update(read_gguf(shard).tensors)
+        part = read_gguf(shard)
+        _check_part(Table(part.metadata, shard), name, number, count)
+        if twice := next((tensor for tensor in part.tensors if tensor in tensors), None):
+            raise FormatError("is in two parts of the split base model", path=shard, where=twice)
+        tensors.update(part.tensors)
+    total = Table(metadata, path).get("split.tensors.count", whole(0, 1 << 31), len(tensors))
+    if total != len(tensors):
+        raise FormatError(f"has {len(tensors)} tensors in its parts, not {total}", path=path)
     return tensors
+
+
+def _check_part(part: Table, name: str, number: int, count: int) -> None:
+    if (other := part.get("general.architecture", _WORD, name)) != name:
+        message = f"is a part of architecture {shown(other)}, the first is {name}"
+        raise FormatError(message, path=part.path)
+    found = (
+        part.get("split.no", whole(0, _MOST_PARTS)) + 1,
+        part.get("split.count", whole(0, _MOST_PARTS)),
+    )
+    if found != (number, count):
+        message = f"says that it is part {found[0]} of {found[1]}, not {number} of {count}"
+        raise FormatError(message, path=part.path)
 
 
 _SPLIT = re.compile(r"^(.+)-\d{5}-of-\d{5}\.gguf$")
@@ -260,14 +293,24 @@ _IDENTITY = (
 )
 
 
+def _numbers(value: GGUFArray, path: Path, key: str) -> list[Any]:
+    """Return a list of sizes, such as one for each layer."""
+    if value.length > _LONGEST_ARRAY:
+        message = f"has {value.length} elements, the most is {_LONGEST_ARRAY}"
+        raise FormatError(message, path=path, where=key)
+    return list(value.values())
+
+
 def _gguf_facts(
-    name: str, metadata: Mapping[str, Any], tensors: Mapping[str, LazyTensor]
+    name: str, metadata: Mapping[str, Any], tensors: Mapping[str, LazyTensor], path: Path
 ) -> dict[str, Any]:
+    from adapterkit.containers.gguf import GGUFArray
+
     facts: dict[str, Any] = {}
     for key, value in metadata.items():
         if key.startswith(f"{name}."):
             short = key.removeprefix(f"{name}.").replace(".", "__")
-            facts[short] = list(value.values()) if hasattr(value, "values") else value
+            facts[short] = _numbers(value, path, key) if isinstance(value, GGUFArray) else value
     if (embedding := tensors.get("token_embd.weight")) and embedding.shape:
         # The stored table is what factors must fit, whatever the header says of the vocabulary.
         facts["vocab_size"] = embedding.shape[0]

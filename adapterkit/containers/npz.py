@@ -7,16 +7,17 @@ the header states must be what the zip states, before anything is expanded.
 from __future__ import annotations
 
 import re
-import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.containers.opening import check_shape, file_size
+from adapterkit.containers.zip_members import ZipMember, read_members
 from adapterkit.dtype import DType
-from adapterkit.errors import FormatError, TruncatedFileError
+from adapterkit.errors import FormatError
 from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor, encode
 
@@ -31,26 +32,28 @@ if TYPE_CHECKING:
 # zip bomb, at up to 1032:1, does not.
 FREE_BYTES = 64 << 20
 MAX_RATIO = 20
-MAX_MEMBERS = 100_000
 # numpy's own limit for a header that it is willing to parse.
 MAX_HEADER = 10_000
 _SUFFIX = ".npy"
 _MAGIC = b"\x93NUMPY"
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LOCAL_MAGIC = b"PK\x03\x04"
-_ENCRYPTED = 0x1
 _RAW_DEFLATE = -15
 _RESAVE = "save it again with numpy.savez as float32 or float64"
 # The longest prefix before a header's text: magic, version, and a length of four bytes.
 _PREFIX = 12
-_LENGTHS = {1: 2, 2: 4, 3: 4}
+_LENGTHS = {b"\1\0": 2, b"\2\0": 4, b"\3\0": 4}
 # The header is a Python literal; its three fields are plain enough to be read without Python.
 _NAMES = ["descr", "fortran_order", "shape"]
-# Possessive quantifiers: a hostile header must not be tried in more than one way.
-_VALUE = r"(?:'[^'\\]*+'|\[[^\]]*+\]|True|False|\([\d,\sL]*+\))"
-_FIELD = re.compile(rf"'(\w++)'\s*+:\s*+({_VALUE})")
-_HEADER = re.compile(rf"\s*+\{{(?:\s*+'\w++'\s*+:\s*+{_VALUE}\s*+,?+)*+\s*+\}}\s*+")
-_SHAPE = re.compile(r"\((?:\s*+\d{1,19}+L?+\s*+(?:,|(?=\))))*+\s*+\)")
+# Possessive quantifiers: a hostile header must not be tried in more than one way. Spaces are
+# those of Python's own grammar.
+_GAP = r"[ \t\r\n\f]*+"
+_VALUE = r"(?:'[^'\\]*+'|\[[^\]]*+\]|True|False|\([\d, \t\r\n\fL]*+\))"
+_ENTRY = rf"{_GAP}'\w++'{_GAP}:{_GAP}{_VALUE}{_GAP}"
+_FIELD = re.compile(rf"'(\w++)'{_GAP}:{_GAP}({_VALUE})")
+_HEADER = re.compile(rf"[ \t]*+\{{(?:{_ENTRY}(?:,|(?=\}})))*+{_GAP}\}}{_GAP}")
+# A tuple, so that one size alone has a comma after it.
+_SIZE = rf"{_GAP}(?:0|[1-9]\d{{0,18}})L?+{_GAP}"
+_SHAPE = re.compile(rf"\((?:{_GAP}|{_SIZE},(?:{_SIZE},)*+(?:{_SIZE})?+{_GAP})\)")
 _TYPES = {
     "f8": DType.F64,
     "f4": DType.F32,
@@ -69,50 +72,49 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """One member of the zip.
+    """One member of the zip, and how its bytes are expanded."""
 
-    Attributes:
-        name: as the zip spells it.
-        data: its bytes in the file, compressed or not.
-        size: bytes after expanding.
-        crc: checksum of the expanded bytes.
-        deflated: whether it is compressed.
-    """
+    zipped: ZipMember
 
-    name: str
-    data: FileSlice
-    size: int
-    crc: int
-    deflated: bool
+    @property
+    def name(self) -> str:
+        """Its name, as the zip spells it."""
+        return self.zipped.name
+
+    @property
+    def size(self) -> int:
+        """Bytes after expanding."""
+        return self.zipped.size
 
     def start(self, length: int) -> bytes:
         """Return the first bytes, at most `length`, expanding no more than that."""
-        if not self.deflated:
-            return FileSlice(self.data.path, self.data.offset, min(length, self.data.length))()
+        data = self.zipped.data
+        begin = partial(FileSlice, data.path, data.offset)
+        if self.zipped.stored:
+            return begin(min(length, data.length))()
         # 1032:1 is the most that deflate can do, and its own blocks need some room.
-        packed = FileSlice(self.data.path, self.data.offset, min(length + 512, self.data.length))()
+        packed = begin(min(length + 512, data.length))()
         try:
             return zlib.decompressobj(_RAW_DEFLATE).decompress(packed, length)
         except zlib.error as error:
-            raise self._error(f"its compressed data is broken ({error})") from error
+            raise self.zipped.error(f"its compressed data is broken ({error})") from error
 
     def whole(self) -> bytes:
         """Return all bytes, exactly `size` of them, their checksum verified."""
-        data = self.data()
-        if self.deflated:
+        data = self.zipped.data()
+        if not self.zipped.stored:
             machine = zlib.decompressobj(_RAW_DEFLATE)
             try:
                 data = machine.decompress(data, self.size + 1)
             except zlib.error as error:
-                raise self._error(f"its compressed data is broken ({error})") from error
+                raise self.zipped.error(f"its compressed data is broken ({error})") from error
         if len(data) != self.size:
-            raise self._error(f"expands to other than the {self.size} bytes that the zip states")
-        if zlib.crc32(data) != self.crc:
-            raise self._error("its checksum is wrong; download or copy the file again")
+            raise self.zipped.error(
+                f"expands to other than the {self.size} bytes that the zip states"
+            )
+        if zlib.crc32(data) != self.zipped.crc:
+            raise self.zipped.error("its checksum is wrong; download or copy the file again")
         return data
-
-    def _error(self, message: str) -> FormatError:
-        return FormatError(message, path=self.data.path, where=self.name)
 
 
 def read_npz(path: Path) -> Mapping[str, LazyTensor]:
@@ -141,74 +143,17 @@ def _members(path: Path, size: int) -> list[_Member]:
     with path.open("rb") as file:
         if file.read(len(_LOCAL_MAGIC)) != _LOCAL_MAGIC:
             raise FormatError("is not a zip of numpy.savez, or holds no arrays", path=path)
-        infos = _directory(file, path)
-        found = [_member(file, info, path) for info in sorted(infos, key=_place)]
-    end = 0
-    for info, member in zip(sorted(infos, key=_place), found, strict=True):
-        if member.data.offset + member.data.length > size:
-            raise TruncatedFileError(
-                f"its data ends at byte {member.data.offset + member.data.length}, the file at "
-                f"{size}; download or copy it again",
-                path=path,
-                where=member.name,
+    members = read_members(path, size)
+    for member in members:
+        if not member.name.endswith(_SUFFIX):
+            raise member.error("is no .npy array: this is no file of numpy.savez")
+        if member.method not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise member.error(
+                f"is compressed by method {member.method}, which numpy does not write"
             )
-        if info.header_offset < end:
-            raise FormatError("overlaps the member before it", path=path, where=member.name)
-        end = member.data.offset + member.data.length
-    order = {info.filename: place for place, info in enumerate(infos)}
-    return sorted(found, key=lambda member: order[member.name])
-
-
-def _place(info: zipfile.ZipInfo) -> int:
-    return info.header_offset
-
-
-def _directory(file: IO[bytes], path: Path) -> list[zipfile.ZipInfo]:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OSError) as error:
-        raise TruncatedFileError(
-            f"the directory at the end of the zip is missing or broken ({error}); "
-            "download or copy the file again",
-            path=path,
-        ) from error
-    if len(infos) > MAX_MEMBERS:
-        raise FormatError(f"has {len(infos)} members, the most is {MAX_MEMBERS}", path=path)
-    names: set[str] = set()
-    for info in infos:
-        if info.filename in names:
-            raise FormatError("the zip has this member twice", path=path, where=info.filename)
-        names.add(info.filename)
-        if not info.filename.endswith(_SUFFIX):
-            raise FormatError(
-                "is no .npy array: this is no file of numpy.savez", path=path, where=info.filename
-            )
-    return infos
-
-
-def _member(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> _Member:
-    """Find where a member's data begins, which only its local header says."""
-    if info.flag_bits & _ENCRYPTED:
-        raise FormatError("is encrypted", path=path, where=info.filename)
-    if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-        raise FormatError(
-            f"is compressed by method {info.compress_type}, which numpy does not write",
-            path=path,
-            where=info.filename,
-        )
-    deflated = info.compress_type == zipfile.ZIP_DEFLATED
-    if not deflated and info.compress_size != info.file_size:
-        raise FormatError("is stored, and yet has two sizes", path=path, where=info.filename)
-    if info.header_offset < 0:
-        raise FormatError("lies before the file", path=path, where=info.filename)
-    file.seek(info.header_offset)
-    header = file.read(_LOCAL_HEADER.size)
-    if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_MAGIC):
-        raise FormatError("has no local header", path=path, where=info.filename)
-    *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    data = FileSlice(path, file.tell() + name_length + extra_length, info.compress_size)
-    return _Member(info.filename, data, info.file_size, info.CRC, deflated)
+        if member.method == zipfile.ZIP_STORED and not member.stored:
+            raise member.error("is stored, and yet has two sizes")
+    return [_Member(member) for member in members]
 
 
 def _check_expansion(members: list[_Member], size: int, path: Path) -> None:
@@ -228,6 +173,8 @@ def _tensor(member: _Member, path: Path) -> LazyTensor:
     code, fortran = fields["descr"].strip("'"), fields["fortran_order"] == "True"
     if fields["descr"].startswith("["):
         raise FormatError(f"holds records, not numbers; {_RESAVE}", path=path, where=where)
+    if fields["fortran_order"] not in {"True", "False"}:
+        raise FormatError("its order is neither True nor False", path=path, where=where)
     if not _SHAPE.fullmatch(fields["shape"]):
         raise FormatError("its shape is not of whole numbers", path=path, where=where)
     shape = tuple(int(size) for size in re.findall(r"\d+", fields["shape"]))
@@ -262,9 +209,9 @@ def _dtype(code: str, path: Path, where: str) -> DType:
 def _header(member: _Member, path: Path) -> tuple[int, dict[str, str]]:
     """Return where the values begin, and the text of the header's three fields."""
     start = member.start(_PREFIX + MAX_HEADER)
-    version = start[6] if len(start) >= _PREFIX else 0
+    version = start[6:8] if len(start) >= _PREFIX else b""
     if not start.startswith(_MAGIC) or version not in _LENGTHS:
-        raise FormatError("is no .npy array", path=path, where=member.name)
+        raise FormatError("is no .npy array of version 1, 2 or 3", path=path, where=member.name)
     begin = 8 + _LENGTHS[version]
     length = int.from_bytes(start[8:begin], "little")
     if length > MAX_HEADER:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # The most that every supported numpy can hold: axes, and bytes counted without the empty axes.
 MAX_AXES = 32
 MAX_BYTES = 2**63 - 1
+# Letters of the name of a tensor or member; the longest real ones have some two hundred.
+MAX_NAME = 1000
 _LFS_POINTER = b"version https://git-lfs"
 
 

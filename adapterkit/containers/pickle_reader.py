@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_PICKLE = 64 << 20
-MAX_OPCODES = 4_000_000
+# 25 for each of 80,000 tensors; the adapters with the most experts have as many.
+MAX_OPCODES = 2_000_000
+# Empty containers are a byte each in the file and up to 216 in memory.
+MAX_CONTAINERS = 100_000
 RESAVE = (
     "if you trust the file, load it in torch with weights_only=True and save its tensors "
     "with safetensors.torch.save_file"
@@ -82,7 +85,16 @@ def _argument(opcode: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
 class _Machine:
     """The stack, the marks and the memo of one pickle."""
 
-    __slots__ = ("_budget", "_marks", "_memo", "_names", "_path", "_persistent", "_stack")
+    __slots__ = (
+        "_budget",
+        "_containers",
+        "_marks",
+        "_memo",
+        "_names",
+        "_path",
+        "_persistent",
+        "_stack",
+    )
 
     def __init__(
         self,
@@ -97,6 +109,7 @@ class _Machine:
         self._stack: list[object] = []
         self._marks: list[list[object]] = []
         self._memo: dict[int, object] = {}
+        self._containers = 0
         # Repeated calls on one memoised argument would otherwise copy it any number of times.
         self._budget = 1000 + 4 * len(data)
 
@@ -150,7 +163,12 @@ class _Machine:
         self._budget -= sum(len(item) for item in arguments if isinstance(item, Sized))
         if self._budget < 0:
             raise ValueError("its constructors copy more than the pickle holds")
-        self._stack.append(function.build(arguments))
+        made = function.build(arguments)
+        # Not the dictionary of hooks that every tensor has, and loses again.
+        if isinstance(made, set | frozenset):
+            self.push_container(cast("object", made))
+        else:
+            self._stack.append(made)
 
     def load_persistent(self, _: None) -> None:
         self._stack.append(self._persistent(self._pop()))
@@ -190,7 +208,7 @@ class _Machine:
 
     def make_frozenset(self, _: None) -> None:
         items = self._pop_mark()
-        self._stack.append(frozenset(map(checked_key, items)))
+        self.push_container(frozenset(map(checked_key, items)))
 
     def make_tuple(self, _: None) -> None:
         items = self._pop_mark()
@@ -201,6 +219,13 @@ class _Machine:
         self._stack.append(tuple(reversed(items)))
 
     def push(self, value: object) -> None:
+        self._stack.append(value)
+
+    def push_container(self, value: object) -> None:
+        """Push an empty container that will be filled, or not."""
+        self._containers += 1
+        if self._containers > MAX_CONTAINERS:
+            raise ValueError(f"it has more than {MAX_CONTAINERS} dicts, lists and sets; {RESAVE}")
         self._stack.append(value)
 
     def remember(self, index: int) -> None:
@@ -302,9 +327,9 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),  # noqa: FBT003
     "NEWFALSE": lambda machine, _: machine.push(False),  # noqa: FBT003
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "EMPTY_SET": lambda machine, _: machine.push(set[object]()),
+    "EMPTY_DICT": lambda machine, _: machine.push_container({}),
+    "EMPTY_LIST": lambda machine, _: machine.push_container([]),
+    "EMPTY_SET": lambda machine, _: machine.push_container(set[object]()),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
     "TUPLE1": lambda machine, _: machine.take_tuple(1),
     "TUPLE2": lambda machine, _: machine.take_tuple(2),

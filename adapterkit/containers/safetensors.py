@@ -15,9 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.containers.opening import MAX_AXES, check_shape, file_size
+from adapterkit.containers.opening import MAX_AXES, MAX_NAME, check_shape, file_size
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, TruncatedFileError, UnsupportedError
+from adapterkit.json_file import json_values
 from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor
 
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 
 PREFIX = 8
 MAX_HEADER = 100_000_000
+# Eight for each of 250,000 tensors; the models with the most experts have half as many.
+MAX_VALUES = 2_000_000
+# Free text is a few keys; the reference takes some three hundred bytes for one of ten.
+MAX_KEYS = 100_000
 _METADATA = "__metadata__"
+_METADATA_KEY = b'"__metadata__"'
 _LIBRARY_PREAMBLE = "Error while deserializing header: "
 # The reference sorts by descending alignment, and within it by its own list of types.
 _ORDER = (
@@ -74,9 +80,9 @@ class _Entry:
 def read_safetensors(path: Path) -> SafetensorsFile:
     """Check the whole header and leave the data on disk.
 
-    Stricter than the reference in four things: a name may not appear twice, a dtype must be one
-    that `DType` has, an empty tensor's other axes must be possible, and there are at most
-    `MAX_AXES` axes.
+    Stricter than the reference in six things: a name may not appear twice, a dtype must be one
+    that `DType` has, an empty tensor's other axes must be possible, there are at most `MAX_AXES`
+    axes, a name has at most `MAX_NAME` letters, and the header no more than `MAX_VALUES` values.
 
     Raises:
         NotFoundError: if there is no file.
@@ -85,6 +91,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     """
     size = file_size(path)
     header = _read_header(path, size)
+    _check_count(header, path)
     room = size - PREFIX - len(header)
     entries, metadata = _validated(path, header, room)
     places = {name: place for place, name in enumerate(_parse(header, path))}
@@ -193,6 +200,19 @@ def _read_header(path: Path, size: int) -> bytes:
         return file.read(length)
 
 
+def _check_count(header: bytes, path: Path) -> None:
+    """Refuse a header that would take far more memory than bytes, before anything reads it."""
+    if (count := json_values(header)) > MAX_VALUES:
+        raise FormatError(
+            f"a header of some {count} values, the most is {MAX_VALUES}: this is no adapter",
+            path=path,
+        )
+    begin = header.find(_METADATA_KEY)
+    # The end of the metadata's object, or a brace in its text: then there are more keys than this.
+    if begin >= 0 and header.count(b",", begin, header.find(b"}", begin)) > MAX_KEYS:
+        raise FormatError(f"more than {MAX_KEYS} keys of metadata", path=path)
+
+
 def _validated(path: Path, header: bytes, room: int) -> tuple[list[_Entry], dict[str, str]]:
     """Let the reference judge the file; return its tensors in the order of their data."""
     import safetensors
@@ -212,6 +232,9 @@ def _validated(path: Path, header: bytes, room: int) -> tuple[list[_Entry], dict
 
 
 def _tensor(entry: _Entry, begin: int, path: Path) -> LazyTensor:
+    if len(entry.name) > MAX_NAME:
+        where = f"{entry.name[:80]}..."
+        raise FormatError(f"a name of more than {MAX_NAME} letters", path=path, where=where)
     dtype = DType.__members__.get(entry.code)
     if dtype is None:
         raise _unknown_dtype(entry.code, path, entry.name)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.containers.opening import check_shape
+from adapterkit.containers.opening import MAX_BYTES, check_shape
 from adapterkit.containers.pickle_names import Constructor
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
@@ -113,6 +113,8 @@ class PickledTensor:
     def _span(self, where: str, available: int) -> int:
         """Return how many elements of the storage lie from the first to the last one used."""
         path = self.storage.data.path
+        if max(self.offset, *self.strides, 0) > MAX_BYTES:
+            raise FormatError("has an offset or stride that none can be", path=path, where=where)
         if len(self.strides) != len(self.shape) or min(self.strides, default=0) < 0:
             raise FormatError("its strides do not fit its shape", path=path, where=where)
         if not math.prod(self.shape) and self.offset >= 0:

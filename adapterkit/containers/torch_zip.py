@@ -6,17 +6,17 @@ uncompressed, so a tensor is a range of bytes of the file. This is the layout si
 
 from __future__ import annotations
 
-import struct
-import zipfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.containers.opening import file_size
+from adapterkit.containers.opening import MAX_NAME, file_size
 from adapterkit.containers.pickle_reader import RESAVE, read_pickle
 from adapterkit.containers.torch_tensor import TORCH_NAMES, PickledTensor, Storage, StorageType
-from adapterkit.errors import FormatError, TruncatedFileError, UnsafePickleError
+from adapterkit.containers.zip_members import read_members
+from adapterkit.errors import FormatError, UnsafePickleError
 from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor
 
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 MAX_DEPTH = 100
-MAX_NAME = 1000
+# Objects of the tree; a tensor is one.
+MAX_NODES = 200_000
 _PICKLE = "/data.pkl"
 _ZIP_MAGIC = b"PK\x03\x04"
 # What `torch.save` before 1.6 begins with, after the protocol: a pickled magic number.
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 _PICKLE_PROTOCOL = 0x80
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_ENCRYPTED = 0x1
+_VERSION = re.compile(rb"\s*(\d+)")
+_LATEST_VERSION = 10
 # Below this many nodes sharing does no harm, however short the pickle.
 _SMALL_TREE = 10_000
 
@@ -91,6 +92,7 @@ def read_torch_zip(path: Path) -> TorchFile:
         raise FormatError(
             f"its pickle of {len(data)} bytes unfolds to {nodes} objects; {RESAVE}", path=path
         )
+    _check_version(members, path)
     return TorchFile(path, root)
 
 
@@ -132,21 +134,14 @@ def _members(path: Path, size: int) -> dict[str, FileSlice]:
     """Return the members by their names after `archive/`, as ranges that do not overlap."""
     with path.open("rb") as file:
         _check_magic(file.read(32), path)
-        infos = _directory(file, path)
-        ranges = [(info.header_offset, *_data_range(file, info, path)) for info in infos]
-    end = 0
-    for info, (header, begin, length) in zip(infos, ranges, strict=True):
-        if begin + length > size:
-            raise TruncatedFileError(
-                f"its data ends at byte {begin + length}, the file at {size}; "
-                "download or copy it again",
-                path=path,
-                where=info.filename,
+    members = read_members(path, size)
+    for member in members:
+        if not member.stored:
+            raise member.error(
+                "is compressed; load the file in torch with weights_only=True and save it again "
+                "with torch.save, which stores"
             )
-        if header < end:
-            raise FormatError("overlaps the member before it", path=path, where=info.filename)
-        end = begin + length
-    roots = [name.filename.removesuffix(_PICKLE) for name in infos if _is_pickle(name.filename)]
+    roots = [member.name.removesuffix(_PICKLE) for member in members if _is_pickle(member.name)]
     if len(roots) != 1:
         raise FormatError(
             f"the zip has {len(roots)} members archive/data.pkl, not one: "
@@ -155,9 +150,9 @@ def _members(path: Path, size: int) -> dict[str, FileSlice]:
         )
     prefix = f"{roots[0]}/"
     return {
-        info.filename.removeprefix(prefix): FileSlice(path, begin, length)
-        for info, (_, begin, length) in zip(infos, ranges, strict=True)
-        if info.filename.startswith(prefix)
+        member.name.removeprefix(prefix): member.data
+        for member in members
+        if member.name.startswith(prefix)
     }
 
 
@@ -181,43 +176,6 @@ def _check_magic(begin: bytes, path: Path) -> None:
     raise FormatError("is not a zip of torch.save", path=path)
 
 
-def _directory(file: IO[bytes], path: Path) -> list[zipfile.ZipInfo]:
-    """Return the members in the order of their data; `zipfile` reads no more than the list."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, OSError) as error:
-        raise TruncatedFileError(
-            f"the directory at the end of the zip is missing or broken ({error}); "
-            "download or copy the file again",
-            path=path,
-        ) from error
-    if len({info.filename for info in infos}) != len(infos):
-        raise FormatError("the zip has two members of one name", path=path)
-    return infos
-
-
-def _data_range(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> tuple[int, int]:
-    """Return where a member's data begins, which only its local header says, and its length."""
-    if info.flag_bits & _ENCRYPTED:
-        raise FormatError("is encrypted", path=path, where=info.filename)
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-        raise FormatError(
-            "is compressed; load the file in torch with weights_only=True and save it again with "
-            "torch.save, which stores",
-            path=path,
-            where=info.filename,
-        )
-    if info.header_offset < 0:
-        raise FormatError("lies before the file", path=path, where=info.filename)
-    file.seek(info.header_offset)
-    header = file.read(_LOCAL_HEADER.size)
-    if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
-        raise FormatError("has no local header", path=path, where=info.filename)
-    *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    return file.tell() + name_length + extra_length, info.file_size
-
-
 def _check_byteorder(members: Mapping[str, FileSlice], path: Path) -> None:
     record = members.get("byteorder")
     if record is None:
@@ -228,6 +186,20 @@ def _check_byteorder(members: Mapping[str, FileSlice], path: Path) -> None:
             f"byte order {order!r}; load it in torch with weights_only=True and save it on a "
             "little-endian machine",
             path=path,
+        )
+
+
+def _check_version(members: Mapping[str, FileSlice], path: Path) -> None:
+    """Refuse a file without a version, or of one that torch does not read."""
+    record = members.get(".data/version", members.get("version"))
+    text = FileSlice(path, record.offset, min(record.length, 8))() if record else b""
+    version = _VERSION.match(text)
+    if version is None or not 1 <= int(version[1]) <= _LATEST_VERSION:
+        raise FormatError(
+            f"states version {text!r}; torch reads 1 to {_LATEST_VERSION}: download it again or "
+            "save it again with torch.save",
+            path=path,
+            where="version",
         )
 
 
@@ -275,6 +247,8 @@ class _Tree:
             raise self._error("a container holds itself", trail)
         if len(trail) > MAX_DEPTH:
             raise self._error(f"is nested deeper than {MAX_DEPTH} levels", trail)
+        if len(self._done) >= MAX_NODES:
+            raise self._error(f"is one object more than {MAX_NODES}; {RESAVE}", trail)
         self._busy.add(key)
         self._done[key] = self._convert_new(node, trail)
         self._busy.remove(key)

@@ -59,8 +59,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-Pattern = re.Pattern[str]
+from adapterkit.patterns import Expression
+
+Pattern: TypeAlias = re.Pattern[str] | Expression
 
 SCALES = ("alpha/r", "alpha/sqrt(r)", "alpha", "1")
 

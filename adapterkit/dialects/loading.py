@@ -22,6 +22,7 @@ from adapterkit.dialects.grammar import (
 )
 from adapterkit.dialects.table import RuleTable
 from adapterkit.errors import FormatError, UsageError
+from adapterkit.patterns import Allowance
 from adapterkit.storage import read_document
 from adapterkit.tables import FLAG, TEXT, either, listed, mapped, number, one_of, whole
 
@@ -83,7 +84,8 @@ def load(reference: str) -> Dialect:
 
 def _read(path: Path, name: str) -> Dialect:
     raw = _document(path, ())
-    return _dialect(RuleTable(raw, path, ""), name, path)
+    allowance = None if path.parent == _HERE else Allowance()
+    return _dialect(RuleTable(raw, path, "", allowance), name, path)
 
 
 def _document(path: Path, trail: tuple[Path, ...]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from adapterkit.dialects import Dialect, Document
     from adapterkit.dialects.grammar import RenameRule
     from adapterkit.formats.handwritten_blocks import Slots
+    from adapterkit.patterns import Match
 
 _Vectors = Mapping[Role, LazyTensor]
 _SHOWN = 3
@@ -130,7 +131,7 @@ class Names:
         self._kept.append(name)
         return name
 
-    def _rule(self, name: str) -> tuple[RenameRule | None, re.Match[str] | None]:
+    def _rule(self, name: str) -> tuple[RenameRule | None, re.Match[str] | Match | None]:
         for rule in self._dialect.renames:
             if match := rule.match.fullmatch(name):
                 return rule, match
@@ -176,7 +177,7 @@ class Names:
         target.vectors = vectors
 
     def _reordered(
-        self, rule: RenameRule, match: re.Match[str], pair: Update, vectors: _Vectors
+        self, rule: RenameRule, match: re.Match[str] | Match, pair: Update, vectors: _Vectors
     ) -> tuple[Update, _Vectors]:
         """Undo the row order of the training program."""
         if not rule.rows:

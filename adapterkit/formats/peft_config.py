@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from adapterkit.errors import UnsupportedError
-from adapterkit.patterns import compiled
+from adapterkit.errors import UncheckableError, UnsupportedError
+from adapterkit.patterns import Allowance, Expression, ending
 from adapterkit.tables import (
     ANY_MAPPING,
     FLAG,
@@ -28,9 +28,6 @@ from adapterkit.tables import (
     shown,
     whole,
 )
-
-if TYPE_CHECKING:
-    import re
 
 # Initialisations that subtract something from the base: B · A alone is not the update.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -110,13 +107,21 @@ class LoraConfig:
         return self.fields.optional(name, FLAG) or False
 
     def rank_of(self, module: str) -> int:
-        """Return the rank of a module: the first hit of rank_pattern, in file order, or `r`."""
-        return self._first_hit(self._ranks, self._looked_up(module), self.rank)
+        """Return the rank of a module: the first hit of rank_pattern, in file order, or `r`.
+
+        Raises:
+            FormatError: if a pattern before the first hit cannot be evaluated.
+        """
+        return self._first_hit("rank_pattern", self._ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """Return the effective scale of a module; rank and alpha patterns are looked up apart."""
+        """Return the effective scale of a module; rank and alpha patterns are looked up apart.
+
+        Raises:
+            FormatError: if a pattern before the first hit cannot be evaluated.
+        """
         rank = self.rank_of(module)
-        alpha = self._first_hit(self._alphas, self._looked_up(module), self.alpha)
+        alpha = self._first_hit("alpha_pattern", self._alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def is_parameter(self, module: str) -> bool:
@@ -128,35 +133,37 @@ class LoraConfig:
     def _parameters(self) -> tuple[str, ...]:
         return self.names("target_parameters")
 
-    def _looked_up(self, module: str) -> str:
-        """Return the name that patterns are matched with: a bare parameter's own."""
-        return f"{module}.weight" if self.is_parameter(module) else module
+    @cached_property
+    def _allowance(self) -> Allowance:
+        return Allowance()
 
     @cached_property
-    def _ranks(self) -> tuple[tuple[re.Pattern[str], int], ...]:
+    def _ranks(self) -> tuple[tuple[Expression, int], ...]:
         return tuple(
-            (self._pattern("rank_pattern", key), rank)
+            (ending(key, self._allowance), rank)
             for key, rank in self._given("rank_pattern", mapped(_RANK), {}).items()
         )
 
     @cached_property
-    def _alphas(self) -> tuple[tuple[re.Pattern[str], float], ...]:
+    def _alphas(self) -> tuple[tuple[Expression, float], ...]:
         return tuple(
-            (self._pattern("alpha_pattern", key), alpha)
+            (ending(key, self._allowance), alpha)
             for key, alpha in self._given("alpha_pattern", mapped(number()), {}).items()
         )
 
-    @staticmethod
     def _first_hit(
-        patterns: tuple[tuple[re.Pattern[str], Any], ...], module: str, usual: Any
+        self,
+        name: str,
+        patterns: tuple[tuple[Expression, Any], ...],
+        module: str,
+        usual: Any,
     ) -> Any:
-        return next((value for pattern, value in patterns if pattern.match(module)), usual)
-
-    def _pattern(self, name: str, key: str) -> re.Pattern[str]:
+        # A bare parameter is looked up by its own name.
+        found = f"{module}.weight" if self.is_parameter(module) else module
         try:
-            return compiled(key)
-        except ValueError as error:
-            raise self.fields.error(name, f"pattern {shown(key)} {error}") from None
+            return next((value for pattern, value in patterns if pattern.fits(found)), usual)
+        except UncheckableError as error:
+            raise self.fields.error(name, f"{error.message}; the scale depends on it") from None
 
     def mapping(self, name: str) -> Table:
         """Return a field that holds an object, empty when absent, null or false."""

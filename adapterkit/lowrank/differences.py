@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 _BF16_EXPONENT = 0x7F80
+# Elements that are looked at at a time.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,11 @@ def finite(pair: Update) -> bool:
 
 
 def all_finite(tensor: LazyTensor) -> bool:
-    """Tell whether a tensor holds neither NaN nor infinity."""
+    """Tell whether a tensor holds neither NaN nor infinity; it is read in blocks."""
+    return all(_finite(block) for block in tensor.blocks(_BLOCK))
+
+
+def _finite(tensor: LazyTensor) -> bool:
     import numpy as np
 
     values = tensor.numpy()

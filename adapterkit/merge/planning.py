@@ -14,6 +14,7 @@ from adapterkit.errors import (
     BaseRequiredError,
     FormatError,
     IncompatibleBaseError,
+    UncheckableError,
     UnsupportedError,
     UsageError,
 )
@@ -22,6 +23,7 @@ from adapterkit.model import AdapterTensorSet, Kind, Update
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.defects import problems
 from adapterkit.notes import first_and_more
+from adapterkit.patterns import Allowance, Expression, ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -56,11 +58,11 @@ class Source:
     label: str
     adapter: AdapterTensorSet
     weight: float
-    patterns: tuple[tuple[str, re.Pattern[str], float], ...] = ()
+    patterns: tuple[tuple[str, Expression, float], ...] = ()
 
     def weight_of(self, module: str) -> float:
         """Return the weight for a module."""
-        return next((w for _, pattern, w in self.patterns if pattern.match(module)), self.weight)
+        return next((w for _, pattern, w in self.patterns if pattern.fits(module)), self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,21 +141,22 @@ def _number(value: float, what: str) -> float:
     return number
 
 
-def _compiled(own: Mapping[str, float]) -> tuple[tuple[str, re.Pattern[str], float], ...]:
-    """Compile patterns as PEFT's rank_pattern reads them: the end of a module path."""
-    compiled: list[tuple[str, re.Pattern[str], float]] = []
-    for text, weight in own.items():
-        try:
-            pattern = re.compile(rf"(.*\.)?({text})$")
-        except re.error as error:
-            raise UsageError(f"module pattern {text!r} is no regex ({error})") from None
-        compiled.append((text, pattern, _number(weight, f"weight of {text!r}")))
-    return tuple(compiled)
+def _compiled(own: Mapping[str, float]) -> tuple[tuple[str, Expression, float], ...]:
+    """Take patterns as PEFT's rank_pattern reads them: the end of a module path."""
+    allowance = Allowance()
+    return tuple(
+        (text, ending(text, allowance), _number(weight, f"weight of {text!r}"))
+        for text, weight in own.items()
+    )
 
 
 def _check_patterns(source: Source) -> None:
     for text, pattern, _ in source.patterns:
-        if not any(pattern.match(module) for module in source.adapter.modules):
+        try:
+            hits = [pattern.fits(module) for module in source.adapter.modules]
+        except UncheckableError as error:
+            raise UsageError(f"module {error.message}") from None
+        if not any(hits):
             raise UsageError(f"no module of {source.label} matches the pattern {text!r}")
 
 

@@ -120,4 +120,7 @@ def _adapter(table: Table, entry: Any, where: str) -> dict[str, Any]:
 def _beside(path: Path, name: str) -> str:
     """Return a path as seen from the recipe's folder, or the name itself: it may be a hub id."""
     near = path.parent / name
-    return str(near) if near.exists() else name
+    try:
+        return str(near) if near.exists() else name
+    except OSError:
+        return name  # no name of a file: what opens it says so

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
-from adapterkit.errors import IncompatibleBaseError, UnsupportedError
+from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
 from adapterkit.formats.gguf_engine import engine_adapter
 from adapterkit.formats.gguf_losses import losses
 from adapterkit.formats.protocol import Options
@@ -100,7 +100,10 @@ def _finding(loss: Loss, target: Target) -> Finding:
 
 def _by_module(adapter: AdapterTensorSet, base: BaseModel, target: Target) -> list[CoveredModule]:
     wrong = {found.module: found for found in misfits(adapter, base) if found.kind != "unknown"}
-    outside = set(outside_targets(adapter))
+    try:
+        outside = set(outside_targets(adapter))
+    except UncheckableError:
+        return []  # the check of the adapter alone says that nothing is known of its targets
     places = Places(base)
     return [_placed(pair, places, target, wrong, outside) for pair in adapter.pairs()]
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
-from adapterkit.errors import UnsupportedError
+from adapterkit.errors import UncheckableError, UnsupportedError
 from adapterkit.keys import Role
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.validation.findings import Finding, Severity
-from adapterkit.validation.structure import peft_config, selector
+from adapterkit.validation.selection import selection
+from adapterkit.validation.structure import peft_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -63,8 +64,8 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
 def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     """Report targets that select nothing of the base: PEFT raises an error then."""
     config = peft_config(adapter)
-    selects = selector(config)
-    if selects is None or config.get("target_parameters"):
+    chosen = selection(config)
+    if chosen is None or config.get("target_parameters"):
         return
     # Quantised checkpoints have other tensors than `.weight` under a module's name.
     stored = [name.rpartition(".")[0] for name in base.names]
@@ -73,9 +74,11 @@ def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     places = Places(base)
     live = map(places.memory, stored)
     try:
-        nothing = not any(map(selects, chain(stored, live, places.modules())))
+        nothing = not any(map(chosen.selects, chain(stored, live, places.modules())))
     except UnsupportedError:
         return  # the sizes that are missing are said to be by the comparison of dimensions
+    except UncheckableError:
+        return  # the check of the adapter alone says so
     if nothing:
         message = f"target_modules = {config['target_modules']!r} selects no module of the base"
         hint = "adapterkit convert -o DIR writes the list anew"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit.errors import UncheckableError
 from adapterkit.model import Kind, PeftSource
 from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import Defect, defects
 from adapterkit.notes import Note, NoteKind
-from adapterkit.patterns import bounded, compiled
+from adapterkit.patterns import Allowance, ending
 from adapterkit.validation.findings import Finding, Severity
+from adapterkit.validation.selection import ends_with, selection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from adapterkit.model import AdapterTensorSet
 
@@ -31,8 +32,6 @@ _CODES = {
     "unsaved": ("AK112", ""),
     "unstored": ("AK115", ""),
 }
-_ALL = "all-linear"
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def check_structure(adapter: AdapterTensorSet) -> Iterator[Finding]:
@@ -85,62 +84,40 @@ def _targets(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[F
     if isinstance(declared, list):
         modules = adapter.modules
         for target in map(str, cast("list[Any]", declared)):
-            if not any(_ends_with(module, target) for module in modules):
+            if not any(ends_with(module, target) for module in modules):
                 message = f"target_modules names {target}, and no tensor is of it"
                 yield Finding("AK107", Severity.WARNING, None, message)
-    for module in outside_targets(adapter):
-        message = "has factors, but the config does not select it: PEFT leaves them out"
-        yield _error("AK108", module, message, "add it to target_modules")
+    try:
+        for module in outside_targets(adapter):
+            message = "has factors, but the config does not select it: PEFT leaves them out"
+            yield _error("AK108", module, message, "add it to target_modules")
+    except UncheckableError as error:
+        message = f"which modules the config selects is unchecked: {error.message}"
+        hint = "adapterkit convert -o DIR writes the list of modules"
+        yield Finding("AK118", Severity.UNCHECKED, None, message, hint, fix="to-peft")
 
 
 def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
     """Yield modules whose factors PEFT would leave out, by the adapter's own config.
 
     Experts in one tensor are selected by target_parameters; they are not looked at.
+
+    Raises:
+        UncheckableError: if an expression of the config could not be evaluated.
     """
     config = peft_config(adapter)
-    selects = selector(config)
-    if selects is None:
+    chosen = selection(config)
+    if chosen is None:
         return
     parameters = [str(name) for name in config.get("target_parameters") or ()]
     for pair in adapter.pairs():
         plain = pair.kind is not Kind.EXPERTS and not _names_parameter(pair.module, parameters)
-        if plain and not selects(pair.module):
+        if plain and not chosen.selects(pair.module):
             yield pair.module
 
 
-def selector(config: Mapping[str, Any]) -> Callable[[str], bool] | None:
-    """Return whether PEFT adapts a module of the base; None if the config does not tell.
-
-    An expression must match the whole path; names match its end, in the chosen layers.
-    """
-    declared = config.get("target_modules")
-    if isinstance(declared, str) and declared != _ALL:
-        try:
-            expression = bounded(declared)
-        except ValueError:
-            return None
-        return lambda module: expression.fullmatch(module) is not None
-    if not isinstance(declared, list):
-        return None
-    names = [str(name) for name in cast("list[Any]", declared)]
-    chosen = config.get("layers_to_transform")
-    layers: set[Any] = set(cast("list[Any]", chosen) if isinstance(chosen, list) else [chosen])
-
-    def selects(module: str) -> bool:
-        number = _LAYER.search(module)
-        elsewhere = chosen is not None and number is not None and int(number[1]) not in layers
-        return not elsewhere and any(_ends_with(module, name) for name in names)
-
-    return selects
-
-
 def _names_parameter(module: str, parameters: Sequence[str]) -> bool:
-    return any(_ends_with(f"{module}.weight", name) for name in parameters)
-
-
-def _ends_with(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
+    return any(ends_with(f"{module}.weight", name) for name in parameters)
 
 
 def _beside(adapter: AdapterTensorSet) -> Iterator[Finding]:
@@ -159,9 +136,15 @@ def _overlaps(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[
         patterns: Mapping[str, Any] = config.get(field) or {}
         if len(patterns) == 1:
             continue  # one pattern cannot be overruled by another
-        ready = [(key, value, compiled(key)) for key, value in patterns.items()]
+        allowance = Allowance()
+        ready = [(key, value, ending(key, allowance)) for key, value in patterns.items()]
         for module in modules:
-            hits = [(key, value) for key, value, pattern in ready if pattern.match(module)]
+            try:
+                hits = [(key, value) for key, value, pattern in ready if pattern.fits(module)]
+            except UncheckableError as error:
+                message = f"whether {field} has several answers is unchecked: {error.message}"
+                yield Finding("AK118", Severity.UNCHECKED, module, message)
+                break
             if len({value for _, value in hits}) > 1:
                 shown = ", ".join(f"{key} = {value}" for key, value in hits)
                 message = f"{field} has several answers ({shown}); the first counts, and PEFT "

@@ -1,0 +1,188 @@
+"""The members of a zip as ranges of its file, with every claim of the directory checked.
+
+`zipfile` reads the directory and no more. Each member has a header of its own beside its data, and
+a zip in which the two differ is another one to each program that reads it: it is refused.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from adapterkit.containers.opening import MAX_BYTES, MAX_NAME
+from adapterkit.errors import FormatError, TruncatedFileError
+from adapterkit.storage import FileSlice
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_MEMBERS = 100_000
+# Eighty bytes for each of them; zipfile takes ten times as much memory.
+MAX_DIRECTORY = 8 << 20
+_COMMENT = 1 << 17
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_MAGIC = b"PK\x03\x04"
+_ENCRYPTED = 0x1
+_SIZES_FOLLOW = 0x8
+_UTF8 = 0x800
+_IN_EXTRA = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class ZipMember:
+    """One member of a zip.
+
+    Attributes:
+        name: as the zip spells it.
+        data: its bytes in the file, compressed or not.
+        size: bytes after expanding.
+        crc: checksum of the expanded bytes.
+        method: number of the compression.
+    """
+
+    name: str
+    data: FileSlice
+    size: int
+    crc: int
+    method: int
+
+    @property
+    def stored(self) -> bool:
+        """Whether its bytes are in the file as they are."""
+        return self.method == zipfile.ZIP_STORED and self.data.length == self.size
+
+    def error(self, message: str) -> FormatError:
+        """Return an error that names the file and the member."""
+        return FormatError(message, path=self.data.path, where=self.name)
+
+
+def read_members(path: Path, size: int) -> list[ZipMember]:
+    """Return every member in the order of the directory; no two share a byte.
+
+    Args:
+        path: a file that begins with a member.
+        size: its bytes.
+
+    Raises:
+        TruncatedFileError: if the directory, or the data of a member, is not whole.
+        FormatError: if there are too many members, two of one name, one that is encrypted, that
+            another overlaps, or whose own header contradicts the directory.
+    """
+    with path.open("rb") as file:
+        infos = _directory(file, path)
+        heads = [_head(file, info, path) for info in infos]
+    found = [_member(info, head, path, size) for info, head in zip(infos, heads, strict=True)]
+    end = 0
+    for place in sorted(range(len(infos)), key=lambda place: infos[place].header_offset):
+        if infos[place].header_offset < end:
+            raise found[place].error("overlaps the member before it")
+        end = found[place].data.offset + found[place].data.length
+    for info, head, member in zip(infos, heads, found, strict=True):
+        if not head.agrees(info):
+            message = "its own header contradicts the directory; download or copy the file again"
+            raise member.error(message)
+    return found
+
+
+class _Bounded:
+    """A file that gives at most `MAX_DIRECTORY` bytes at once: `zipfile` asks for what it says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def read(self, length: int = -1) -> bytes:
+        if length > MAX_DIRECTORY:
+            raise ValueError(f"it has {length} bytes, the most is {MAX_DIRECTORY}")
+        # Without a length zipfile reads up to the end, from where a comment of 64 KiB may begin.
+        return self._file.read(length if length >= 0 else _COMMENT)
+
+
+def _directory(file: IO[bytes], path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(cast("Any", _Bounded(file))) as archive:
+            infos = archive.infolist()
+    except (
+        zipfile.BadZipFile,
+        ArithmeticError,
+        ValueError,
+        NotImplementedError,
+        struct.error,
+        OSError,
+    ) as error:
+        raise TruncatedFileError(
+            f"the directory at the end of the zip is missing or broken ({error}); "
+            "download or copy the file again",
+            path=path,
+        ) from error
+    if len(infos) > MAX_MEMBERS:
+        raise FormatError(f"has {len(infos)} members, the most is {MAX_MEMBERS}", path=path)
+    names: set[str] = set()
+    for info in infos:
+        if len(info.orig_filename) > MAX_NAME:
+            name = f"{info.orig_filename[:80]}..."
+            raise FormatError(f"a name of more than {MAX_NAME} letters", path=path, where=name)
+        if info.filename in names:
+            raise FormatError("the zip has two members of one name", path=path, where=info.filename)
+        names.add(info.filename)
+    return infos
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The header that stands before a member's data."""
+
+    name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    end: int
+
+    def agrees(self, info: zipfile.ZipInfo) -> bool:
+        """Tell whether it says what the directory says."""
+        letters = "utf-8" if self.flags & _UTF8 else "cp437"
+        name = info.orig_filename.encode(letters, "replace")
+        # zipfile cuts names at a NUL, other programs do not.
+        same = self.name == name and info.orig_filename == info.filename
+        same = same and (self.flags, self.method) == (info.flag_bits, info.compress_type)
+        if self.flags & _SIZES_FOLLOW:
+            return same
+        sizes = self.packed in {info.compress_size, _IN_EXTRA}
+        sizes = sizes and self.size in {info.file_size, _IN_EXTRA}
+        return same and sizes and self.crc == info.CRC
+
+
+def _head(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> _Head:
+    where = info.filename
+    if info.flag_bits & _ENCRYPTED:
+        raise FormatError("is encrypted", path=path, where=where)
+    if info.volume:
+        raise FormatError("lies in another file of a zip in parts", path=path, where=where)
+    if info.header_offset < 0:
+        raise FormatError("lies before the file", path=path, where=where)
+    if max(info.header_offset, info.compress_size, info.file_size) > MAX_BYTES:
+        raise FormatError("has a place or size that no file has", path=path, where=where)
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_HEADER.size)
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(_MAGIC):
+        raise FormatError("has no local header", path=path, where=where)
+    _, _, flags, method, _, _, crc, packed, size, name, extra = _LOCAL_HEADER.unpack(header)
+    end = info.header_offset + _LOCAL_HEADER.size + name + extra
+    return _Head(file.read(name), flags, method, crc, packed, size, end)
+
+
+def _member(info: zipfile.ZipInfo, head: _Head, path: Path, size: int) -> ZipMember:
+    if head.end + info.compress_size > size:
+        raise TruncatedFileError(
+            f"its data ends at byte {head.end + info.compress_size}, the file at {size}; "
+            "download or copy it again",
+            path=path,
+            where=info.filename,
+        )
+    data = FileSlice(path, head.end, info.compress_size)
+    return ZipMember(info.filename, data, info.file_size, info.CRC, info.compress_type)
