@@ -118,13 +118,7 @@ def _halves(file: GGUFFile) -> dict[str, dict[str, LazyTensor]]:
     for name, tensor in file.tensors.items():
         stem, dot, half = name.rpartition(".")
         if half not in {"lora_a", "lora_b"} or not dot:
-            if name.endswith("_norm.weight"):
-                continue
-            raise FormatError(
-                "ends in neither .lora_a, .lora_b nor _norm.weight; llama.cpp refuses the file",
-                path=file.path,
-                where=name,
-            )
+            continue
         if half == "lora_a" and _is_embedding(stem) and len(tensor.shape) > 1:
             tensor = turned(tensor)  # noqa: PLW2901  (stored as (vocabulary, r))
         groups.setdefault(stem.removesuffix(".weight"), {})[half] = tensor
@@ -176,14 +170,14 @@ def _family(
 def _others(
     file: GGUFFile, halves: Mapping[str, Mapping[str, LazyTensor]]
 ) -> dict[TensorKey, LazyTensor]:
-    """Return halves without a partner or a shape, and norms, under llama.cpp's own names."""
+    """Return halves without a partner or a shape, and whole tensors, under llama.cpp's names."""
     roles = {"lora_a": Role.LORA_A, "lora_b": Role.LORA_B}
     loose: dict[TensorKey, LazyTensor] = {}
     for name, group in halves.items():
         if not _is_pair(group):
             loose.update({TensorKey(name, roles[half]): x for half, x in group.items()})
     for name, tensor in file.tensors.items():
-        if name.endswith("_norm.weight"):
+        if not name.endswith((".lora_a", ".lora_b")):
             loose[TensorKey(name, Role.FULL)] = tensor
     return loose
 
