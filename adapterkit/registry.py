@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from adapterkit import strangers
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
 from adapterkit.output import Directory
@@ -227,8 +228,12 @@ def detect(path: Path) -> FormatSpec:
         if not path.is_file() and not path.is_dir():
             raise FormatError("is neither a file nor a directory", path=path)
         found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
-    if found:
-        return found
+        if found:
+            return found
+        stranger = strangers.named(path)
+    if stranger:
+        kind = NotFoundError if path.is_dir() else UnknownFormatError
+        raise kind(stranger, path=path)
     if path.is_dir():
         raise NotFoundError(f"no adapter here: no {_CONFIG}", path=path)
     raise UnknownFormatError(

@@ -95,6 +95,18 @@ def _renamed(
 
 
 def _check_kind(file: GGUFFile) -> None:
+    if file.metadata.get("general.architecture") == "controlvector":
+        raise FormatError(
+            "is a control vector, added to activations and not to weights; llama.cpp loads it with "
+            "--control-vector",
+            path=file.path,
+        )
+    if "token_embd.weight" in file.tensors:
+        raise FormatError(
+            "is a whole model, not an adapter; what training changed in it is found with: "
+            f"adapterkit extract --base BASE --tuned {file.path} -o ADAPTER",
+            path=file.path,
+        )
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = file.metadata.get(key)
         if value != wanted:
