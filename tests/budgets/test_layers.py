@@ -13,7 +13,7 @@ LAYERS = (
     {"keys"},
     {"notes"},
     {"errors", "dtype"},
-    {"storage", "quantisation", "disk", "work", "tables"},
+    {"storage", "quantisation", "disk", "work", "tables", "strangers"},
     {"tensor", "output"},
     {"model"},
     {"containers", "factors", "json_file", "yaml_file", "patterns", "hub", "delta"},
