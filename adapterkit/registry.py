@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from adapterkit import strangers
 from adapterkit.beside import trained_names
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
@@ -229,8 +230,12 @@ def detect(path: Path) -> FormatSpec:
         if not path.is_file() and not path.is_dir():
             raise FormatError("is neither a file nor a directory", path=path)
         found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
-    if found:
-        return found
+        if found:
+            return found
+        stranger = strangers.named(path)
+    if stranger:
+        kind = NotFoundError if path.is_dir() else UnknownFormatError
+        raise kind(stranger, path=path)
     if path.is_dir():
         raise NotFoundError(f"no adapter here: no {_CONFIG}", path=path)
     raise UnknownFormatError(
@@ -244,12 +249,11 @@ def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
         if known.magic and start.startswith(known.magic):
             return known
     config = _config(path)
-    for known in specs:
-        if known.config_match and _matches(config, known.config_match):
-            return known
-    for known in specs:
-        if not config.keys().isdisjoint(known.config_keys):
-            return known
+    claims = [k for k in specs if k.config_match and _matches(config, k.config_match)]
+    claims += [k for k in specs if not config.keys().isdisjoint(k.config_keys)]
+    if claims:
+        # Some programs write the fields of two formats, and the weights of one.
+        return next((known for known in claims if _has_weights(path, known)), claims[0])
     return next((known for known in specs if known.probe and _imported(known.probe)(path)), None)
 
 
@@ -257,6 +261,12 @@ def _matches(config: Mapping[str, Any], wanted: Mapping[str, tuple[str, ...]]) -
     return all(
         name in config and (not values or config[name] in values) for name, values in wanted.items()
     )
+
+
+def _has_weights(path: Path, known: FormatSpec) -> bool:
+    folder = path if path.is_dir() else path.parent
+    patterns = [name for name in known.files if name != _CONFIG]
+    return any(file.is_file() for name in patterns for file in folder.glob(name))
 
 
 def _first_bytes(path: Path) -> bytes:

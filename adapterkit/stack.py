@@ -120,7 +120,8 @@ class AdapterStack:
 
         Args:
             path: file, directory or hub id.
-            name: its name on the stack; by default that of the file or directory.
+            name: its name on the stack; by default that of the file or directory, with the folders
+                above it where that name is taken.
             scale: multiplier of its update.
             dialect: key grammar of a hand-written adapter, where the file cannot tell.
             alpha: scale numerator, where the file does not hold it.
@@ -137,9 +138,9 @@ class AdapterStack:
         try:
             source = recognise(path, dialect=dialect, as_format=as_format)
             path = source.path
-            chosen = name or path.stem
+            chosen = name or self._free_name(path)
             if chosen in self._members:
-                message = "is loaded already; give it another name"
+                message = "is loaded already; give it another name (NAME=ADAPTER)"
                 raise AdapterLoadFailedError(message, where=chosen)
             # What is put on the stack is the file as it is: an engine makes nothing plain.
             adapter = load(
@@ -159,6 +160,17 @@ class AdapterStack:
         self._check_base(adapter, path)
         self._members[chosen] = StackedAdapter(chosen, path, _finite(scale, chosen), adapter)
         return chosen
+
+    def _free_name(self, path: Path) -> str:
+        """Return the shortest end of a path that no member has: `ck`, then `run2-ck`."""
+        name = path.stem
+        if any(member.path.resolve() == path.resolve() for member in self._members.values()):
+            return name  # the same adapter again: no folder tells it apart
+        for folder in path.resolve().parents:
+            if name not in self._members or not folder.name:
+                break
+            name = f"{folder.name}-{name}"
+        return name
 
     def _check_base(self, adapter: AdapterTensorSet, path: Path) -> None:
         base = self._base

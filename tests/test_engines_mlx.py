@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine import BaseFixture, family_row, make_adapter, make_base
 
-from adapterkit import convert
+from adapterkit import convert, diff
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,3 +87,29 @@ def test_what_is_written_for_mlx_gives_the_logits_of_peft(
     assert np.abs(plain - peft_logits(base.model)).max() < TOLERANCE * scale
     assert np.abs(ours - expected).max() < TOLERANCE * scale
     assert np.abs(plain - expected).max() > 100 * TOLERANCE * scale
+
+
+STACKS = {
+    "granitemoe": ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"],
+    # mlx-lm loads quantised checkpoints of it only: no logits to compare.
+    "gpt-oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_experts_that_only_llama_cpps_tensors_tell_stand_in_mlx_and_come_back(
+    family: str, tmp_path: Path
+) -> None:
+    base = make_base(family_row(family), tmp_path)
+    tuned = make_adapter(base, tmp_path / "adapter", target_parameters=STACKS[family])
+    convert(tuned.path, tmp_path / "mlx", to="mlx", base=base.hf)
+    convert(tmp_path / "mlx", tmp_path / "back", to="peft", base=base.hf)
+    assert diff(tuned.path, tmp_path / "back", base=base.hf).equal
+    if family == "gpt-oss":
+        return
+    folder = for_mlx(base)
+    ours = mlx_logits(folder, tmp_path / "mlx", tmp_path)
+    expected = peft_logits(tuned.model)
+    scale = np.abs(expected).max()
+    assert np.abs(ours - expected).max() < TOLERANCE * scale
+    assert np.abs(peft_logits(base.model) - expected).max() > 100 * TOLERANCE * scale

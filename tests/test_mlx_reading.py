@@ -426,3 +426,23 @@ def test_keys_are_relative_where_they_say_it_all(
     modules: list[str], layers: int | None, want: tuple[int, list[str]]
 ) -> None:
     assert targeting(modules, layers) == want
+
+
+def test_arrays_of_numpy_are_read_as_mlx_examples_saved_them(tmp_path: Path) -> None:
+    """Until the spring of 2024 there was no config, so the scale is asked for."""
+    tensors = linear()
+    np.savez(tmp_path / "adapters.npz", **tensors)
+    for path in (tmp_path, tmp_path / "adapters.npz"):
+        assert detect(path).name == "mlx"
+        with pytest.raises(adapterkit.UnsupportedError, match="scale times rank with --alpha"):
+            read(path)
+        want = 2.0 * (tensors[f"{Q}.lora_a"].astype(float) @ tensors[f"{Q}.lora_b"]).T
+        same(dense(read(path, alpha=2.0 * R))[Q], want)
+
+
+def test_weights_tell_a_config_that_has_the_fields_of_two_formats(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", linear(), peft_type="LORA", r=R, lora_alpha=8)
+    assert detect(path).name == "mlx"
+    assert detect(path / "adapters.safetensors").name == "mlx"
+    (path / "adapters.safetensors").rename(path / "adapter_model.safetensors")
+    assert detect(path).name == "peft"

@@ -177,6 +177,13 @@ LEAKS = {
     "compiled": lambda name: name.replace("model.layers", "_orig_mod.model.layers"),
     "data-parallel": lambda name: f"module.{name}",
     "sharded": lambda name: name.replace("self_attn", "_fsdp_wrapped_module.self_attn"),
+    "checkpointed": lambda name: name.replace(
+        "self_attn", "_checkpoint_wrapped_module._fsdp_wrapped_module.self_attn"
+    ),
+    "held": lambda name: f"model.{name}",
+    "part-of-a-model": lambda name: name.replace(
+        "base_model.model.model", "model.base_model.model"
+    ),
     "doubled": lambda name: f"base_model.model.{name}",
     "bare": lambda name: name.removeprefix("base_model.model."),
 }

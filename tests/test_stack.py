@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,8 @@ from adapterkit import (
     AdapterStack,
     StackError,
 )
+from adapterkit.containers.gguf import read_gguf, write_gguf
+from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,7 +172,7 @@ def test_settings_of_every_engine() -> None:
         (("a.gguf@0.5", "--for", "ollama"), 4),
         ((str(TINY), "--for", "llama.cpp"), 4),
         (("a.gguf", "--for", "vllm"), 4),
-        ((str(TINY), str(WEAK), "--for", "sglang"), 4),
+        ((f"{TINY}@2", str(WEAK), "--for", "sglang"), 4),
         (("nothing.gguf", "--for", "llama.cpp"), 3),
         (("a.gguf", "--for", "hal"), 2),
         (("a.gguf", "--base", str(PEFT / "wider-base"), "--for", "llama.cpp"), 4),
@@ -189,3 +192,30 @@ def test_cancelling_adapters_are_reported() -> None:
     result = invoke("stack", "a.gguf@1", "b.gguf@-4", "--for", "llama.cpp")
     assert result.exit_code == 0
     assert "a and b cancel each other" in result.stderr
+
+
+def test_folders_tell_apart_what_file_names_do_not(tmp_path: Path) -> None:
+    for run in ("run1", "run2"):
+        shutil.copytree(TINY, tmp_path / run / "checkpoint-500")
+    paths = [tmp_path / run / "checkpoint-500" for run in ("run1", "run2")]
+    stack = AdapterStack()
+    assert [stack.load(path) for path in paths] == ["checkpoint-500", "run2-checkpoint-500"]
+    result = invoke("stack", f"style={paths[0]}", paths[1], "--for", "vllm")
+    assert result.exit_code == 0
+    assert f"style={paths[0]} checkpoint-500={paths[1]}" in result.stdout
+    assert "one of them a request" in result.stderr
+
+
+def test_a_stray_tensor_is_left_out_where_that_is_allowed(tmp_path: Path) -> None:
+    adapterkit.convert(TINY, tmp_path / "a.gguf", base=BASE)
+    file = read_gguf(tmp_path / "a.gguf")
+    stray = {"rope_freqs.weight": LazyTensor.of(np.ones(4, np.float32))}
+    write_gguf(tmp_path / "b.gguf", file.typed(), {**file.tensors, **stray})
+    arguments = ("convert", tmp_path / "b.gguf", "-o", tmp_path / "c.gguf", "--base", BASE)
+    refused = invoke(*arguments)
+    assert refused.exit_code == 4
+    assert "leave it out with --allow-lossy" in refused.stderr
+    allowed = invoke(*arguments, "--allow-lossy")
+    assert allowed.exit_code == 0
+    assert "rope_freqs.weight" in allowed.stderr
+    assert read_gguf(tmp_path / "c.gguf").tensors.keys() == file.tensors.keys()

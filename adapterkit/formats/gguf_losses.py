@@ -8,7 +8,7 @@ from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf_engine import EngineAdapter, engine_adapter
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import Kind
+from adapterkit.model import GgufSource, Kind
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import undeclared
@@ -85,6 +85,12 @@ def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
 
 def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     full = [key for key in adapter.tensors if key.role is Role.FULL]
+    if isinstance(adapter.source, GgufSource) and (
+        stray := [k for k in full if _is_weight(k.module)]
+    ):
+        message = "is no part of an adapter, and llama.cpp refuses the file; leave it out with"
+        yield _loss("stray-tensor", stray, f"{message} --allow-lossy")
+        full = [key for key in full if key not in stray]
     kinds: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
         ("saved-bias", "a trained bias has no place in a GGUF adapter", _is_bias),
         ("saved-norm", "llama.cpp loads norms and never applies them", _is_norm),

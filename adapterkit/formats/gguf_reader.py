@@ -98,6 +98,18 @@ def _renamed(
 
 
 def _check_kind(file: GGUFFile) -> None:
+    if file.metadata.get("general.architecture") == "controlvector":
+        raise FormatError(
+            "is a control vector, added to activations and not to weights; llama.cpp loads it with "
+            "--control-vector",
+            path=file.path,
+        )
+    if "token_embd.weight" in file.tensors:
+        raise FormatError(
+            "is a whole model, not an adapter; what training changed in it is found with: "
+            f"adapterkit extract --base BASE --tuned {file.path} -o ADAPTER",
+            path=file.path,
+        )
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         value = file.metadata.get(key)
         if value != wanted:
@@ -121,13 +133,7 @@ def _halves(file: GGUFFile) -> dict[str, dict[str, LazyTensor]]:
     for name, tensor in file.tensors.items():
         stem, dot, half = name.rpartition(".")
         if half not in {"lora_a", "lora_b"} or not dot:
-            if name.endswith("_norm.weight"):
-                continue
-            raise FormatError(
-                "ends in neither .lora_a, .lora_b nor _norm.weight; llama.cpp refuses the file",
-                path=file.path,
-                where=name,
-            )
+            continue
         if half == "lora_a" and _is_embedding(stem) and len(tensor.shape) > 1:
             tensor = turned(tensor)  # noqa: PLW2901  (stored as (vocabulary, r))
         groups.setdefault(stem.removesuffix(".weight"), {})[half] = tensor
@@ -180,14 +186,14 @@ def _family(
 def _others(
     file: GGUFFile, halves: Mapping[str, Mapping[str, LazyTensor]]
 ) -> dict[TensorKey, LazyTensor]:
-    """Return halves without a partner or a shape, and norms, under llama.cpp's own names."""
+    """Return halves without a partner or a shape, and whole tensors, under llama.cpp's names."""
     roles = {"lora_a": Role.LORA_A, "lora_b": Role.LORA_B}
     loose: dict[TensorKey, LazyTensor] = {}
     for name, group in halves.items():
         if not _is_pair(group):
             loose.update({TensorKey(name, roles[half]): x for half, x in group.items()})
     for name, tensor in file.tensors.items():
-        if name.endswith("_norm.weight"):
+        if not name.endswith((".lora_a", ".lora_b")):
             loose[TensorKey(name, Role.FULL)] = tensor
     return loose
 

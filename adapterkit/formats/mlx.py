@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import AdapterKitError
 from adapterkit.formats.mlx_losses import losses
 from adapterkit.formats.mlx_names import in_block
-from adapterkit.formats.mlx_reader import LEAF, locate, read_mlx
+from adapterkit.formats.mlx_reader import LEAF, locate, read_mlx, stored_tensors
 from adapterkit.formats.mlx_writer import write_mlx
 from adapterkit.model import spelled_out
 
@@ -43,7 +42,7 @@ def is_mlx(path: Path) -> bool:
     sign, other programs write it too.
     """
     try:
-        names = list(read_safetensors(locate(path)[1]).tensors)
+        names = list(stored_tensors(locate(path)[1])[0])
     except AdapterKitError:
         return False
     found = [LEAF.match(name) for name in names]

@@ -104,6 +104,33 @@ EXPERTS = (
     ),
 )
 
+# Families whose stacks have other names than those, by GGUF architecture -> the SwitchGLU, relative
+# to its block; llama.cpp's tensors tell what its projections are in Hugging Face's class.
+SWITCHES: Mapping[str, str] = {
+    "gpt-oss": "mlp.experts",
+    "gemma4": "experts.switch_glu",
+    "granitemoe": "block_sparse_moe.switch_mlp",
+    "granitehybrid": "block_sparse_moe.switch_mlp",
+}
+_ENGINE = {GATE: "ffn_gate_exps", UP: "ffn_up_exps", DOWN: "ffn_down_exps"}
+
+
+def engine_stack(module: str, base: BaseModel) -> str | None:
+    """Return llama.cpp's tensor of an MLX stack, for the families in `SWITCHES`; else None."""
+    place = in_block(module)
+    container, _, leaf = place[2].rpartition(".") if place else ("", "", "")
+    if place and leaf in _ENGINE and SWITCHES.get(base.architecture.gguf) == container:
+        return f"blk.{place[1]}.{_ENGINE[leaf]}"
+    return None
+
+
+def switch_of(tensor: str, base: BaseModel, blocks: str) -> str | None:
+    """Return the MLX stack of one of llama.cpp's tensors, undoing `engine_stack`."""
+    container = SWITCHES.get(base.architecture.gguf)
+    _, layer, name = tensor.split(".", 2)
+    leaf = next((leaf for leaf, engine in _ENGINE.items() if engine == name), None)
+    return f"{blocks}{layer}.{container}.{leaf}" if container and leaf else None
+
 
 def in_block(module: str) -> tuple[str, int, str] | None:
     """Split a path into what precedes its block, the block's number and the name in the block."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures.mapping import from_engine
 from adapterkit.base import BaseModel, find_base
 from adapterkit.beside import lying_beside
+from adapterkit.containers.npz import read_npz
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import (
     BaseRequiredError,
@@ -30,6 +32,7 @@ from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, MlxSource, Update
 from adapterkit.notes import BaseReference, Provenance
+from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
+# What mlx-examples saved until the spring of 2024, without any config.
+_OLD_WEIGHTS = "adapters.npz"
+_ZIP = b"PK"
 # mlx-lm; Unsloth, whose factors are the weights of linear layers; mlx-vlm.
 LEAF = re.compile(r"^(?P<module>.+)\.(?P<leaf>lora_[ab](?:\.weight)?|m|[AB])$")
 _STACK, _MATRIX = 3, 2
@@ -78,6 +84,8 @@ def locate(path: Path) -> tuple[Path | None, Path]:
         weights = path.parent / WEIGHTS if path.name == CONFIG else path
     else:
         weights = path / WEIGHTS
+        if not weights.is_file() and (path / _OLD_WEIGHTS).is_file():
+            weights = path / _OLD_WEIGHTS
     if not weights.is_file():
         checkpoints = (
             sorted(file.name for file in path.glob(f"*_{WEIGHTS}")) if path.is_dir() else []
@@ -107,8 +115,8 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
     config = MLXConfig(raw, config_path or weights_path)
     name = config.base
     source = _Source(config, weights_path, options, options.base or _cached(name))
-    file = read_safetensors(weights_path)
-    groups = _grouped(file.tensors, weights_path)
+    stored, metadata = stored_tensors(weights_path)
+    groups = _grouped(stored, weights_path)
     pairs = [pair for module, parts in groups.items() for pair in _pair(module, parts, source)]
     spelled = _spelled(pairs, source)
     return AdapterTensorSet.of(
@@ -122,9 +130,23 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
             {CONFIG, weights_path.name, *_CHECKPOINTS},
             source.base,
         ),
-        source=MlxSource(dict(raw), dict(file.metadata)),
+        source=MlxSource(dict(raw), dict(metadata)),
         provenance=Provenance(path, "mlx", _notes(groups, pairs)),
     )
+
+
+def stored_tensors(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
+    """Return the tensors of a safetensors or NumPy file, and its metadata.
+
+    Raises:
+        FormatError: if the file is malformed.
+    """
+    with readable(path), path.open("rb") as start:
+        zipped = start.read(len(_ZIP)) == _ZIP
+    if zipped:
+        return read_npz(path), {}
+    file = read_safetensors(path)
+    return file.tensors, file.metadata
 
 
 def _cached(name: str | None) -> BaseModel | None:
@@ -198,6 +220,8 @@ def _spelled(pairs: list[Update], source: _Source) -> list[Update]:
     found: list[Update] = []
     halves: dict[str, dict[str, Update]] = defaultdict(dict)
     like = set(source.options.like)
+    engine, pairs = _by_engine(pairs, source)
+    found += engine
     for pair in pairs:
         stack = mlx_names.stack_of(pair.module) if pair.kind is Kind.EXPERTS else None
         if stack is None:
@@ -219,6 +243,28 @@ def _spelled(pairs: list[Update], source: _Source) -> list[Update]:
         height = next(iter(members.values())).b.shape[1]
         found.append(fuse_rows(parts, [height, height], module))
     return found
+
+
+def _by_engine(pairs: list[Update], source: _Source) -> tuple[list[Update], list[Update]]:
+    """Return stacks that llama.cpp's tensors explain under Hugging Face names, and the others."""
+    base = source.base
+    named = [
+        mlx_names.engine_stack(pair.module, base) if base and pair.kind is Kind.EXPERTS else None
+        for pair in pairs
+    ]
+    if base is None or not any(named):
+        return [], pairs
+    stacks = [replace(p, module=name) for p, name in zip(pairs, named, strict=True) if name]
+    mapped = from_engine(
+        base.architecture,
+        base.sizes,
+        stacks,
+        layout="fused" if source.fused else "experts",
+        like=source.options.like,
+        text_prefix=base.text_prefix,
+    )
+    rest = [pair for pair, name in zip(pairs, named, strict=True) if not name]
+    return list(mapped.pairs), rest
 
 
 def _block(block: str, source: _Source) -> str:

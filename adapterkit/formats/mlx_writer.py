@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures.mapping import to_engine
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import IncompatibleBaseError
@@ -93,9 +94,11 @@ def _tied_outputs(adapter: AdapterTensorSet, base: BaseModel | None) -> set[str]
 
 
 def _split(pair: Update, base: BaseModel | None) -> list[Update]:
-    """Return the SwitchGLU projections of a fused parameter; none if its rows are interleaved."""
+    """Return the SwitchGLU projections of a fused parameter; none if no family tells them."""
     place = mlx_names.in_block(pair.module)
     container, _, leaf = place[2].rpartition(".") if place else ("", "", "")
+    if base and place and base.architecture.gguf in mlx_names.SWITCHES:
+        return _by_engine(pair, base, place[0])
     names = mlx_names.expert_names(base, place[0]) if base and place else None
     if place is None or names is None or container != names.fused:
         return [pair] if mlx_names.stack_of(pair.module) else []
@@ -108,6 +111,15 @@ def _split(pair: Update, base: BaseModel | None) -> list[Update]:
         replace(gate, module=stem + mlx_names.GATE),
         replace(up, module=stem + mlx_names.UP),
     ]
+
+
+def _by_engine(pair: Update, base: BaseModel, blocks: str) -> list[Update]:
+    """Return the projections of a parameter that llama.cpp's tensors take apart, if they do."""
+    if mlx_names.engine_stack(pair.module, base):
+        return [pair]
+    mapped = to_engine(base.architecture, base.sizes, [pair])
+    names = [mlx_names.switch_of(part.module, base, blocks) for part in mapped.pairs]
+    return [replace(p, module=n) for p, n in zip(mapped.pairs, names, strict=True) if n]
 
 
 def _why(base: BaseModel | None) -> str:

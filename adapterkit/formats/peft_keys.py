@@ -32,7 +32,19 @@ _LEAVES = (
 _SAVED = re.compile(r"^(.+)\.modules_to_save(?:\.[^.]+)?\.((?:[^.]+\.)*[^.]+)$")
 _BASE_COPY = re.compile(r"^(.+?)(?:\.token_adapter)?(?:\.base_layer)+\.weight$")
 _BASE_BIAS = re.compile(r"^(.+?)(?:\.base_layer)+\.(bias)$")
-_LEAKED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
+# Modules that training puts around others, wherever they stand in a path -> what does so.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_fpw_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning Fabric",
+}
+_LEAKED = re.compile(rf"(?:^|(?<=\.))({'|'.join(_WRAPPERS)})\.")
+# PEFT around a part of the model, below the names of the whole.
+_INNER_PREFIX = re.compile(r"(?<=\.)base_model\.model\.")
+# An attribute of the trainer that holds the whole model: no class nests one of this name twice.
+_HOLDER = "model."
 _ADAPTER_NAME = re.compile(
     r"\.(?:lora_[AB]\.(?!weight$|bias$)[^.]+\.(?:weight|bias)|lora_embedding_[AB]\.[^.]+)$"
 )
@@ -41,7 +53,6 @@ _TRAINING_ONLY = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)(\.|$
 # A frozen copy of the base that wrapping left behind; it is no part of the adapter.
 _FROZEN_COPY = re.compile(r"\.original_module\.")
 _COPY_LEFT_OUT = "left out, frozen copy of the base (original_module)"
-_WRAPPER_TAKEN_OUT = "_orig_mod. or _fsdp_wrapped_module. taken out (torch.compile, FSDP)"
 
 
 class KeyReader:
@@ -80,18 +91,22 @@ class KeyReader:
         return TensorKey(path, Role.FULL)
 
     def _unwrapped(self, name: str) -> str:
-        path, count = _LEAKED.subn("", name)
-        if count:
-            self._seen[_WRAPPER_TAKEN_OUT, NoteKind.PREFIX] += 1
+        for wrapper in sorted(set(_LEAKED.findall(name))):
+            self._seen[f"{wrapper}. taken out ({_WRAPPERS[wrapper]})", NoteKind.PREFIX] += 1
+        path = _LEAKED.sub("", name)
         if path.startswith("module."):
             path = path.removeprefix("module.")
             self._seen["module. taken off (DDP, DeepSpeed)", NoteKind.PREFIX] += 1
-        if not path.startswith(PREFIX):
+        if not (path.startswith(PREFIX) or _INNER_PREFIX.search(path)):
             self._seen[f"had no {PREFIX} prefix", NoteKind.PREFIX] += 1
         path = path.removeprefix(PREFIX)
         while path.startswith((PREFIX, "module.")):
             path = path.removeprefix(PREFIX).removeprefix("module.")
             self._seen[f"doubled {PREFIX} prefix taken off", NoteKind.PREFIX] += 1
+        if inner := _INNER_PREFIX.search(path):
+            self._seen[f"{PREFIX} inside the name taken out", NoteKind.PREFIX] += 1
+            outer, rest = path[: inner.start()], path[inner.end() :]
+            path = rest if outer == _HOLDER and rest.startswith(_HOLDER) else outer + rest
         return path
 
     def notes(self) -> tuple[Note, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.beside import lying_beside
-from adapterkit.containers.safetensors import read_safetensors
-from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
+from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_declared import contradictions, reads_qalora
 from adapterkit.formats.peft_experts import unfold_experts
+from adapterkit.formats.peft_files import locate, parts, stored_tensors
+from adapterkit.formats.peft_frozen import without_frozen
 from adapterkit.formats.peft_keys import KeyReader
+from adapterkit.formats.peft_layouts import in_place, is_stack
 from adapterkit.formats.peft_meaning import meaning
 from adapterkit.formats.peft_own_config import own_config
 from adapterkit.formats.peft_tying import folded, tied_tables
@@ -19,7 +21,6 @@ from adapterkit.keys import FACTORS, Role, TensorKey
 from adapterkit.lowrank.differences import same_bits
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
 from adapterkit.notes import BaseReference, Note, Provenance
-from adapterkit.storage import readable
 from adapterkit.tables import TEXT, listed, whole
 
 if TYPE_CHECKING:
@@ -29,53 +30,9 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.tensor import LazyTensor
 
-CONFIG = "adapter_config.json"
 _MATRIX = 2
 _LARGEST_GROUP = 1 << 12
 _MOST_BLOCKS = 1 << 16
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-def locate(path: Path) -> tuple[Path, Path]:
-    """Return the config and the weights file that a path means.
-
-    A directory that holds no adapter itself but one in a sub-directory means that one, as PEFT
-    saves adapters that are not called `default`.
-
-    Raises:
-        NotFoundError: if there is no adapter, or several sub-directories hold one.
-    """
-    if path.is_dir():
-        return _locate_in(path)
-    if not path.is_file():
-        raise NotFoundError("no such file or directory", path=path)
-    folder = path.parent
-    if path.name == CONFIG:
-        return path, _weights(folder)
-    if not (folder / CONFIG).is_file():
-        raise NotFoundError(
-            f"has no {CONFIG} beside it; rank and alpha are not in the weights", path=path
-        )
-    return folder / CONFIG, path
-
-
-def _locate_in(folder: Path) -> tuple[Path, Path]:
-    if (folder / CONFIG).is_file():
-        return folder / CONFIG, _weights(folder)
-    inner = [child for child in sorted(folder.iterdir()) if (child / CONFIG).is_file()]
-    if len(inner) == 1:
-        return inner[0] / CONFIG, _weights(inner[0])
-    if inner:
-        names = ", ".join(child.name for child in inner)
-        raise NotFoundError(f"holds several adapters ({names}); name one of them", path=folder)
-    raise NotFoundError(f"no adapter here: no {CONFIG}", path=folder)
-
-
-def _weights(folder: Path) -> Path:
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    raise NotFoundError(f"has {CONFIG} but neither {' nor '.join(WEIGHTS)}", path=folder)
 
 
 def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
@@ -91,13 +48,14 @@ def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
         UnsupportedError: if a setting makes it something other than a low-rank update.
     """
     config_path, weights_path = locate(path)
-    stored, metadata = _stored(weights_path)
+    stored, metadata = stored_tensors(weights_path)
     raw, told = own_config(metadata, read_json_object(config_path), weights_path)
     adapter = interpret(stored, LoraConfig(raw, config_path), weights_path, base)
+    adapter = in_place(adapter, base, weights_path)
     notes = (*told, *(adapter.provenance.notes if adapter.provenance else ()))
     if path.is_dir() and config_path.parent != path:
         notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
-    beside = lying_beside(config_path.parent, {config_path.name, weights_path.name}, base)
+    beside = lying_beside(config_path.parent, {config_path.name, *parts(weights_path)}, base)
     return adapter.replace(beside=beside, provenance=Provenance(path, "peft", notes))
 
 
@@ -129,9 +87,10 @@ def interpret(
         tensors[key] = tensor
     if not tensors:
         raise FormatError("holds no tensors; training saved an empty adapter", path=path)
+    tensors, frozen = without_frozen(tensors, config)
     tied = tied_tables(tensors, config)
     tensors = folded(tensors, tied)
-    notes: list[str] = [*keys.notes(), *_second_names(tied)]
+    notes: list[str] = [*keys.notes(), *frozen, *_second_names(tied)]
     kinds = _convolutions(tensors, config)
     tensors, stacks = unfold_experts(tensors, config, base)
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
@@ -172,6 +131,9 @@ def _convolutions(tensors: Mapping[TensorKey, LazyTensor], config: LoraConfig) -
     for key, tensor in tensors.items():
         if key.role not in FACTORS or len(tensor.shape) <= _MATRIX:
             continue
+        if is_stack(key.module):
+            found[key.module] = Kind.EXPERTS
+            continue
         found[key.module] = Kind.CONVOLUTION
         a = tensors.get(TensorKey(key.module, Role.LORA_A))
         rank = a.shape[0] if a is not None and a.shape else 0
@@ -186,17 +148,6 @@ def _convolutions(tensors: Mapping[TensorKey, LazyTensor], config: LoraConfig) -
                     where=key.module,
                 )
     return found
-
-
-def _stored(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
-    with readable(path), path.open("rb") as file:
-        magic = file.read(2)
-    if magic != b"PK" and path.suffix not in {".bin", ".pt", ".pth"}:
-        file = read_safetensors(path)
-        return file.tensors, file.metadata
-    from adapterkit.containers.torch_zip import flatten, read_torch_zip
-
-    return flatten(read_torch_zip(path).root), {}
 
 
 def _interpreted(

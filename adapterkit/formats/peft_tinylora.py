@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError
+from adapterkit.formats.peft_files import CONFIG, WEIGHTS
 from adapterkit.formats.peft_keys import PREFIX, saved_name
-from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.formats.peft_tinylora_reader import read_peft_tinylora
 from adapterkit.keys import Role
 from adapterkit.tensor import LazyTensor

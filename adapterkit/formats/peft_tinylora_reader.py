@@ -17,8 +17,8 @@ from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.formats.peft_files import locate
 from adapterkit.formats.peft_keys import KeyReader
-from adapterkit.formats.peft_reader import locate
 from adapterkit.formats.peft_tinylora_order import base_type, find_order, round_through
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import TensorKey

@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base
 from adapterkit.beside import lying_beside
-from adapterkit.containers.safetensors import read_safetensors
-from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.formats.peft_files import locate, stored_tensors
 from adapterkit.formats.peft_keys import KeyReader
-from adapterkit.formats.peft_reader import locate
 from adapterkit.formats.peft_tuners_refused import REFUSED
 from adapterkit.formats.peft_tuners_rules import LEAF, RULES, SHARED, Context, Parts
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, PeftSource
 from adapterkit.notes import BaseReference, Provenance
-from adapterkit.storage import readable
 from adapterkit.tables import TEXT, Table
 
 if TYPE_CHECKING:
@@ -76,7 +73,7 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
         reason = REFUSED.get(kind, "`adapterkit formats` lists what is read")
         raise UnsupportedError(f"peft_type {kind[:80]} is not read: {reason}", path=config_path)
     keys = KeyReader(weights_path)
-    groups, shared, tensors = _sorted(_stored(weights_path), keys)
+    groups, shared, tensors = _sorted(stored_tensors(weights_path)[0], keys)
     if not groups:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
     name = fields.optional("base_model_name_or_path", TEXT) or None
@@ -96,14 +93,6 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
         source=PeftSource({f: config[f] for f in _KEPT if f in config}),
         provenance=Provenance(path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks))),
     )
-
-
-def _stored(path: Path) -> Mapping[str, LazyTensor]:
-    with readable(path), path.open("rb") as file:
-        magic = file.read(2)
-    if magic != b"PK" and path.suffix not in {".bin", ".pt", ".pth"}:
-        return read_safetensors(path).tensors
-    return flatten(read_torch_zip(path).root)
 
 
 def _sorted(

@@ -18,8 +18,8 @@ from adapterkit.formats.peft_experts import (
     fold_experts,
     wrapped_parameters,
 )
+from adapterkit.formats.peft_files import CONFIG, WEIGHTS
 from adapterkit.formats.peft_keys import saved_name
-from adapterkit.formats.peft_reader import CONFIG, WEIGHTS
 from adapterkit.keys import Role
 from adapterkit.model import PeftSource, spelled_out
 from adapterkit.model.beside import BesideKind, lost_copy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -20,7 +21,7 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @click.command("stack")
-@click.argument("adapters", metavar="A[@SCALE]...", nargs=-1, required=True)
+@click.argument("adapters", metavar="[NAME=]A[@SCALE]...", nargs=-1, required=True)
 @click.option(
     "--for",
     "engine",
@@ -48,8 +49,8 @@ def command(
 
     stack = AdapterStack(base)
     for text in adapters:
-        path, scale = _parsed(text)
-        stack.load(path, scale=scale, dialect=dialect, alpha=alpha, as_format=as_format)
+        name, path, scale = _parsed(text)
+        stack.load(path, name=name, scale=scale, dialect=dialect, alpha=alpha, as_format=as_format)
     members = stack.list()
     settings = _ENGINES[engine](members)
     conflicts = stack.conflicts()
@@ -70,13 +71,17 @@ def command(
             rendering.remark("warning", f"{conflict.module}: {pair} cancel each other")
 
 
-def _parsed(text: str) -> tuple[str, float]:
-    """Split `A@SCALE`; a path may hold an @ of its own, if no number follows."""
+def _parsed(text: str) -> tuple[str | None, str, float]:
+    """Split `NAME=A@SCALE`; a path may hold an = or an @ of its own."""
     path, at, number = text.rpartition("@")
     try:
-        return (path, float(number)) if at and path else (text, 1.0)
+        scale = float(number) if at and path else 1.0
     except ValueError:
-        return text, 1.0
+        scale, path = 1.0, text
+    path = path if at and path else text
+    name, sign, rest = path.partition("=")
+    named = sign and name and rest and not {"/", "."} & set(name) and not Path(path).exists()
+    return (name, rest, scale) if named else (None, path, scale)
 
 
 def _llama_cpp(members: Sequence[StackedAdapter]) -> str:
@@ -122,31 +127,42 @@ def _ollama(members: Sequence[StackedAdapter]) -> str:
 
 
 def _vllm(members: Sequence[StackedAdapter]) -> str:
-    member = _only(members, "vLLM")
-    rank = max(pair.rank for pair in member.adapter.pairs())
+    _check_one_a_request(members, "vLLM")
+    rank = max(pair.rank for member in members for pair in member.adapter.pairs())
     allowed = next((size for size in _VLLM_RANKS if size >= rank), rank)
-    path = shlex.quote(f"{member.name}={member.path}")
-    return f"--enable-lora --max-lora-rank {allowed} --lora-modules {path}"
+    return f"--enable-lora --max-lora-rank {allowed} --lora-modules {_by_name(members)}"
 
 
 def _sglang(members: Sequence[StackedAdapter]) -> str:
-    member = _only(members, "SGLang")
-    return f"--lora-paths {shlex.quote(f'{member.name}={member.path}')} --lora-strict-loading"
+    _check_one_a_request(members, "SGLang")
+    return f"--lora-paths {_by_name(members)} --lora-strict-loading"
 
 
-def _only(members: Sequence[StackedAdapter], engine: str) -> StackedAdapter:
+def _by_name(members: Sequence[StackedAdapter]) -> str:
+    return " ".join(shlex.quote(f"{member.name}={member.path}") for member in members)
+
+
+def _check_one_a_request(members: Sequence[StackedAdapter], engine: str) -> None:
+    """Refuse what such an engine cannot do; say what it does with several."""
     from adapterkit.errors import UnsupportedError
 
-    if len(members) > 1 or members[0].scale != 1:
-        raise UnsupportedError(
-            f"{engine} serves one adapter a request, at scale 1; combine the stack into one first "
-            "(adapterkit merge --method cat --weights ... -o combined)"
+    for member in members:
+        if member.scale != 1:
+            raise UnsupportedError(
+                f"{engine} serves an adapter at scale 1; write it at its scale first "
+                "(adapterkit merge --method cat --weights ... -o combined)",
+                path=member.path,
+            )
+        if member.path.suffix == ".gguf":
+            raise UnsupportedError(
+                f"{engine} loads PEFT directories; adapterkit convert it first", path=member.path
+            )
+    if len(members) > 1:
+        rendering.remark(
+            "warning",
+            f"{engine} serves one of them a request; for their sum, combine the stack "
+            "(adapterkit merge --method cat --weights ... -o combined)",
         )
-    if members[0].path.suffix == ".gguf":
-        raise UnsupportedError(
-            f"{engine} loads PEFT directories; adapterkit convert it first", path=members[0].path
-        )
-    return members[0]
 
 
 def _need_gguf(members: Sequence[StackedAdapter]) -> None:

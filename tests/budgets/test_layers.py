@@ -13,7 +13,7 @@ LAYERS = (
     {"keys"},
     {"notes"},
     {"errors", "dtype"},
-    {"storage", "quantisation", "disk", "work", "tables"},
+    {"storage", "quantisation", "disk", "work", "tables", "strangers"},
     {"tensor", "output"},
     {"model", "json_file"},
     {"containers", "factors", "yaml_file", "patterns", "hub", "lowrank"},

@@ -1,0 +1,129 @@
+"""Where the files of a PEFT adapter lie: one weights file, or shards of it, beside a config."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from adapterkit.containers.safetensors import read_safetensors
+from adapterkit.errors import FormatError, NotFoundError
+from adapterkit.json_file import read_json_object
+from adapterkit.storage import readable
+from adapterkit.tables import Table, mapped, text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from adapterkit.tensor import LazyTensor
+
+CONFIG = "adapter_config.json"
+# What PEFT saves, then what Accelerate gathers of a sharded model.
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model_fsdp.bin")
+# As transformers 5 saves an adapter above its largest shard; the index has the name of a model's.
+_SHARD = re.compile(r"^(?P<stem>adapter_model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+_INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
+_LONGEST_NAME = 1000
+_ZIP = b"PK"
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """Return the config and the weights file that a path means; of shards, the first.
+
+    A directory that holds no adapter itself but one in a sub-directory means that one, as PEFT
+    saves adapters that are not called `default`.
+
+    Raises:
+        NotFoundError: if there is no adapter, or several sub-directories hold one.
+    """
+    if path.is_dir():
+        return _locate_in(path)
+    if not path.is_file():
+        raise NotFoundError("no such file or directory", path=path)
+    folder = path.parent
+    if path.name == CONFIG or path.name in _INDEXES:
+        return folder / CONFIG, _weights(folder)
+    if not (folder / CONFIG).is_file():
+        raise NotFoundError(
+            f"has no {CONFIG} beside it; rank and alpha are not in the weights", path=path
+        )
+    return folder / CONFIG, path
+
+
+def _locate_in(folder: Path) -> tuple[Path, Path]:
+    if (folder / CONFIG).is_file():
+        return folder / CONFIG, _weights(folder)
+    inner = [child for child in sorted(folder.iterdir()) if (child / CONFIG).is_file()]
+    if len(inner) == 1:
+        return inner[0] / CONFIG, _weights(inner[0])
+    if inner:
+        names = ", ".join(child.name for child in inner)
+        raise NotFoundError(f"holds several adapters ({names}); name one of them", path=folder)
+    raise NotFoundError(f"no adapter here: no {CONFIG}", path=folder)
+
+
+def _weights(folder: Path) -> Path:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    if shards := sorted(child for child in folder.iterdir() if _SHARD.match(child.name)):
+        return shards[0]
+    raise NotFoundError(f"has {CONFIG} but neither {' nor '.join(WEIGHTS[:2])}", path=folder)
+
+
+def parts(weights: Path) -> set[str]:
+    """Return the names, or patterns of names, of all files that hold an adapter's tensors."""
+    if named := _SHARD.match(weights.name):
+        return {f"{named['stem']}-*-of-*.safetensors", *_INDEXES}
+    return {weights.name}
+
+
+def stored_tensors(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
+    """Return the tensors of a weights file, with those of its other shards, and its metadata.
+
+    Raises:
+        NotFoundError: if a shard is missing.
+        FormatError: if a file is malformed, or two shards hold one name.
+    """
+    if named := _SHARD.match(path.name):
+        return _sharded(path.parent, named["stem"], int(named["count"]))
+    with readable(path), path.open("rb") as file:
+        zipped = file.read(len(_ZIP)) == _ZIP
+    if not zipped and path.suffix not in {".bin", ".pt", ".pth"}:
+        file = read_safetensors(path)
+        return file.tensors, file.metadata
+    from adapterkit.containers.torch_zip import flatten, read_torch_zip
+
+    return flatten(read_torch_zip(path).root), {}
+
+
+def _sharded(
+    folder: Path, stem: str, count: int
+) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
+    tensors: dict[str, LazyTensor] = {}
+    metadata: dict[str, str] = {}
+    for number in range(1, count + 1):
+        shard = folder / f"{stem}-{number:05}-of-{count:05}.safetensors"
+        if not shard.is_file():
+            raise NotFoundError(
+                f"is missing, one of {count} shards of the adapter; download or copy it too",
+                path=shard,
+            )
+        file = read_safetensors(shard)
+        if twice := sorted(tensors.keys() & file.tensors.keys()):
+            raise FormatError("lies in two shards", path=shard, where=twice[0])
+        tensors.update(file.tensors)
+        metadata.update(file.metadata)
+    _check_complete(folder, tensors)
+    return tensors, metadata
+
+
+def _check_complete(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Hold what the shards have against the index, where one lies beside them."""
+    index = next((folder / name for name in _INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        return
+    table = Table(read_json_object(index), index)
+    listed = table.get("weight_map", mapped(text(_LONGEST_NAME, empty=False)), dict[str, str]())
+    if missing := [name for name in listed if name not in tensors]:
+        raise FormatError("is in the index and in no shard", path=index, where=missing[0])

@@ -1,0 +1,37 @@
+"""What is no adapter is named as what it is, with the next step; the names are data."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_LONGEST = 512
+
+
+def named(path: Path) -> str | None:
+    """Return one sentence on a file or folder that no format knows, or None for a true stranger."""
+    if path.is_dir():
+        return next((found for rule in _table()["folder"] if (found := _folder(rule, path))), None)
+    with path.open("rb") as file:
+        start = file.read(_LONGEST)
+    for rule in _table()["file"]:
+        if start[rule.get("offset", 0) :].startswith(bytes.fromhex(rule["bytes"])):
+            return str(rule["what"])
+    return None
+
+
+def _folder(rule: dict[str, Any], path: Path) -> str | None:
+    found = [next(iter(sorted(path.glob(pattern))), None) for pattern in rule["holds"]]
+    first = found[0]
+    if first is None or not all(found):
+        return None
+    file = first.relative_to(path).as_posix()
+    return str(rule["what"]).replace("{file}", file).replace("{path}", str(path))
+
+
+@cache
+def _table() -> dict[str, Any]:
+    text = Path(__file__).with_name("strangers.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
