@@ -61,7 +61,7 @@ def lying_beside(
             continue
         if row is None and path.suffix not in _WEIGHTS:
             continue
-        kind = row.kind if row else BesideKind.WEIGHTS
+        kind = row.kind if row else BesideKind.UNKNOWN
         what = row.what if row else "a weight file of unknown meaning"
         if kind == _TRAINING:
             continue

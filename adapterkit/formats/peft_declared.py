@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from adapterkit.base.schemes import quantisation_method
 from adapterkit.keys import FACTORS, Role
+from adapterkit.tables import TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -97,7 +98,7 @@ def _unsaved(
     saved = _modules(keys, Role.FULL)
     held = {name for name in config.names("modules_to_save") if _among(name, saved)}
     missing = [name for name in config.names("modules_to_save") if name not in held]
-    if config.raw.get("task_type") in _CLASSIFIERS and held & _HEADS:
+    if config.fields.optional("task_type", TEXT) in _CLASSIFIERS and held & _HEADS:
         missing = [name for name in missing if name not in _HEADS]
     if base is not None and base.kind == "hf" and base.names:
         missing = [name for name in missing if _among(name, base.names)]

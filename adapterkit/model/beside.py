@@ -19,14 +19,16 @@ class BesideKind(StrEnum):
     """What a file beside an adapter is to it.
 
     WEIGHTS: trained with it, and it is another model without them. HEAD: trained with it, for
-    training or scoring; no answer depends on it. COPY: the weights of a whole
-    model, which the adapter does not need. TOKENIZER: of the tokenizer or the chat template, where
-    nothing says that they are the base's own.
+    training or scoring; no answer depends on it. COPY: the weights of a whole model, which the
+    adapter does not need. UNKNOWN: weights of which no name tells what they are; they are
+    mentioned, and go where a directory goes. TOKENIZER: of the tokenizer or the chat template,
+    where nothing says that they are the base's own.
     """
 
     WEIGHTS = "weights"
     HEAD = "head"
     COPY = "copy"
+    UNKNOWN = "unknown"
     TOKENIZER = "tokenizer"
 
 
@@ -75,6 +77,9 @@ def lost_beside(adapter: AdapterTensorSet) -> Iterator[Loss]:
             yield Loss("tokenizer", file.name, message, blocks=False)
         elif file.kind is BesideKind.COPY:
             yield lost_copy(file)
+        elif file.kind is BesideKind.UNKNOWN:
+            message = f"{file.what} lies beside the adapter, and the output does not hold it"
+            yield Loss("beside", file.name, message, blocks=False)
 
 
 def lost_trained(adapter: AdapterTensorSet) -> list[Loss]:
