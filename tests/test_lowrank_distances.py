@@ -31,6 +31,17 @@ def test_inner_products_come_from_factors() -> None:
     assert inner(one, other) == pytest.approx(float(np.sum(x * y)), rel=1e-12)
 
 
+def test_an_update_that_is_not_there_has_inner_products_of_zero() -> None:
+    one, zero = gaussian(1), LowRank(np.zeros((60, 3)), gaussian(2, rank=3).a)
+    square = norm(one) ** 2
+    wanted = np.diag([square, 0.0, 0.0])
+    np.testing.assert_allclose(gram([one, nothing((60, 45)), zero]), wanted, rtol=1e-12)
+    for absent in (nothing((60, 45)), zero):
+        assert distance(one, absent) == pytest.approx(norm(one), rel=1e-12)
+        assert distance(absent, one) == pytest.approx(norm(one), rel=1e-12)
+        assert inner(absent, absent) == norm(absent) == 0
+
+
 SAME = [case for case in CASES if case.update.shape == (60, 45)]
 
 

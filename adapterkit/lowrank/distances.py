@@ -49,7 +49,7 @@ def gram(updates: Sequence[LowRank]) -> Array:
 
 def norm(update: LowRank) -> float:
     """Return ‖ΔW‖, Frobenius, of a stack that of all together; NaN if a factor is not finite."""
-    return _root(*_sum(update, update), update)
+    return _root(*_square(update), update)
 
 
 def distance(first: LowRank, second: LowRank) -> float:
@@ -99,7 +99,7 @@ def _near(first: LowRank, second: LowRank) -> tuple[LowRank, LowRank]:
 
 
 def _sums(first: LowRank, second: LowRank) -> tuple[_Sum, _Sum, _Sum]:
-    return _sum(first, first), _sum(second, second), _sum(first, second)
+    return _square(first), _square(second), _sum(first, second)
 
 
 def _far(one: _Sum, other: _Sum, cross: _Sum) -> float | None:
@@ -109,16 +109,28 @@ def _far(one: _Sum, other: _Sum, cross: _Sum) -> float | None:
 
 
 def _sum(first: LowRank, second: LowRank) -> _Sum:
-    """Return ⟨ΔW₁, ΔW₂⟩ and the sum of its terms' magnitudes; NaN where squares are no numbers."""
+    """Return ⟨ΔW₁, ΔW₂⟩ and the sum of its terms' magnitudes."""
+    return _added(*_products(first, second))
+
+
+def _square(update: LowRank) -> _Sum:
+    """Return ‖ΔW‖² and the sum of its terms' magnitudes; NaN where a square is no number."""
+    left, right = _products(update, update)
     with np.errstate(all="ignore"):
-        left, right = _t(first.b) @ second.b, first.a @ _t(second.a)
+        sizes = [float(np.trace(each, axis1=-2, axis2=-1).sum()) for each in (left, right)]
+    sound = all(SMALL < size < 1 / SMALL for size in sizes)
+    return _added(left, right) if sound else (math.nan, math.nan)
+
+
+def _products(first: LowRank, second: LowRank) -> tuple[Array, Array]:
+    with np.errstate(all="ignore"):
+        return _t(first.b) @ second.b, first.a @ _t(second.a)
+
+
+def _added(left: Array, right: Array) -> _Sum:
+    with np.errstate(all="ignore"):
         products = left * right
-        value, bound = float(products.sum()), float(np.abs(products).sum())
-        if first is second:
-            sizes = [float(np.trace(each, axis1=-2, axis2=-1).sum()) for each in (left, right)]
-            if not all(SMALL < size < 1 / SMALL for size in sizes):
-                return math.nan, math.nan
-    return value, bound
+        return float(products.sum()), float(np.abs(products).sum())
 
 
 def _root(squared: float, bound: float, update: LowRank) -> float:
