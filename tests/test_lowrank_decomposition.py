@@ -131,3 +131,11 @@ def test_what_has_no_square_is_decomposed_all_the_same(power: int) -> None:
     assert long.norm / size == pytest.approx(decompose(one).norm, rel=1e-12)
     b, a = far.factors(5)
     np.testing.assert_allclose(b @ a, one.b @ one.a, atol=1e-12)
+
+
+def test_what_is_smaller_than_any_number_is_nothing() -> None:
+    one = update(21)
+    tiny = LowRank(one.b * 1e-310, one.a)
+    assert decompose(tiny).values.size == 0
+    beside = decompose(stacked([one, tiny], [1.0, 1.0]))
+    np.testing.assert_allclose(beside.values, decompose(one).values, rtol=1e-12)

@@ -25,6 +25,8 @@ NUMERICAL_ZERO = 1e-7
 EXACT_ZERO = 1e-13
 # Directions of a factor with unit columns below this share are rounding of float64.
 _DEPENDENT = 1e-10
+# Columns shorter than this have no inverse length that is a number: they are no directions.
+_VANISHING = 1e-290
 # Ratio of the extreme singular values of unit columns from which QR takes over: a Gram matrix is
 # the square, and has half the digits, of what it gives.
 _GRAM_CONDITION = 1e3
@@ -109,7 +111,7 @@ def basis(tall: Array) -> tuple[Array, Array]:
     upper = orthogonal_triangle(tall)
     size = _size(upper)
     lengths = np.linalg.norm(upper / size, axis=0) * size
-    lengths[lengths == 0] = 1.0
+    lengths[lengths < _VANISHING] = 1.0
     _, values, vectors = np.linalg.svd(upper / lengths, full_matrices=False)
     kept = values > _DEPENDENT * max(values[0], 1.0) if values.size else values > 0
     values, vectors = values[kept], vectors[kept]
