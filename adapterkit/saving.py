@@ -10,7 +10,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.keys import Role
 from adapterkit.lowrank.differences import norm
-from adapterkit.model import AdapterTensorSet
+from adapterkit.model import AdapterTensorSet, BesideKind
 from adapterkit.notes import Loss
 from adapterkit.output import check_destination, staged
 from adapterkit.passes.protocol import Context
@@ -213,7 +213,8 @@ def _beside(adapter: AdapterTensorSet, modules: set[str]) -> AdapterTensorSet:
 def _carried(adapter: AdapterTensorSet, losses: Sequence[Loss]) -> list[str]:
     """Say which files come along: those that the target does not name as a loss."""
     lost = {loss.subject for loss in losses}
-    files = [file for file in adapter.beside if file.name not in lost and file.trained]
+    kinds = {BesideKind.WEIGHTS, BesideKind.HEAD, BesideKind.UNKNOWN}
+    files = [file for file in adapter.beside if file.name not in lost and file.kind in kinds]
     return [f"{file.name}: {file.what}, is copied as it is" for file in files]
 
 

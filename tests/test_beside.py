@@ -55,11 +55,30 @@ def test_they_are_listed_and_the_state_of_training_is_not(adapter: Path) -> None
         *(PROJECTOR, HEAD, UNKNOWN),
         *("model.safetensors", "2_Dense/model.safetensors"),
     }
-    assert {name for name, entry in found.items() if not entry.trained} == {"model.safetensors"}
+    assert {name for name, entry in found.items() if not entry.trained} == {
+        UNKNOWN,
+        "model.safetensors",
+    }
     assert found[PROJECTOR].bytes == len(b"projector")
 
 
-@pytest.mark.parametrize("name", [PROJECTOR, HEAD, UNKNOWN])
+def test_what_nobody_knows_is_mentioned_and_carried(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    for name in (PROJECTOR, HEAD):
+        (adapter / name).unlink()
+    (adapter / UNKNOWN).write_bytes(b"?")
+    outputs = (
+        convert(adapter, tmp_path / "x.gguf", base=base).notes,
+        convert(adapter, tmp_path / "peft", base=base).notes,
+        merge_into([adapter], base, tmp_path / "into").notes,
+        merge_files([adapter, adapter], tmp_path / "merged").notes,
+    )
+    assert all(any(UNKNOWN in note for note in notes) for notes in outputs)
+    assert (tmp_path / "peft" / UNKNOWN).read_bytes() == b"?"
+
+
+@pytest.mark.parametrize("name", [PROJECTOR, HEAD])
 def test_a_peft_directory_carries_them(
     name: str, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -79,7 +98,7 @@ def test_a_peft_directory_carries_them(
     assert diff(adapter, tmp_path / "peft").only_in_a == (name,)
 
 
-@pytest.mark.parametrize("name", [PROJECTOR, HEAD, UNKNOWN])
+@pytest.mark.parametrize("name", [PROJECTOR, HEAD])
 def test_nothing_else_holds_them(name: str, adapter: Path, base: Path, tmp_path: Path) -> None:
     (adapter / name).write_bytes(b"trained")
     into, merged = tmp_path / "into", tmp_path / "merged"

@@ -100,6 +100,10 @@ def tuned(base: Path, folder: Path, init: str, model_class: Any = None, **settin
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    # Not the path, by which the base would be found.
+    known = json.loads((folder / "adapter_config.json").read_text())
+    known["base_model_name_or_path"] = "nobody/base"
+    (folder / "adapter_config.json").write_text(json.dumps(known))
     return folder
 
 

@@ -46,12 +46,20 @@ def contradictions(
     declared: object = config.raw.get("trainable_token_indices")
     if rows and not declared:
         denied["trainable_token_indices"] = rows
-    named = (_EMBEDDING,)
-    if isinstance(declared, dict):
-        named = tuple(cast("dict[str, object]", declared))
-    if declared and (lost := tuple(name for name in named if not _ends(name, rows))):
+    if lost := _untrained_rows(declared, rows):
         missing["trainable_token_indices"] = lost
     return {"unstored": missing, "undeclared": denied}
+
+
+def _untrained_rows(declared: object, rows: Collection[str]) -> tuple[str, ...]:
+    """Return the names whose token rows are not stored; of tied tables PEFT stores one for all."""
+    if not isinstance(declared, dict):
+        return (_EMBEDDING,) if declared and not _ends(_EMBEDDING, rows) else ()
+    tokens = cast("dict[str, list[int]]", declared)
+    stored = [numbers for name, numbers in tokens.items() if _ends(name, rows)]
+    return tuple(
+        name for name, numbers in tokens.items() if not _ends(name, rows) and numbers not in stored
+    )
 
 
 def reads_qalora(config: LoraConfig, base: BaseModel | None) -> bool | None:
@@ -98,10 +106,10 @@ def _unsaved(
     saved = _modules(keys, Role.FULL)
     held = {name for name in config.names("modules_to_save") if _among(name, saved)}
     missing = [name for name in config.names("modules_to_save") if name not in held]
+    if base is not None and base.kind == "hf" and base.names:
+        return tuple(name for name in missing if _among(name, base.names))
     if config.fields.optional("task_type", TEXT) in _CLASSIFIERS and held & _HEADS:
         missing = [name for name in missing if name not in _HEADS]
-    if base is not None and base.kind == "hf" and base.names:
-        missing = [name for name in missing if _among(name, base.names)]
     return tuple(missing)
 
 

@@ -89,13 +89,15 @@ def interpret(
         raise FormatError("holds no tensors; training saved an empty adapter", path=path)
     tensors, frozen = without_frozen(tensors, config)
     tied = tied_tables(tensors, config)
+    second = tensors.keys()
     tensors = folded(tensors, tied)
+    second -= tensors.keys()
     notes: list[str] = [*keys.notes(), *frozen, *_second_names(tied)]
     kinds = _convolutions(tensors, config)
     tensors, stacks = unfold_experts(tensors, config, base)
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
     tensors, scales = _interpreted(config, tensors, notes, base)
-    declared = contradictions(config, tensors.keys(), base)
+    declared = contradictions(config, [*tensors, *second], base)
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,

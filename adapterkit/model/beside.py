@@ -77,9 +77,6 @@ def lost_beside(adapter: AdapterTensorSet) -> Iterator[Loss]:
             yield Loss("tokenizer", file.name, message, blocks=False)
         elif file.kind is BesideKind.COPY:
             yield lost_copy(file)
-        elif file.kind is BesideKind.UNKNOWN:
-            message = f"{file.what} lies beside the adapter, and the output does not hold it"
-            yield Loss("beside", file.name, message, blocks=False)
 
 
 def lost_trained(adapter: AdapterTensorSet) -> list[Loss]:

@@ -13,7 +13,7 @@ from engine import engine_logprobs, max_kl
 from safetensors.torch import load_file
 
 from conformance.bases import PROMPTS, Answers, logits
-from conformance.making import Made, loaded, quiet
+from conformance.making import WEIGHTS, Made, loaded, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,6 +34,15 @@ def apart(want: Answers, got: Answers) -> float:
 def peft(made: Made, out: Path, want: Answers) -> str:
     """Load what was written with PEFT."""
     return _compared(want, made.answers(loaded(made.fresh(), out)))
+
+
+def peft_and_beside(made: Made, out: Path, want: Answers) -> str:
+    """Load what was written with PEFT; trained files beside the adapter must have come along."""
+    for file in made.path.glob("*.safetensors"):
+        copy = out / file.name
+        if file.name != WEIGHTS and not (copy.exists() and copy.read_bytes() == file.read_bytes()):
+            return f"{file.name} is not carried"
+    return peft(made, out, want)
 
 
 def huggingface(made: Made, out: Path, want: Answers) -> str:
@@ -115,13 +124,13 @@ def _run(want: Answers, got: Answers) -> str:
 
 
 JUDGES: Mapping[str, Callable[[Made, Path, Answers], str]] = {
-    "to-peft": peft,
+    "to-peft": peft_and_beside,
     "to-gguf": gguf_adapter,
     "to-mlx": mlx,
     "merge": peft,
     "into-hf": huggingface,
     "into-gguf": gguf_model,
-    "compress": peft,
+    "compress": peft_and_beside,
     "extract": peft,
     "stack": peft,
 }
