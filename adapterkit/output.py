@@ -8,7 +8,6 @@ the new one, and a hidden folder that the next writer of the same destination sw
 from __future__ import annotations
 
 import errno
-import fnmatch
 import hashlib
 import os
 import shutil
@@ -18,18 +17,20 @@ import tempfile
 import threading
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from adapterkit.destination import check_destination, check_spared
 from adapterkit.disk import exchange, rename_new, sync_path
-from adapterkit.errors import DestinationExistsError, UsageError, WriteError
+from adapterkit.errors import DestinationExistsError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
     from types import TracebackType
 
     from filelock import BaseFileLock
+
+    from adapterkit.destination import Directory
 
 _Result = TypeVar("_Result")
 
@@ -39,31 +40,6 @@ _FORMER = ".former"
 _SHOWN = 150
 _TRIES = 5
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-
-
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """A kind of directory that is written, and what of an existing one belongs to it.
-
-    Attributes:
-        what: one word for messages, such as `adapter`.
-        marks: names or patterns of files of which one tells that a directory is of this kind.
-        files: names or patterns of files that it consists of: a new one replaces all of them, and
-            what else lies there stays.
-    """
-
-    what: str
-    marks: tuple[str, ...]
-    files: tuple[str, ...]
-
-    def owns(self, name: str) -> bool:
-        """Tell whether a file of this name is part of such a directory."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.files)
-
-    def marked(self, folder: Path) -> bool:
-        """Tell whether a directory is one of this kind."""
-        names = [path.name for path in folder.iterdir() if path.is_file()]
-        return any(fnmatch.fnmatchcase(name, mark) for name in names for mark in self.marks)
 
 
 class Output:
@@ -201,7 +177,7 @@ class Output:
         target = self._absolute
         if not self.force:
             raise FileExistsError
-        _check_spared(self._victims(directory), self.spared, self.destination)
+        check_spared(self._victims(directory), self.spared, self.destination)
         self.path.chmod(stat.S_IMODE(target.stat().st_mode))
         _carry(target, self.path, directory)
         sync_path(self.path)
@@ -309,83 +285,6 @@ def staged(
     """
     with Output(destination, force=force, directory=directory, spared=spared) as output:
         yield output.path
-
-
-def check_destination(
-    destination: Path,
-    *,
-    force: bool = False,
-    directory: Directory | None = None,
-    spared: Iterable[Path] = (),
-) -> None:
-    """Raise now what an output would raise first, before long work is done for nothing.
-
-    Raises:
-        DestinationExistsError: if there is something at the destination that is not to be replaced.
-        WriteError: if nothing can be replaced there in one step.
-        UsageError: if it is empty, or would replace what it is made from.
-    """
-    if not str(destination) or "\0" in str(destination):
-        raise UsageError("no path that could be created", path=str(destination) or "''")
-    try:
-        mode = destination.lstat().st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteError(f"could not be written ({reason})", path=destination) from error
-    if stat.S_ISLNK(mode):
-        message = f"is a link to {destination.readlink()}; name what it points to"
-    elif directory is None:
-        message = _kept_file(mode, force=force)
-    else:
-        message = _kept_directory(destination, mode, directory, force=force)
-    if message:
-        raise DestinationExistsError(message, path=destination)
-    victims = [destination]
-    if directory is not None:
-        _check_not_current(destination)
-        victims = [path for path in destination.iterdir() if directory.owns(path.name)]
-    _check_spared(victims, spared, destination)
-
-
-def _kept_file(mode: int, *, force: bool) -> str:
-    """Return why what is there is not replaced by a file; empty if it is."""
-    if stat.S_ISDIR(mode):
-        return "is a directory, and the output is a file; name another"
-    if not stat.S_ISREG(mode):
-        return "is no regular file, and is never replaced; name another"
-    return "" if force else "exists already; pass --force to replace it"
-
-
-def _kept_directory(path: Path, mode: int, directory: Directory, *, force: bool) -> str:
-    """Return why what is there is not replaced by a directory; empty if it is."""
-    if not stat.S_ISDIR(mode):
-        return "is no directory, and the output is one; name another"
-    if not any(path.iterdir()):
-        return ""
-    if not directory.marked(path):
-        return f"is no {directory.what}, and what is there is never replaced; name another"
-    return "" if force else "exists already; pass --force to replace it"
-
-
-def _check_not_current(destination: Path) -> None:
-    with suppress(OSError):
-        if destination.samefile(Path.cwd()):
-            raise WriteError(
-                "is the current folder, which cannot be replaced; run this from another",
-                path=destination,
-            )
-
-
-def _check_spared(victims: Iterable[Path], spared: Iterable[Path], destination: Path) -> None:
-    kept = {Path(os.path.realpath(path)) for path in spared}
-    for victim in victims:
-        real = Path(os.path.realpath(victim))
-        if real in kept or real.parent in kept:
-            raise UsageError(
-                f"would replace {victim}, which it is made from; name another", path=destination
-            )
 
 
 def _carry(old: Path, new: Path, directory: Directory | None) -> None:

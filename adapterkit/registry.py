@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adapterkit import strangers
 from adapterkit.beside import trained_names
+from adapterkit.destination import Directory
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
-from adapterkit.output import Directory
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.base.fit import check_fit
+from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.keys import Role
 from adapterkit.lowrank.differences import norm
 from adapterkit.model import AdapterTensorSet, BesideKind
 from adapterkit.notes import Loss
-from adapterkit.output import check_destination, staged
+from adapterkit.output import staged
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapterkit import disk, output
+from adapterkit.destination import Directory, check_destination
 from adapterkit.errors import DestinationExistsError, UsageError, WriteError
-from adapterkit.output import Directory, Output, check_destination, staged, uninterrupted
+from adapterkit.output import Output, staged, uninterrupted
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,12 +21,13 @@ import numpy as np
 
 from adapterkit.audit.places import place_of
 from adapterkit.audit.reference_report import ReferenceAudit, Standing
+from adapterkit.destination import check_destination
 from adapterkit.errors import FormatError, UncheckableError
 from adapterkit.json_file import read_json_object
 from adapterkit.lowrank.moments import kurtosis
 from adapterkit.lowrank.products import factors
 from adapterkit.lowrank.spectrum import spectra
-from adapterkit.output import check_destination, staged
+from adapterkit.output import staged
 from adapterkit.tables import ANY_MAPPING, TEXT, Table, listed, mapped, number
 from adapterkit.work import in_threads
 

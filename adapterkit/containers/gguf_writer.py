@@ -55,7 +55,7 @@ def write_gguf(
     """Write a new file in the mappings' order; byte ranges of files are copied in chunks.
 
     Everything that can be checked without reading tensors is checked before the file is made. A
-    later failure leaves a partial file: write inside `storage.staged`.
+    later failure leaves a partial file: write inside `output.staged`.
 
     Args:
         path: a file that does not exist yet.

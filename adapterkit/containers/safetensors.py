@@ -113,13 +113,13 @@ def write_safetensors(
     """Write the bytes that the reference would write, holding one tensor at a time.
 
     Args:
-        path: file to create or replace; wrap it in `storage.staged` to have it appear whole.
+        path: file to create or replace; wrap it in `output.staged` to have it appear whole.
         tensors: by name, in any order.
         metadata: free text; left out of the file when empty, sorted by key otherwise.
 
     Raises:
         UnsupportedError: if a tensor has a type or a name that the container cannot hold.
-        OSError: as the operating system says; `storage.staged` turns it into a WriteError.
+        OSError: as the operating system says; `output.staged` turns it into a WriteError.
     """
     chunks = serialise(tensors, metadata)
     with path.open("wb") as file:

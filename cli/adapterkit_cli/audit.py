@@ -104,7 +104,7 @@ def command(
         _bank(bank_file, sources, told, force=force, as_json=as_json)
         return
     if html is not None:
-        from adapterkit.output import check_destination
+        from adapterkit.destination import check_destination
 
         check_destination(Path(html), force=force)
     from adapterkit.audit import audit

@@ -13,7 +13,7 @@ LAYERS = (
     {"keys"},
     {"notes"},
     {"errors", "dtype"},
-    {"storage", "quantisation", "disk", "work", "tables", "strangers"},
+    {"storage", "quantisation", "disk", "work", "tables", "strangers", "destination"},
     {"tensor", "output"},
     {"model", "json_file"},
     {"containers", "factors", "yaml_file", "patterns", "hub", "lowrank"},
@@ -106,7 +106,7 @@ def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
     public = {"adapterkit", "adapterkit.errors", "adapterkit.registry", "adapterkit.architectures"}
     public |= {
         f"adapterkit.{name}"
-        for name in ("tinylora", "audit", "validation", "stack", "projection", "output")
+        for name in ("tinylora", "audit", "validation", "stack", "projection", "destination")
     }
     used = {name for name in imports(path) if name.split(".")[0] == "adapterkit"}
     assert used <= public

@@ -16,6 +16,7 @@ from adapterkit.base.places import Places
 from adapterkit.base.quantised import decoded as decoded_base
 from adapterkit.base.schemes import BESIDE, FIELDS, Refused, decodable, quantisation
 from adapterkit.containers.safetensors import read_safetensors
+from adapterkit.destination import Directory
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.json_file import read_json_object
@@ -25,7 +26,6 @@ from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsRe
 from adapterkit.merge.into.tying import Tying, as_spelled, resolved
 from adapterkit.merge.into.vocabulary import grown
 from adapterkit.merge.into.writing import write_files
-from adapterkit.output import Directory
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:

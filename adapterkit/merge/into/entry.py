@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.destination import check_destination
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.keys import Role
 from adapterkit.loading import open_model
@@ -19,7 +20,7 @@ from adapterkit.merge.into.report import MergeIntoReport
 from adapterkit.merge.into.tokenizers import unplaced, with_tokenizer
 from adapterkit.merge.into.tying import check_choice
 from adapterkit.merge.into.writing import SEGMENT, write_files
-from adapterkit.output import Output, check_destination
+from adapterkit.output import Output
 from adapterkit.saving import stored_type
 from adapterkit.work import counter, threads
 
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
     from adapterkit.base.model import BaseModel
     from adapterkit.base.quantised import DecodedBase
+    from adapterkit.destination import Directory
     from adapterkit.dtype import DType
     from adapterkit.merge.into.report import TensorReport
     from adapterkit.merge.planning import Source
-    from adapterkit.output import Directory
 
 _SURVIVAL = 0.95
 
