@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, to_engine
@@ -11,13 +12,14 @@ from adapterkit.errors import BaseRequiredError, IncompatibleBaseError
 from adapterkit.model import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from adapterkit.architectures.table import Match
     from adapterkit.base.model import BaseModel
     from adapterkit.model import AdapterTensorSet, Update
 
 _MATRIX = 2
+_LAYER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
     pairs = [pair for pair in adapter.pairs() if pair.module not in kept and pair.sound]
     weights = Places(base)
     fitting: list[Update] = []
-    for pair in pairs:
+    origins = [layer for begin, end in adapter.layer_replication for layer in range(begin, end)]
+    for named in pairs:
+        pair = _before_replication(named, origins)
         match = find_rule(base.architecture, pair.module)
         wrong = _beyond(pair, match, base)
         if wrong is None and pair.kind is Kind.CONVOLUTION:
@@ -72,7 +76,7 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
                 else _untabled(pair, weights)
             )
         if wrong:
-            yield wrong
+            yield replace(wrong, module=named.module)
         else:
             fitting.append(pair)
     if base.kind == "gguf":
@@ -82,6 +86,16 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
             for module, name in kept.items()
             if f"{name}.weight" not in base.tensors
         )
+
+
+def _before_replication(pair: Update, origins: Sequence[int]) -> Update:
+    """Return an update of a replicated layer as one of the layer that the base has for it."""
+    number = _LAYER.search(pair.module)
+    if number is None or int(number[0]) >= len(origins):
+        return pair
+    begin, end = number.span()
+    module = f"{pair.module[:begin]}{origins[int(number[0])]}{pair.module[end:]}"
+    return replace(pair, module=module)
 
 
 def _beyond(pair: Update, match: Match | None, base: BaseModel) -> Misfit | None:
