@@ -269,3 +269,24 @@ def test_an_encoding_without_delta_is_no_error(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "")
     assert "proof: \\u0394W equal" in out
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "word"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (Terminated(15), 143, "terminated")],
+)
+def test_an_interrupt_that_became_an_error_on_its_way_is_one(
+    raised: BaseException, status: int, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise raised
+
+    def made() -> None:
+        with told():
+            type("Made", (), {"field": Stopped()})  # Python 3.11 makes a RuntimeError of it
+
+    with pytest.raises(SystemExit) as ended:
+        made()
+    assert ended.value.code == status
+    assert capsys.readouterr().err == f"Error: {word}; nothing was written\n"

@@ -54,23 +54,35 @@ def told() -> Generator[None]:
     except BrokenPipeError:
         discard_stdout()
         raise SystemExit(BROKEN_PIPE) from None
-    except KeyboardInterrupt as stopped:
-        report(f"interrupted; {_what_is_left(stopped)}")
-        raise SystemExit(INTERRUPTED) from None
-    except Terminated as stopped:
-        report(f"terminated; {_what_is_left(stopped)}")
-        raise SystemExit(stopped.status) from None
+    except (KeyboardInterrupt, Terminated) as stopped:
+        raise _stopped(stopped) from None
     except MemoryError as error:
         report(f"not enough memory{f' ({error})' if str(error) else ''}; {_what_is_left(error)}")
         raise SystemExit(NOT_FINISHED) from None
     except (click.ClickException, click.exceptions.Exit):
         raise  # click's own way to say what is wrong, and to end
     except Exception as error:
+        if (stopped := _stopping(error)) is not None:
+            raise _stopped(stopped) from None
         if (answer := _answer(error)) is None:
             raise
         message, code = answer
         report(message)
         raise SystemExit(code) from None
+
+
+def _stopped(by: BaseException) -> SystemExit:
+    """Say that a signal ended the program."""
+    word = "terminated" if isinstance(by, Terminated) else "interrupted"
+    report(f"{word}; {_what_is_left(by)}")
+    return SystemExit(by.status if isinstance(by, Terminated) else INTERRUPTED)
+
+
+def _stopping(error: BaseException | None) -> BaseException | None:
+    """Return the interrupt that an error is made from: classes that are being made wrap theirs."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, Terminated)):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _answer(error: Exception) -> tuple[str, int] | None:
