@@ -12,7 +12,7 @@ import pytest
 from terminal import BASE, TINY, start
 
 from adapterkit_cli.boundary import told
-from adapterkit_cli.signals import stopping_cleanly
+from adapterkit_cli.signals import Terminated, stopping_cleanly
 
 # Stops in the middle of a conversion, when the temporary file is written and the proof begins.
 SLOW = """
