@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import fnmatch
-import shutil
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import AdapterKitError
 from adapterkit.json_file import read_json_object
 from adapterkit.model import BesideFile, BesideKind
-from adapterkit.storage import readable
+from adapterkit.storage import copy_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -82,10 +81,7 @@ def carry(files: Iterable[BesideFile], folder: Path) -> None:
             continue
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with readable(file.path):
-            data = file.path.open("rb")
-        with data, target.open("wb") as copy:
-            shutil.copyfileobj(data, copy)
+        copy_file(file.path, target)
 
 
 @cache

@@ -109,6 +109,11 @@ def _check_not_current(destination: Path) -> None:
 
 
 def check_spared(victims: Iterable[Path], spared: Iterable[Path], destination: Path) -> None:
+    """Refuse to replace what an output is made from, or a file of a directory that it is.
+
+    Raises:
+        UsageError: if one of the victims is spared, links followed.
+    """
     kept = {Path(os.path.realpath(path)) for path in spared}
     for victim in victims:
         real = Path(os.path.realpath(victim))

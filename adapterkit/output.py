@@ -78,7 +78,7 @@ class Output:
         self.destination = destination
         self.force = force
         self.directory = directory
-        self.spared = [Path(os.path.realpath(path)) for path in spared]
+        self.spared = tuple(spared)
         self.resume = resume
         self.left = False
         self.kept = False

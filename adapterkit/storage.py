@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,20 @@ def readable(path: Path) -> Generator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise FormatError(f"could not be read ({reason})", path=error.filename or path) from error
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Write the bytes of a file to another; what stands against opening the source names it.
+
+    Raises:
+        NotFoundError: if there is no source.
+        FormatError: if it cannot be opened.
+        OSError: as the operating system says of the target.
+    """
+    with readable(source):
+        data = source.open("rb")
+    with data, target.open("wb") as copy:
+        shutil.copyfileobj(data, copy)
 
 
 def read_document(path: Path, limit: int) -> bytes:

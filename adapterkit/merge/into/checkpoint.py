@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from adapterkit.merge.into.steps import Added, Change, Product, Replaced, RowsRe
 from adapterkit.merge.into.tying import Tying, as_spelled, resolved
 from adapterkit.merge.into.vocabulary import grown
 from adapterkit.merge.into.writing import write_files
-from adapterkit.storage import readable
+from adapterkit.storage import copy_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -341,10 +340,7 @@ def write_checkpoint(
     for other in plan.others:
         target = staging / other
         target.parent.mkdir(parents=True, exist_ok=True)
-        with readable(plan.origin(other)):
-            data = plan.origin(other).open("rb")
-        with data, target.open("wb") as copy:
-            shutil.copyfileobj(data, copy)
+        copy_file(plan.origin(other), target)
     if plan.config or plan.without:
         rows = plan.base.facts.get("vocab_size")
         _edit_config(staging / "config.json", plan.config, plan.without, rows)
@@ -382,7 +378,7 @@ def _write_index(plan: CheckpointPlan, path: Path) -> None:
     """Copy the index, or write one with the new names and sizes."""
     source = plan.base.path / INDEX
     if not any(shard.rewritten for shard in plan.shards):
-        shutil.copyfile(source, path)
+        copy_file(source, path)
     else:
         index = dict(read_json_object(source))
         held = {e.name: shard.path.name for shard in plan.shards for e in shard.entries}
