@@ -39,7 +39,7 @@ types: $(STAMP)  ## strict type check
 	$(BIN)/basedpyright
 
 bench: $(STAMP)  ## time and memory against the peers, as ratios in one run
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(if $(AGAINST),--against $(AGAINST))
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis

@@ -28,6 +28,11 @@ class Run:
     peak: float
 
 
+def installed(checkout: Path) -> list[str]:
+    """Return the words before a command that make it the one of another checkout."""
+    return ["env", f"PYTHONPATH={checkout.resolve()}:{checkout.resolve() / 'cli'}"]
+
+
 def once(command: Sequence[str]) -> Run:
     """Run a command to its end; a failure is an error, not a fast run."""
     start = time.perf_counter()
