@@ -25,13 +25,11 @@ gives 5 to MemoryError as well: nothing is known to be wrong, and it could not b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from adapterkit.notes import Loss
+from adapterkit.notes import Loss
 
 
 class AdapterKitError(Exception):

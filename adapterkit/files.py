@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapterkit.formats.protocol import Options
 from adapterkit.loading import Need, load, open_model
+from adapterkit.model import AdapterTensorSet
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
-
-if TYPE_CHECKING:
-    from adapterkit.model import AdapterTensorSet
 
 
 def read(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import numpy as np  # noqa: TC002, TID253  (public signatures resolve at run time)
 
 from adapterkit.formats.peft_config import LoraConfig
 from adapterkit.formats.peft_reader import interpret
 from adapterkit.formats.peft_writer import as_peft
+from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-
-    from adapterkit.model import AdapterTensorSet
 
 # What messages name in place of a file.
 _MEMORY = Path("<state dict>")

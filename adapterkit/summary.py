@@ -5,26 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TypeVar
 
+from adapterkit.errors import IncompatibleBaseError
 from adapterkit.keys import Role
 from adapterkit.loading import Need, load
+from adapterkit.model import AdapterTensorSet
 from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import problems
 from adapterkit.model.update import Kind
+from adapterkit.tensor import LazyTensor
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
-    from pathlib import Path
-    from typing import TypeVar
-
-    from adapterkit.errors import IncompatibleBaseError
-    from adapterkit.model import AdapterTensorSet
-    from adapterkit.tensor import LazyTensor
-
-    _Value = TypeVar("_Value", bound=Hashable)
+_Value = TypeVar("_Value", bound=Hashable)
 
 # Elements that are read at a time.
 _BLOCK = 1 << 20

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
@@ -13,8 +14,6 @@ from adapterkit.errors import FormatError
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
 

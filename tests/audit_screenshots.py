@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from audit_adapters import adapter, gaussian
 
-from adapterkit.audit import AuditReport, audit, bank, html_page
+from adapterkit import AuditReport, audit, bank, html_page
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.tensor import LazyTensor
 

@@ -18,8 +18,7 @@ import pytest
 import torch
 import transformers
 
-from adapterkit import extract, read, validate
-from adapterkit.merge.into import merge_into
+from adapterkit import extract, merge_into, read, validate
 from fixtures.classes.tiny import built
 
 if TYPE_CHECKING:

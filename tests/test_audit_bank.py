@@ -10,8 +10,8 @@ import pytest
 from audit_adapters import adapter, gaussian, layered, written
 from terminal import PEFT, TINY, invoke
 
-from adapterkit.audit import audit, bank
-from adapterkit.audit.reference_bank import STATISTICS, read_bank
+from adapterkit import audit, bank
+from adapterkit.auditing.reference_bank import STATISTICS, read_bank
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from engine import BaseFixture, family_row, make_base
 from peft.tuners.lora import LoraLayer, intruders
 from terminal import PEFT, invoke
 
-from adapterkit import read
-from adapterkit.audit import BaseAudit, WeightAudit, audit
-from adapterkit.audit.against_base import against_base
+from adapterkit import BaseAudit, WeightAudit, audit, read
+from adapterkit.auditing.against_base import against_base
 from adapterkit.base import open_base
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType

@@ -17,9 +17,8 @@ import pytest
 from audit_adapters import adapter, gaussian, layered, written
 from terminal import BASE, PEFT, TINY, invoke
 
-from adapterkit import BaseReference, convert, read
-from adapterkit.audit import ModuleAudit, audit
-from adapterkit.audit.tables import csv_table, markdown
+from adapterkit import BaseReference, ModuleAudit, audit, convert, read
+from adapterkit.auditing.tables import csv_table, markdown
 from adapterkit.lowrank.differences import norm
 
 if TYPE_CHECKING:

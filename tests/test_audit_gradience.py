@@ -29,8 +29,7 @@ from gradience_cases import (
 from gradience_oracle import gradience
 from terminal import PEFT, invoke
 
-from adapterkit import read
-from adapterkit.audit import AuditReport, ModuleAudit, audit, compress
+from adapterkit import AuditReport, ModuleAudit, audit, compress, read
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.lowrank.differences import norm
 from adapterkit.model import Kind

@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 from audit_adapters import adapter, gaussian, layered, planted
 
-from adapterkit import AdapterTensorSet, FormatError, Role, TensorKey, UncheckableError, UsageError
-from adapterkit.audit import audit
-from adapterkit.audit.metrics import energy_ranks, hoyer, quantile, top_share, truncation_errors
-from adapterkit.audit.null_model import null_model
-from adapterkit.audit.outliers import notable, robust_z
+from adapterkit import (
+    AdapterTensorSet,
+    FormatError,
+    Role,
+    TensorKey,
+    UncheckableError,
+    UsageError,
+    audit,
+)
+from adapterkit.auditing.metrics import energy_ranks, hoyer, quantile, top_share, truncation_errors
+from adapterkit.auditing.null_model import null_model
+from adapterkit.auditing.outliers import notable, robust_z
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 

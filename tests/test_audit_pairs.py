@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from audit_adapters import adapter, gaussian, layered, orthonormal, planted
 
-from adapterkit import UncheckableError
-from adapterkit.audit import audit
+from adapterkit import UncheckableError, audit
 from adapterkit.model import Kind
 
 if TYPE_CHECKING:
-    from adapterkit.audit.interference import ModuleInterference, PairInterference
+    from adapterkit.auditing.interference import ModuleInterference, PairInterference
 
 Array = np.ndarray[Any, Any]
 NAME = "model.layers.0.self_attn.q_proj"

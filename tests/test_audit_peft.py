@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from adapterkit.audit import audit, compress_file
+from adapterkit import audit, compress_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

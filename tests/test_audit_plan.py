@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from audit_adapters import adapter, layered, planted
 
-from adapterkit import UsageError
-from adapterkit.audit import AdapterAudit, RankPlan, audit, suggest
-from adapterkit.audit.plan import trade_off
+from adapterkit import AdapterAudit, RankPlan, UsageError, audit, suggest
+from adapterkit.auditing.plan import trade_off
 from adapterkit.model import Kind
 
 SPECTRA = {

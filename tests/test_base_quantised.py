@@ -24,8 +24,8 @@ from quantised_bases import (
 from safetensors.torch import load_file
 from transformers.integrations import finegrained_fp8, mxfp4
 
+from adapterkit import merge_into
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.merge.into import merge_into
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,7 +26,7 @@ from adapterkit import (
 )
 from adapterkit.beside import lying_beside
 from adapterkit.errors import LossyConversionError, UnsupportedError
-from adapterkit.stack import AdapterIncompatibleError
+from adapterkit.serving.stack import AdapterIncompatibleError
 
 if TYPE_CHECKING:
     from pathlib import Path

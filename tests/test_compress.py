@@ -18,10 +18,11 @@ from adapterkit import (
     Role,
     TensorKey,
     UsageError,
+    compress,
+    compress_file,
 )
-from adapterkit.audit import compress, compress_file
 from adapterkit.containers.gguf import read_gguf
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.formats.peft_reader import read_peft
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adapterkit.comparison import diff
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
-from adapterkit.convert import convert
-from adapterkit.diff import diff
+from adapterkit.conversion import convert
 from adapterkit.errors import (
     BaseRequiredError,
     DestinationExistsError,

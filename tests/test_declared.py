@@ -14,11 +14,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapterkit import AdapterStack, audit, compress_file, convert, diff, inspect, merge_files
+from adapterkit import (
+    AdapterStack,
+    audit,
+    compress_file,
+    convert,
+    diff,
+    inspect,
+    merge_files,
+    merge_into,
+    validate,
+)
 from adapterkit.errors import AdapterKitError, FormatError, LossyConversionError
 from adapterkit.files import read
-from adapterkit.merge.into import merge_into
-from adapterkit.validation import validate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

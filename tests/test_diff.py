@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adapterkit.architectures.transforms import rope
-from adapterkit.diff import diff
+from adapterkit.comparison import diff
 from adapterkit.errors import FormatError, UncheckableError
 from adapterkit.factors import take_rows, transposed
 from adapterkit.files import write

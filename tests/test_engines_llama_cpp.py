@@ -25,8 +25,8 @@ from engine import (
     max_kl,
 )
 
+from adapterkit import Verdict, validate
 from adapterkit.containers.gguf import read_gguf
-from adapterkit.validation import Verdict, validate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

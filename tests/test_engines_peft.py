@@ -12,7 +12,7 @@ from engine import BaseFixture, family_row, make_adapter, make_base
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from adapterkit.validation import Verdict, validate
+from adapterkit import Verdict, validate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit
 from adapterkit.containers.gguf import read_gguf
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.errors import (
     FormatError,
     IncompatibleBaseError,

@@ -22,8 +22,7 @@ from test_into_checkpoint import (
     trained,
 )
 
-from adapterkit import ExtractReport, diff, extract, inspect, read
-from adapterkit.merge.into import merge_into
+from adapterkit import ExtractReport, diff, extract, inspect, merge_into, read
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,11 +11,10 @@ from test_extract import SETTINGS, ranks
 from test_into_checkpoint import trained
 from test_into_gguf import retyped
 
-from adapterkit import diff, extract
+from adapterkit import diff, extract, merge_into
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.dtype import DType
 from adapterkit.errors import UsageError
-from adapterkit.merge.into import merge_into
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,7 @@ from adapterkit.errors import (
     UsageError,
     WriteError,
 )
-from adapterkit.extract import difference as differences
+from adapterkit.extraction import difference as differences
 from adapterkit.lowrank.operators import Plane
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from adapterkit.architectures import families, load
 from adapterkit.base import open_base
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

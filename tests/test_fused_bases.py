@@ -36,7 +36,7 @@ from adapterkit.containers.gguf import (
     uint32,
     write_gguf,
 )
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.errors import FormatError, LossyConversionError, NotFoundError
 from adapterkit.tensor import LazyTensor
 

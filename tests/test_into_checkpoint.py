@@ -15,7 +15,8 @@ import transformers
 from engine import BaseFixture, family_row, logprobs, make_base, max_kl, prompts_for
 from safetensors import torch as safetensors_torch
 
-from adapterkit.convert import convert
+from adapterkit import merge_into
+from adapterkit.conversion import convert
 from adapterkit.errors import (
     DestinationExistsError,
     FormatError,
@@ -24,7 +25,6 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
-from adapterkit.merge.into import merge_into
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 from test_fused_bases import QKV, rewritten
 from test_into_checkpoint import EFFECT, EQUAL, loaded, trained
 
+from adapterkit import merge_into
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.merge.into import merge_into
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -23,6 +23,7 @@ from engine import (
 from tables_oracle import tuned
 from test_into_checkpoint import EFFECT, LINEAR, loaded, trained
 
+from adapterkit import merge_into
 from adapterkit.containers.gguf import GGUFArray, Typed, ValueType, read_gguf, uint32, write_gguf
 from adapterkit.dtype import DType
 from adapterkit.errors import (
@@ -31,7 +32,6 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
-from adapterkit.merge.into import merge_into
 from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 

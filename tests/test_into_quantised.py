@@ -16,12 +16,11 @@ import transformers
 from engine import BaseFixture, family_row, logprobs, make_adapter, make_base, max_kl, prompts_for
 from quantised_bases import EXPERTS, FP8, Q, logical, stored_alone, tensors_of
 
-from adapterkit import read
-from adapterkit.audit.against_base import against_base
+from adapterkit import merge_into, read
+from adapterkit.auditing.against_base import against_base
 from adapterkit.base import open_base
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.errors import BaseRequiredError, UnsupportedError, UsageError
-from adapterkit.merge.into import merge_into
 
 if TYPE_CHECKING:
     from pathlib import Path

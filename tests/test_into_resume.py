@@ -17,12 +17,13 @@ import torch
 from engine import BaseFixture, family_row, make_base
 from test_into_checkpoint import LINEAR, loaded, trained
 
+from adapterkit import merge_into
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, UsageError, WriteError
-from adapterkit.merge.into import entry, merge_into, writing
-from adapterkit.merge.into.blocks import Merger
-from adapterkit.merge.into.journal import JOURNAL
+from adapterkit.merging.into import entry, writing
+from adapterkit.merging.into.blocks import Merger
+from adapterkit.merging.into.journal import JOURNAL
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 # are on the disk and noted, and nothing has its name yet.
 SUICIDE = """
 import os, signal, sys, time
-from adapterkit.merge.into import checkpoint, entry, merge_into, writing
+from adapterkit.merging.into import checkpoint, entry, merge_into, writing
 
 writing.SEGMENT = entry.SEGMENT = 20_000
 

@@ -13,7 +13,7 @@ from adapterkit.lowrank.operators import Operator, Plane
 from adapterkit.lowrank.products import LowRank
 from adapterkit.lowrank.ranks import predicted_error
 from adapterkit.lowrank.sketching import compressed, leading
-from adapterkit.merge import elementwise
+from adapterkit.merging import elementwise
 
 Array = np.ndarray[Any, Any]
 

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from adapterkit import merge
 from adapterkit.dtype import DType
 from adapterkit.errors import (
     BaseRequiredError,
@@ -20,7 +21,6 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.keys import Role, TensorKey
-from adapterkit.merge import merge
 from adapterkit.model import Kind
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.notes import BaseReference, Provenance

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adapterkit.lowrank.products import LowRank
-from adapterkit.merge import elementwise
+from adapterkit.merging import elementwise
 
 
 def update(seed: int, out: int = 40, inputs: int = 30, rank: int = 5) -> LowRank:

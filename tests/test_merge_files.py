@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 import adapterkit
-from adapterkit.convert import convert
+from adapterkit import merge_files, read_recipe
+from adapterkit.conversion import convert
 from adapterkit.errors import (
     DestinationExistsError,
     FormatError,
@@ -23,7 +24,6 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.formats.protocol import Options
-from adapterkit.merge import merge_files, read_recipe
 from adapterkit.registry import detect
 from adapterkit_cli.main import cli
 

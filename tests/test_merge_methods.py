@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import adapterkit
+from adapterkit import merge, merge_methods
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.merge import merge, merge_methods, registry
-from adapterkit.merge.registry import Kind
+from adapterkit.merging import registry
+from adapterkit.merging.registry import Kind
 
 M = "model.layers.0.self_attn.q_proj"
 SHAPE = (17, 13)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft.utils import merge_utils
 
-from adapterkit.merge import merge, merge_files
+from adapterkit import merge, merge_files
 
 if TYPE_CHECKING:
     from pathlib import Path

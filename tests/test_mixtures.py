@@ -16,11 +16,11 @@ import pytest
 from engine import BaseFixture, engine_logprobs, family_row, make_base, max_kl, prompts_for
 from test_into_checkpoint import LINEAR, trained
 
+from adapterkit import merge_into
 from adapterkit.architectures.mixtures import mixtures
 from adapterkit.containers.gguf import read_gguf, write_gguf
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.merge.into import merge_into
 from adapterkit.quantisation import ggml
 from adapterkit.tensor import LazyTensor
 

@@ -20,13 +20,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from terminal import ROOT
 
-from adapterkit import patterns
+from adapterkit import merge, patterns, validate
+from adapterkit.checks.selection import selection
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.files import read
-from adapterkit.merge import merge
 from adapterkit.patterns import Allowance, Expression, ending
-from adapterkit.validation import validate
-from adapterkit.validation.selection import selection
 
 if TYPE_CHECKING:
     from pathlib import Path

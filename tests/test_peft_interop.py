@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.formats.peft_config import LoraConfig as ReadConfig
 from adapterkit.formats.peft_reader import read_peft
 from adapterkit.keys import Role, TensorKey

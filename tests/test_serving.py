@@ -13,13 +13,12 @@ from peft import PeftModel
 from terminal import PEFT, ROOT, invoke
 
 import adapterkit
-from adapterkit import LazyTensor, Role, TensorKey, validate
+from adapterkit import LazyTensor, Role, TensorKey, load_target, target_names, validate
 from adapterkit.dtype import DType
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import PASSES
 from adapterkit.passes.uniform import uniform
 from adapterkit.registry import formats
-from adapterkit.validation import load_target, target_names
 
 if TYPE_CHECKING:
     from pathlib import Path

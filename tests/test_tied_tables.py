@@ -11,15 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tables_oracle import GROWN, ROWS, assert_same, load_model, reloaded, tuned, write_base
 
-from adapterkit.audit import audit, compress_file
-from adapterkit.convert import convert
-from adapterkit.diff import diff
+from adapterkit import audit, compress_file, merge_into, validate
+from adapterkit.comparison import diff
+from adapterkit.conversion import convert
 from adapterkit.errors import UnsupportedError
 from adapterkit.files import read
-from adapterkit.merge.files import merge_files
-from adapterkit.merge.into import merge_into
+from adapterkit.merging.files import merge_files
 from adapterkit.model import spelled_out
-from adapterkit.validation import validate
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ from tinylora_pack import TARGETS, chunked, inject, linear_names
 
 import adapterkit
 from adapterkit import projection
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.errors import (
     BaseRequiredError,
     FormatError,

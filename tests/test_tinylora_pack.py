@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tinylora_pack import TARGETS, Injected, by_kind, chunked, inject, linear_names
 
 from adapterkit.base import open_base
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.errors import (
     BaseRequiredError,
     FormatError,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from adapterkit.architectures import load
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.errors import BaseRequiredError, FormatError, LossyConversionError, UnsupportedError
 from adapterkit.formats.peft_tinylora import FORMAT
 from adapterkit.formats.protocol import Options

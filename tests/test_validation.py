@@ -14,10 +14,9 @@ import pytest
 from terminal import PEFT, ROOT, invoke
 
 import adapterkit
-from adapterkit import LazyTensor, convert, validate
+from adapterkit import LazyTensor, Outcome, Verdict, convert, validate
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
 from adapterkit.errors import AdapterKitError, FormatError
-from adapterkit.validation import Outcome, Verdict
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from terminal import ROOT
 
+from adapterkit import Severity, explanations, load_target, target_names, validate
 from adapterkit.architectures.expressions import evaluate
+from adapterkit.engines.facts import facts
 from adapterkit.errors import UsageError
 from adapterkit.files import read
 from adapterkit.model import AdapterTensorSet, PeftSource
-from adapterkit.validation import Severity, explanations, load_target, target_names, validate
-from adapterkit.validation.facts import facts
 
 if TYPE_CHECKING:
     from pathlib import Path

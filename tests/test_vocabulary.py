@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tables_oracle import GROWN, ROWS, WIDTH, assert_same, load_model, reloaded, tuned, write_base
 
+from adapterkit import merge_into, validate
 from adapterkit.errors import IncompatibleBaseError, LossyConversionError, UnsupportedError
 from adapterkit.files import read
-from adapterkit.merge.into import merge_into
-from adapterkit.validation import validate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,7 +132,7 @@ def test_another_type_is_stored_of_new_rows_too(tmp_path: Path) -> None:
 
 
 def test_a_merge_that_grew_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit.merge.into import checkpoint
+    from adapterkit.merging.into import checkpoint
 
     base = write_base(tmp_path / "base", tied=False, max_shard_size="12KB")
     tuned(base, tmp_path / "adapter", rows=GROWN, target_modules=BOTH)

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adapterkit.architectures import Architecture, Rule, Sizes, Target, load
+from adapterkit.architectures import Architecture, Sizes, Target, WeightRule, load
 from adapterkit.architectures.expressions import parse_call
 from adapterkit.architectures.mapping import to_engine
 from adapterkit.architectures.weights import model_to_engine, weight_to_engine
@@ -34,10 +34,10 @@ CONFIG = {
     "v_dim": 2,
     "multiplier": 0.5,
 }
-EMBEDDING = Rule("model.embed_tokens", (Target("token_embd"),), kind="embedding")
+EMBEDDING = WeightRule("model.embed_tokens", (Target("token_embd"),), kind="embedding")
 
 
-def family(*rules: Rule) -> Architecture:
+def family(*rules: WeightRule) -> Architecture:
     return Architecture(
         name="made-up",
         title="Made up",
@@ -58,7 +58,9 @@ def sizes(architecture: Architecture, config: Mapping[str, Any] = CONFIG) -> Siz
     return Sizes(architecture, "hf", config)
 
 
-def moved(rule: Rule, name: str, array: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def moved(
+    rule: WeightRule, name: str, array: np.ndarray[Any, Any]
+) -> dict[str, np.ndarray[Any, Any]]:
     made = family(rule)
     return dict(weight_to_engine(made, sizes(made), name, array))
 
@@ -108,7 +110,7 @@ def test_wrapped_and_headless_names_are_found() -> None:
 
 
 def test_norm_carries_the_constant_in_float32_and_its_bias_does_not() -> None:
-    rule = Rule("model.norm", (Target("output_norm"),), kind="norm", add=1.0)
+    rule = WeightRule("model.norm", (Target("output_norm"),), kind="norm", add=1.0)
     small = np.array([0.001, -1.0], dtype=ml_dtypes.bfloat16)
     (weight,) = moved(rule, "model.norm.weight", small).values()
     assert weight.dtype == np.float32
@@ -120,7 +122,7 @@ def test_norm_carries_the_constant_in_float32_and_its_bias_does_not() -> None:
 
 
 def test_scale_is_carried_by_weight_and_bias() -> None:
-    rule = Rule("model.layers.{i}.k", (Target("blk.{i}.attn_k"),), scale="multiplier")
+    rule = WeightRule("model.layers.{i}.k", (Target("blk.{i}.attn_k"),), scale="multiplier")
     assert moved(rule, "model.layers.0.k.weight", numbered(2, 2))[
         "blk.0.attn_k.weight"
     ].tolist() == [
@@ -150,7 +152,7 @@ def test_fused_rows_are_split_and_each_part_reordered() -> None:
         Target("k", size="kv_heads * head_dim", rows=parse_call("rope(kv_heads)")),
         Target("v", size="kv_heads * head_dim"),
     )
-    rule = Rule("model.qkv", parts)
+    rule = WeightRule("model.qkv", parts)
     rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     weights = moved(rule, "model.qkv.weight", numbered(rows, 1))
     biases = moved(rule, "model.qkv.bias", numbered(rows))
@@ -161,12 +163,12 @@ def test_fused_rows_are_split_and_each_part_reordered() -> None:
 
 
 def test_columns_of_weights_move_and_biases_stay() -> None:
-    rule = Rule("model.out", (Target("out"),), cols=parse_call("interleaved(2)"))
+    rule = WeightRule("model.out", (Target("out"),), cols=parse_call("interleaved(2)"))
     assert moved(rule, "model.out.weight", numbered(1, 4))["out.weight"].tolist() == [[0, 2, 1, 3]]
     assert moved(rule, "model.out.bias", numbered(4))["out.bias"].tolist() == [0, 1, 2, 3]
 
 
-GATE_UP = Rule(
+GATE_UP = WeightRule(
     "model.layers.{i}.mlp.experts.gate_up_proj",
     (Target("blk.{i}.ffn_gate_exps"), Target("blk.{i}.ffn_up_exps")),
     kind="experts",
@@ -184,7 +186,7 @@ def test_fused_experts_are_turned_dealt_out_and_split() -> None:
 
 
 def test_biases_of_fused_experts_are_spelled_whole_in_the_table() -> None:
-    rule = Rule(
+    rule = WeightRule(
         "model.layers.{i}.mlp.experts.gate_up_proj_bias",
         (Target("blk.{i}.ffn_gate_exps.bias"), Target("blk.{i}.ffn_up_exps.bias")),
         kind="tensor",
@@ -198,7 +200,7 @@ def test_biases_of_fused_experts_are_spelled_whole_in_the_table() -> None:
 
 def test_heads_become_one_matrix_each() -> None:
     parts = (Target("k_b", size="nope", transpose=True), Target("v_b", size="v_dim"))
-    rule = Rule("model.kv_b", parts, per_head="heads")
+    rule = WeightRule("model.kv_b", parts, per_head="heads")
     weight = numbered(HEADS * 5, 6)
     split = moved(rule, "model.kv_b.weight", weight)
     heads = weight.reshape(HEADS, 5, 6)
@@ -207,7 +209,7 @@ def test_heads_become_one_matrix_each() -> None:
 
 
 def test_values_are_computed_in_float32_and_axes_counted_as_llama_cpp_does() -> None:
-    rule = Rule(
+    rule = WeightRule(
         "model.layers.{i}.A_log",
         (Target("blk.{i}.ssm_a"),),
         kind="tensor",
@@ -223,7 +225,7 @@ def test_values_are_computed_in_float32_and_axes_counted_as_llama_cpp_does() -> 
 
 
 def test_kernels_lose_their_empty_axis_before_their_rows_move() -> None:
-    rule = Rule(
+    rule = WeightRule(
         "model.layers.{i}.conv1d",
         (Target("blk.{i}.ssm_conv1d"),),
         kind="conv",
@@ -235,7 +237,7 @@ def test_kernels_lose_their_empty_axis_before_their_rows_move() -> None:
     assert np.array_equal(stored, kernels[[0, 1, 3, 2, 4], 0])
 
 
-EXPERT = Rule("model.layers.{i}.experts.{e}.w1", (Target("blk.{i}.ffn_gate_exps"),))
+EXPERT = WeightRule("model.layers.{i}.experts.{e}.w1", (Target("blk.{i}.ffn_gate_exps"),))
 
 
 def experts(*numbers: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -278,7 +280,7 @@ def test_two_parameters_for_one_tensor_are_refused() -> None:
 def test_rows_that_are_no_heads_of_this_base_are_refused() -> None:
     with pytest.raises(IncompatibleBaseError, match="do not divide"):
         weight_to_engine(LLAMA, sizes(LLAMA), f"{Q}.weight", numbered(HEADS * HEAD_DIM + 1, 2))
-    rule = Rule("model.qkv", (Target("q", size="heads"), Target("k", size="kv_heads")))
+    rule = WeightRule("model.qkv", (Target("q", size="heads"), Target("k", size="kv_heads")))
     with pytest.raises(IncompatibleBaseError, match=r"7 output rows.*\[4, 2\]"):
         moved(rule, "model.qkv.weight", numbered(7, 2))
 

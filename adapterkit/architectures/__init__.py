@@ -4,8 +4,8 @@ from adapterkit.architectures.sizes import Sizes
 from adapterkit.architectures.table import (
     Architecture,
     Match,
-    Rule,
     Target,
+    WeightRule,
     families,
     find,
     load,
@@ -16,9 +16,9 @@ from adapterkit.architectures.table import (
 __all__ = [
     "Architecture",
     "Match",
-    "Rule",
     "Sizes",
     "Target",
+    "WeightRule",
     "families",
     "find",
     "load",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures.expressions import Call
     from adapterkit.architectures.sizes import Sizes
-    from adapterkit.architectures.table import Architecture, Match, Rule, Target
+    from adapterkit.architectures.table import Architecture, Match, Target, WeightRule
 
     Index = np.ndarray[Any, np.dtype[np.intp]]
 
@@ -96,7 +96,7 @@ def to_engine(
     engine: list[Update] = []
     unmatched: list[str] = []
     sources: dict[str, tuple[str, ...]] = {}
-    stacks: dict[tuple[Rule, int | None], dict[int, Update]] = defaultdict(dict)
+    stacks: dict[tuple[WeightRule, int | None], dict[int, Update]] = defaultdict(dict)
     for pair in pairs:
         match = _present(find_rule(architecture, pair.module), present)
         if match is None or not match.rule.adaptable or pair.kind is Kind.CONVOLUTION:
@@ -130,7 +130,9 @@ def _present(match: Match | None, present: Collection[str]) -> Match | None:
     return match
 
 
-def _stack(rule: Rule, layer: int | None, members: Mapping[int, Update], sizes: Sizes) -> Update:
+def _stack(
+    rule: WeightRule, layer: int | None, members: Mapping[int, Update], sizes: Sizes
+) -> Update:
     count = sizes.value(rule.count, layer)
     name = _named(rule.targets[0].name, layer)
     if max(members) >= count:
@@ -164,7 +166,7 @@ def from_engine(
     """
     architecture.require_known()
     spelling = _spelling(architecture, like)
-    groups: dict[tuple[Rule, int | None], dict[int, Update]] = {}
+    groups: dict[tuple[WeightRule, int | None], dict[int, Update]] = {}
     unmatched: list[str] = []
     for pair in split_fused(architecture, sizes, pairs):
         match = _preferred(architecture.match_gguf(pair.module), layout, spelling)
@@ -222,7 +224,7 @@ def _preferred(matches: Sequence[Match], layout: str | None, spelling: _Spelling
 
 
 def _restored(
-    rule: Rule, sizes: Sizes | None, layer: int | None, members: Mapping[int, Update]
+    rule: WeightRule, sizes: Sizes | None, layer: int | None, members: Mapping[int, Update]
 ) -> tuple[list[Update], bool]:
     if rule.sized and sizes is None:
         if len(rule.targets) > 1:
@@ -243,7 +245,7 @@ def _restored(
 
 
 def _fused(
-    rule: Rule, sizes: Sizes | None, layer: int | None, members: Mapping[int, Update]
+    rule: WeightRule, sizes: Sizes | None, layer: int | None, members: Mapping[int, Update]
 ) -> Update:
     name = _named(rule.hf, layer)
     if len(rule.targets) == 1:
@@ -260,7 +262,9 @@ def _fused(
     return factors.fuse_rows(parts, heights, name)
 
 
-def _joined(rule: Rule, sizes: Sizes, layer: int | None, members: Mapping[int, Update]) -> Update:
+def _joined(
+    rule: WeightRule, sizes: Sizes, layer: int | None, members: Mapping[int, Update]
+) -> Update:
     """Undo `_split_heads`: every head's parts side by side, then head after head."""
     parts: list[Update | None] = []
     heights: list[int] = []
@@ -294,7 +298,7 @@ def _split_heads(match: Match, sizes: Sizes, pair: Update) -> list[Update]:
 
 
 def _height(
-    rule: Rule,
+    rule: WeightRule,
     target: Target,
     sizes: Sizes | None,
     layer: int | None,
@@ -310,7 +314,7 @@ def _height(
     return next(iter(members.values())).b.shape[-2]
 
 
-def _reordered(rule: Rule, sizes: Sizes, layer: int | None, pair: Update) -> Update:
+def _reordered(rule: WeightRule, sizes: Sizes, layer: int | None, pair: Update) -> Update:
     if rule.rows:
         order = row_order(rule.rows, pair.b.shape[-2], sizes, layer, pair.module)
         pair = factors.take_rows(pair, order)
@@ -322,7 +326,7 @@ def _reordered(rule: Rule, sizes: Sizes, layer: int | None, pair: Update) -> Upd
     return pair
 
 
-def _unordered(rule: Rule, sizes: Sizes | None, layer: int | None, pair: Update) -> Update:
+def _unordered(rule: WeightRule, sizes: Sizes | None, layer: int | None, pair: Update) -> Update:
     if sizes is None:
         return pair
     if rule.rows:

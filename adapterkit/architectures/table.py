@@ -68,7 +68,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class WeightRule:
     """How one Hugging Face parameter corresponds to llama.cpp tensors; see the module's grammar."""
 
     hf: str
@@ -90,7 +90,7 @@ class Rule:
     stored_turned: bool = False
     declares_turned: bool = False
     bare: bool = False
-    alternative: Rule | None = None
+    alternative: WeightRule | None = None
 
     @property
     def stacked(self) -> bool:
@@ -121,7 +121,7 @@ class Match:
         expert: `{e}`, or None.
     """
 
-    rule: Rule
+    rule: WeightRule
     target: int = 0
     layer: int | None = None
     expert: int | None = None
@@ -158,7 +158,7 @@ class Architecture:
     select: str | None
     inert: tuple[str, ...]
     inert_build: str
-    rules: tuple[Rule, ...]
+    rules: tuple[WeightRule, ...]
     parameters: Mapping[str, Mapping[str, tuple[str, ...]]]
     absent: str = ""
     other_heads: tuple[str, ...] = ()
@@ -205,13 +205,13 @@ class Architecture:
 
 
 @cache
-def _by_hf(architecture: Architecture) -> Mapping[str, tuple[tuple[Rule, int], ...]]:
+def _by_hf(architecture: Architecture) -> Mapping[str, tuple[tuple[WeightRule, int], ...]]:
     return {rule.hf: ((rule, 0),) for rule in architecture.rules}
 
 
 @cache
-def _by_gguf(architecture: Architecture) -> Mapping[str, tuple[tuple[Rule, int], ...]]:
-    table: dict[str, tuple[tuple[Rule, int], ...]] = {}
+def _by_gguf(architecture: Architecture) -> Mapping[str, tuple[tuple[WeightRule, int], ...]]:
+    table: dict[str, tuple[tuple[WeightRule, int], ...]] = {}
     rules = [r for rule in architecture.rules for r in (rule, rule.alternative) if r]
     for rule in rules:
         for place, target in enumerate(rule.targets):
@@ -234,14 +234,16 @@ def _spellings(path: str) -> list[tuple[str, int | None, int | None]]:
     return [*found, (path, None, None)]
 
 
-def _match_all(path: str, table: Mapping[str, tuple[tuple[Rule, int], ...]]) -> tuple[Match, ...]:
+def _match_all(
+    path: str, table: Mapping[str, tuple[tuple[WeightRule, int], ...]]
+) -> tuple[Match, ...]:
     for name, layer, expert in _spellings(path):
         if name in table:
             return tuple(Match(rule, place, layer, expert) for rule, place in table[name])
     return ()
 
 
-def _match(path: str, table: Mapping[str, tuple[tuple[Rule, int], ...]]) -> Match | None:
+def _match(path: str, table: Mapping[str, tuple[tuple[WeightRule, int], ...]]) -> Match | None:
     return next(iter(_match_all(path, table)), None)
 
 
@@ -353,12 +355,12 @@ def _parameters(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[s
     }
 
 
-def _rule(path: str, fields: Mapping[str, Any]) -> Rule:
+def _rule(path: str, fields: Mapping[str, Any]) -> WeightRule:
     known = dict(fields)
     targets = known.pop("gguf")
     other = known.pop("otherwise", None)
     calls = {name: parse_call(known.pop(name)) for name in ("rows", "cols") if name in known}
-    return Rule(
+    return WeightRule(
         hf=path,
         targets=tuple(_target(t) for t in ([targets] if isinstance(targets, str) else targets)),
         shape=tuple(known.pop("shape", ())),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, row_order
-from adapterkit.architectures.table import Rule
+from adapterkit.architectures.table import WeightRule
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class _Place:
         suffix: what llama.cpp's names end with after the table's.
     """
 
-    rule: Rule
+    rule: WeightRule
     layer: int | None
     suffix: str
 
@@ -173,7 +173,7 @@ def _moved(place: _Place, sizes: Sizes, name: str, array: Array) -> list[tuple[s
     return list(zip(place.names, _parts(place, sizes, name, array, axis), strict=True))
 
 
-def _stored(rule: Rule, sizes: Sizes, layer: int | None, array: Array) -> Array:
+def _stored(rule: WeightRule, sizes: Sizes, layer: int | None, array: Array) -> Array:
     """Compute the values and take the shape that llama.cpp stores."""
     import numpy as np
 

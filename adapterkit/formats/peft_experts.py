@@ -31,7 +31,7 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from adapterkit.architectures import Architecture, Rule
+    from adapterkit.architectures import Architecture, WeightRule
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
@@ -260,7 +260,7 @@ def _swapped(
     return _by_version(name, rule, config)
 
 
-def _expected(rule: Rule, sizes: Any) -> tuple[int, ...] | None:
+def _expected(rule: WeightRule, sizes: Any) -> tuple[int, ...] | None:
     values = [sizes.get(text, 0) for text in rule.shape]
     return tuple(values) if values and all(isinstance(v, int) for v in values) else None
 
@@ -288,7 +288,7 @@ def _widths(tensors: Mapping[TensorKey, LazyTensor]) -> frozenset[int]:
     )
 
 
-def _by_version(name: str, rule: Rule | None, config: LoraConfig) -> bool:
+def _by_version(name: str, rule: WeightRule | None, config: LoraConfig) -> bool:
     version = _version(config)
     if version is None or rule is None:
         known = "no PEFT version" if version is None else "no base model"
@@ -311,7 +311,7 @@ def _version(config: LoraConfig) -> tuple[int, ...] | None:
     return tuple(int(part) for part in found.groups()) if found else None
 
 
-def _rule(name: str, config: LoraConfig, base: BaseModel | None) -> tuple[Rule | None, Any]:
+def _rule(name: str, config: LoraConfig, base: BaseModel | None) -> tuple[WeightRule | None, Any]:
     for architecture in tuple(base.candidates) if base else _recorded(config):
         if match := find_rule(architecture, name):
             return match.rule, base.sizes if base else None

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from adapterkit.model import Update
 
 Array: TypeAlias = NDArray[np.float64]
+# Seed and place, from which what is drawn at random follows.
+Key: TypeAlias = tuple[int, int]
 
 # Squared norms between this and its inverse leave room for the products of two.
 SMALL = 1e-60

@@ -6,10 +6,10 @@ is representable, so that it can be inspected; writers refuse it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from adapterkit.keys import EMBEDDING_FACTORS, PARTNERS, Role, TensorKey
 from adapterkit.model.beside import BesideFile
@@ -17,10 +17,6 @@ from adapterkit.model.sources import Source
 from adapterkit.model.update import Kind, Update
 from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tensor import LazyTensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
 
 _MAPPINGS = (
     *("tensors", "scales", "kinds", "tied", "engine_layout"),

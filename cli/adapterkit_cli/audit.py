@@ -13,7 +13,7 @@ from adapterkit_cli.threads import single_threaded_blas
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from adapterkit.audit import AuditReport
+    from adapterkit import AuditReport
 
 
 @click.command("audit")
@@ -107,7 +107,7 @@ def command(
         from adapterkit.destination import check_destination
 
         check_destination(Path(html), force=force)
-    from adapterkit.audit import audit
+    from adapterkit import audit
 
     report = audit(
         *sources,
@@ -119,7 +119,7 @@ def command(
         **told,
     )
     if html is not None:
-        from adapterkit.audit import write_html
+        from adapterkit import write_html
 
         write_html(report, html, force=force)
         rendering.remark("report", html)
@@ -134,7 +134,7 @@ def _bank(
     force: bool,
     as_json: bool,
 ) -> None:
-    from adapterkit.audit import bank
+    from adapterkit import bank
 
     written = bank(*sources, path=file, force=force, **told)
     if as_json:
@@ -147,12 +147,12 @@ def _bank(
 
 def _show(report: AuditReport, *, as_json: bool, as_csv: bool, as_markdown: bool) -> None:
     if as_json:
-        from adapterkit.audit import document
+        from adapterkit.auditing.json_document import document
 
         rendering.emit_json(document(report))
         return
     if as_csv or as_markdown:
-        from adapterkit.audit import csv_table, markdown
+        from adapterkit.auditing.tables import csv_table, markdown
 
         text = csv_table(report) if as_csv else markdown(report)
         rendering.emit(text.rstrip("\n"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.audit import notable, number, short_names, span
+from adapterkit.auditing.outliers import notable
+from adapterkit.auditing.places import short_names
+from adapterkit.auditing.tables import number, span
 from adapterkit_cli import rendering
 
 if TYPE_CHECKING:
-    from adapterkit.audit import (
+    from adapterkit import (
         AdapterAudit,
         AuditReport,
         BaseAudit,

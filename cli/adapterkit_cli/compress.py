@@ -10,7 +10,7 @@ from adapterkit_cli import options, rendering
 from adapterkit_cli.threads import single_threaded_blas
 
 if TYPE_CHECKING:
-    from adapterkit.audit import CompressedFile
+    from adapterkit import CompressedFile
 
 
 @click.command("compress")
@@ -67,7 +67,7 @@ def command(
         raise click.UsageError(f"{' and '.join(wishes)} exclude each other")
     policy, threshold = next(iter(policies.items()), (None, None))
     single_threaded_blas()
-    from adapterkit.audit import compress_file
+    from adapterkit import compress_file
 
     written = compress_file(
         source,

@@ -81,7 +81,7 @@ def _engine(name: str | None) -> tuple[str | None, tuple[str, ...]]:
     """Return the format and the exact changes that an engine needs."""
     if name is None:
         return None, ()
-    from adapterkit.validation import load_target
+    from adapterkit import load_target
 
     target = load_target(name)
     return target.format, target.changes

@@ -35,7 +35,7 @@ def engine_names(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem | str]:
     """Complete the names of engines."""
-    from adapterkit.validation import target_names
+    from adapterkit import target_names
 
     del ctx, param
     return [name for name in target_names() if name.startswith(incomplete)]

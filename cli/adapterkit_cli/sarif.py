@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import adapterkit
 
 if TYPE_CHECKING:
-    from adapterkit.validation import Finding, ValidationReport
+    from adapterkit import Finding, ValidationReport
 
 _LEVELS = {"error": "error", "unchecked": "warning", "warning": "warning", "note": "note"}
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -16,7 +16,7 @@ _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 def document(report: ValidationReport) -> str:
     """Return the report as one SARIF run."""
-    from adapterkit.validation import explanations
+    from adapterkit import explanations
 
     known = explanations()
     codes = list(dict.fromkeys(finding.code for finding in report.findings))

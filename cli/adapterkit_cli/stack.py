@@ -14,7 +14,7 @@ from adapterkit_cli import options, rendering
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from adapterkit.stack import StackedAdapter
+    from adapterkit import StackedAdapter
 
 # vLLM's --max-lora-rank takes these and no other.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -45,7 +45,7 @@ def command(
 
     Engines add the adapters of a stack; their order does not matter.
     """
-    from adapterkit.stack import AdapterStack
+    from adapterkit import AdapterStack
 
     stack = AdapterStack(base)
     for text in adapters:

@@ -11,7 +11,7 @@ from adapterkit_cli import options, rendering
 @options.as_json
 def command(*, as_json: bool) -> None:
     """List the serving engines whose rules are known."""
-    from adapterkit.validation import load_target, target_names
+    from adapterkit import load_target, target_names
 
     targets = [load_target(name) for name in target_names()]
     if as_json:

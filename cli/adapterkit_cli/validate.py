@@ -9,7 +9,7 @@ import click
 from adapterkit_cli import options, rendering, sarif
 
 if TYPE_CHECKING:
-    from adapterkit.validation import EngineCoverage, Finding, ValidationReport
+    from adapterkit import EngineCoverage, Finding, ValidationReport
 
 
 @click.command("validate")
@@ -49,7 +49,7 @@ def command(
         return
     if source is None:
         raise click.UsageError("SRC is missing; name an adapter, or a code with --explain")
-    from adapterkit.validation import validate
+    from adapterkit import validate
 
     report = validate(
         source, base=base, targets=targets, dialect=dialect, alpha=alpha, as_format=as_format
@@ -64,8 +64,8 @@ def command(
 
 
 def _explained(code: str) -> str:
+    from adapterkit import explanations
     from adapterkit.errors import UsageError
-    from adapterkit.validation import explanations
 
     known = explanations()
     if code.upper() not in known:

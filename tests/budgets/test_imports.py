@@ -94,45 +94,14 @@ def test_nothing_imports_torch(outtype: str, tmp_path: Path) -> None:
 
 def test_an_audit_imports_what_it_measures_with(tmp_path: Path) -> None:
     modules = imported(command("audit", PIRATE), tmp_path)
-    assert "adapterkit.audit.measure" in modules
+    assert "adapterkit.auditing.measure" in modules
     assert not modules & TORCH
-    charts = {name for name in modules if name.startswith("adapterkit.audit.html")}
+    charts = {name for name in modules if name.startswith("adapterkit.auditing.html")}
     others = {"compression", "pairwise", "plan", "reference_bank", "against_base", "base_sites"}
-    assert not modules & (charts | {f"adapterkit.audit.{name}" for name in others})
+    assert not modules & (charts | {f"adapterkit.auditing.{name}" for name in others})
     assert not modules & {
-        "adapterkit.convert",
+        "adapterkit.conversion",
         "adapterkit.containers.torch_zip",
         "numpy.ma",
         "rich",
     }
-
-
-def test_public_names_are_all_there_and_home() -> None:
-    import adapterkit
-
-    assert set(adapterkit.__all__) == adapterkit._HOME.keys() | {"__version__"}
-    for name in adapterkit.__all__:
-        assert getattr(adapterkit, name) is not None
-        assert name in dir(adapterkit)
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        _ = adapterkit.nonsense
-
-
-def test_public_names_of_an_audit_are_all_there() -> None:
-    from adapterkit import audit as function
-    from adapterkit.audit import __all__ as names
-
-    package = sys.modules["adapterkit.audit"]
-    assert package.audit is function
-    for name in names:
-        assert getattr(package, name) is not None
-        assert name in dir(package)
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        _ = package.nonsense
-
-
-@pytest.mark.parametrize("first", ["import adapterkit.convert", "from adapterkit import convert"])
-def test_a_function_is_not_hidden_by_its_module(first: str, tmp_path: Path) -> None:
-    again = "import adapterkit; from adapterkit.convert import ConversionReport"
-    check = "assert adapterkit.convert.__name__ == 'convert'"
-    assert "adapterkit.convert" in imported(f"{first}; {again}; {check}", tmp_path)

@@ -8,6 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# A command each, side by side: none imports another.
+WORKSHOPS = {
+    "auditing",
+    "comparison",
+    "conversion",
+    "extraction",
+    "files",
+    "merging",
+    "projection",
+    "serving",
+    "summary",
+    "torch",
+    "validation",
+}
 # From the bottom up. A module imports from lower layers and from its own folder.
 LAYERS = (
     {"keys"},
@@ -25,10 +39,9 @@ LAYERS = (
     {"formats"},
     {"registry"},
     {"proof", "loading"},
-    {"saving", "diagnosis"},
-    {"convert", "summary", "state_dict"},
-    {"files", "torch", "merge", "audit", "validation"},
-    {"diff", "stack", "extract", "projection"},
+    {"saving", "checks", "diagnosis", "state_dict"},
+    {"engines"},
+    WORKSHOPS,
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may be known of the terminal by the package that never uses it.
@@ -106,8 +119,8 @@ def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
     public = {"adapterkit", "adapterkit.errors", "adapterkit.registry", "adapterkit.architectures"}
     public |= {
         f"adapterkit.{name}"
-        for name in ("tinylora", "audit", "validation", "stack", "projection", "destination")
-    }
+        for name in ("tinylora", "projection", "destination", "auditing.tables", "auditing.places")
+    } | {"adapterkit.auditing.json_document", "adapterkit.auditing.outliers"}
     used = {name for name in imports(path) if name.split(".")[0] == "adapterkit"}
     assert used <= public
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "adapterkit"
 # Functions that find, open, read or check; and what they are called on where the name is common.
 STEPS = {"detect", "open_base", "find_base", "check_structure"}
 # The ways themselves, the rooms below them, and the place where the public names are listed.
-OWN = {"loading.py", "saving.py", "registry.py", "structure.py", "__init__.py"}
+OWN = {"loading.py", "saving.py", "registry.py", "__init__.py"}
 ROOMS = {"formats", "base"}
 FILES = [
     path
@@ -25,13 +25,11 @@ FILES = [
 def steps(source: str) -> set[str]:
     """Return the steps of a way in that a module takes itself."""
     tree = ast.parse(source)
-    # validation has a function of the same name that yields findings: one that is not imported.
     imported = {
         alias.asname or alias.name: alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
-        if (node.module or "").split(".")[:2] != ["adapterkit", "validation"]
     }
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -55,7 +53,7 @@ def test_the_check_sees_what_it_looks_for() -> None:
     lines = (
         "from adapterkit.base import open_base as opened, find_base",
         "from adapterkit import registry",
-        "from adapterkit.validation.structure import check_structure",
+        "from adapterkit.model.defects import check_structure",
         "opened(1); find_base(2); registry.detect(3); spec.format.read(4); a.b.format.write(5)",
         "check_structure(6); detect(7)",
     )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from adapterkit.architectures.mapping import in_tower
-from adapterkit.convert import ConversionReport, convert
+from adapterkit.conversion import ConversionReport, convert
 from engine.bases import BaseFixture
 from engine.distributions import logprobs, max_kl
 

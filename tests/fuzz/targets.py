@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from adapterkit import inspect
-from adapterkit.audit.reference_bank import read_bank
+from adapterkit import inspect, validate
+from adapterkit.auditing.reference_bank import read_bank
 from adapterkit.base import open_base
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.containers.npz import read_npz
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.dialects.loading import load as load_dialect
-from adapterkit.merge.recipe import read_recipe
-from adapterkit.validation import validate
+from adapterkit.merging.recipe import read_recipe
 from fuzz.mutations import damaged, document, member
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from audit_adapters import adapter, layered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterkit.audit import audit, compress, suggest
-from adapterkit.audit.report import ModuleAudit
+from adapterkit import audit, compress, suggest
+from adapterkit.auditing.report import ModuleAudit
 
 Array = np.ndarray[Any, Any]
 SIZES = {"singular_values", "spectral_norm", "frobenius_norm", "nuclear_norm", "rms"}

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adapterkit
-from adapterkit.audit.reference_bank import read_bank
+from adapterkit.auditing.reference_bank import read_bank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator

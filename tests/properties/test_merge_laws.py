@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterkit.merge import merge, merge_methods
-from adapterkit.merge.registry import Kind
+from adapterkit import merge, merge_methods
+from adapterkit.merging.registry import Kind
 
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from adapterkit.base import open_base
-from adapterkit.convert import convert
+from adapterkit.conversion import convert
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf import FORMAT as GGUF
 from adapterkit.formats.peft import FORMAT as PEFT

@@ -11,10 +11,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterkit import AdapterTensorSet, LazyTensor, Role, TensorKey
+from adapterkit import AdapterTensorSet, LazyTensor, Role, Severity, TensorKey
 from adapterkit.base import open_base
 from adapterkit.base.places import Places
-from adapterkit.validation import Severity, check
+from adapterkit.checks.adapter import check
 
 if TYPE_CHECKING:
     from adapterkit.base import BaseModel

@@ -147,7 +147,12 @@ def barrier(_: Path, folder: str, count: str, event: str) -> None:
             time.sleep(0.001)
 
     if event == "start":
-        for name in ("numpy", "adapterkit.convert", "adapterkit.merge.into", "adapterkit.audit"):
+        for name in (
+            "numpy",
+            "adapterkit.conversion",
+            "adapterkit.merging.into",
+            "adapterkit.auditing",
+        ):
             with suppress(ImportError):
                 importlib.import_module(name)
         meet(event)

@@ -1,0 +1,324 @@
+"""Exact truncation: the best factors of a smaller rank, and a proof of what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapterkit.auditing.measure import audit_one
+from adapterkit.auditing.plan import suggest
+from adapterkit.auditing.rank_plan import ModuleRank
+from adapterkit.dtype import DType
+from adapterkit.errors import ProofError
+from adapterkit.keys import Role
+from adapterkit.loading import load
+from adapterkit.lowrank.decomposition import EXACT_ZERO, decompose
+from adapterkit.lowrank.distances import distance, norm
+from adapterkit.lowrank.products import factors, stored, updates
+from adapterkit.model import AdapterTensorSet, Update
+from adapterkit.proof import tolerance_for
+from adapterkit.work import in_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.lowrank.products import Array, LowRank
+    from adapterkit.tensor import LazyTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressReport:
+    """What a compression did.
+
+    Attributes:
+        policy: how the ranks were chosen, in words.
+        parameters_before: elements of all factors of the source.
+        parameters: elements of all factors that are left.
+        predicted_error: ‖ΔW - ΔW_k‖ / ‖ΔW‖ of all modules together, from the spectra.
+        measured_error: the same, computed from the new factors as they are stored.
+        max_module_error: largest predicted error of a single module.
+        modules: the ranks, in file order.
+        notes: what to know of the result, one sentence each.
+    """
+
+    policy: str
+    parameters_before: int
+    parameters: int
+    predicted_error: float
+    measured_error: float
+    max_module_error: float
+    modules: tuple[ModuleRank, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompressResult:
+    """A compressed adapter.
+
+    Attributes:
+        adapter: the same modules and scales, with smaller factors.
+        report: what that cost.
+    """
+
+    adapter: AdapterTensorSet
+    report: CompressReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedFile:
+    """A compressed adapter on disk.
+
+    Attributes:
+        source: path that was read.
+        destination: path that was written.
+        format: name of the format that was written.
+        bytes_before: size of the source's tensors.
+        bytes: size of the file, or of all files of the directory.
+        max_relative_error: largest relative error of a single update of the written file against
+            the compressed adapter: storage alone.
+        worst_module: where that is.
+        report: what the compression cost.
+        notes: what was normalised on the way.
+    """
+
+    source: str
+    destination: str
+    format: str
+    bytes_before: int
+    bytes: int
+    max_relative_error: float
+    worst_module: str | None
+    report: CompressReport
+    notes: tuple[str, ...] = ()
+
+
+def compress(
+    adapter: AdapterTensorSet | Path | str,
+    *,
+    rank: int | None = None,
+    tol: float | None = None,
+    budget: int | None = None,
+    policy: str | None = None,
+    threshold: float | None = None,
+    dtype: DType | None = None,
+    base: Path | str | None = None,
+) -> CompressResult:
+    """Cut every module to the rank that a plan gives it; no other factors of that rank are closer.
+
+    Modules and scales stay; a module that keeps its rank keeps its bits. The new factors are
+    B = U√Σ and A = √ΣVᵀ of the truncated singular value decomposition (Eckart and Young 1936).
+
+    Args:
+        adapter: an adapter in memory, or a file or directory of any format.
+        rank: the largest rank of any module.
+        tol: largest relative Frobenius error of all updates together; 0.1 without any wish.
+        budget: largest number of parameters of all factors together.
+        policy: `sv_ratio`, `sv_cumulative` or `sv_fro`, as kohya's resize_lora names them.
+        threshold: the number that `policy` needs.
+        dtype: stored type of the new factors; None keeps each one's, float32 for quantised ones.
+        base: base model, where the update depends on it; by default the one that the adapter names,
+            if it is in the local hub cache.
+
+    Raises:
+        FormatError: if the adapter is malformed, unpaired or not finite.
+        ProofError: if the stored type cannot hold the new factors as precisely as predicted.
+        UsageError: if the wishes contradict each other.
+        UnsupportedError: if B · A is no update of the original base, and that base is not at hand.
+    """
+    whole = load(adapter, base=base).adapter
+    return _compressed(
+        whole, dtype, rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold
+    )
+
+
+def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> CompressResult:
+    """Cut an adapter that is whole and plain.
+
+    Raises:
+        FormatError: if a factor is not finite.
+        ProofError: if the stored type cannot hold the new factors as precisely as predicted.
+        UsageError: if the wishes contradict each other.
+    """
+    plan = suggest(audit_one(whole), **wishes)
+    pairs = list(whole.pairs())
+    ranks = plan.ranks
+    cut = in_threads(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
+    result = whole.updated(cut)
+    measured = _apart(pairs, cut)
+    changed = [new for old, new in zip(pairs, cut, strict=True) if new is not old]
+    _check(plan.relative_error, measured, changed, whole)
+    return CompressResult(
+        result,
+        CompressReport(
+            policy=plan.policy,
+            parameters_before=plan.parameters_before,
+            parameters=plan.parameters,
+            predicted_error=plan.relative_error,
+            measured_error=measured,
+            max_module_error=plan.max_module_error,
+            modules=plan.modules,
+            notes=tuple(_notes(whole)),
+        ),
+    )
+
+
+def compress_file(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    rank: int | None = None,
+    tol: float | None = None,
+    budget: int | None = None,
+    policy: str | None = None,
+    threshold: float | None = None,
+    to: str | None = None,
+    base: Path | str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
+    outtype: str = "auto",
+    force: bool = False,
+) -> CompressedFile:
+    """Compress an adapter into a file of any format, proven as a conversion is.
+
+    Args:
+        source: adapter of any format that is read.
+        destination: file or directory to create.
+        rank: as `compress`, like the next four.
+        tol: see above.
+        budget: see above.
+        policy: see above.
+        threshold: see above.
+        to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
+        base: base model, where a format needs it.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
+        as_format: name of the format to read it as, where its content does not tell.
+        outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
+        force: replace an existing destination.
+
+    Raises:
+        FormatError: if the source is malformed, unpaired or not finite.
+        LossyConversionError: if the target cannot hold something; lists every reason.
+        UsageError: if the wishes contradict each other.
+        UnsupportedError: if the base is unknown, missing or another model, or the proof fails.
+        DestinationExistsError: if the destination exists and `force` is false.
+        WriteError: if the output cannot be written.
+    """
+    from adapterkit.saving import admitted, destination_format, save, stored_type
+
+    destination = Path(destination)
+    target = destination_format(destination, to, force=force)
+    dtype = stored_type(outtype)
+    loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
+    options = replace(loaded.options, dtype=dtype)
+    # What the target cannot hold is refused before any work.
+    ready = admitted(loaded.adapter, target, options, passed=loaded.losses)
+    result = _compressed(
+        ready.adapter,
+        None if dtype is None or dtype.quantised else dtype,
+        rank=rank,
+        tol=tol,
+        budget=budget,
+        policy=policy,
+        threshold=threshold,
+    )
+    proven = save(result.adapter, destination, target, options, force=force)
+    return CompressedFile(
+        source=loaded.label,
+        destination=str(destination),
+        format=target.name,
+        bytes_before=sum(tensor.nbytes for tensor in ready.adapter.tensors.values()),
+        bytes=proven.bytes,
+        max_relative_error=proven.max_relative_error,
+        worst_module=proven.worst_module,
+        report=result.report,
+        notes=(*loaded.told, *ready.warnings),
+    )
+
+
+def truncated(pair: Update, rank: int, dtype: DType | None = None) -> Update:
+    """Return the pair with the best factors of a rank; itself if it has no more than that rank.
+
+    Args:
+        pair: the update; experts are cut one by one.
+        rank: new inner dimension.
+        dtype: stored type of the new factors; None keeps each one's.
+    """
+    if rank >= pair.rank:
+        return pair
+    cut = [_cut(each, rank) for each in factors(pair)]
+    a, b = (np.stack(parts) for parts in zip(*cut, strict=True))
+    a_shape, b_shape = pair.factor_shapes(rank)
+    return replace(
+        pair,
+        a=_stored(a.reshape(a_shape), pair.a, pair.module, dtype),
+        b=_stored(b.reshape(b_shape), pair.b, pair.module, dtype),
+    )
+
+
+def _stored(values: Array, like: LazyTensor, module: str, dtype: DType | None) -> LazyTensor:
+    """Return a new factor in the type of the old one.
+
+    Raises:
+        ProofError: if the stored type loses more of it than its rounding explains.
+    """
+    kind = dtype or (DType.F32 if like.dtype.quantised else like.dtype)
+    new = stored(values, kind)
+    apart = float(np.linalg.norm(new.numpy().astype(np.float64) - values))
+    # The factors are balanced, so what a factor loses the update loses.
+    if not apart <= tolerance_for([kind]) * float(np.linalg.norm(values)):
+        message = f"the new factors do not fit into {kind} (too small or too large); "
+        raise ProofError(message + "try --outtype f32", where=module)
+    return new
+
+
+def _cut(each: LowRank, rank: int) -> tuple[Array, Array]:
+    """Return A (rank, in) and B (out, rank) of the truncated B·A."""
+    found = decompose(each, EXACT_ZERO)
+    if not found.values.size:
+        # A zero update keeps rows of A: with both factors zero it could never be trained.
+        return each.a[:rank], np.zeros((each.b.shape[0], rank))
+    b, a = found.factors(rank)
+    return a, b
+
+
+def _apart(first: Sequence[Update], second: Sequence[Update]) -> float:
+    """Return ‖ΔW₁ - ΔW₂‖ / ‖ΔW₁‖, Frobenius, over all modules; 0 for two zero updates."""
+    parts = in_threads(lambda pair: _squares(*pair), list(zip(first, second, strict=True)))
+    total = sum(norm for _, norm in parts)
+    return (sum(apart for apart, _ in parts) / total) ** 0.5 if total else 0.0
+
+
+def _squares(first: Update, second: Update) -> tuple[float, float]:
+    if first is second:
+        return 0.0, sum(norm(one) ** 2 for one in updates(first))
+    apart = whole = 0.0
+    for one, other in zip(updates(first), updates(second), strict=True):
+        apart += distance(one, other) ** 2
+        whole += norm(one) ** 2
+    return apart, whole
+
+
+def _check(
+    predicted: float, measured: float, changed: Sequence[Update], whole: AdapterTensorSet
+) -> None:
+    if not changed:
+        return
+    allowed = tolerance_for(tensor.dtype for pair in changed for tensor in (pair.a, pair.b))
+    if not abs(measured - predicted) <= allowed:
+        raise ProofError(
+            f"relative error {measured:.4g} after truncation, predicted {predicted:.4g}: more than "
+            f"{allowed:g} that rounding to the stored dtype explains; try --outtype f32",
+            path=whole.provenance.path if whole.provenance else None,
+        )
+
+
+def _notes(whole: AdapterTensorSet) -> list[str]:
+    notes: list[str] = []
+    if any(key.role is Role.MAGNITUDE for key in whole.tensors):
+        notes.append("DoRA: the error is that of B · A; magnitudes are kept as they are")
+    return notes

@@ -1,0 +1,86 @@
+"""The parts of a page that need more than the adapter: its base, or a bank of others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.auditing.charts import shown
+from adapterkit.auditing.tables import number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from adapterkit.auditing.base_report import BaseAudit
+    from adapterkit.auditing.reference_report import ReferenceAudit
+
+_ROWS = 1000
+
+
+def base_section(found: BaseAudit) -> str:
+    """Return updates beside their weights, one row for each."""
+    whole = found.summary
+    rows = [
+        (
+            row.name,
+            *map(number, (row.udr, row.udr_f, row.amplification, row.least_retention)),
+            "-" if row.intruder_dimensions is None else str(row.intruder_dimensions),
+            row.dtype,
+        )
+        for row in found.weights[:_ROWS]
+    ]
+    head = ("module", "spectral", "Frobenius", "amplification", "least retention", "intruders", "W")
+    left = len(found.weights) - _ROWS
+    more = f" {left:,} more rows: see --json." if left > 0 else ""
+    return (
+        f'<h2>Against the base</h2><p class="soft">‖ΔW‖ / ‖W‖ in {shown(found.path)}. '
+        f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions of "
+        f"W + ΔW are not W's ({found.method}); largest residual {number(whole.residual_max)}."
+        f"{more}</p>{_missing(found)}{_table(head, rows)}"
+    )
+
+
+def _missing(found: BaseAudit) -> str:
+    """Return the modules that no weight was found for, the first of each reason by name."""
+    reasons: dict[str, list[str]] = {}
+    for row in found.not_compared:
+        reasons.setdefault(row.reason, []).append(row.module)
+    lines = "".join(
+        f'<li class="look">not compared: {shown(modules[0])}'
+        f"{f' and {len(modules) - 1:,} more' if len(modules) > 1 else ''}: {shown(reason)}</li>"
+        for reason, modules in reasons.items()
+    )
+    return f'<ul class="health">{lines}</ul>' if lines else ""
+
+
+def reference_section(found: ReferenceAudit) -> str:
+    """Return where an adapter stands in a bank, the furthest first; no verdict."""
+    rows = [
+        (
+            row.family,
+            row.statistic,
+            *map(number, (row.value, row.mean, row.deviation, row.z, row.percentile)),
+        )
+        for row in sorted(found.standings, key=lambda row: -abs(row.z or 0.0))[:_ROWS]
+    ]
+    head = ("family", "statistic", "value", "mean", "deviation", "z", "percentile")
+    return (
+        f'<h2>Beside {found.members:,} others</h2><p class="soft">Statistics that have told '
+        f"backdoored adapters apart, and where they lie in the bank {shown(found.path)}. Far out "
+        f"is unusual; neither far nor near is a verdict.</p>{_table(head, rows)}"
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    labels = "".join(
+        f'<th scope="col"><button type="button">{label}</button></th>' for label in head
+    )
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll tall"><table class="list sortable"><thead><tr>{labels}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(text: str) -> str:
+    # What there is no number for is sorted last.
+    return '<td data-v="">-</td>' if text == "-" else f"<td>{shown(text)}</td>"

@@ -1,0 +1,375 @@
+"""What clashes when adapters are merged: their updates held against each other, module by module.
+
+Everything comes from r x r products of the factors. With ΔW = U Σ Vᵀ, U = B·T and V = Aᵀ·S for
+small T and S, so UᵢᵀUⱼ = Tᵢᵀ(BᵢᵀBⱼ)Tⱼ; the vectors themselves are never formed. The one exception
+is the conflict of signs, which is a matter of entries: it is counted on a grid of them.
+
+No number here sees data: orthogonal updates may still disturb each other on real activations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapterkit.auditing.interference import (
+    Interference,
+    JointInterference,
+    ModuleInterference,
+    PairInterference,
+)
+from adapterkit.errors import UncheckableError
+from adapterkit.lowrank.decomposition import decompose
+from adapterkit.lowrank.products import Array, LowRank, expert, factors
+from adapterkit.work import in_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.auditing.report import AdapterAudit
+    from adapterkit.model import AdapterTensorSet, Update
+
+# Directions that hold less than 1e-12 of the energy are no directions to compare.
+_NOTHING = 1e-6
+_GRID = 192
+OPPOSED = -0.1
+REDUNDANT = 0.5
+ENTANGLED = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """One matrix of one adapter; U = B·to_u and V = Aᵀ·to_v."""
+
+    a: Array
+    b: Array
+    values: Array
+    to_u: Array
+    to_v: Array
+    sign: float
+
+    @property
+    def energy(self) -> float:
+        return float((self.values**2).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class _Products:
+    """UᵢᵀUⱼ and VᵢᵀVⱼ of every two updates of one matrix, as blocks."""
+
+    left: dict[tuple[int, int], Array]
+    right: dict[tuple[int, int], Array]
+
+    def inner(self, updates: dict[int, _Update], i: int, j: int) -> float:
+        """Return ⟨ΔWᵢ, ΔWⱼ⟩."""
+        first, second = updates[i], updates[j]
+        weight = np.outer(first.values, second.values) * (first.sign * second.sign)
+        return float((weight * self.left[i, j] * self.right[i, j]).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """Everything of one matrix: its pairs by adapter numbers, and all together."""
+
+    pairs: dict[tuple[int, int], ModuleInterference]
+    inner: dict[tuple[int, int], float]
+    joint: JointInterference
+
+
+def interference(
+    adapters: Sequence[AdapterTensorSet], audits: Sequence[AdapterAudit]
+) -> Interference:
+    """Hold adapters against each other; one module of all of them is in memory at a time.
+
+    Args:
+        adapters: at least two.
+        audits: what the audit found of each, in the same order.
+
+    Raises:
+        UncheckableError: if a module has llama.cpp's row order in only some of them.
+    """
+    _check_layouts(adapters)
+    tables = [{pair.module: pair for pair in adapter.pairs()} for adapter in adapters]
+    names = dict.fromkeys(name for table in tables for name in table)
+    shared = [name for name in names if sum(name in table for table in tables) > 1]
+    mismatched = {
+        (i, j): tuple(
+            name
+            for name in shared
+            if name in tables[i]
+            and name in tables[j]
+            and not _alike(tables[i][name], tables[j][name])
+        )
+        for i, j in combinations(range(len(adapters)), 2)
+    }
+    groups = [
+        {number: table[name] for number, table in enumerate(tables) if name in table}
+        for name in shared
+    ]
+    compared = [each for group in in_threads(_compare, groups) for each in group]
+    energies = [audited.summary.energy for audited in audits]
+    return Interference(
+        tuple(
+            _pair(i, j, compared, (energies[i], energies[j]), mismatched[i, j])
+            for i, j in combinations(range(len(adapters)), 2)
+        ),
+        tuple(each.joint for each in compared),
+        _ratio(sum(energies), sum(sum(each.inner.values()) for each in compared)),
+    )
+
+
+def _check_layouts(adapters: Sequence[AdapterTensorSet]) -> None:
+    layouts = [set(adapter.engine_layout) for adapter in adapters]
+    adapted = [set(adapter.scales) for adapter in adapters]
+    for (i, first), (j, second) in combinations(enumerate(layouts), 2):
+        alone = (first ^ second) & adapted[i] & adapted[j]
+        if alone:
+            raise UncheckableError(
+                "is in llama.cpp's layout in only one of the adapters; give the base model with "
+                "--base",
+                where=min(alone),
+            )
+
+
+def _alike(first: Update, second: Update) -> bool:
+    return (
+        first.matrix_shape == second.matrix_shape
+        and first.experts == second.experts
+        and first.kind is second.kind
+    )
+
+
+def _compare(group: dict[int, Update]) -> list[_Compared]:
+    """Compare one module, its experts one by one; adapters of other shapes apart."""
+    found: list[_Compared] = []
+    left: dict[int, Update] = dict(group)
+    while left:
+        first = next(iter(left.values()))
+        alike = {number: pair for number, pair in left.items() if _alike(first, pair)}
+        left = {number: pair for number, pair in left.items() if number not in alike}
+        if len(alike) > 1:
+            found += _compare_alike(alike)
+    return found
+
+
+def _compare_alike(alike: dict[int, Update]) -> list[_Compared]:
+    found: list[_Compared] = []
+    for place, experts in enumerate(zip(*(factors(p) for p in alike.values()), strict=True)):
+        updates = {
+            number: _update(each, pair.scale)
+            for (number, pair), each in zip(alike.items(), experts, strict=True)
+        }
+        first = next(iter(alike.values()))
+        number = expert(first, place)
+        name = first.module if number is None else f"{first.module}[{number}]"
+        found.append(_matrix(name, updates))
+    return found
+
+
+def _update(each: LowRank, scale: float) -> _Update:
+    found = decompose(LowRank(each.b * abs(scale), each.a), _NOTHING)
+    return _Update(
+        each.a,
+        found.update.b,
+        found.values,
+        found.left,
+        found.right.T,
+        math.copysign(1.0, scale),
+    )
+
+
+def _matrix(name: str, updates: dict[int, _Update]) -> _Compared:
+    products = _products(updates)
+    signs = _signs(updates)
+    inner = {(i, j): products.inner(updates, i, j) for i, j in combinations(updates, 2)}
+    pairs = {
+        (i, j): _module(name, updates, products, (i, j), inner[i, j], signs)
+        for i, j in combinations(updates, 2)
+    }
+    task, relative = _task_interference(updates, products, list(updates))
+    energy = sum(update.energy for update in updates.values())
+    ratio = _ratio(energy, sum(inner.values()))
+    return _Compared(pairs, inner, JointInterference(name, len(updates), ratio, task, relative))
+
+
+def _products(updates: dict[int, _Update]) -> _Products:
+    left: dict[tuple[int, int], Array] = {}
+    right: dict[tuple[int, int], Array] = {}
+    for i, j in combinations(updates, 2):
+        first, second = updates[i], updates[j]
+        left[i, j] = first.to_u.T @ (first.b.T @ second.b) @ second.to_u
+        right[i, j] = first.to_v.T @ (first.a @ second.a.T) @ second.to_v
+    return _Products(left, right)
+
+
+def _signs(updates: dict[int, _Update]) -> dict[int, Array]:
+    """Return the signs of ΔW on one grid of rows and columns, all of them where they are few."""
+    first = next(iter(updates.values()))
+    out, inputs = first.b.shape[0], first.a.shape[1]
+    random = np.random.default_rng((out, inputs))
+    rows = np.sort(random.permutation(out)[:_GRID])
+    columns = np.sort(random.permutation(inputs)[:_GRID])
+    return {
+        number: np.sign(update.b[rows] @ update.a[:, columns]) * update.sign
+        for number, update in updates.items()
+    }
+
+
+def _module(
+    name: str,
+    updates: dict[int, _Update],
+    products: _Products,
+    numbers: tuple[int, int],
+    inner: float,
+    signs: dict[int, Array],
+) -> ModuleInterference:
+    i, j = numbers
+    first, second = updates[i], updates[j]
+    if not first.values.size or not second.values.size:
+        return ModuleInterference(**_UNKNOWN, module=name, lost_energy=0.0)
+    ranks = first.values.size, second.values.size
+    left, left_angles = _overlap(products.left[i, j])
+    right, right_angles = _overlap(products.right[i, j])
+    chance = [max(ranks) / size for size in (first.b.shape[0], first.a.shape[1])]
+    cosine = _clipped(inner / math.sqrt(first.energy * second.energy))
+    task, relative = _task_interference(updates, products, [i, j])
+    meeting = signs[i] * signs[j]
+    decided = np.count_nonzero(meeting)
+    return ModuleInterference(
+        module=name,
+        cosine=cosine,
+        merge_energy_ratio=_ratio(first.energy + second.energy, inner),
+        left_overlap=left,
+        right_overlap=right,
+        left_chance=min(chance[0], 1.0),
+        right_chance=min(chance[1], 1.0),
+        left_angles=left_angles,
+        right_angles=right_angles,
+        singular_task_interference=task,
+        interference=relative,
+        sign_conflict=float(np.count_nonzero(meeting < 0) / decided) if decided else None,
+        lost_energy=-2 * inner,
+        verdict=_verdict(cosine, (left, chance[0]), (right, chance[1])),
+    )
+
+
+_UNKNOWN: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            "cosine",
+            "merge_energy_ratio",
+            "left_overlap",
+            "right_overlap",
+            "left_chance",
+            "right_chance",
+            "singular_task_interference",
+            "interference",
+            "sign_conflict",
+            "verdict",
+        )
+    ),
+    "left_angles": (),
+    "right_angles": (),
+}
+
+
+def _overlap(product: Array) -> tuple[float, tuple[float, ...]]:
+    """Return ‖U₁ᵀU₂‖² / min(r₁, r₂) and the principal angles in degrees (Björck and Golub 1973)."""
+    cosines = np.clip(np.linalg.svd(product, compute_uv=False), 0.0, 1.0)
+    angles = np.degrees(np.arccos(cosines))
+    return float((cosines**2).mean()), tuple(angles.tolist())
+
+
+def _task_interference(
+    updates: dict[int, _Update], products: _Products, numbers: Sequence[int]
+) -> tuple[float | None, float | None]:
+    """Return ‖(UᵀU - I) Σ (VᵀV - I)‖₁ over all singular vectors side by side, and it over Σσ.
+
+    Within one adapter the vectors are orthonormal, so that only blocks of two adapters are not 0.
+    A negative scale is a turned V; that of the outer adapter does not change a magnitude.
+    """
+    total = 0.0
+    for i in numbers:
+        for j in numbers:
+            block: Array | float = 0.0
+            for k in numbers:
+                if k not in {i, j}:
+                    left, right = _block(products.left, i, k), _block(products.right, k, j)
+                    block = block + (left * updates[k].values) @ right * updates[k].sign
+            total += float(np.abs(block).sum())
+    amplitude = sum(float(updates[number].values.sum()) for number in numbers)
+    return (total, total / amplitude) if amplitude else (None, None)
+
+
+def _block(products: dict[tuple[int, int], Array], i: int, j: int) -> Array:
+    return products[i, j] if (i, j) in products else products[j, i].T
+
+
+def _verdict(cosine: float, left: tuple[float, float], right: tuple[float, float]) -> str:
+    if cosine < OPPOSED:
+        return "opposed"
+    if cosine > REDUNDANT:
+        return "redundant"
+    beyond = [
+        (found - chance) / (1 - chance) if chance < 1 else 0.0 for found, chance in (left, right)
+    ]
+    return "entangled" if min(beyond) > ENTANGLED else "independent"
+
+
+def _clipped(cosine: float) -> float:
+    return min(max(cosine, -1.0), 1.0)
+
+
+def _ratio(energy: float, inner: float) -> float | None:
+    """Return ‖ΣΔW‖² / Σ‖ΔW‖² from Σ‖ΔW‖² and the sum of inner products of every two."""
+    return max((energy + 2 * inner) / energy, 0.0) if energy else None
+
+
+def _pair(
+    i: int,
+    j: int,
+    compared: Sequence[_Compared],
+    energies: tuple[float, float],
+    mismatched: tuple[str, ...],
+) -> PairInterference:
+    found = [each for each in compared if (i, j) in each.pairs]
+    modules = [each.pairs[i, j] for each in found]
+    inner = sum(each.inner[i, j] for each in found)
+    norms = math.sqrt(energies[0] * energies[1])
+    cosine = _clipped(inner / norms) if norms and modules else None
+    means = {
+        name: _mean([getattr(module, name) for module in modules])
+        for name in ("left_overlap", "right_overlap", "interference", "sign_conflict")
+    }
+    clashing = [module for module in modules if module.verdict in {"opposed", "entangled"}]
+    clashing.sort(key=lambda module: (module.verdict != "opposed", -module.lost_energy))
+    return PairInterference(
+        a=i,
+        b=j,
+        shared=len(modules),
+        mismatched=mismatched,
+        cosine=cosine,
+        merge_energy_ratio=_ratio(sum(energies), inner) if modules else None,
+        verdict=_pair_verdict(cosine, modules),
+        clashes=tuple(module.module for module in clashing),
+        modules=tuple(modules),
+        **means,
+    )
+
+
+def _pair_verdict(cosine: float | None, modules: Sequence[ModuleInterference]) -> str | None:
+    if cosine is None:
+        return None
+    entangled = sum(module.verdict == "entangled" for module in modules)
+    if OPPOSED <= cosine <= REDUNDANT:
+        return "entangled" if 2 * entangled > len(modules) else "independent"
+    return _verdict(cosine, (0.0, 0.0), (0.0, 0.0))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,48 @@
+"""Read an adapter as far as it can be read: what stops a reader is a finding where one says it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.checks.findings import Finding, Severity
+from adapterkit.checks.gguf_file import check_gguf_file
+from adapterkit.errors import FormatError, UnsafePickleError
+from adapterkit.loading import Need, load
+
+if TYPE_CHECKING:
+    from adapterkit.base import BaseModel
+    from adapterkit.loading import Source
+    from adapterkit.model import AdapterTensorSet
+
+
+def read_for_validation(
+    source: Source,
+    *,
+    base: BaseModel | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+) -> tuple[AdapterTensorSet | None, BaseModel | None, list[Finding]]:
+    """Return the adapter, its base, given or found, and what stood in the way.
+
+    The adapter is None if the findings say why its file cannot be read.
+
+    Raises:
+        FormatError: if the file is malformed in a way that no finding describes.
+    """
+    found = list(check_gguf_file(source.path)) if source.format.name == "gguf" else []
+    try:
+        loaded = load(source, base=base, dialect=dialect, alpha=alpha, need=Need.STORED)
+    except UnsafePickleError as error:
+        hint = "do not load it with any other program; ask for safetensors"
+        found.append(Finding("AK404", Severity.ERROR, error.where, error.message, hint))
+        return None, base, found
+    except FormatError:
+        if any(finding.severity is Severity.ERROR for finding in found):
+            return None, base, found
+        raise
+    adapter, known, misfit = loaded.adapter, loaded.base, loaded.misfit
+    # Another architecture is found again, and said, by the comparison with the base.
+    if misfit and known and adapter.base.architecture == known.architecture.gguf:
+        hint = "is it the right base?"
+        found.append(Finding("AK304", Severity.ERROR, misfit.where, misfit.message, hint))
+    return adapter, known, found

@@ -1,0 +1,163 @@
+"""Two adapters of any formats compared, with a diagnosis where the difference has a known cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterkit.diagnosis import diagnose
+from adapterkit.errors import UncheckableError
+from adapterkit.loading import Need, load_all
+from adapterkit.model import AdapterTensorSet
+from adapterkit.model.adapter import SETTINGS
+from adapterkit.passes.declaration import settled
+from adapterkit.passes.protocol import Context
+from adapterkit.proof import Comparison, compare, tolerance_for
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDifference:
+    """How far one module's update in B is from that in A.
+
+    Attributes:
+        module: Hugging Face path.
+        relative_error: ‖ΔW_B - ΔW_A‖ / ‖ΔW_A‖, Frobenius.
+        cosine: of the two updates, None if one is zero.
+        norm_ratio: ‖ΔW_B‖ / ‖ΔW_A‖, None if A's is zero.
+    """
+
+    module: str
+    relative_error: float
+    cosine: float | None
+    norm_ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffReport:
+    """Two adapters compared.
+
+    Attributes:
+        a: first path.
+        b: second path.
+        equal: whether every update agrees within `tolerance`, none is missing, and no setting
+            gives the same tensors another meaning.
+        tolerance: relative error that counts as equal.
+        max_relative_error: largest error of a module that both have; None without any.
+        modules: every module that both have, worst first.
+        only_in_a: modules with an update in A alone.
+        only_in_b: modules with an update in B alone.
+        diagnosis: what explains the difference, one sentence each.
+    """
+
+    a: str
+    b: str
+    equal: bool
+    tolerance: float
+    max_relative_error: float | None
+    modules: tuple[ModuleDifference, ...]
+    only_in_a: tuple[str, ...] = ()
+    only_in_b: tuple[str, ...] = ()
+    diagnosis: tuple[str, ...] = ()
+
+
+def diff(
+    a: Path | str,
+    b: Path | str,
+    *,
+    base: Path | str | None = None,
+    tolerance: float | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
+) -> DiffReport:
+    """Compare two adapters module by module, from factors alone.
+
+    Args:
+        a: the reference, any format.
+        b: the other, any format.
+        base: base model that both are for, where a format's row order or an initialisation that
+            changed the base depends on it.
+        tolerance: relative error that counts as equal; by default what rounding to the coarser of
+            the two files' dtypes explains.
+        dialect: key grammar of the hand-written one of the two, where its file cannot tell.
+        alpha: scale numerator, where a file does not hold it.
+        as_format: name of the format to read both as, where their content does not tell.
+
+    Raises:
+        FormatError: if a file is malformed or its factors do not pair up.
+        LossyConversionError: if a file holds what its config denies.
+        UncheckableError: if row orders differ, or the updates are those of another base, and no
+            base is known to undo that.
+    """
+    one, other = load_all(
+        [a, b], base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.FITTED
+    )
+    first, second = (settled(each.adapter, Context()).adapter for each in (one, other))
+    _check_comparable(first, second)
+    comparison = compare(first, second)
+    _check_plain(first, second, comparison)
+    stored = (t.dtype for adapter in (first, second) for t in adapter.tensors.values())
+    allowed = tolerance_for(stored) if tolerance is None else tolerance
+    settings = tuple(_other_settings(first, second))
+    causes = diagnose(first, second, comparison, one.options)
+    return _report(str(a), str(b), comparison, allowed, settings, causes)
+
+
+def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:
+    layouts = [adapter.engine_layout for adapter in (first, second)]
+    alone = set(layouts[0]) ^ set(layouts[1])
+    if alone:
+        raise UncheckableError(
+            "is in llama.cpp's layout in one of the two; give the base model with --base",
+            where=min(alone),
+        )
+
+
+def _check_plain(first: AdapterTensorSet, second: AdapterTensorSet, comparison: Comparison) -> None:
+    """Refuse to measure B · A where it is not the update; what is the same is the same anyway."""
+    inits = [adapter.initialisation for adapter in (first, second)]
+    alike = inits[0] == inits[1] and comparison.worst[1] == 0
+    if any(inits) and not alike:
+        raise UncheckableError(
+            f"init_lora_weights = {inits[0] or inits[1]!r} changed the base, so B · A is not the "
+            "update; give the original base's directory with --base"
+        )
+
+
+def _other_settings(first: AdapterTensorSet, second: AdapterTensorSet) -> Iterator[str]:
+    """Say which settings differ; initialisations do so in their updates, or are refused."""
+    for field, shown in SETTINGS.items():
+        values = [adapter.settings.get(shown) for adapter in (first, second)]
+        if field != "initialisation" and values[0] != values[1]:
+            yield f"{shown} differs: {values[0] or 'none'} and {values[1] or 'none'}"
+
+
+def _report(
+    a: str,
+    b: str,
+    comparison: Comparison,
+    allowed: float,
+    settings: tuple[str, ...],
+    causes: tuple[str, ...],
+) -> DiffReport:
+    worst, error = comparison.worst
+    alone = bool(comparison.only_in_first or comparison.only_in_second)
+    equal = not (alone or settings) and error <= allowed
+    modules = [
+        ModuleDifference(name, found.relative_error, found.cosine, found.norm_ratio)
+        for name, found in comparison.differences.items()
+    ]
+    # NaN sorts first, as the worst there is.
+    modules.sort(key=lambda m: (m.relative_error == m.relative_error, -m.relative_error))
+    return DiffReport(
+        a=a,
+        b=b,
+        equal=equal,
+        tolerance=allowed,
+        max_relative_error=error if worst is not None else None,
+        modules=tuple(modules),
+        only_in_a=comparison.only_in_first,
+        only_in_b=comparison.only_in_second,
+        diagnosis=() if equal else (*settings, *causes),
+    )

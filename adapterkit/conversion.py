@@ -1,0 +1,102 @@
+"""Convert an adapter: read, list what would be lost, write, prove, and only then keep the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapterkit.loading import Need, load
+from adapterkit.notes import Loss
+from adapterkit.passes.naming import NAMES
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import apply
+from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport(ProvenFile):
+    """What a conversion did and how it was proven.
+
+    Attributes:
+        source: path that was read.
+        source_format: name of the format that was read.
+        losses: what was dropped, with `allow_lossy`.
+        notes: what was normalised on the way.
+    """
+
+    source: str
+    source_format: str
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    to: str | None = None,
+    base: Path | str | None = None,
+    outtype: str = "auto",
+    moe_layout: str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
+    unverified: bool = False,
+    allow_lossy: bool = False,
+    force: bool = False,
+    prepare: Sequence[str] = (),
+) -> ConversionReport:
+    """Convert an adapter to another format, and prove on the written file that nothing changed.
+
+    Args:
+        source: adapter of any format that is read.
+        destination: file or directory to create.
+        to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
+        base: Hugging Face directory, config.json, GGUF file or cached hub id of the base model; by
+            default the one that the adapter names, if it is in the local hub cache.
+        outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
+        moe_layout: `experts` or `fused`, where the target has two spellings.
+        dialect: key grammar of a hand-written adapter, where the file cannot tell.
+        alpha: scale numerator, where the file does not hold it.
+        as_format: name of the format to read the source as, where its content does not tell.
+        unverified: allow families without a passing engine test.
+        allow_lossy: write the rest where the target cannot hold parts; the report lists them.
+        force: replace an existing destination.
+        prepare: exact changes to make first, by their names in adapterkit.passes.
+
+    Raises:
+        FormatError: if the source is malformed or broken.
+        LossyConversionError: if the target cannot hold something; lists every reason.
+        UnsupportedError: if the base is unknown, missing or another model, or the proof fails.
+        DestinationExistsError: if the destination exists and `force` is false.
+        WriteError: if the output cannot be written.
+    """
+    destination = Path(destination)
+    target = destination_format(destination, to, force=force)
+    dtype = stored_type(outtype)
+    loaded = load(
+        source,
+        base=base,
+        dialect=dialect,
+        alpha=alpha,
+        moe_layout=moe_layout,
+        as_format=as_format,
+        need=Need.FITTED,
+        allow_lossy=allow_lossy,
+        any_vocabulary=target.any_vocabulary,
+    )
+    options = replace(loaded.options, dtype=dtype, unverified=unverified)
+    ready = admitted(loaded.adapter, target, options, allow_lossy=allow_lossy, passed=loaded.losses)
+    context = Context(base=loaded.base)
+    # The proof compares modules by name, so it is of the adapter under its new names.
+    named = apply([step for step in prepare if step == NAMES], ready.adapter, context)
+    changed = apply([step for step in prepare if step != NAMES], named.adapter, context)
+    proven = save(changed.adapter, destination, target, options, force=force, against=named.adapter)
+    return ConversionReport(
+        **vars(proven),
+        source=loaded.label,
+        source_format=loaded.format,
+        losses=ready.losses,
+        notes=(*loaded.told, *map(str, (*named.notes, *changed.notes)), *ready.warnings),
+    )

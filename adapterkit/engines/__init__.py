@@ -1,0 +1,1 @@
+"""What serving engines do with an adapter, as data, and the verdict that follows."""

@@ -1,0 +1,159 @@
+"""What an engine does with every pair: apply it, ignore it, refuse it, or find no place for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.architectures.mapping import in_tower
+from adapterkit.base.fit import misfits
+from adapterkit.base.places import Places
+from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
+from adapterkit.checks.fitting import other_architecture
+from adapterkit.checks.structure import outside_targets
+from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
+from adapterkit.formats.gguf_engine import engine_adapter
+from adapterkit.formats.gguf_losses import losses
+from adapterkit.formats.protocol import Options
+from adapterkit.model.defects import problems
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from adapterkit.base import BaseModel
+    from adapterkit.base.fit import Misfit
+    from adapterkit.engines.engine import Target
+    from adapterkit.model import AdapterTensorSet, Update
+    from adapterkit.notes import Loss
+
+
+def cover(
+    adapter: AdapterTensorSet, base: BaseModel | None, target: Target
+) -> tuple[list[CoveredModule], list[Finding]]:
+    """Return what the engine does with each module, and the findings that follow.
+
+    Without a base nothing is known of any module: that is one finding, and no coverage.
+    """
+    if base is None:
+        message = f"what {target.title} does with each module depends on the base model"
+        hint = "give it with --base"
+        finding = Finding("AK300", Severity.UNCHECKED, None, message, hint, target.name)
+        return [], [finding]
+    if problems(adapter) or other_architecture(adapter, base):
+        return [], []  # said already, and nothing would be applied
+    if target.coverage == "gguf":
+        return _by_tensor(adapter, base, target)
+    return _by_module(adapter, base, target), []
+
+
+def _by_tensor(
+    adapter: AdapterTensorSet, base: BaseModel, target: Target
+) -> tuple[list[CoveredModule], list[Finding]]:
+    options = Options(base=base)
+    try:
+        lost = losses(adapter, options)
+        engine = engine_adapter(adapter, options)
+    except IncompatibleBaseError:
+        return [], []  # as above: the comparison with the base says which modules do not fit
+    except UnsupportedError as error:
+        return [], [
+            Finding("AK305", Severity.UNCHECKED, error.where, error.message, target=target.name)
+        ]
+    tensors = {module: name for name, modules in engine.sources.items() for module in modules}
+    wrong = {
+        found.module: found.message for found in misfits(adapter, base) if found.kind != "unknown"
+    }
+    refused = {key.module: loss for loss in lost if loss.blocks for key in loss.drops}
+    covered = [
+        _covered(pair, tensors.get(pair.module), base, wrong, refused) for pair in adapter.pairs()
+    ]
+    return covered, [_finding(loss, target) for loss in lost if loss.code in target.losses]
+
+
+def _covered(
+    pair: Update,
+    tensor: str | None,
+    base: BaseModel,
+    wrong: Mapping[str, str],
+    refused: Mapping[str, Loss],
+) -> CoveredModule:
+    name = f"{tensor}.weight" if tensor else None
+    if tensor is None:
+        return CoveredModule(pair.module, Outcome.UNMATCHED, None, "llama.cpp has no such tensor")
+    if pair.module in refused:
+        return CoveredModule(pair.module, Outcome.REFUSED, name, refused[pair.module].message)
+    if pair.module in wrong:
+        return CoveredModule(pair.module, Outcome.REFUSED, name, wrong[pair.module])
+    if base.architecture.is_inert(tensor):
+        reason = f"loaded and never applied (seen on {base.architecture.inert_build})"
+        return CoveredModule(pair.module, Outcome.IGNORED, name, reason)
+    return CoveredModule(pair.module, Outcome.APPLIED, name)
+
+
+def _finding(loss: Loss, target: Target) -> Finding:
+    # Without a test of ours the engine may do right all the same.
+    blocks = loss.blocks and loss.code != "unverified"
+    severity = Severity.ERROR if blocks else Severity.WARNING
+    return Finding(
+        target.losses[loss.code], severity, loss.subject, loss.message, target=target.name
+    )
+
+
+def _by_module(adapter: AdapterTensorSet, base: BaseModel, target: Target) -> list[CoveredModule]:
+    wrong = {found.module: found for found in misfits(adapter, base) if found.kind != "unknown"}
+    try:
+        outside = set(outside_targets(adapter))
+    except UncheckableError:
+        return []  # the check of the adapter alone says that nothing is known of its targets
+    places = Places(base)
+    return [_placed(pair, places, target, wrong, outside) for pair in adapter.pairs()]
+
+
+def _placed(
+    pair: Update,
+    places: Places,
+    target: Target,
+    wrong: Mapping[str, Misfit],
+    outside: Collection[str],
+) -> CoveredModule:
+    module, absent = pair.module, Outcome(target.unmatched)
+    misfit = wrong.get(module)
+    if misfit and misfit.kind in {"shape", "expert"}:
+        return CoveredModule(module, Outcome.REFUSED, module, misfit.message)
+    if misfit or places.has(module) is False:
+        silent = " and says nothing" if absent is Outcome.IGNORED else ""
+        reason = f"{target.title} finds no such module{silent}"
+        return CoveredModule(module, absent, None, reason)
+    if target.wrapped == "exact" and not _own_path(module, places):
+        reason = f"{target.title} looks for its very path, and the base's class has another"
+        return CoveredModule(module, Outcome.IGNORED, None, reason)
+    if module in outside:
+        reason = "the adapter's config does not select it"
+        return CoveredModule(module, Outcome.IGNORED, module, reason)
+    return CoveredModule(module, Outcome.APPLIED, module)
+
+
+def _own_path(module: str, places: Places) -> bool:
+    """Tell whether the base's class has the module under this path, wrappers and all."""
+    base = places.base
+    if not base.architecture.known:
+        return places.own(module)
+    plain = base.architecture.match_hf(module) is not None
+    if base.kind == "gguf":
+        return True  # a GGUF does not tell which class it was made from
+    if not base.text_prefix:
+        return places.in_class(places.canonical(module)) == module if places.cls else plain
+    # transformers moved text towers about; every wrapped spelling is taken for one of them.
+    return not plain or in_tower(module)
+
+
+def silent_no_ops(covered: Sequence[CoveredModule], target: Target) -> list[Finding]:
+    """Return the headline: modules that load without a word and do nothing."""
+    found: list[Finding] = []
+    for outcome, code in ((Outcome.IGNORED, "AK501"), (Outcome.UNMATCHED, "AK502")):
+        modules = [module for module in covered if module.outcome is outcome]
+        if modules:
+            message = f"{len(modules)} of {len(covered)} modules do nothing: {modules[0].reason}"
+            found.append(
+                Finding(code, Severity.ERROR, modules[0].module, message, target=target.name)
+            )
+    return found

@@ -1,0 +1,98 @@
+"""What engine rules speak of: an adapter and its base as plain values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.checks.structure import peft_config, unclean_names
+from adapterkit.keys import Role
+from adapterkit.model import Kind
+from adapterkit.notes import NoteKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
+
+_HEADS = {"classifier", "score"}
+_PICKLES = {".bin", ".pt", ".pth"}
+
+
+def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
+    """Return the words of `when` in adapterkit/engines/*.toml, with their values.
+
+    Numbers and truth values are of the adapter: `max_rank`, `ranks_differ`, `scales_differ`,
+    `dora`, `lora_bias`, `saved_biases`, `saved_modules`, `saved_heads` (those that classify),
+    `token_rows`, `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`,
+    `alpha_pattern`, `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`,
+    `layer_replication`, `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`,
+    `foreign_names`, `trained_beside` (files without which answers are others); texts: `format`,
+    `init`, `architecture` (of the base, empty if unknown).
+    """
+    pairs = [pair for pair in adapter.pairs() if pair.sound]
+    unclean = list(unclean_names(adapter))
+    ranks = {pair.rank for pair in pairs}
+    full = [key.module for key in adapter.tensors if key.role is Role.FULL]
+    roles = {key.role for key in adapter.tensors}
+    config = peft_config(adapter)
+    return _of_config(config) | {
+        "format": adapter.provenance.format if adapter.provenance else "",
+        "architecture": base.architecture.gguf if base else "",
+        "max_rank": max(ranks, default=0),
+        "ranks_differ": len(ranks) > 1,
+        "scales_differ": len({pair.scale for pair in pairs}) > 1,
+        "dora": Role.MAGNITUDE in roles,
+        "lora_bias": Role.LORA_BIAS in roles,
+        "saved_biases": sum(name.endswith(".bias") for name in full),
+        "saved_modules": sum(not name.endswith(".bias") for name in full),
+        "saved_heads": sum(not _HEADS.isdisjoint(name.split(".")[:-1]) for name in full),
+        "token_rows": Role.TOKEN_ROWS in roles,
+        "embedding": any(pair.embedding for pair in pairs),
+        "output": any(_is_output(pair.module, base) for pair in pairs),
+        "experts_fused": any(pair.kind is Kind.EXPERTS for pair in pairs),
+        "tower": any(in_tower(pair.module) for pair in pairs),
+        "base_changing_init": adapter.initialisation is not None,
+        "init": (adapter.initialisation or "").lower(),
+        "layer_replication": bool(adapter.layer_replication),
+        "invocation_tokens": bool(adapter.invocation_tokens),
+        "unclean_names": bool(unclean),
+        # PEFT itself takes names with an adapter's name in them.
+        "foreign_names": any(note.kind is not NoteKind.ADAPTER_NAME for note in unclean),
+        "trained_beside": any(file.needed for file in adapter.beside),
+        "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
+    }
+
+
+def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what PEFT's config says; for other formats, that it says nothing."""
+    alpha = config.get("lora_alpha", 0)
+    return {
+        "rslora": bool(config.get("use_rslora")),
+        "rank_pattern": bool(config.get("rank_pattern")),
+        "alpha_pattern": bool(config.get("alpha_pattern")),
+        "alpha_whole": isinstance(alpha, int),
+        "alpha_zero": bool(config) and alpha == 0,
+        "regex_targets": _is_regex(config.get("target_modules")),
+        "bdlora": bool(config.get("use_bdlora")),
+        "qalora": bool(config.get("use_qalora")),
+    }
+
+
+def _is_regex(targets: Any) -> bool:
+    """Tell whether targets are an expression: text, and not one of PEFT's two short words."""
+    return isinstance(targets, str) and targets not in {"all", "all-linear"}
+
+
+def _is_output(module: str, base: BaseModel | None) -> bool:
+    match = find_rule(base.architecture, module) if base else None
+    return match.rule.targets[0].name == "output" if match else module.endswith("lm_head")
+
+
+def _pickled(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix in _PICKLES
+    names = {file.suffix for file in path.iterdir() if file.name.startswith("adapter_model")}
+    return bool(names) and names <= _PICKLES

@@ -1,0 +1,82 @@
+"""What an engine makes of an adapter: of every module, and of the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from adapterkit.checks.findings import CoveredModule, Finding, Outcome
+from adapterkit.engines.coverage import cover, silent_no_ops
+from adapterkit.engines.facts import facts
+from adapterkit.engines.verdict import FAILED, Verdict, deciding, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.base import BaseModel
+    from adapterkit.engines.engine import Target
+    from adapterkit.model import AdapterTensorSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineCoverage:
+    """What one engine does with every module.
+
+    Attributes:
+        target: the engine, `name` or `name@version`.
+        modules: one entry for each pair; empty if no base is known.
+        verdict: what becomes of the file as a whole; None where something could not be looked at.
+    """
+
+    target: str
+    modules: tuple[CoveredModule, ...]
+    verdict: Verdict | None = None
+
+    def count(self, outcome: Outcome) -> int:
+        """Return how many modules end that way."""
+        return sum(module.outcome is outcome for module in self.modules)
+
+
+def judge(
+    adapter: AdapterTensorSet | None,
+    base: BaseModel | None,
+    engine: Target,
+    found: Sequence[Finding] = (),
+) -> tuple[EngineCoverage, list[Finding]]:
+    """Return what an engine does with an adapter, and the findings that say why.
+
+    What the verdict says of the file holds for every module: nothing of an adapter that the engine
+    refuses is applied.
+
+    Args:
+        adapter: broken or not; None if its file cannot be read at all.
+        base: its base model; None if it is unknown.
+        engine: the engine.
+        found: what is wrong with the adapter in any engine, from `check`.
+    """
+    modules: list[CoveredModule] = []
+    of_engine: list[Finding] = []
+    if adapter is not None:
+        modules, more = cover(adapter, base, engine)
+        known = facts(adapter, base)
+        of_engine = [*engine.findings(known), *more]
+        if decided := engine.outcome(known):
+            outcome, reason = decided
+            modules = [replace(module, outcome=outcome, reason=reason) for module in modules]
+    fate = verdict([*found, *of_engine], modules, engine)
+    if decisive := deciding([*found, *of_engine], engine):
+        modules = [
+            replace(module, outcome=Outcome.REFUSED, reason=decisive.message)
+            if module.outcome is Outcome.APPLIED
+            else module
+            for module in modules
+        ]
+    else:
+        of_engine += silent_no_ops(modules, engine)
+    reference = engine.name + (f"@{engine.version}" if engine.version else "")
+    return EngineCoverage(target=reference, modules=tuple(modules), verdict=fate), of_engine
+
+
+def unserved(coverage: EngineCoverage) -> bool:
+    """Tell whether the engine would not run the adapter as it is."""
+    return coverage.verdict in FAILED

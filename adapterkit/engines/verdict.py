@@ -1,0 +1,75 @@
+"""What becomes of the whole file in an engine: the strongest effect of what was found."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from adapterkit.engines.engine import Target
+
+
+class Verdict(StrEnum):
+    """What an engine does with an adapter; refusals come before what happens later.
+
+    `garbage` is loaded and computed with, and what comes out is chance, or the end of the process;
+    `altered` is another update than the file's.
+    """
+
+    REFUSED = "refused"
+    ABORTS = "aborts"
+    GARBAGE = "garbage"
+    NOTHING = "no effect"
+    ALTERED = "altered"
+    PARTLY = "partly applied"
+    APPLIED = "applied"
+
+
+# What an engine does not load; nothing of the adapter is applied then.
+_STOPPED = {Verdict.REFUSED, Verdict.ABORTS}
+# What is another model than the adapter's.
+FAILED = {*_STOPPED, Verdict.GARBAGE, Verdict.NOTHING, Verdict.ALTERED}
+_PASSED_OVER = {Outcome.IGNORED, Outcome.UNMATCHED}
+
+
+def verdict(
+    findings: Sequence[Finding], modules: Sequence[CoveredModule], engine: Target
+) -> Verdict | None:
+    """Return what becomes of the file; None where something could not be looked at.
+
+    Args:
+        findings: everything found, of any engine.
+        modules: what the engine does with each module; empty if it was not looked at.
+        engine: the engine.
+    """
+    mine = [fate for _, fate in _fates(findings, engine)]
+    if any(module.outcome is Outcome.REFUSED for module in modules) and not mine:
+        return Verdict.REFUSED
+    passed = sum(module.outcome in _PASSED_OVER for module in modules)
+    if passed:
+        mine.append(Verdict.NOTHING if passed == len(modules) else Verdict.PARTLY)
+    fate = min(mine, key=list(Verdict).index, default=Verdict.APPLIED if modules else None)
+    unchecked = any(
+        f.severity is Severity.UNCHECKED and f.target in {"", engine.name} for f in findings
+    )
+    # What was not looked at may still be refused; what is refused stays so.
+    certain = fate in {*_STOPPED, Verdict.GARBAGE}
+    return fate if certain or not unchecked else None
+
+
+def deciding(findings: Iterable[Finding], engine: Target) -> Finding | None:
+    """Return the finding for which the engine does not load the file; None if it does."""
+    stops = (finding for finding, fate in _fates(findings, engine) if fate in _STOPPED)
+    return next(stops, None)
+
+
+def _fates(findings: Iterable[Finding], engine: Target) -> list[tuple[Finding, Verdict]]:
+    return [
+        (finding, fate)
+        for finding in findings
+        if finding.target in {"", engine.name} and (fate := engine.fate(finding))
+    ]

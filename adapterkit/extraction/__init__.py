@@ -1,0 +1,1 @@
+"""The adapter between two checkpoints of one model, with its error measured."""

@@ -1,0 +1,125 @@
+"""Factors of many tensors as one adapter, in the names and layout of what it is written for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
+from adapterkit.extraction.report import LeftOver
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import BaseReference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from adapterkit.base.model import BaseModel
+    from adapterkit.extraction.factors import Outcome
+    from adapterkit.extraction.report import ExtractedModule
+    from adapterkit.formats.protocol import Options
+    from adapterkit.model import Update
+    from adapterkit.registry import FormatSpec
+
+# Losses that are about one table; what loses it keeps all other modules.
+_TABLES = frozenset({"tied-embedding", "tied-output"})
+
+
+def fitting(
+    outcomes: Sequence[Outcome], base: BaseModel, target: FormatSpec, options: Options
+) -> list[Outcome]:
+    """Return the outcomes without embeddings and outputs that the target has no place for.
+
+    They are left over, with the target's own reason.
+    """
+    pairs, names = _named(outcomes, base, options.moe_layout)
+    reasons = {
+        key.module: loss.message
+        for loss in target.format.losses(_adapter(pairs, base), options)
+        if loss.code in _TABLES
+        for key in loss.drops
+    }
+    fitted: list[Outcome] = []
+    for outcome in outcomes:
+        places = [place for pair in outcome.pairs for place in names[pair.module]]
+        reason = next((reasons[place] for place in places if place in reasons), None)
+        if reason is None or outcome.module is None:
+            fitted.append(outcome)
+            continue
+        left = LeftOver(
+            tensor=outcome.twin.name,
+            reason=reason,
+            relative_norm=outcome.module.relative_norm,
+        )
+        fitted.append(replace(outcome, pairs=(), module=None, left=left))
+    return fitted
+
+
+def assembled(
+    outcomes: Sequence[Outcome], base: BaseModel, options: Options
+) -> tuple[AdapterTensorSet, list[ExtractedModule]]:
+    """Return the adapter that the outcomes make, and what they report under its names."""
+    pairs, names = _named(outcomes, base, options.moe_layout)
+    adapter = _adapter(pairs, base)
+    whole = {
+        TensorKey(_parameter(outcome), Role.FULL): outcome.twin.tensor
+        for outcome in outcomes
+        if outcome.left is not None and outcome.left.saved
+    }
+    reports = [
+        replace(outcome.module, module=names[outcome.module.module][0])
+        for outcome in outcomes
+        if outcome.module is not None
+    ]
+    return adapter.replace(tensors={**adapter.tensors, **whole}), reports
+
+
+def _adapter(pairs: Iterable[Update], base: BaseModel) -> AdapterTensorSet:
+    named = base.name or (str(base.path) if base.kind == "hf" else None)
+    return AdapterTensorSet.of(pairs, {}, base=BaseReference(name=named))
+
+
+def _parameter(outcome: Outcome) -> str:
+    """Return a saved parameter's name as PEFT spells it."""
+    module = outcome.twin.modules[0]
+    return f"{module}.weight" if outcome.twin.name.endswith(".weight") else module
+
+
+def _named(
+    outcomes: Iterable[Outcome], base: BaseModel, layout: str | None
+) -> tuple[list[Update], dict[str, tuple[str, ...]]]:
+    """Return updates under Hugging Face names, and old name -> new names.
+
+    Experts take the layout that the base is loaded in, whatever the checkpoint spells.
+    """
+    architecture, sizes = base.architecture, base.sizes
+    wanted = layout or base.expert_layout
+    pairs = [pair for outcome in outcomes for pair in outcome.pairs]
+    if base.kind == "gguf":
+        mapped = from_engine(architecture, sizes, pairs, layout=wanted)
+        return list(mapped.pairs), _inverse(mapped.sources)
+    kept: list[Update] = []
+    moved: list[Update] = []
+    for pair in pairs:
+        match = find_rule(architecture, pair.module)
+        other = match is not None and match.rule.layout not in {None, wanted}
+        (moved if other else kept).append(pair)
+    names: dict[str, tuple[str, ...]] = {pair.module: (pair.module,) for pair in kept}
+    if not moved:
+        return kept, names
+    there = to_engine(architecture, sizes, moved)
+    back = from_engine(
+        architecture, sizes, there.pairs, layout=wanted, text_prefix=base.text_prefix
+    )
+    engine = _inverse(back.sources)
+    for old, parts in _inverse(there.sources).items():
+        names[old] = tuple(new for part in parts for new in engine[part])
+    return [*kept, *back.pairs], names
+
+
+def _inverse(sources: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for new, olds in sources.items():
+        for old in olds:
+            found[old] = (*found.get(old, ()), new)
+    return found

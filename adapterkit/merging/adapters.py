@@ -1,0 +1,261 @@
+"""Adapters into one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from adapterkit.dtype import DType
+from adapterkit.errors import UsageError
+from adapterkit.lowrank.ranks import rank_rule
+from adapterkit.merging import planning
+from adapterkit.merging.beside import Beside, bias_keys, merge_beside
+from adapterkit.merging.combination import Combination, check
+from adapterkit.merging.modules import MergedModule, Settings, merge_module
+from adapterkit.merging.planning import ModulePlan, Source
+from adapterkit.merging.registry import SPACES, Kind, MethodSpec
+from adapterkit.merging.registry import method as find_method
+from adapterkit.merging.report import MergeReport, ModuleReport
+from adapterkit.model import AdapterTensorSet, GgufSource, PeftSource
+from adapterkit.model.tying import one_spelling
+from adapterkit.notes import BaseReference
+from adapterkit.work import in_threads
+
+_ENERGY = 0.9
+# Planes from here on are merged one after the other: each holds up to 64 MB.
+_LARGE = 1 << 22
+# Fields of adapter_config.json that say what the model is for, not what the adapter holds.
+_PEFT_FIELDS = ("task_type", "revision", "auto_mapping", "fan_in_fan_out")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge gives.
+
+    Attributes:
+        adapter: the merged adapter, in memory, factors rounded to their stored dtype.
+        report: what it cost, module by module.
+    """
+
+    adapter: AdapterTensorSet
+    report: MergeReport
+
+
+def merge(
+    adapters: Sequence[AdapterTensorSet],
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "svd",
+    rank: int | str | None = None,
+    tol: float | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    params: Mapping[str, float] | None = None,
+    seed: int | None = None,
+    space: str | None = None,
+    normalize: bool = False,
+    module_weights: Sequence[Mapping[str, float]] | None = None,
+    missing: str = "zero",
+    any_base: bool = False,
+    dtype: DType | None = None,
+    threads: int | None = None,
+) -> MergeResult:
+    """Merge adapters of any format, ranks, scales and target sets into one, without a base.
+
+    Every method works on the updates ΔW = scale · B · A and not on the factors, so the basis that
+    an adapter happens to be stored in does not matter (`linear-peft` excepted). A module that an
+    adapter does not have is a zero update there.
+
+    Args:
+        adapters: at least one.
+        weights: one for each adapter, used as they are; by default 1 each for methods that sum, and
+            1 / T each for methods that average, where Σw is the strength of the result.
+        method: name of a row in `adapterkit.merge_methods()`.
+        rank: rank of every module; by default the rank of what the method asks for, so that nothing
+            is lost (for elementwise rules in the delta space, which no small rank holds, Σ rᵢ).
+            `auto` goes with `tol` or `energy`.
+        tol: largest relative Frobenius error of a module, from which the rank follows.
+        energy: smallest share of ‖ΔW‖² that is kept, likewise; the same as tol = √(1 - energy).
+        density: share of the entries that a rule keeps.
+        params: the method's other numbers, by the names in its row.
+        seed: of the random rules; 0 by default. Masks depend on seed, module and adapter alone.
+        space: where an elementwise rule is applied: `delta` (entries of ΔW), `knots` or `core`,
+            whose results have a small rank.
+        normalize: divide the weights of each module by the sum of their magnitudes.
+        module_weights: for each adapter, patterns of module paths with their own weights, read as
+            PEFT reads `rank_pattern`.
+        missing: `zero` or `error`, for modules that not all adapters have.
+        any_base: merge adapters whose recorded bases have different names.
+        dtype: stored type of all results; by default the widest of each module's sources.
+        threads: modules that are merged at a time; by default one for each processor, 4 at most.
+
+    Raises:
+        UsageError: if arguments contradict each other.
+        FormatError: if an adapter is broken or not finite.
+        UnsupportedError: if an adapter holds what cannot be merged without its base.
+    """
+    spec = find_method(method)
+    adapters, tied = one_spelling(adapters)
+    found = planning.sources(adapters, weights, module_weights, spec)
+    if missing not in {"zero", "error"}:
+        raise UsageError(f"missing is {missing!r}, neither zero nor error")
+    rule = rank_rule(rank, tol, energy)
+    how = Combination(
+        spec=spec,
+        parameters=_parameters(spec, density, params),
+        space=_space(spec, space),
+        seed=_seed(spec, seed),
+        rank=rule.rank,
+    )
+    check(how, rule.tolerance)
+    planning.check(found, any_base=any_base)
+    planned = planning.plans(found, missing=missing)
+    settings = Settings(how, rule, normalize, dtype, _alpha(planned, how))
+    labels = [source.label for source in found]
+    merged = _merged(planned, partial(merge_module, settings=settings, labels=labels), threads, how)
+    scales = {module.pair.module: module.pair.scale for module in merged}
+    keys = bias_keys(found, list(scales))
+    beside = merge_beside(found, spec, scales, keys, dtype)
+    adapter = _assembled(found, merged, beside).replace(tied=tied)
+    notes = planning.absences(planned, found)
+    return MergeResult(adapter, _report(found, how, merged, beside, notes, normalize=normalize))
+
+
+def _parameters(
+    spec: MethodSpec, density: float | None, params: Mapping[str, float] | None
+) -> dict[str, float | None]:
+    given = dict(params or {})
+    if density is not None:
+        given["density"] = density
+    for name in given:
+        if name not in spec.parameters:
+            known = ", ".join(spec.parameters) or "none"
+            raise UsageError(f"{spec.name} has no parameter {name!r}; its parameters: {known}")
+    return {**spec.parameters, **given}
+
+
+def _space(spec: MethodSpec, space: str | None) -> str | None:
+    if space is not None and space not in SPACES:
+        raise UsageError(f"unknown space {space!r}; known: {', '.join(SPACES)}")
+    return space or spec.space
+
+
+def _seed(spec: MethodSpec, seed: int | None) -> int:
+    if seed is not None and not spec.random:
+        raise UsageError(f"{spec.name} draws nothing at random; leave out the seed")
+    return seed or 0
+
+
+def _alpha(planned: Sequence[ModulePlan], how: Combination) -> int:
+    """Return the number that scale · rank is for every module, so that a file needs one alpha."""
+    if how.rank is None:
+        return max((plan.rank for plan in planned), default=1)
+    largest = max((plan.largest_rank(dense=how.dense) for plan in planned), default=1)
+    return min(how.rank, largest)
+
+
+def _merged(
+    planned: Sequence[ModulePlan], work: Any, threads: int | None, how: Combination
+) -> list[MergedModule]:
+    large = any(np.prod(plan.present[0].matrix_shape) > _LARGE for plan in planned)
+    return in_threads(work, planned, 1 if how.dense and large else threads)
+
+
+def _assembled(
+    found: Sequence[Source], merged: Sequence[MergedModule], beside: Beside
+) -> AdapterTensorSet:
+    first = found[0].adapter
+    layouts: dict[str, str] = {}
+    for source in found:
+        layouts |= source.adapter.engine_layout
+    return AdapterTensorSet.of(
+        (module.pair for module in merged),
+        beside.tensors,
+        base=_base(found),
+        layer_replication=first.layer_replication,
+        invocation_tokens=first.invocation_tokens,
+        token_indices=beside.token_indices,
+        engine_layout=layouts,
+        source=_source(found),
+    )
+
+
+def _base(found: Sequence[Source]) -> BaseReference:
+    bases = [source.adapter.base for source in found]
+    return next((base for base in bases if base.name), bases[0])
+
+
+def _source(found: Sequence[Source]) -> PeftSource | GgufSource | None:
+    """Return what a format's writer needs and all adapters of that format agree on."""
+    sources = [source.adapter.source for source in found]
+    engine = [source for source in sources if isinstance(source, GgufSource)]
+    families = {source.family for source in engine}
+    if len(engine) == len(sources) and len(families) == 1:
+        return GgufSource(families.pop())
+    peft = [source.config for source in sources if isinstance(source, PeftSource)]
+    if not peft:
+        return None
+    return PeftSource(
+        {
+            name: peft[0][name]
+            for name in _PEFT_FIELDS
+            if all(name in config and config[name] == peft[0][name] for config in peft)
+        }
+    )
+
+
+def _report(
+    found: Sequence[Source],
+    how: Combination,
+    merged: Sequence[MergedModule],
+    beside: Beside,
+    notes: Sequence[str],
+    *,
+    normalize: bool,
+) -> MergeReport:
+    modules = tuple(module.report for module in merged)
+    squared = [module.norm**2 for module in modules]
+    kept = sum(m.retained_energy * s for m, s in zip(modules, squared, strict=True))
+    energy = kept / sum(squared) if sum(squared) else 1.0
+    return MergeReport(
+        adapters=tuple(source.label for source in found),
+        method=how.spec.name,
+        space=how.space,
+        parameters=how.parameters,
+        seed=how.seed if how.spec.random else None,
+        weights=tuple(source.weight for source in found),
+        normalized=normalize,
+        basis_dependent=how.spec.basis_dependent,
+        modules=modules,
+        beside=beside.how,
+        max_predicted_error=max((m.predicted_error for m in modules), default=0.0),
+        max_measured_error=max((m.measured_error for m in modules), default=0.0),
+        retained_energy=energy,
+        warnings=(*notes, *_warnings(how, modules)),
+    )
+
+
+def _warnings(how: Combination, modules: Sequence[ModuleReport]) -> list[str]:
+    found: list[str] = []
+    if how.spec.basis_dependent:
+        found.append(f"{how.spec.name} depends on the basis of the factors; linear does not")
+    if zero := sum(not module.norm for module in modules):
+        found.append(
+            f"{zero} of {len(modules)} modules are zero: their weighted updates cancel, or none "
+            "was trained"
+        )
+    weak = [module for module in modules if module.retained_energy < _ENERGY]
+    if weak:
+        worst = min(weak, key=lambda module: module.retained_energy)
+        advice = "raise the rank"
+        if how.spec.kind is Kind.ELEMENTWISE and how.space == "delta":
+            advice = "use --space knots or core, raise the rank, or merge --into a base"
+        found.append(
+            f"{len(weak)} of {len(modules)} modules keep less than {_ENERGY:.0%} of their energy, "
+            f"{worst.module} {worst.retained_energy:.0%} at rank {worst.rank}; {advice}"
+        )
+    return found

@@ -1,0 +1,118 @@
+"""Merge adapter files into an adapter file, and prove on the written one that it is the merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.dtype import DType
+from adapterkit.errors import UsageError
+from adapterkit.loading import load_all
+from adapterkit.merging.adapters import merge
+from adapterkit.merging.report import MergeReport
+from adapterkit.model.beside import lost_trained
+from adapterkit.notes import Loss
+from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeFilesReport(ProvenFile):
+    """What a merge of files did and how it was proven.
+
+    What the merge itself costs is in `merge`; the error of the file is against the merged adapter.
+
+    Attributes:
+        sources: paths that were read.
+        merge: the merge, module by module.
+        losses: what was dropped, with `allow_lossy`.
+        notes: what was normalised on the way.
+    """
+
+    sources: tuple[str, ...]
+    merge: MergeReport
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def merge_files(
+    sources: Sequence[Path | str],
+    destination: Path | str,
+    *,
+    to: str | None = None,
+    base: Path | str | None = None,
+    outtype: str = "auto",
+    moe_layout: str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
+    unverified: bool = False,
+    allow_lossy: bool = False,
+    force: bool = False,
+    **settings: Any,
+) -> MergeFilesReport:
+    """Merge adapters of any formats into one of any format, with the proof that `convert` gives.
+
+    Args:
+        sources: adapters, any formats.
+        destination: file or directory to create.
+        to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
+        base: the base model, where names, row orders or initial factors depend on it.
+        outtype: `auto` stores each module as the widest of its sources; `f32`, `f16`, `bf16`,
+            `q8_0`.
+        moe_layout: `experts` or `fused`, where the target has two spellings.
+        dialect: key grammar of hand-written adapters, where the files cannot tell.
+        alpha: scale numerator of adapters whose files do not hold it.
+        as_format: name of the format to read all as, where their content does not tell.
+        unverified: allow families without a passing engine test.
+        allow_lossy: write the rest where the target cannot hold parts; the report lists them.
+        force: replace an existing destination.
+        settings: further arguments of `merge`.
+
+    Raises:
+        AdapterKitError: as `merge` and `convert` do; nothing is written then.
+    """
+    if not sources:
+        raise UsageError("nothing to merge; name one adapter or more")
+    destination = Path(destination)
+    target = destination_format(destination, to, force=force)
+    dtype = stored_type(outtype)
+    loaded = load_all(
+        sources,
+        base=base,
+        dialect=dialect,
+        alpha=alpha,
+        moe_layout=moe_layout,
+        as_format=as_format,
+        allow_lossy=allow_lossy,
+        any_vocabulary=target.any_vocabulary,
+    )
+    options = replace(loaded[0].options, dtype=dtype, unverified=unverified)
+    result = merge([each.adapter for each in loaded], dtype=_rounded_in_merge(dtype), **settings)
+    ready = admitted(
+        result.adapter,
+        target,
+        options,
+        allow_lossy=allow_lossy,
+        passed=[loss for each in loaded for loss in (*each.losses, *lost_trained(each.adapter))],
+    )
+    read = [each.source.path for each in loaded if each.source]
+    proven = save(ready.adapter, destination, target, options, force=force, spared=read)
+    return MergeFilesReport(
+        **vars(proven),
+        sources=tuple(str(source) for source in sources),
+        merge=result.report,
+        losses=ready.losses,
+        notes=(
+            *(f"{each.label}: {note}" for each in loaded for note in each.notes),
+            *ready.warnings,
+        ),
+    )
+
+
+def _rounded_in_merge(dtype: DType | None) -> DType | None:
+    """Return the type that the merge rounds to; blocks are made by the writer, from float32."""
+    from adapterkit.dtype import DType
+
+    return DType.F32 if dtype is not None and dtype.quantised else dtype

@@ -1,0 +1,270 @@
+"""Adapters into a base model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapterkit.base.model import BaseModel
+from adapterkit.base.quantised import DecodedBase
+from adapterkit.destination import Directory, check_destination
+from adapterkit.dtype import DType
+from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.keys import Role
+from adapterkit.loading import open_model
+from adapterkit.merging.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
+from adapterkit.merging.into.gguf import Allowed, check_type, plan_gguf
+from adapterkit.merging.into.journal import journalled, plan_hash
+from adapterkit.merging.into.reading import read_sources
+from adapterkit.merging.into.report import MergeIntoReport, TensorReport
+from adapterkit.merging.into.tokenizers import unplaced, with_tokenizer
+from adapterkit.merging.into.tying import check_choice
+from adapterkit.merging.into.writing import SEGMENT, write_files
+from adapterkit.merging.planning import Source
+from adapterkit.output import Output
+from adapterkit.saving import stored_type
+from adapterkit.work import counter, threads
+
+_SURVIVAL = 0.95
+
+
+def merge_into(
+    sources: Sequence[Path | str],
+    base: Path | str,
+    destination: Path | str,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    gguf_type: str | None = None,
+    tied: str | None = None,
+    dequantize: bool = False,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
+    allow_lossy: bool = False,
+    allow_requantise: bool = False,
+    allow_weak: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeIntoReport:
+    """Add adapters to the weights of a base, streamed, and round every tensor once.
+
+    W' = W + Σ wᵢ ΔWᵢ for low-rank updates, whatever their format. DoRA is applied as PEFT does with
+    the adapters active in this order: each scales what is there so far, by a norm of the unmerged
+    base. Whole parameters and token rows count as W + w (M - W). Everything that is not changed is
+    copied as bytes; the output appears whole or not at all.
+
+    Args:
+        sources: adapters, any formats.
+        base: Hugging Face directory or GGUF file; of the same kind is the output.
+        destination: directory, or .gguf file, to create.
+        weights: one for each adapter, 1 by default, used as they are.
+        dtype: `f32`, `f16` or `bf16` for all tensors of a Hugging Face model.
+        gguf_type: `keep`, `f32`, `f16`, `bf16` or `q8_0` for changed tensors of a GGUF model; by
+            default those four are kept and all other types become q8_0. One of llama.cpp's
+            mixtures (`q4_k_m`, ...) quantises the whole merged model, of 16 or 32 bits before.
+        tied: `shared` or `untie`, where the base has one table for embedding and output and it is
+            changed.
+        dequantize: decode a Hugging Face base that is quantised as fp8 or MXFP4, all of it, to 16
+            bits or `dtype`, and add to the decoded values.
+        dialect: key grammar of hand-written adapters, where the files cannot tell.
+        alpha: scale numerator of adapters whose files do not hold it.
+        as_format: name of the format to read all as, where their content does not tell.
+        allow_lossy: leave out rows of a vocabulary that the base does not have, trained files
+            beside an adapter, and what its config denies; notes name them.
+        allow_requantise: quantise again what a GGUF base has quantised already, for a mixture.
+        allow_weak: keep a GGUF type that loses much of the update.
+        resume: go on where a killed merge with the same arguments ended.
+        force: replace a file, or the parts of a model directory, that is there.
+        jobs: tensors at a time; by default one for each processor, 4 at most.
+        progress: called with the bytes that are done, and all of them.
+
+    Raises:
+        UsageError: if arguments contradict each other.
+        FormatError: if a file is malformed, or holds NaN or infinity.
+        UnsupportedError: if an adapter does not fit, the base is quantised, or a choice is missing.
+        DestinationExistsError: if the destination exists.
+        WriteError: if the output cannot be written.
+    """
+    check_choice(tied)
+    check_type(gguf_type)
+    destination = Path(destination)
+    opened = open_model(base)
+    _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
+    check_destination(destination, force=force, directory=MODEL if opened.kind == "hf" else None)
+    if dequantize and opened.kind == "gguf":
+        raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
+    decoded = checked(opened, dequantize=dequantize) if opened.kind == "hf" else None
+    opened = decoded.base if decoded else opened
+    adapters, opened, notes = read_sources(
+        sources,
+        weights,
+        opened,
+        dialect=dialect,
+        alpha=alpha,
+        as_format=as_format,
+        allow_lossy=allow_lossy,
+        growing=opened.kind == "hf",
+    )
+    if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
+        raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
+    write = _Write(destination, threads(jobs), progress, resume, force)
+    if opened.kind == "gguf":
+        allow = Allowed(requantise=allow_requantise, weak=allow_weak)
+        tensors, more = _merge_file(adapters, opened, write, allow, kind=gguf_type, tied=tied)
+    else:
+        stored = stored_type(dtype) if dtype else None
+        tensors, more = _merge_directory(
+            adapters, opened, write, dtype=stored, tied=tied, decoded=decoded
+        )
+    notes = (*notes, *_order(adapters), *more)
+    if dequantize and decoded is None:
+        notes = (*notes, "the base is not quantised; dequantize changes nothing")
+    report = _report(adapters, opened, destination, tensors, notes)
+    return _with_decoded(report, decoded) if decoded else report
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """How the output is written."""
+
+    destination: Path
+    jobs: int
+    progress: Callable[[int, int], None] | None
+    resume: bool
+    force: bool
+
+    def output(self, sources: Sequence[Source], directory: Directory | None = None) -> Output:
+        """Return the destination; the adapters are not replaced by it."""
+        read = [source.adapter.provenance for source in sources]
+        return Output(
+            self.destination,
+            force=self.force,
+            directory=directory,
+            spared=[provenance.path for provenance in read if provenance],
+            resume=self.resume,
+        )
+
+
+def _check_places(
+    base: BaseModel, destination: Path, *, dtype: str | None, gguf_type: str | None
+) -> None:
+    if (base.kind == "gguf") != (destination.suffix == ".gguf"):
+        kind = "a GGUF file: name a .gguf file" if base.kind == "gguf" else "a directory: name one"
+        raise UsageError(f"the base is {kind} to create", path=destination)
+    if base.kind == "gguf" and dtype is not None:
+        raise UsageError("dtype is for Hugging Face bases; use gguf_type (--gguf-type)")
+    if base.kind != "gguf" and gguf_type is not None:
+        raise UsageError("gguf_type is for GGUF bases; use dtype (--dtype)")
+    here, there = base.path.resolve(), destination.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UsageError("is the base itself, or inside it or around it", path=destination)
+
+
+def _merge_directory(
+    sources: Sequence[Source],
+    base: BaseModel,
+    write: _Write,
+    *,
+    dtype: DType | None,
+    tied: str | None,
+    decoded: DecodedBase | None,
+) -> tuple[list[TensorReport], list[str]]:
+    plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied, decoded=decoded)
+    plan, said = with_tokenizer(plan, sources)
+    settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None}
+    with write.output(sources, MODEL) as output:
+        others = [plan.origin(path) for path in plan.others]
+        key = plan_hash(sources, plan.spans, others, settings | {"segment": SEGMENT})
+        count = counter(plan.nbytes, write.progress)
+        with journalled(output, key) as journal:
+            tensors = write_checkpoint(plan, output.path, journal, write.jobs, count)
+    left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
+    return tensors, [*said, *left]
+
+
+def _merge_file(
+    sources: Sequence[Source],
+    base: BaseModel,
+    write: _Write,
+    allow: Allowed,
+    *,
+    kind: str | None,
+    tied: str | None,
+) -> tuple[list[TensorReport], list[str]]:
+    plan = plan_gguf(sources, base, kind=kind, tied=tied, allow=allow)
+    file = plan.output(write.destination.name)
+    settings = {"gguf_type": kind, "tied": tied, "segment": SEGMENT, "weak": allow.weak}
+    with write.output(sources) as output:
+        key = plan_hash(sources, file.spans(), (), settings)
+        count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)
+        with journalled(output, key) as journal:
+            tensors = write_files([file], output.folder, journal, write.jobs, count)
+    return tensors, [*plan.notes, *unplaced(sources)]
+
+
+def _report(
+    sources: Sequence[Source],
+    base: BaseModel,
+    destination: Path,
+    tensors: Sequence[TensorReport],
+    notes: Sequence[str],
+) -> MergeIntoReport:
+    files = destination.rglob("*") if destination.is_dir() else [destination]
+    survivals = [t.survival for t in tensors if t.survival is not None]
+    return MergeIntoReport(
+        sources=tuple(source.label for source in sources),
+        weights=tuple(source.weight for source in sources),
+        base=str(base.path),
+        destination=str(destination),
+        format="gguf" if base.kind == "gguf" else "safetensors",
+        tensors=tuple(tensors),
+        untouched=len(base.tensors.keys() - {tensor.tensor for tensor in tensors}),
+        bytes=sum(file.stat().st_size for file in files if file.is_file()),
+        min_survival=min(survivals, default=None),
+        warnings=_warnings(tensors),
+        notes=tuple(notes),
+    )
+
+
+def _with_decoded(report: MergeIntoReport, decoded: DecodedBase) -> MergeIntoReport:
+    """Say what was decoded, and what is no longer there."""
+    changed = {tensor.tensor for tensor in report.tensors}
+    merely = [name for name in decoded.stored if name not in changed]
+    notes: list[str] = []
+    if decoded.left_out:
+        kinds = Counter(name.rpartition(".")[2] for name in decoded.left_out)
+        shown = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        notes = [f"left out, being about activations or the cache in 8 bits: {shown}"]
+    return replace(
+        report,
+        untouched=report.untouched - len(merely),
+        decoded=len(merely),
+        left_out=decoded.left_out,
+        notes=(*report.notes, *notes),
+    )
+
+
+def _order(sources: Sequence[Source]) -> list[str]:
+    """Say that the order counts, where it does."""
+    held = {key.role for source in sources for key in source.adapter.tensors}
+    if len(sources) == 1 or Role.MAGNITUDE not in held:
+        return []
+    return ["DoRA scales what the adapters before it have made, as in PEFT: their order counts"]
+
+
+def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
+    low = [t for t in tensors if t.survival is not None and t.survival < _SURVIVAL]
+    found: list[str] = []
+    if low:
+        worst = min(low, key=lambda t: t.survival or 0.0)
+        found.append(
+            f"less than {_SURVIVAL:.0%} of the update is left after rounding in {len(low)} of "
+            f"{len(tensors)} tensors, least in {worst.tensor} "
+            f"({max(worst.survival or 0.0, 0.0):.0%}); store a wider type"
+        )
+    return tuple(found)

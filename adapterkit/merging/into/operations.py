@@ -1,0 +1,215 @@
+"""What the steps of a change do to a block of rows, in the orientation in which it is stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from adapterkit.errors import FormatError
+from adapterkit.merging.into.rows import decoded, reader
+from adapterkit.merging.into.steps import Added, Product, Replaced, RowsReplaced
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.merging.into.rows import Place
+    from adapterkit.merging.into.steps import Magnitude, Step
+    from adapterkit.tensor import LazyTensor
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Unmerged(Protocol):
+    """The tensor that is being changed, as far as an operation looks at it.
+
+    Attributes:
+        kind: type of the sums.
+        rows: of one matrix.
+        columns: of one matrix.
+        steps: how many there are in all.
+    """
+
+    kind: np.dtype[Any]
+    rows: int
+    columns: int
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps there are in all."""
+        ...
+
+    def places(self) -> list[Place]:
+        """Return all blocks."""
+        ...
+
+    def base_block(self, place: Place) -> Array:
+        """Return the rows of the unmerged base."""
+        ...
+
+
+class Operation(Protocol):
+    """One or more steps."""
+
+    def apply(self, merged: Array, base: Array, place: Place) -> Array:
+        """Return what `merged` becomes; it may be the same array.
+
+        Args:
+            merged: (rows, columns), what the steps before have made of the base; may be changed.
+            base: (rows, columns), unmerged.
+            place: which rows.
+        """
+        ...
+
+
+def operations(steps: Sequence[Step], tensor: Unmerged) -> list[Operation]:
+    """Open the steps; low-rank updates next to each other become one product.
+
+    Raises:
+        FormatError: if an adapter holds NaN or infinity.
+    """
+    found: list[Operation] = []
+    plain: list[Product] = []
+    for step in steps:
+        if not isinstance(step, Product) or step.magnitude is not None:
+            found += [Sum(plain, tensor.kind)] if plain else []
+            plain = []
+        match step:
+            case Product(magnitude=magnitude) if magnitude is not None:
+                found.append(_Dora(step, magnitude, tensor))
+            case Product():
+                plain.append(step)
+            case Added():
+                found.append(_Vector(step, tensor.kind))
+            case Replaced():
+                found.append(_Whole(step, tensor))
+            case RowsReplaced():
+                found.append(_TokenRows(step, tensor.kind))
+    return [*found, Sum(plain, tensor.kind)] if plain else found
+
+
+class Sum:
+    """Σ wᵢ sᵢ Bᵢ Aᵢ of all adapters as one product."""
+
+    def __init__(self, steps: Sequence[Product], kind: np.dtype[Any]) -> None:
+        """Read and stack the factors, (E, rows, R) and (E, R, columns)."""
+        factors = [_factors(step, kind) for step in steps]
+        self.left = np.concatenate([left for left, _ in factors], axis=-1)
+        self.right = np.concatenate([right for _, right in factors], axis=-2)
+
+    def delta(self, place: Place, out: Array | None = None) -> Array:
+        """Return ΔW of some rows, in `out` if given."""
+        left = self.left[place.matrix, place.start : place.stop]
+        return np.matmul(left, self.right[place.matrix], out=out)
+
+    def apply(self, merged: Array, base: Array, place: Place) -> Array:
+        """Add the rows of ΔW."""
+        del base
+        merged += self.delta(place)
+        return merged
+
+
+class _Dora:
+    """X + w · (m / ‖W + ΔW‖ · (X + ΔW) - X), norms over the inputs."""
+
+    def __init__(self, step: Product, magnitude: Magnitude, tensor: Unmerged) -> None:
+        # The direction has the adapter's own scale; w is how far to go there.
+        self.weight = step.weight
+        self.sum = Sum([_unweighted(step)], tensor.kind)
+        values = _finite(magnitude.values, step, tensor.kind)
+        self.turned = step.turned
+        self.values = values.reshape(-1, tensor.columns if step.turned else tensor.rows)
+        if step.turned:
+            self.values = (self.values / np.sqrt(self._squares(tensor))).astype(tensor.kind)
+        covered = magnitude.covered
+        self.covered = None if covered is None else covered.reshape(self.values.shape)
+
+    def _squares(self, tensor: Unmerged) -> Array:
+        """Return the squared norms of the columns of W + ΔW, which hold the outputs here."""
+        places = tensor.places()
+        squares = np.zeros((places[-1].matrix + 1, tensor.columns))
+        for place in places:
+            direction = tensor.base_block(place) + self.sum.delta(place)
+            squares[place.matrix] += np.einsum("ij,ij->j", direction, direction, dtype=np.float64)
+        return squares
+
+    def apply(self, merged: Array, base: Array, place: Place) -> Array:
+        delta = self.sum.delta(place)
+        outputs = slice(None) if self.turned else slice(place.start, place.stop)
+        factor = self.values[place.matrix, outputs]
+        if not self.turned:
+            factor = factor / np.linalg.norm(base + delta, axis=1)
+        if self.covered is not None:
+            # Outputs of a part that has no magnitude are a plain sum.
+            one = np.ones_like(factor)
+            factor = np.where(self.covered[place.matrix, outputs], factor, one)
+        factor = factor if self.turned else factor[:, None]
+        return merged + self.weight * (factor * (merged + delta) - merged)
+
+
+class _Vector:
+    """W + w · v."""
+
+    def __init__(self, step: Added, kind: np.dtype[Any]) -> None:
+        self.values = _finite(step.vector, step, kind).reshape(-1) * step.weight
+
+    def apply(self, merged: Array, base: Array, place: Place) -> Array:
+        del base, place
+        merged += self.values
+        return merged
+
+
+class _Whole:
+    """W + w · (M - W)."""
+
+    def __init__(self, step: Replaced, tensor: Unmerged) -> None:
+        self.step, self.tensor = step, tensor
+        self.read = reader(step.tensor, tensor.columns)
+
+    def apply(self, merged: Array, base: Array, place: Place) -> Array:
+        begin = place.matrix * self.tensor.rows + place.start
+        new = decoded(self.read(begin, begin + len(merged)), self.tensor.kind)
+        _check_finite(new, self.step)
+        alone = self.step.weight == 1 and self.tensor.steps == 1
+        return new if alone else merged + self.step.weight * (new - base)
+
+
+class _TokenRows:
+    """W_t + w · (R_t - W_t)."""
+
+    def __init__(self, step: RowsReplaced, kind: np.dtype[Any]) -> None:
+        self.values = _finite(step.tensor, step, kind)
+        self.tokens, self.weight = np.asarray(step.tokens), step.weight
+
+    def apply(self, merged: Array, base: Array, place: Place) -> Array:
+        chosen = (self.tokens >= place.start) & (self.tokens < place.stop)
+        rows = self.tokens[chosen] - place.start
+        new = self.values[chosen]
+        # What W + (R - W) rounds to is not always R.
+        same = self.weight == 1 and np.array_equal(merged[rows], base[rows])
+        merged[rows] = new if same else merged[rows] + self.weight * (new - base[rows])
+        return merged
+
+
+def _unweighted(step: Product) -> Product:
+    return Product(step.label, step.module, step.pair, 1.0, step.turned, step.magnitude)
+
+
+def _factors(step: Product, kind: np.dtype[Any]) -> tuple[Array, Array]:
+    """Return (E, rows, r) and (E, r, columns) as stored, weight and scale in the first."""
+    pair = step.pair
+    b, a = pair.stacked(lambda tensor: _finite(tensor, step, np.dtype(np.float64)))
+    b = b * (pair.scale * step.weight)
+    left, right = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if step.turned else (b, a)
+    return np.ascontiguousarray(left, kind), np.ascontiguousarray(right, kind)
+
+
+def _finite(tensor: LazyTensor, step: Step, kind: np.dtype[Any]) -> Array:
+    values = np.asarray(tensor.numpy(), dtype=kind)
+    _check_finite(values, step)
+    return values
+
+
+def _check_finite(values: Array, step: Step) -> None:
+    if not np.isfinite(values).all():
+        raise FormatError("holds NaN or infinity", path=step.label, where=step.module)

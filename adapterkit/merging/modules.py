@@ -1,0 +1,184 @@
+"""One module: its factors are read, combined, given a rank, rounded and measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapterkit.dtype import DType
+from adapterkit.errors import UnsupportedError
+from adapterkit.lowrank.decomposition import EXACT_ZERO, NUMERICAL_ZERO
+from adapterkit.lowrank.products import nothing, stored, wide
+from adapterkit.lowrank.ranks import RankRule
+from adapterkit.merging.combination import Combination, Outcome, combine
+from adapterkit.merging.report import ModuleReport
+from adapterkit.merging.storing import acting, load, widest
+from adapterkit.model import Update
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.lowrank.products import Array
+    from adapterkit.merging.planning import ModulePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What holds for all modules of a merge.
+
+    Attributes:
+        how: the method.
+        ranks: how the rank is chosen.
+        normalize: whether weights are divided by the sum of their magnitudes.
+        dtype: stored type; None for the widest of the sources'.
+        alpha: scale · rank of every merged module, so that a file needs one alpha.
+    """
+
+    how: Combination
+    ranks: RankRule
+    normalize: bool
+    dtype: DType | None
+    alpha: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergedModule:
+    """One merged module, ready to be stored.
+
+    Attributes:
+        pair: its factors, rounded.
+        report: what was lost.
+    """
+
+    pair: Update
+    report: ModuleReport
+
+
+def merge_module(plan: ModulePlan, *, settings: Settings, labels: Sequence[str]) -> MergedModule:
+    """Merge one module, experts one by one at a common rank.
+
+    Args:
+        plan: the pairs and their weights.
+        settings: what holds for all modules.
+        labels: what to call each adapter.
+    """
+    weights = _weights(plan, normalize=settings.normalize)
+    columns = [
+        load(pair, label) if pair is not None else None
+        for pair, label in zip(plan.pairs, labels, strict=True)
+    ]
+    size = next(len(column) for column in columns if column is not None)
+    shape = next(column[0].shape for column in columns if column is not None)
+    outcomes: list[Outcome] = []
+    for expert in range(size):
+        updates = [nothing(shape) if c is None else c[expert] for c in columns]
+        try:
+            outcomes.append(combine(updates, weights, settings.how, (plan.module, expert)))
+        except UnsupportedError as error:
+            raise UnsupportedError(error.message, where=plan.module) from None
+    return _stored(plan, weights, outcomes, settings)
+
+
+def _weights(plan: ModulePlan, *, normalize: bool) -> Array:
+    weights = np.array(plan.weights)
+    total = float(np.abs(weights).sum())
+    return weights / total if normalize and total else weights
+
+
+def _stored(
+    plan: ModulePlan, weights: Array, outcomes: Sequence[Outcome], settings: Settings
+) -> MergedModule:
+    spectra = [outcome.spectrum for outcome in outcomes if outcome.spectrum is not None]
+    # A rank that was asked for is the rank of all modules: engines that know one rank only can
+    # serve the result, and zeros fill what a module does not have.
+    limit = plan.rank if settings.ranks.rank is None else settings.alpha
+    zero = EXACT_ZERO if _kind(plan, settings.dtype) is DType.F64 else NUMERICAL_ZERO
+    rank = settings.ranks.choose(spectra, limit, zero) if spectra else plan.rank
+    scale = settings.alpha / rank
+    pair = _rounded(plan, outcomes, rank, scale, settings)
+    return MergedModule(pair, _report(plan, weights, outcomes, pair))
+
+
+def _rounded(
+    plan: ModulePlan, outcomes: Sequence[Outcome], rank: int, scale: float, settings: Settings
+) -> Update:
+    """Return the factors of all experts, turned as the model wants them and rounded once."""
+    first = plan.present[0]
+    b, a = (
+        np.stack(side)
+        for side in zip(*(outcome.factors(rank, scale) for outcome in outcomes), strict=True)
+    )
+    if first.embedding:
+        a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
+    a_shape, b_shape = first.factor_shapes(rank)
+    a, b = a.reshape(a_shape), b.reshape(b_shape)
+    exact = outcomes[0].spectrum is None
+    kinds = _dtypes(plan, a, b, settings.dtype, exact=exact)
+    return Update(plan.module, stored(a, kinds[0]), stored(b, kinds[1]), scale, first.kind)
+
+
+def _kind(plan: ModulePlan, dtype: DType | None) -> DType:
+    return dtype or widest([t for pair in plan.present for t in (pair.a, pair.b)])
+
+
+def _dtypes(
+    plan: ModulePlan, a: Array, b: Array, dtype: DType | None, *, exact: bool
+) -> tuple[DType, DType]:
+    """Return the stored types of A and B.
+
+    Factors that are stored as they are keep their bits; where a weight went into B and the type
+    would round the product, B becomes float32.
+    """
+    if dtype:
+        return dtype, dtype
+    if not exact:
+        return _kind(plan, dtype), _kind(plan, dtype)
+    sides = [p.a for p in plan.present], [p.b for p in plan.present]
+    kinds = [widest(side) for side in sides]
+    kept = [
+        kind if np.array_equal(wide(stored(x, kind)), x) else _widened(kind)
+        for kind, x in zip(kinds, (a, b), strict=True)
+    ]
+    return kept[0], kept[1]
+
+
+def _widened(kind: DType) -> DType:
+    """Return float32, or float64 for what is wider already."""
+    return kind if kind is DType.F64 else DType.F32
+
+
+def _report(
+    plan: ModulePlan, weights: Array, outcomes: Sequence[Outcome], pair: Update
+) -> ModuleReport:
+    norm = sum(outcome.norm**2 for outcome in outcomes) ** 0.5
+    predicted = sum(outcome.predicted_error(pair.rank) ** 2 for outcome in outcomes) ** 0.5
+    measured = _measured(outcomes, pair)
+    predicted, measured = (error / norm if norm else 0.0 for error in (predicted, measured))
+    return ModuleReport(
+        module=plan.module,
+        weights=tuple(float(weight) for weight in weights),
+        ranks=tuple(0 if pair is None else pair.rank for pair in plan.pairs),
+        rank=pair.rank,
+        norm=norm,
+        predicted_error=predicted,
+        measured_error=measured,
+        retained_energy=1 - predicted**2,
+    )
+
+
+def _measured(outcomes: Sequence[Outcome], pair: Update) -> float:
+    """Return the Frobenius norm of what the rounded factors are off by.
+
+    Raises:
+        UnsupportedError: if they overflowed.
+    """
+    rounded = acting(pair)
+    error = sum(o.error(u) ** 2 for o, u in zip(outcomes, rounded, strict=True)) ** 0.5
+    if not math.isfinite(error):
+        raise UnsupportedError(
+            f"overflows {pair.b.dtype}; store it as f32 or bf16 (--outtype)", where=pair.module
+        )
+    return error

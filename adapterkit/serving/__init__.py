@@ -1,0 +1,1 @@
+"""What an engine is given to run: adapters with scales, and its settings."""
