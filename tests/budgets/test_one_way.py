@@ -57,6 +57,13 @@ def test_the_check_sees_what_it_looks_for() -> None:
         "opened(1); find_base(2); registry.detect(3); spec.format.read(4); a.b.format.write(5)",
         "check_structure(6); detect(7)",
     )
-    seen = {"opened", "find_base", "detect", "spec.format.read", "a.b.format.write"}
+    seen = {
+        "opened",
+        "find_base",
+        "detect",
+        "check_structure",
+        "spec.format.read",
+        "a.b.format.write",
+    }
     assert steps("\n".join(lines)) == seen
     assert {path.name for path in FILES} >= {"convert.py", "measure.py", "tinylora.py"}
