@@ -58,6 +58,7 @@ _NAMES = {
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
     "saving": "ProvenFile",
+    "serving.launch": "ServingSettings serving_settings",
     "serving.stack": (
         "AdapterIncompatibleError AdapterLoadFailedError AdapterNotFoundError AdapterStack "
         "Conflict StackError StackedAdapter"

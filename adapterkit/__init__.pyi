@@ -105,6 +105,8 @@ from adapterkit.notes import Note as Note
 from adapterkit.notes import NoteKind as NoteKind
 from adapterkit.notes import Provenance as Provenance
 from adapterkit.saving import ProvenFile as ProvenFile
+from adapterkit.serving.launch import ServingSettings as ServingSettings
+from adapterkit.serving.launch import serving_settings as serving_settings
 from adapterkit.serving.stack import AdapterIncompatibleError as AdapterIncompatibleError
 from adapterkit.serving.stack import AdapterLoadFailedError as AdapterLoadFailedError
 from adapterkit.serving.stack import AdapterNotFoundError as AdapterNotFoundError

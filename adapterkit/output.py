@@ -98,19 +98,22 @@ class Output:
             self.destination, force=self.force, directory=self.directory, spared=self.spared
         )
         try:
-            self._made = _made(self._absolute.parent)
-            self._lock = self._locked()
-            self._take_up()
-            check_destination(
-                self.destination, force=self.force, directory=self.directory, spared=self.spared
-            )
+            uninterrupted(self._take)
         except BaseException as error:
-            self._end(kept=False)
+            uninterrupted(lambda: self._end(kept=False))
             if isinstance(error, OSError):
                 raise self._refusal(error) from error
             raise
-        self.path = self.folder / self._absolute.name
         return self
+
+    def _take(self) -> None:
+        self._made = _made(self._absolute.parent)
+        self._lock = self._locked()
+        self._take_up()
+        check_destination(
+            self.destination, force=self.force, directory=self.directory, spared=self.spared
+        )
+        self.path = self.folder / self._absolute.name
 
     def __exit__(
         self,

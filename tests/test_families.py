@@ -26,7 +26,7 @@ from engine import (
     prompts_for,
 )
 
-from adapterkit.architectures import Architecture, Rule, Sizes, families, load
+from adapterkit.architectures import Architecture, Sizes, WeightRule, families, load
 from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
 from adapterkit.architectures.table import common_parameters
 from adapterkit.architectures.transforms import TRANSFORMS
@@ -59,7 +59,7 @@ VALUES = {
 SOME = 8  # any other size
 
 
-def rules_of(family: Architecture) -> Iterator[Rule]:
+def rules_of(family: Architecture) -> Iterator[WeightRule]:
     for rule in family.rules:
         yield rule
         if rule.alternative:
@@ -78,7 +78,7 @@ def made_up(family: Architecture) -> tuple[Architecture, Sizes]:
     return plain, Sizes(plain, "hf", facts)
 
 
-def named(rule: Rule, expert: int = 0) -> str:
+def named(rule: WeightRule, expert: int = 0) -> str:
     return rule.hf.replace("{i}", "1").replace("{e}", str(expert))
 
 
@@ -147,7 +147,7 @@ def test_no_tensor_is_filled_twice(name: str) -> None:
         assert len(filled) == len(set(filled))
 
 
-def pairs_for(rule: Rule, sizes: Sizes, seed: int) -> list[Update]:
+def pairs_for(rule: WeightRule, sizes: Sizes, seed: int) -> list[Update]:
     """Return random updates of what a rule covers: one, or one per expert."""
     random = np.random.default_rng(seed)
     out, columns = (

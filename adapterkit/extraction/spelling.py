@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from adapterkit.architectures.table import Match, Rule
+    from adapterkit.architectures.table import Match, WeightRule
     from adapterkit.base.model import BaseModel
     from adapterkit.base.places import Places
     from adapterkit.tensor import LazyTensor
@@ -49,7 +49,7 @@ def _has_head(model: BaseModel) -> bool:
     return not any(str(n).endswith("Model") and "LMHead" not in str(n) for n in names)
 
 
-def wanted_rule(model: BaseModel, match: Match | None, layout: str) -> Rule | None:
+def wanted_rule(model: BaseModel, match: Match | None, layout: str) -> WeightRule | None:
     """Return the rule of another layout of the same experts' block, if that is the wanted one.
 
     Both fill the same llama.cpp tensors, which is how the tables say that they are the same.
@@ -63,7 +63,7 @@ def wanted_rule(model: BaseModel, match: Match | None, layout: str) -> Rule | No
     return None
 
 
-def count_experts(names: Places, rule: Rule, layer: int | None) -> int:
+def count_experts(names: Places, rule: WeightRule, layer: int | None) -> int:
     """Return how many experts a checkpoint has of a parameter that holds them all."""
     count = 0
     while rows_of(names, rule, layer, count):
@@ -72,7 +72,7 @@ def count_experts(names: Places, rule: Rule, layer: int | None) -> int:
 
 
 def rows_of(
-    names: Places, rule: Rule, layer: int | None, expert: int | None
+    names: Places, rule: WeightRule, layer: int | None, expert: int | None
 ) -> list[tuple[str, LazyTensor]]:
     """Return the stored rows of one matrix, with their tensors' names, in any layout.
 
@@ -121,11 +121,11 @@ def _target_rows(
     return None
 
 
-def _name(rule: Rule, layer: int | None, expert: int | None) -> str:
+def _name(rule: WeightRule, layer: int | None, expert: int | None) -> str:
     return rule.hf.replace("{i}", str(layer)).replace("{e}", str(expert))
 
 
-def _plain(rule: Rule) -> bool:
+def _plain(rule: WeightRule) -> bool:
     """Tell whether rows are stored in the order of the table's targets."""
     moved = rule.rows or rule.cols or rule.scale or rule.per_head or rule.stored_turned
     return not moved and not any(t.rows or t.size or t.transpose for t in rule.targets)

@@ -25,7 +25,7 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adapterkit.architectures.table import Rule
+    from adapterkit.architectures.table import WeightRule
     from adapterkit.base.model import BaseModel
 
 _TABLES = ("token_embd", "output")
@@ -204,7 +204,7 @@ class _HuggingFace:
         models = (self.base, self.theirs, old), (self.tuned, table, new)
         yield _twin(*models, rule, (output,), self.here)
 
-    def _respelled(self, name: str, match: Match, rule: Rule) -> list[Twin]:
+    def _respelled(self, name: str, match: Match, rule: WeightRule) -> list[Twin]:
         """Return the matrices that a rule makes of a tensor, put together from both checkpoints.
 
         Nothing is returned if one of them does not have all parts.
@@ -265,7 +265,7 @@ def _equal(model: BaseModel, name: str, other: str) -> bool:
 def _twin(
     base: tuple[BaseModel, str, LazyTensor],
     tuned: tuple[BaseModel, str, LazyTensor],
-    rule: Rule | None,
+    rule: WeightRule | None,
     modules: tuple[str, ...],
     places: Places | None = None,
 ) -> Twin:
@@ -314,7 +314,7 @@ def _matrices(model: BaseModel, name: str, tensor: LazyTensor) -> tuple[Stored, 
     )
 
 
-def _no_matrix(name: str, tensor: LazyTensor, rule: Rule | None, kind: str | None) -> str:
+def _no_matrix(name: str, tensor: LazyTensor, rule: WeightRule | None, kind: str | None) -> str:
     """Return why a tensor is no matrix of a linear layer, or an empty text."""
     if not tensor.dtype.floating:
         return f"holds {tensor.dtype} values, not real numbers"

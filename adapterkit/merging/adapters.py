@@ -20,16 +20,14 @@ from adapterkit.merging.planning import ModulePlan, Source
 from adapterkit.merging.registry import SPACES, Kind, MethodSpec
 from adapterkit.merging.registry import method as find_method
 from adapterkit.merging.report import MergeReport, ModuleReport
-from adapterkit.model import AdapterTensorSet, GgufSource, PeftSource
+from adapterkit.model import AdapterTensorSet
+from adapterkit.model.joining import joint_base, joint_source
 from adapterkit.model.tying import one_spelling
-from adapterkit.notes import BaseReference
 from adapterkit.work import in_threads
 
 _ENERGY = 0.9
 # Planes from here on are merged one after the other: each holds up to 64 MB.
 _LARGE = 1 << 22
-# Fields of adapter_config.json that say what the model is for, not what the adapter holds.
-_PEFT_FIELDS = ("task_type", "revision", "auto_mapping", "fan_in_fan_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,36 +173,12 @@ def _assembled(
     return AdapterTensorSet.of(
         (module.pair for module in merged),
         beside.tensors,
-        base=_base(found),
+        base=joint_base([each.adapter for each in found]),
         layer_replication=first.layer_replication,
         invocation_tokens=first.invocation_tokens,
         token_indices=beside.token_indices,
         engine_layout=layouts,
-        source=_source(found),
-    )
-
-
-def _base(found: Sequence[Source]) -> BaseReference:
-    bases = [source.adapter.base for source in found]
-    return next((base for base in bases if base.name), bases[0])
-
-
-def _source(found: Sequence[Source]) -> PeftSource | GgufSource | None:
-    """Return what a format's writer needs and all adapters of that format agree on."""
-    sources = [source.adapter.source for source in found]
-    engine = [source for source in sources if isinstance(source, GgufSource)]
-    families = {source.family for source in engine}
-    if len(engine) == len(sources) and len(families) == 1:
-        return GgufSource(families.pop())
-    peft = [source.config for source in sources if isinstance(source, PeftSource)]
-    if not peft:
-        return None
-    return PeftSource(
-        {
-            name: peft[0][name]
-            for name in _PEFT_FIELDS
-            if all(name in config and config[name] == peft[0][name] for config in peft)
-        }
+        source=joint_source([each.adapter for each in found]),
     )
 
 

@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import in_tower
+from adapterkit.base import BaseModel
 from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
 from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError, UsageError
 from adapterkit.factors import concatenated
+from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import Need, load, open_model, recognise
 from adapterkit.lowrank.differences import difference
 from adapterkit.model import AdapterTensorSet, GgufSource, Update
+from adapterkit.model.joining import joint_base, joint_source
+from adapterkit.model.tying import one_spelling
+from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 # Two updates whose sum is smaller than this share of either cancel.
 _CANCELLED = 0.05
@@ -63,12 +68,14 @@ class StackedAdapter:
         path: where it was read from.
         scale: multiplier of its update; 0 keeps it loaded and inactive.
         adapter: what it holds.
+        base: the model that it is for, given or found; None if it is unknown.
     """
 
     name: str
     path: Path
     scale: float
     adapter: AdapterTensorSet
+    base: BaseModel | None = None
 
     @property
     def bytes(self) -> int:
@@ -143,9 +150,8 @@ class AdapterStack:
                 message = "is loaded already; give it another name (NAME=ADAPTER)"
                 raise AdapterLoadFailedError(message, where=chosen)
             # What is put on the stack is the file as it is: an engine makes nothing plain.
-            adapter = load(
-                source, base=self._base, dialect=dialect, alpha=alpha, need=Need.SOUND
-            ).adapter
+            loaded = load(source, base=self._base, dialect=dialect, alpha=alpha, need=Need.SOUND)
+            adapter = loaded.adapter
         except (StackError, UsageError):
             raise
         except NotFoundError as error:
@@ -158,7 +164,9 @@ class AdapterStack:
             raise AdapterLoadFailedError(error.message, path=path, where=error.where) from error
         _check_plain(adapter, path)
         self._check_base(adapter, path)
-        self._members[chosen] = StackedAdapter(chosen, path, _finite(scale, chosen), adapter)
+        self._members[chosen] = StackedAdapter(
+            chosen, path, _finite(scale, chosen), adapter, loaded.base
+        )
         return chosen
 
     def _free_name(self, path: Path) -> str:
@@ -247,20 +255,27 @@ class AdapterStack:
         """Return the whole stack as one adapter: ranks add up, the update is the exact sum.
 
         Raises:
-            AdapterLoadFailedError: if an adapter holds more than pairs of factors, or the stack is
-                empty.
+            AdapterLoadFailedError: if the stack is empty.
+            AdapterIncompatibleError: if an adapter holds more than pairs of factors, or trained
+                weights lie beside it.
         """
         members = [member for member in self._members.values() if member.scale]
         if not members:
             raise AdapterLoadFailedError("the stack holds no active adapter")
-        groups: dict[str, list[Update]] = {}
         for member in members:
             _check_summable(member)
-            for pair in _scaled_pairs(member):
-                groups.setdefault(pair.module, []).append(pair)
+        adapters, tied = one_spelling([member.adapter for member in members])
+        groups: dict[str, list[Update]] = {}
+        for member, adapter in zip(members, adapters, strict=True):
+            for pair in adapter.pairs():
+                scaled = replace(pair, scale=pair.scale * member.scale)
+                groups.setdefault(pair.module, []).append(scaled)
         return AdapterTensorSet.of(
-            map(concatenated, groups.values()), {}, base=members[0].adapter.base
-        )
+            map(concatenated, groups.values()),
+            _base_copies(members),
+            base=joint_base(adapters),
+            source=joint_source(adapters),
+        ).replace(tied=tied)
 
     def _get(self, name: str) -> StackedAdapter:
         if name not in self._members:
@@ -302,15 +317,35 @@ def _conflict(one: Update, other: Update, first: str, second: str) -> Conflict:
     return Conflict(one.module, first, second, cosine, opposite.relative_error < _CANCELLED)
 
 
+def _base_copies(members: Sequence[StackedAdapter]) -> dict[TensorKey, LazyTensor]:
+    """Return the weights of the base that the files carry along."""
+    found: dict[TensorKey, LazyTensor] = {}
+    for member in members:
+        for key, tensor in member.adapter.tensors.items():
+            if key.role is not Role.BASE_COPY:
+                continue
+            if key in found and found[key].tobytes() != tensor.tobytes():
+                message = "is a copy of the base's weight, and another adapter has another"
+                raise AdapterIncompatibleError(message, path=member.path, where=str(key))
+            found[key] = tensor
+    return found
+
+
 def _check_summable(member: StackedAdapter) -> None:
     adapter = member.adapter
     factors = {key for pair in adapter.pairs() for key in pair.keys}
     for key in adapter.tensors:
-        if key not in factors:
-            raise AdapterLoadFailedError(
+        if key not in factors and key.role is not Role.BASE_COPY:
+            raise AdapterIncompatibleError(
                 "is no pair of factors and cannot be added up", path=member.path, where=str(key)
             )
     if settings := [*adapter.settings, *(["engine_layout"] if adapter.engine_layout else [])]:
-        raise AdapterLoadFailedError(
+        raise AdapterIncompatibleError(
             f"{settings[0]} makes it more than a sum of updates", path=member.path
+        )
+    if trained := [file for file in adapter.beside if file.trained]:
+        raise AdapterIncompatibleError(
+            f"{trained[0].name} lies beside it ({trained[0].what}), and a sum of updates has no "
+            "place for it; leave the file out of the folder to go without",
+            path=member.path,
         )

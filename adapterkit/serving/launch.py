@@ -1,0 +1,193 @@
+"""The settings that make an engine run a stack, or the reason why it would not."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from adapterkit.checks.adapter import check
+from adapterkit.checks.findings import Finding, Severity
+from adapterkit.engines.engine import Target, load_target
+from adapterkit.engines.facts import facts
+from adapterkit.engines.judgement import judge, unserved
+from adapterkit.engines.verdict import Verdict
+from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.notes import first_and_more
+from adapterkit.serving.stack import AdapterStack, Conflict, StackedAdapter
+
+# vLLM's --max-lora-rank takes these and no other.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_SUM = "adapterkit merge --method cat --weights ... -o combined"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingSettings:
+    """What an engine is told.
+
+    Attributes:
+        engine: its name.
+        adapters: what it runs, in order.
+        settings: the words of its command line, or its requests, as text.
+        conflicts: modules that two of the adapters change.
+        warnings: what the engine does otherwise than the file says, one sentence each.
+    """
+
+    engine: str
+    adapters: tuple[StackedAdapter, ...]
+    settings: str
+    conflicts: tuple[Conflict, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
+    """Return the exact settings that load a stack, at its scales, in an engine.
+
+    Args:
+        stack: at least one adapter.
+        engine: one of `SERVED`, or `name@version`.
+
+    Raises:
+        UnsupportedError: if the engine would not run an adapter as it is, or cannot hold the stack.
+        UsageError: if the stack is empty or the engine is unknown.
+    """
+    name, _, version = engine.partition("@")
+    if name not in _LAUNCHES:
+        raise UsageError(f"unknown engine {name!r}; known: {', '.join(_LAUNCHES)}")
+    members = stack.list()
+    if not members:
+        raise UsageError("no adapter was given")
+    target = load_target("@".join(filter(None, (_TARGETS.get(name, name), version))))
+    warnings = [sentence for member in members for sentence in _told(member, target)]
+    text, more = _LAUNCHES[name](members, _flags(members, target))
+    return ServingSettings(
+        engine=engine,
+        adapters=members,
+        settings=text,
+        conflicts=stack.conflicts(),
+        warnings=(*warnings, *more),
+    )
+
+
+def _told(member: StackedAdapter, engine: Target) -> list[str]:
+    """Return what the engine does with one adapter that its user should know.
+
+    Raises:
+        UnsupportedError: if the engine would not run it as it is.
+    """
+    found = check(member.adapter, member.base, values=False)
+    coverage, more = judge(member.adapter, member.base, engine, found)
+    errors = [each for each in (*found, *more) if each.severity is Severity.ERROR]
+    if unserved(coverage):
+        reasons = [each for each in errors if each.target in {"", engine.name}]
+        raise UnsupportedError(
+            f"{engine.title} would not run it as it is: {first_and_more([*map(_reason, reasons)])}",
+            path=member.path,
+        )
+    left = [f"{file.name} ({file.what})" for file in member.adapter.beside if file.trained]
+    told = [f"{member.name}: {name} is not loaded by {engine.title}" for name in left]
+    if coverage.verdict is Verdict.PARTLY:
+        told += [f"{member.name}: {each.message}" for each in errors]
+    return told
+
+
+def _reason(finding: Finding) -> str:
+    return f"{finding.message}; {finding.hint}" if finding.hint else finding.message
+
+
+def _flags(members: Sequence[StackedAdapter], engine: Target) -> str:
+    """Return what the engine must be started with for what the adapters hold, each flag once."""
+    flags = [f for m in members for f in engine.flags(facts(m.adapter, m.base))]
+    return "".join(f" {flag}" for flag in dict.fromkeys(flags))
+
+
+def _llama_cpp(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+    _check_gguf(members)
+    for member in members:
+        if set(str(member.path)) & {",", ":"}:
+            raise UnsupportedError(
+                "llama.cpp splits its list of adapters at commas and colons; rename it or give a "
+                "relative path",
+                path=member.path,
+            )
+    if all(member.scale == 1 for member in members):
+        listed = ",".join(str(member.path) for member in members)
+        return "--lora " + shlex.quote(listed) + flags, []
+    pairs = ",".join(f"{member.path}:{member.scale:g}" for member in members)
+    return "--lora-scaled " + shlex.quote(pairs) + flags, []
+
+
+def _llama_server(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+    _check_gguf(members)
+    paths = " ".join(f"--lora {shlex.quote(str(member.path))}" for member in members)
+    scales = [{"id": place, "scale": member.scale} for place, member in enumerate(members)]
+    lines = [
+        f"llama-server {paths} --lora-init-without-apply{flags}",
+        f"POST /lora-adapters {json.dumps(scales)}",
+        f'or in a request: "lora": {json.dumps(scales)}',
+    ]
+    return "\n".join(lines), []
+
+
+def _ollama(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+    del flags
+    _check_gguf(members)
+    if len(members) > 1 or members[0].scale != 1:
+        raise UnsupportedError(
+            f"Ollama takes one adapter at scale 1; combine the stack into one first ({_SUM}.gguf)"
+        )
+    return f"FROM <base>\nADAPTER {members[0].path}", []
+
+
+def _vllm(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+    told = _one_a_request(members, "vLLM")
+    rank = max((pair.rank for member in members for pair in member.adapter.pairs()), default=1)
+    allowed = next((size for size in _VLLM_RANKS if size >= rank), rank)
+    words = f"--enable-lora --max-lora-rank {allowed}{flags} --lora-modules {_by_name(members)}"
+    return words, told
+
+
+def _sglang(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+    told = _one_a_request(members, "SGLang")
+    return f"--lora-paths {_by_name(members)} --lora-strict-loading{flags}", told
+
+
+def _by_name(members: Sequence[StackedAdapter]) -> str:
+    return " ".join(shlex.quote(f"{member.name}={member.path}") for member in members)
+
+
+def _one_a_request(members: Sequence[StackedAdapter], engine: str) -> list[str]:
+    """Refuse what such an engine cannot do; return what it does with several."""
+    for member in members:
+        if member.scale != 1:
+            raise UnsupportedError(
+                f"{engine} serves an adapter at scale 1; write it at its scale first ({_SUM})",
+                path=member.path,
+            )
+    if len(members) == 1:
+        return []
+    return [f"{engine} serves one of them a request; for their sum, combine the stack ({_SUM})"]
+
+
+def _check_gguf(members: Sequence[StackedAdapter]) -> None:
+    for member in members:
+        if member.path.suffix != ".gguf":
+            raise UnsupportedError(
+                "the engine loads GGUF adapters; convert it first "
+                "(adapterkit convert -o adapter.gguf --base BASE)",
+                path=member.path,
+            )
+
+
+_Launch = Callable[[Sequence[StackedAdapter], str], tuple[str, list[str]]]
+_LAUNCHES: dict[str, _Launch] = {
+    "llama.cpp": _llama_cpp,
+    "llama-server": _llama_server,
+    "ollama": _ollama,
+    "vllm": _vllm,
+    "sglang": _sglang,
+}
+SERVED = tuple(_LAUNCHES)
+# Where the rules of an engine stand under another name.
+_TARGETS = {"llama-server": "llama.cpp"}
