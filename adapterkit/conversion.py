@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from adapterkit.engines.engine import load_target
+from adapterkit.engines.judgement import check_served
 from adapterkit.loading import Need, load
+from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
 from adapterkit.passes.naming import NAMES
 from adapterkit.passes.protocol import Context
@@ -36,6 +38,7 @@ def convert(
     destination: Path | str,
     *,
     to: str | None = None,
+    for_engine: str | None = None,
     base: Path | str | None = None,
     outtype: str = "auto",
     moe_layout: str | None = None,
@@ -45,7 +48,6 @@ def convert(
     unverified: bool = False,
     allow_lossy: bool = False,
     force: bool = False,
-    prepare: Sequence[str] = (),
 ) -> ConversionReport:
     """Convert an adapter to another format, and prove on the written file that nothing changed.
 
@@ -53,6 +55,8 @@ def convert(
         source: adapter of any format that is read.
         destination: file or directory to create.
         to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
+        for_engine: an engine, `name` or `name@version`, whose format is written, with the exact
+            changes that it needs; its rules are held against what was written.
         base: Hugging Face directory, config.json, GGUF file or cached hub id of the base model; by
             default the one that the adapter names, if it is in the local hub cache.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
@@ -63,17 +67,18 @@ def convert(
         unverified: allow families without a passing engine test.
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
-        prepare: exact changes to make first, by their names in adapterkit.passes.
 
     Raises:
         FormatError: if the source is malformed or broken.
         LossyConversionError: if the target cannot hold something; lists every reason.
-        UnsupportedError: if the base is unknown, missing or another model, or the proof fails.
+        UnsupportedError: if the engine would not run the result; if the base is unknown,
+            missing or another model, or the proof fails.
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
     destination = Path(destination)
-    target = destination_format(destination, to, force=force)
+    engine = load_target(for_engine) if for_engine else None
+    target = destination_format(destination, to or (engine and engine.format), force=force)
     dtype = stored_type(outtype)
     loaded = load(
         source,
@@ -90,13 +95,28 @@ def convert(
     ready = admitted(loaded.adapter, target, options, allow_lossy=allow_lossy, passed=loaded.losses)
     context = Context(base=loaded.base)
     # The proof compares modules by name, so it is of the adapter under its new names.
+    prepare = engine.changes if engine else ()
     named = apply([step for step in prepare if step == NAMES], ready.adapter, context)
     changed = apply([step for step in prepare if step != NAMES], named.adapter, context)
-    proven = save(changed.adapter, destination, target, options, force=force, against=named.adapter)
+    told: list[str] = []
+
+    def accept(written: AdapterTensorSet) -> None:
+        if engine:
+            told.extend(check_served(written, loaded.base, engine, path=destination))
+
+    proven = save(
+        changed.adapter,
+        destination,
+        target,
+        options,
+        force=force,
+        against=named.adapter,
+        accept=accept,
+    )
     return ConversionReport(
         **vars(proven),
         source=loaded.label,
         source_format=loaded.format,
         losses=ready.losses,
-        notes=(*loaded.told, *map(str, (*named.notes, *changed.notes)), *ready.warnings),
+        notes=(*loaded.told, *map(str, (*named.notes, *changed.notes)), *ready.warnings, *told),
     )

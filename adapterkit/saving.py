@@ -21,7 +21,7 @@ from adapterkit.registry import BUILTIN, spec
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from adapterkit.formats.protocol import Options
@@ -169,6 +169,7 @@ def save(
     force: bool = False,
     against: AdapterTensorSet | None = None,
     spared: Iterable[Path] = (),
+    accept: Callable[[AdapterTensorSet], None] | None = None,
 ) -> ProvenFile:
     """Write an adapter, read the file back, compare every update, and only then keep it.
 
@@ -180,6 +181,7 @@ def save(
         force: replace an existing destination.
         against: what the file must be equal to, where `adapter` is a changed form of it.
         spared: further files that the output is made from and must not replace.
+        accept: raises if what was read back is not what was wanted.
 
     Raises:
         FormatError: if a factor of the adapter is not finite.
@@ -194,6 +196,8 @@ def save(
         target.format.write(adapter, staging, options)
         written = target.format.read(staging, reading)
         worst, error = prove(against or adapter, written, path=destination)
+        if accept is not None:
+            accept(written)
         return ProvenFile(
             destination=str(destination),
             format=target.name,

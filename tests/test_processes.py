@@ -94,13 +94,16 @@ def results(weights: Path, out: Path) -> dict[str, Any]:
     into = adapterkit.merge_into([TINY], weights, out / "merged")
     return {
         "audit": adapterkit.audit(TINY, TINY, suggest=True, base=weights),
+        "bank": adapterkit.bank(TINY, path=out / "bank.json"),
         "compress": adapterkit.compress(TINY, rank=2),
         "compress_file": adapterkit.compress_file(TINY, out / "compressed", rank=2),
         "convert": adapterkit.convert(TINY, out / "x.gguf", base=BASE),
         "diff": adapterkit.diff(TINY, FIXTURES / "peft" / "tiny-weak"),
         "extract": adapterkit.extract(weights, out / "merged", out / "extracted"),
         "from_state_dict": adapterkit.from_state_dict(*adapterkit.to_state_dict(adapter)),
+        "html_page": adapterkit.html_page(adapterkit.audit(TINY)),
         "inspect": adapterkit.inspect(TINY),
+        "load_target": adapterkit.load_target("vllm"),
         "merge": adapterkit.merge([adapter, adapter]),
         "merge_files": adapterkit.merge_files([TINY, TINY], out / "both"),
         "merge_into": into,
@@ -108,12 +111,21 @@ def results(weights: Path, out: Path) -> dict[str, Any]:
         "open_base": adapterkit.open_base(weights),
         "read": adapter,
         "read_recipe": adapterkit.read_recipe(recipe(out)),
+        "serving_settings": adapterkit.serving_settings(stacked(), "vllm"),
         "suggest": adapterkit.suggest(adapterkit.audit(TINY).adapters[0], rank=2),
         "summarize": adapterkit.summarize(adapter),
+        "target_names": adapterkit.target_names(),
         "to_state_dict": adapterkit.to_state_dict(adapter),
         "validate": adapterkit.validate(DORA, base=BASE, targets=("vllm", "llama.cpp")),
         "write": adapterkit.write(adapter, out / "written"),
+        "write_html": adapterkit.write_html(adapterkit.audit(TINY), out / "page.html"),
     }
+
+
+def stacked() -> adapterkit.AdapterStack:
+    stack = adapterkit.AdapterStack(BASE)
+    stack.load(TINY, name="tiny")
+    return stack
 
 
 def recipe(folder: Path) -> Path:

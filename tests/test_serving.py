@@ -102,7 +102,7 @@ def test_every_fix_that_a_finding_names_exists() -> None:
     names = {rule.fix for name in target_names() for rule in load_target(name).rules} - {""}
     names |= {fix for name in target_names() for fix in load_target(name).prepare}
     assert names <= {each.name for each in PASSES} | {f"to-{f.name}" for f in formats() if f.writes}
-    source = "".join(p.read_text() for p in (ROOT / "adapterkit" / "validation").glob("*.py"))
+    source = "".join(p.read_text() for p in (ROOT / "adapterkit" / "checks").glob("*.py"))
     assert 'fix="to-' in source
 
 

@@ -130,7 +130,7 @@ def test_what_is_no_sum_cannot_be_combined() -> None:
     with pytest.raises(AdapterLoadFailedError, match="no active adapter"):
         stack.combined()
     stack.load(PEFT / "dora")
-    with pytest.raises(AdapterLoadFailedError, match="no pair of factors"):
+    with pytest.raises(AdapterIncompatibleError, match="no pair of factors"):
         stack.combined()
 
 
@@ -156,7 +156,7 @@ def test_settings_of_every_engine() -> None:
     assert server[0] == "llama-server --lora a.gguf --lora b.gguf --lora-init-without-apply"
     wanted = [{"id": 0, "scale": 0.7}, {"id": 1, "scale": 1.0}]
     assert json.loads(server[1].removeprefix("POST /lora-adapters ")) == wanted
-    assert printed("a.gguf", "--for", "ollama") == "FROM <base>\nADAPTER a.gguf"
+    assert printed("a.gguf", "--for", "ollama@0.33") == "FROM <base>\nADAPTER a.gguf"
     vllm = printed(str(TINY), "--for", "vllm")
     assert vllm == f"--enable-lora --max-lora-rank 8 --lora-modules tiny={TINY}"
     sglang = printed(str(TINY), "--for", "sglang")
@@ -168,8 +168,8 @@ def test_settings_of_every_engine() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (("a.gguf", "b.gguf", "--for", "ollama"), 4),
-        (("a.gguf@0.5", "--for", "ollama"), 4),
+        (("a.gguf", "b.gguf", "--for", "ollama@0.33"), 4),
+        (("a.gguf@0.5", "--for", "ollama@0.33"), 4),
         ((str(TINY), "--for", "llama.cpp"), 4),
         (("a.gguf", "--for", "vllm"), 4),
         ((f"{TINY}@2", str(WEAK), "--for", "sglang"), 4),

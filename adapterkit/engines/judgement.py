@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.checks.findings import CoveredModule, Finding, Outcome
+from adapterkit.checks.adapter import check
+from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
 from adapterkit.engines.coverage import cover, silent_no_ops
 from adapterkit.engines.facts import facts
 from adapterkit.engines.verdict import FAILED, Verdict, deciding, verdict
+from adapterkit.errors import UnsupportedError
+from adapterkit.notes import first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from adapterkit.base import BaseModel
     from adapterkit.engines.engine import Target
@@ -56,10 +60,12 @@ def judge(
     """
     modules: list[CoveredModule] = []
     of_engine: list[Finding] = []
+    idle: list[Finding] = []
     if adapter is not None:
         modules, more = cover(adapter, base, engine)
         known = facts(adapter, base)
         of_engine = [*engine.findings(known), *more]
+        idle = silent_no_ops(modules, engine)
         if decided := engine.outcome(known):
             outcome, reason = decided
             modules = [replace(module, outcome=outcome, reason=reason) for module in modules]
@@ -71,12 +77,31 @@ def judge(
             else module
             for module in modules
         ]
-    else:
-        of_engine += silent_no_ops(modules, engine)
     reference = engine.name + (f"@{engine.version}" if engine.version else "")
-    return EngineCoverage(target=reference, modules=tuple(modules), verdict=fate), of_engine
+    return EngineCoverage(target=reference, modules=tuple(modules), verdict=fate), [
+        *of_engine,
+        *idle,
+    ]
 
 
-def unserved(coverage: EngineCoverage) -> bool:
-    """Tell whether the engine would not run the adapter as it is."""
-    return coverage.verdict in FAILED
+def check_served(
+    adapter: AdapterTensorSet, base: BaseModel | None, engine: Target, *, path: Path
+) -> list[str]:
+    """Return what the engine leaves out of an adapter, one sentence each; headers alone are read.
+
+    Raises:
+        UnsupportedError: if the engine would not run it as it is; says why and what to do.
+    """
+    found = check(adapter, base, values=False)
+    coverage, more = judge(adapter, base, engine, found)
+    errors = [
+        each
+        for each in (*found, *more)
+        if each.severity is Severity.ERROR and each.target in {"", engine.name}
+    ]
+    if coverage.verdict in FAILED:
+        reasons = first_and_more(
+            [f"{e.message}; {e.hint}" if e.hint else e.message for e in errors]
+        )
+        raise UnsupportedError(f"{engine.title} would not run it as it is: {reasons}", path=path)
+    return [each.message for each in errors] if coverage.verdict is Verdict.PARTLY else []

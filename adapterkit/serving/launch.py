@@ -7,14 +7,10 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adapterkit.checks.adapter import check
-from adapterkit.checks.findings import Finding, Severity
 from adapterkit.engines.engine import Target, load_target
 from adapterkit.engines.facts import facts
-from adapterkit.engines.judgement import judge, unserved
-from adapterkit.engines.verdict import Verdict
+from adapterkit.engines.judgement import check_served
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.notes import first_and_more
 from adapterkit.serving.stack import AdapterStack, Conflict, StackedAdapter
 
 # vLLM's --max-lora-rank takes these and no other.
@@ -71,29 +67,11 @@ def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
 
 
 def _told(member: StackedAdapter, engine: Target) -> list[str]:
-    """Return what the engine does with one adapter that its user should know.
-
-    Raises:
-        UnsupportedError: if the engine would not run it as it is.
-    """
-    found = check(member.adapter, member.base, values=False)
-    coverage, more = judge(member.adapter, member.base, engine, found)
-    errors = [each for each in (*found, *more) if each.severity is Severity.ERROR]
-    if unserved(coverage):
-        reasons = [each for each in errors if each.target in {"", engine.name}]
-        raise UnsupportedError(
-            f"{engine.title} would not run it as it is: {first_and_more([*map(_reason, reasons)])}",
-            path=member.path,
-        )
+    """Return what the engine does with one adapter that its user should know."""
+    told = check_served(member.adapter, member.base, engine, path=member.path)
     left = [f"{file.name} ({file.what})" for file in member.adapter.beside if file.trained]
-    told = [f"{member.name}: {name} is not loaded by {engine.title}" for name in left]
-    if coverage.verdict is Verdict.PARTLY:
-        told += [f"{member.name}: {each.message}" for each in errors]
-    return told
-
-
-def _reason(finding: Finding) -> str:
-    return f"{finding.message}; {finding.hint}" if finding.hint else finding.message
+    told += [f"{name} is not loaded by {engine.title}" for name in left]
+    return [f"{member.name}: {sentence}" for sentence in told]
 
 
 def _flags(members: Sequence[StackedAdapter], engine: Target) -> str:

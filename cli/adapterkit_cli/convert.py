@@ -52,12 +52,11 @@ def command(
     """
     import adapterkit
 
-    wanted, changes = _engine(engine)
     report = adapterkit.convert(
         source,
         destination,
-        to=to or wanted,
-        prepare=changes,
+        to=to,
+        for_engine=engine,
         dialect=dialect,
         alpha=alpha,
         as_format=as_format,
@@ -75,16 +74,6 @@ def command(
     rendering.remarks("note", report.notes)
     for loss in report.losses:
         rendering.remark("dropped", f"{loss.subject}: {loss.message}")
-
-
-def _engine(name: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """Return the format and the exact changes that an engine needs."""
-    if name is None:
-        return None, ()
-    from adapterkit import load_target
-
-    target = load_target(name)
-    return target.format, target.changes
 
 
 def _text(report: ConversionReport) -> str:
