@@ -43,7 +43,7 @@ CASES = {
     code: case(code)
     for code in (
         *(f"AK{number}" for number in range(101, 114)),
-        *("AK115", "AK116", "AK117"),
+        *("AK115", "AK116", "AK117", "AK119"),
         *("AK201", "AK202", "AK203", "AK204", "AK205"),
         *("AK301", "AK302", "AK303", "AK304", "AK306", "AK401"),
     )
@@ -99,6 +99,7 @@ CASES = {
     "PEFT001": case("gguf", "peft"),
     "LRX001": case("gguf", "lorax"),
     "PEFT002": case("AK110", "peft", "AK110"),
+    "VLLM018": case("AK110", "vllm", "AK110"),
     "LRX002": case("AK110", "lorax", "AK110"),
     "LRX003": case("rank-144", "lorax"),
     "LRX004": case("patterns", "lorax"),

@@ -11,6 +11,7 @@ from adapterkit.model import Kind, PeftSource
 from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import Defect, defects
 from adapterkit.notes import Note, NoteKind
+from adapterkit.passes.initialisation import AGAIN, unrepeatable
 from adapterkit.patterns import Allowance, ending
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def structure_findings(adapter: AdapterTensorSet) -> Iterator[Finding]:
     yield from map(_finding, defects(adapter))
     for loss in undeclared(adapter):
         yield _error("AK116", loss.subject, loss.message)
+    if (init := adapter.initialisation) and (reason := unrepeatable(init)):
+        yield _error("AK119", None, f"{reason}, and the adapter is none for the original", AGAIN)
     yield from _clean_ups(adapter)
     yield from _beside(adapter)
     if config := peft_config(adapter):

@@ -1,12 +1,12 @@
-"""Serving engines as data: one file each in targets/, rules as conditions on facts.
+"""Serving engines as data: one file each beside this one, rules as conditions on facts.
 
 A file holds `title`, `coverage` (`gguf` or `modules`: by llama.cpp tensor or Hugging Face module),
 `unmatched` (`ignored` or `refused`: what the engine does with a module it does not have), `source`
 and `checked` (where the rules come from, and when), optionally `wrapped` (`exact` if modules count
 only under the very path of the base's class), `losses` (code of GGUF's loss -> code of the
-finding), `effects` (code of a finding -> what becomes of the file; `error` for every other error),
-`prepare` (exact changes that `convert --for` makes), `launch` (how its settings are printed, see
-adapterkit/serving/launch.py) and rules:
+finding), `effects` (code of a finding -> what becomes of the file; with a row `error` that is for
+every other error, only errors count), `prepare` (exact changes that `convert --for` makes) and
+rules:
 
     code, severity (error, warning, note), when (an expression over the words of facts.py), message,
     hint, fix (name of an exact change), flag (what the engine must be started with), outcome (what
@@ -111,8 +111,9 @@ class Target:
 
     def fate(self, finding: Finding) -> Verdict | None:
         """Return what a finding makes of the file; None for nothing, or nothing that is known."""
-        error = self.effects.get(_ERROR) if finding.severity is Severity.ERROR else None
-        return self.effects.get(finding.code, error)
+        if finding.severity is Severity.ERROR:
+            return self.effects.get(finding.code, self.effects.get(_ERROR))
+        return None if _ERROR in self.effects else self.effects.get(finding.code)
 
     def findings(self, known: Mapping[str, Any]) -> Iterator[Finding]:
         """Yield a finding for every rule whose condition holds."""

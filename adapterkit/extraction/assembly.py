@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import Options
     from adapterkit.model import Update
     from adapterkit.registry import FormatSpec
+    from adapterkit.tensor import LazyTensor
 
 # Losses that are about one table; what loses it keeps all other modules.
 _TABLES = frozenset({"tied-embedding", "tied-output"})
@@ -66,6 +67,7 @@ def assembled(
         for outcome in outcomes
         if outcome.left is not None and outcome.left.saved
     }
+    whole = _with_partners(whole, outcomes, base)
     reports = [
         replace(outcome.module, module=names[outcome.module.module][0])
         for outcome in outcomes
@@ -77,6 +79,19 @@ def assembled(
 def _adapter(pairs: Iterable[Update], base: BaseModel) -> AdapterTensorSet:
     named = base.name or (str(base.path) if base.kind == "hf" else None)
     return AdapterTensorSet.of(pairs, {}, base=BaseReference(name=named))
+
+
+def _with_partners(
+    whole: Mapping[TensorKey, LazyTensor], outcomes: Iterable[Outcome], base: BaseModel
+) -> dict[TensorKey, LazyTensor]:
+    """Return saved weights with the biases of their modules: PEFT loads a saved module whole."""
+    found = dict(whole)
+    for outcome in outcomes:
+        name = outcome.twin.name
+        bias = base.tensors.get(name.removesuffix(".weight") + ".bias")
+        if outcome.left is not None and outcome.left.saved and bias is not None:
+            found.setdefault(TensorKey(f"{outcome.twin.modules[0]}.bias", Role.FULL), bias)
+    return found
 
 
 def _parameter(outcome: Outcome) -> str:

@@ -36,7 +36,7 @@ _MATRIX = 2
 _ROUNDING = 2.0**-24
 # Errors of the result, predicted from the base, that are worth a note, and that are too much.
 _NOTED, _REFUSED = 1e-3, 1e-1
-_AGAIN = (
+AGAIN = (
     "save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) where the "
     "initial adapter still is, or merge it there"
 )
@@ -116,12 +116,16 @@ def _initialisation(setting: str, path: Path | None) -> _Start:
         return _pissa
     if setting.lower() == "olora":
         return _olora
+    raise UnsupportedError(f"{unrepeatable(setting)}; {AGAIN}", path=path)
+
+
+def unrepeatable(setting: str) -> str:
+    """Return why nobody can compute the initial factors again; empty for those that follow."""
+    if setting == "pissa" or setting.lower() == "olora":
+        return ""
     kind = next((name for name in _IRREPRODUCIBLE if setting.lower().startswith(name)), "")
     source = _IRREPRODUCIBLE.get(kind, "something that adapterkit does not know")
-    raise UnsupportedError(
-        f"{_SETTING} = {setting!r} changed the base by what it took from {source}; {_AGAIN}",
-        path=path,
-    )
+    return f"{_SETTING} = {setting!r} changed the base by what it took from {source}"
 
 
 def _weights(base: BaseModel | None, setting: str, path: Path | None) -> Places:
@@ -238,7 +242,7 @@ def _notes(
     if error > _REFUSED:
         raise UnsupportedError(
             f"its first singular values lie so close together that {setting} in float32 may have "
-            f"taken others (error up to {error:.2g} of the update); {_AGAIN}",
+            f"taken others (error up to {error:.2g} of the update); {AGAIN}",
             path=path,
             where=module,
         )

@@ -80,7 +80,9 @@ def mlx(made: Made, out: Path, want: Answers) -> str:
         mlx_oracle.load(model, out)
         return _compared(want, logits(model))
     mlx_oracle.load(model, out, stacks=_switch_layers(model))
-    return _compared(want, made.answers(model))
+    # Without the trait the questions are those that the base has tokens for.
+    plain = logits(model)
+    return _compared(want, plain if plain.shape == want.shape else made.answers(model))
 
 
 def _by_ending(model: Any, out: Path) -> None:
