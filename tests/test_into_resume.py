@@ -23,7 +23,7 @@ from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, UsageError, WriteError
 from adapterkit.merging.into import entry, writing
 from adapterkit.merging.into.blocks import Merger
-from adapterkit.merging.into.journal import JOURNAL
+from adapterkit.merging.into.journal import JOURNAL, checksum
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
@@ -348,3 +348,15 @@ def test_a_last_line_that_was_cut_counts_for_nothing(
     (left / JOURNAL).write_text(text[:-9])
     merge_into([tmp_path / "adapter"], base, tmp_path / "merged", resume=True)
     assert hashes(tmp_path / "merged") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 32_767, 32_768, 32_769, 100_001])
+def test_a_checksum_tells_every_changed_byte(size: int) -> None:
+    data = bytearray(np.random.default_rng(size).bytes(size))
+    right = checksum(data)
+    for place in {0, size // 2, size - 1}:
+        data[place] ^= 1
+        assert checksum(memoryview(data)) != right
+        data[place] ^= 1
+    assert checksum(bytes(data)) == right
+    assert checksum(data[:-1]) != right

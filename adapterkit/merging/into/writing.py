@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from adapterkit.disk import copy_range, reserve, sync, sync_data, write_at
 from adapterkit.errors import TruncatedFileError, UnsupportedError, UsageError
 from adapterkit.merging.into.blocks import BLOCK, Merger, Sums, total
-from adapterkit.merging.into.journal import Segment, Written
+from adapterkit.merging.into.journal import Segment, Written, checksum
 from adapterkit.merging.into.steps import Change
 from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import RowReader
@@ -210,7 +209,7 @@ def _intact(segment: Sequence[Piece], noted: Segment, path: Path) -> bool:
     at = {piece.at: piece.nbytes for piece in computed}
     ends: dict[int, int] = {}
     for written in sorted(noted.written):
-        if zlib.crc32(FileSlice(path, written.at, written.length)()) != written.crc32:
+        if checksum(FileSlice(path, written.at, written.length)()) != written.checksum:
             return False
         ends[written.at] = written.at + written.length
     for begin, nbytes in at.items():
@@ -325,7 +324,7 @@ class _Computed:
     def _write(self, data: memoryview, offset: int) -> None:
         at = self.at + offset
         write_at(self.target, data, at)
-        self.written.append(Written(at, len(data), zlib.crc32(data)))
+        self.written.append(Written(at, len(data), checksum(data)))
         self.progress(len(data))
 
     def report(self, sums: Sums) -> TensorReport | None:
