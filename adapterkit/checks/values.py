@@ -43,8 +43,9 @@ def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
     for pair in adapter.pairs():
         if not _numeric(pair):
             continue
-        b, a = pair.stacked(LazyTensor.numpy)
-        grams = _gram(a, pair.a.dtype, wide=True), _gram(b, pair.b.dtype, wide=False)
+        # One factor in memory after the other: the second takes the place of the first.
+        gram = _gram(pair.wide(LazyTensor.numpy), pair.a.dtype, wide=True)
+        grams = gram, _gram(pair.tall(LazyTensor.numpy), pair.b.dtype, wide=False)
         broken = [
             _not_finite(str(key))
             for key, gram, factor in zip(pair.keys, grams, (pair.a, pair.b), strict=True)

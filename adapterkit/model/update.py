@@ -113,10 +113,17 @@ class Update:
 
     def stacked(self, wide: Callable[[LazyTensor], Array] | None = None) -> tuple[Array, Array]:
         """Return B (E, out, r) and A (E, r, in) of all matrices at once, as `matrices` does."""
-        decoded = wide or _float64
-        (out, inputs), rank = self.matrix_shape, self.rank
-        b = decoded(self.b).reshape(self.experts, out, rank)
-        return b, decoded(self.a).reshape(self.experts, rank, inputs)
+        return self.tall(wide), self.wide(wide)
+
+    def wide(self, decoded: Callable[[LazyTensor], Array] | None = None) -> Array:
+        """Return A (E, r, in) of all matrices, decoded to float64 or as told."""
+        values = (decoded or _float64)(self.a)
+        return values.reshape(self.experts, self.rank, self.matrix_shape[1])
+
+    def tall(self, decoded: Callable[[LazyTensor], Array] | None = None) -> Array:
+        """Return B (E, out, r) of all matrices, decoded to float64 or as told."""
+        values = (decoded or _float64)(self.b)
+        return values.reshape(self.experts, self.matrix_shape[0], self.rank)
 
     @property
     def rank_axes(self) -> tuple[int, int]:
