@@ -123,7 +123,7 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
         "base": None,
         "outtype": "q8_0",
         "moe_layout": "fused",
-        "prepare": ("names", "uniform"),
+        "for_engine": "sglang",
         "dialect": "torchtune",
         "alpha": 16.0,
         "as_format": None,
