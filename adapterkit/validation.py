@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.checks.adapter import check
-from adapterkit.checks.findings import Finding, Severity
+from adapterkit.checks.findings import Finding, Severity, gathered
 from adapterkit.checks.reading import read_for_validation
 from adapterkit.checks.security import check_security
 from adapterkit.engines.engine import load_target
@@ -83,11 +83,11 @@ def validate(
         every += more
         coverage.append(covered)
     order = list(Severity)
-    unique = dict.fromkeys(sorted(every, key=lambda finding: order.index(finding.severity)))
+    ordered = sorted(gathered(every), key=lambda finding: order.index(finding.severity))
     return ValidationReport(
         path=str(place.path),
         format=place.format.name,
         base=str(known.path) if known else None,
-        findings=tuple(unique),
+        findings=tuple(ordered),
         coverage=tuple(coverage),
     )

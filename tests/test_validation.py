@@ -81,7 +81,7 @@ def test_index_alone_names_what_there_is(tmp_path: Path) -> None:
     names.remove("model.layers.1.mlp.down_proj.weight")
     index(base, dict.fromkeys(names, "model-00001-of-00001.safetensors"))
     report = validate(TINY, base=base)
-    assert [(f.code, f.module) for f in report.findings] == [
+    assert [(f.code, *f.modules) for f in report.findings] == [
         ("AK303", "model.layers.1.mlp.down_proj")
     ]
     # An index cannot lead out of its directory.
@@ -204,7 +204,7 @@ def test_json_has_the_keys_that_others_rely_on(tmp_path: Path) -> None:
     assert engine["modules"][0]["tensor"].startswith("blk.")
     wide = invoke("validate", TINY, "--base", PEFT / "wider-base", "--json")
     finding = json.loads(wide.stdout)["findings"][0]
-    assert {"code", "severity", "module", "message", "hint"} <= finding.keys()
+    assert {"code", "severity", "modules", "message", "hint"} <= finding.keys()
 
 
 def test_sarif_points_every_result_to_its_rule() -> None:

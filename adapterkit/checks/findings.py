@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+
+from adapterkit.notes import first_and_more
 
 
 class Severity(StrEnum):
@@ -26,7 +28,7 @@ class Finding:
     Attributes:
         code: stable code, explained by `adapterkit validate --explain CODE`.
         severity: how bad it is.
-        module: module or tensor concerned; None for the whole adapter.
+        modules: modules or tensors concerned; empty for the whole adapter.
         message: what is the case, with the values.
         hint: what to do; empty where the message says it.
         target: engine that it is about; empty for all.
@@ -35,11 +37,29 @@ class Finding:
 
     code: str
     severity: Severity
-    module: str | None
+    modules: tuple[str, ...]
     message: str
     hint: str = ""
     target: str = ""
     fix: str = ""
+
+    @property
+    def where(self) -> str:
+        """The first module and how many more."""
+        return first_and_more(self.modules)
+
+
+def named(module: str | None) -> tuple[str, ...]:
+    """Return the modules of a finding about one, or about the whole adapter."""
+    return (module,) if module else ()
+
+
+def gathered(findings: Iterable[Finding]) -> list[Finding]:
+    """Return each finding once, with all the modules that it is about."""
+    modules: dict[Finding, list[str]] = {}
+    for finding in findings:
+        modules.setdefault(replace(finding, modules=()), []).extend(finding.modules)
+    return [replace(each, modules=tuple(dict.fromkeys(m))) for each, m in modules.items()]
 
 
 class Outcome(StrEnum):

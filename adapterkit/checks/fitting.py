@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
-from adapterkit.checks.findings import Finding, Severity
+from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.selection import selection
 from adapterkit.checks.structure import peft_config
 from adapterkit.errors import UncheckableError, UnsupportedError
@@ -34,28 +34,28 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
     if base is None:
         hint = "give the base model with --base"
         message = "no base model is known: targets and dimensions are unchecked"
-        yield Finding("AK300", Severity.UNCHECKED, None, message, hint)
+        yield Finding("AK300", Severity.UNCHECKED, (), message, hint)
         return
     if (other := other_architecture(adapter, base)) is not None:
         title = base.architecture.gguf or base.architecture.title
         message = f"is made for {other}, the base is {title}"
-        yield Finding("AK301", Severity.ERROR, None, message, "give the base it was made for")
+        yield Finding("AK301", Severity.ERROR, (), message, "give the base it was made for")
         return
     yield from _identity(adapter, base)
     kept: Mapping[str, str] = adapter.engine_layout
     known = [m for m, n in kept.items() if base.kind == "hf" or f"{n}.weight" in base.tensors]
     if known:
         message = "keeps llama.cpp's layout, and the base does not undo it"
-        yield Finding("AK306", Severity.UNCHECKED, known[0], message)
+        yield Finding("AK306", Severity.UNCHECKED, named(known[0]), message)
     places = Places(base)
     for pair in adapter.pairs():
         if pair.module not in kept and _unknown(pair.module, places):
             message = f"is no module of {base.architecture.title}"
-            yield Finding("AK303", Severity.ERROR, pair.module, message, "is it the right base?")
+            yield Finding("AK303", Severity.ERROR, (pair.module,), message, "is it the right base?")
     try:
         yield from _misfits(adapter, base)
     except UnsupportedError as error:
-        yield Finding("AK305", Severity.UNCHECKED, error.where, error.message)
+        yield Finding("AK305", Severity.UNCHECKED, named(error.where), error.message)
     yield from _whole(adapter, base)
     yield from _depth(adapter, base)
     yield from _selection(adapter, base)
@@ -82,7 +82,7 @@ def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     if nothing:
         message = f"target_modules = {config['target_modules']!r} selects no module of the base"
         hint = "adapterkit convert -o DIR writes the list anew"
-        yield Finding("AK114", Severity.ERROR, None, message, hint, fix="to-peft")
+        yield Finding("AK114", Severity.ERROR, (), message, hint, fix="to-peft")
 
 
 def other_architecture(adapter: AdapterTensorSet, base: BaseModel) -> str | None:
@@ -105,13 +105,13 @@ def _misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
         for note in done.notes:
             message = f"{note.text}, if it is converted for this base"
             hint = lost.get(note.subject or "", "")
-            yield Finding("AK308", Severity.WARNING, note.subject, message, hint)
+            yield Finding("AK308", Severity.WARNING, named(note.subject), message, hint)
     for wrong in misfits(adapter, base):
         if wrong.kind == "unknown":
-            yield Finding("AK305", Severity.UNCHECKED, wrong.module, wrong.message)
+            yield Finding("AK305", Severity.UNCHECKED, named(wrong.module), wrong.message)
             continue
         hint = "is it the right base?"
-        yield Finding(_CODES[wrong.kind], Severity.ERROR, wrong.module, wrong.message, hint)
+        yield Finding(_CODES[wrong.kind], Severity.ERROR, named(wrong.module), wrong.message, hint)
 
 
 def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
@@ -133,7 +133,7 @@ def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
             continue
         rows_only = len(tensor.shape) > 1 and tensor.shape[1:] == stored.shape[1:]
         hint = _RESIZED if rows_only else "is it the right base?"
-        yield Finding("AK304", Severity.ERROR, key.module, message, hint)
+        yield Finding("AK304", Severity.ERROR, (key.module,), message, hint)
 
 
 def _last(adapter: AdapterTensorSet, module: str) -> int:
@@ -154,7 +154,7 @@ def _depth(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     last = max(layers)
     if layers == set(range(last + 1)) and last + 1 < depth:
         message = f"ends at layer {last}, the base has {depth} layers"
-        yield Finding("AK309", Severity.WARNING, None, message, "was it made for a smaller model?")
+        yield Finding("AK309", Severity.WARNING, (), message, "was it made for a smaller model?")
 
 
 def _chosen(adapter: AdapterTensorSet) -> bool:
@@ -170,7 +170,7 @@ def _identity(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     words = [_plain(name) for name in (mine, theirs)]
     if words[0] not in words[1] and words[1] not in words[0]:
         message = f"was trained on {mine}, the base calls itself {theirs}"
-        yield Finding("AK307", Severity.WARNING, None, message)
+        yield Finding("AK307", Severity.WARNING, (), message)
 
 
 def _plain(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.checks.findings import Finding, Severity
+from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.containers.gguf import ValueType, read_gguf
 from adapterkit.dtype import DType
 
@@ -26,7 +26,7 @@ def check_gguf_file(path: Path) -> Iterator[Finding]:
     kind = file.kinds.get(_ALPHA, ValueType.FLOAT32)
     if kind is not ValueType.FLOAT32:
         message = f"is stored as {kind.name}: llama.cpp aborts unless it is FLOAT32"
-        yield Finding("LCP007", Severity.ERROR, _ALPHA, message, _AGAIN, fix="to-gguf")
+        yield Finding("LCP007", Severity.ERROR, named(_ALPHA), message, _AGAIN, fix="to-gguf")
     for name, tensor in file.tensors.items():
         if name.endswith(_NORM):
             continue
@@ -34,10 +34,10 @@ def check_gguf_file(path: Path) -> Iterator[Finding]:
             message = (
                 "ends in neither .lora_a, .lora_b nor _norm.weight: llama.cpp refuses the file"
             )
-            yield Finding("LCP004", Severity.ERROR, name, message, "leave the tensor out")
+            yield Finding("LCP004", Severity.ERROR, named(name), message, "leave the tensor out")
         elif tensor.dtype.floating and not _computable(tensor.dtype):
             message = f"is stored as {tensor.dtype}, and llama.cpp dies as it multiplies"
-            yield Finding("LCP016", Severity.ERROR, name, message, _AGAIN, fix="to-gguf")
+            yield Finding("LCP016", Severity.ERROR, named(name), message, _AGAIN, fix="to-gguf")
 
 
 def _computable(dtype: DType) -> bool:

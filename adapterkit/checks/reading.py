@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.checks.findings import Finding, Severity
+from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.gguf_file import check_gguf_file
 from adapterkit.errors import FormatError, UnsafePickleError
 from adapterkit.loading import Need, load
@@ -34,7 +34,7 @@ def read_for_validation(
         loaded = load(source, base=base, dialect=dialect, alpha=alpha, need=Need.STORED)
     except UnsafePickleError as error:
         hint = "do not load it with any other program; ask for safetensors"
-        found.append(Finding("AK404", Severity.ERROR, error.where, error.message, hint))
+        found.append(Finding("AK404", Severity.ERROR, named(error.where), error.message, hint))
         return None, base, found
     except FormatError:
         if any(finding.severity is Severity.ERROR for finding in found):
@@ -44,5 +44,5 @@ def read_for_validation(
     # Another architecture is found again, and said, by the comparison with the base.
     if misfit and known and adapter.base.architecture == known.architecture.gguf:
         hint = "is it the right base?"
-        found.append(Finding("AK304", Severity.ERROR, misfit.where, misfit.message, hint))
+        found.append(Finding("AK304", Severity.ERROR, named(misfit.where), misfit.message, hint))
     return adapter, known, found

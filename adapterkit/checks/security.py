@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.checks.findings import Finding, Severity
+from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ def check_security(path: Path) -> Iterator[Finding]:
     for file in files:
         if file.is_symlink() and not _inside(file, path):
             message = f"is a link that leads to {file.readlink()}"
-            yield Finding("AK403", Severity.WARNING, file.name, message)
+            yield Finding("AK403", Severity.WARNING, named(file.name), message)
         elif file.suffix in _PICKLES:
             hint = "convert it to safetensors (adapterkit convert -o DIR) before you share it"
             message = "is a pickle: programs that load it with pickle run what it says"
-            yield Finding("AK401", Severity.WARNING, file.name, message, hint)
+            yield Finding("AK401", Severity.WARNING, named(file.name), message, hint)
         elif file.suffix == ".safetensors" and file.is_file():
             yield from _header(file)
 
@@ -36,7 +36,7 @@ def _header(file: Path) -> Iterator[Finding]:
         length = int.from_bytes(stream.read(8), "little")
     if length > _HEADER_LIMIT:
         message = f"has a header of {length >> 20} MB"
-        yield Finding("AK402", Severity.WARNING, file.name, message)
+        yield Finding("AK402", Severity.WARNING, named(file.name), message)
 
 
 def _inside(file: Path, folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.checks.findings import Finding, Severity
+from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.selection import ends_with, selection
 from adapterkit.errors import UncheckableError
 from adapterkit.model import Kind, PeftSource
@@ -57,7 +57,7 @@ def peft_config(adapter: AdapterTensorSet) -> Mapping[str, Any]:
 
 
 def _error(code: str, module: str | None, message: str, hint: str = "") -> Finding:
-    return Finding(code, Severity.ERROR, module, message, hint)
+    return Finding(code, Severity.ERROR, named(module), message, hint)
 
 
 def _finding(defect: Defect) -> Finding:
@@ -72,7 +72,7 @@ def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
     """Report names that had to be cleaned up: other programs look for the clean ones."""
     for note in unclean_names(adapter):
         hint = "convert it to peft: names are written clean"
-        yield Finding("AK110", Severity.WARNING, None, note, hint, fix="to-peft")
+        yield Finding("AK110", Severity.WARNING, (), note, hint, fix="to-peft")
 
 
 def unclean_names(adapter: AdapterTensorSet) -> Iterator[Note]:
@@ -89,7 +89,7 @@ def _targets(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[F
         for target in map(str, cast("list[Any]", declared)):
             if not any(ends_with(module, target) for module in modules):
                 message = f"target_modules names {target}, and no tensor is of it"
-                yield Finding("AK107", Severity.WARNING, None, message)
+                yield Finding("AK107", Severity.WARNING, (), message)
     try:
         for module in outside_targets(adapter):
             message = "has factors, but the config does not select it: PEFT leaves them out"
@@ -97,7 +97,7 @@ def _targets(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[F
     except UncheckableError as error:
         message = f"which modules the config selects is unchecked: {error.message}"
         hint = "adapterkit convert -o DIR writes the list of modules"
-        yield Finding("AK118", Severity.UNCHECKED, None, message, hint, fix="to-peft")
+        yield Finding("AK118", Severity.UNCHECKED, (), message, hint, fix="to-peft")
 
 
 def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
@@ -129,7 +129,7 @@ def _beside(adapter: AdapterTensorSet) -> Iterator[Finding]:
         if file.trained:
             message = f"{file.what} lies beside the adapter: nothing loads it with the adapter"
             hint = "load it as the program that trained it does"
-            yield Finding("AK117", Severity.WARNING, file.name, message, hint)
+            yield Finding("AK117", Severity.WARNING, named(file.name), message, hint)
 
 
 def _overlaps(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -146,12 +146,12 @@ def _overlaps(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[
                 hits = [(key, value) for key, value, pattern in ready if pattern.fits(module)]
             except UncheckableError as error:
                 message = f"whether {field} has several answers is unchecked: {error.message}"
-                yield Finding("AK118", Severity.UNCHECKED, module, message)
+                yield Finding("AK118", Severity.UNCHECKED, (module,), message)
                 break
             if len({value for _, value in hits}) > 1:
                 shown = ", ".join(f"{key} = {value}" for key, value in hits)
                 message = f"{field} has several answers ({shown}); the first counts, and PEFT "
                 hint = "anchor the patterns, so that each module has one"
                 message += "sorts them when it saves"
-                yield Finding("AK109", Severity.WARNING, module, message, hint)
+                yield Finding("AK109", Severity.WARNING, (module,), message, hint)
                 break

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checks.findings import Finding, Severity
+from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.dtype import DType
 from adapterkit.lowrank.differences import all_finite, norm
 from adapterkit.tensor import LazyTensor
@@ -62,13 +62,13 @@ def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
 
 def _not_finite(name: str) -> Finding:
     hint = "retrain, or take an earlier checkpoint"
-    return Finding("AK201", Severity.ERROR, name, "holds NaN or infinity", hint)
+    return Finding("AK201", Severity.ERROR, named(name), "holds NaN or infinity", hint)
 
 
 def _sizes(pair: Update, size: float, grams: tuple[Array, Array]) -> Iterator[Finding]:
     if size > _ABSURD:
         message = f"its update has norm {size:.3g}, far above any trained one"
-        yield Finding("AK203", Severity.WARNING, pair.module, message)
+        yield Finding("AK203", Severity.WARNING, (pair.module,), message)
     for word, factor, gram in zip("AB", (pair.a, pair.b), grams, strict=True):
         # No element is larger than the root of the sum of all squares.
         trace = _trace(gram)
@@ -77,16 +77,16 @@ def _sizes(pair: Update, size: float, grams: tuple[Array, Array]) -> Iterator[Fi
         if (largest := _largest(factor)) > _F16_LARGEST:
             message = f"{word} reaches {largest:.3g}, which overflows float16"
             hint = "convert with --outtype f32 or bf16"
-            yield Finding("AK204", Severity.WARNING, pair.module, message, hint)
+            yield Finding("AK204", Severity.WARNING, (pair.module,), message, hint)
 
 
 def _silent(modules: list[str], count: int) -> Iterator[Finding]:
     if modules and len(modules) == count:
         hint = "it is untrained, or was saved before the weights were gathered"
-        yield Finding("AK202", Severity.ERROR, None, "no module has an update", hint)
+        yield Finding("AK202", Severity.ERROR, (), "no module has an update", hint)
         return
     for module in modules:
-        yield Finding("AK205", Severity.WARNING, module, "its update is zero")
+        yield Finding("AK205", Severity.WARNING, (module,), "its update is zero")
 
 
 def _numeric(pair: Update) -> bool:

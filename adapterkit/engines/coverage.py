@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
-from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
+from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity, named
 from adapterkit.checks.fitting import other_architecture
 from adapterkit.checks.structure import outside_targets
 from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
@@ -36,7 +36,7 @@ def cover(
     if base is None:
         message = f"what {target.title} does with each module depends on the base model"
         hint = "give it with --base"
-        finding = Finding("AK300", Severity.UNCHECKED, None, message, hint, target.name)
+        finding = Finding("AK300", Severity.UNCHECKED, (), message, hint, target.name)
         return [], [finding]
     if problems(adapter) or other_architecture(adapter, base):
         return [], []  # said already, and nothing would be applied
@@ -56,7 +56,9 @@ def _by_tensor(
         return [], []  # as above: the comparison with the base says which modules do not fit
     except UnsupportedError as error:
         return [], [
-            Finding("AK305", Severity.UNCHECKED, error.where, error.message, target=target.name)
+            Finding(
+                "AK305", Severity.UNCHECKED, named(error.where), error.message, target=target.name
+            )
         ]
     tensors = {module: name for name, modules in engine.sources.items() for module in modules}
     wrong = {
@@ -94,7 +96,7 @@ def _finding(loss: Loss, target: Target) -> Finding:
     blocks = loss.blocks and loss.code != "unverified"
     severity = Severity.ERROR if blocks else Severity.WARNING
     return Finding(
-        target.losses[loss.code], severity, loss.subject, loss.message, target=target.name
+        target.losses[loss.code], severity, named(loss.subject), loss.message, target=target.name
     )
 
 
@@ -154,6 +156,12 @@ def silent_no_ops(covered: Sequence[CoveredModule], target: Target) -> list[Find
         if modules:
             message = f"{len(modules)} of {len(covered)} modules do nothing: {modules[0].reason}"
             found.append(
-                Finding(code, Severity.ERROR, modules[0].module, message, target=target.name)
+                Finding(
+                    code,
+                    Severity.ERROR,
+                    tuple(m.module for m in modules),
+                    message,
+                    target=target.name,
+                )
             )
     return found

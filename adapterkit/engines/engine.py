@@ -120,9 +120,7 @@ class Target:
         for rule in self.rules:
             if evaluate(rule.when, known.__getitem__):
                 message = rule.message.format_map(dict(known))
-                yield Finding(
-                    rule.code, rule.severity, None, message, rule.hint, self.name, rule.fix
-                )
+                yield Finding(rule.code, rule.severity, (), message, rule.hint, self.name, rule.fix)
 
 
 def target_names() -> tuple[str, ...]:

@@ -37,8 +37,8 @@ def document(report: ValidationReport) -> str:
 
 def _result(finding: Finding, path: str, codes: list[str]) -> dict[str, object]:
     location: dict[str, object] = {"physicalLocation": {"artifactLocation": {"uri": path}}}
-    if finding.module:
-        location["logicalLocations"] = [{"fullyQualifiedName": finding.module}]
+    if finding.modules:
+        location["logicalLocations"] = [{"fullyQualifiedName": name} for name in finding.modules]
     text = f"{finding.message}; {finding.hint}" if finding.hint else finding.message
     return {
         "ruleId": finding.code,

@@ -117,17 +117,18 @@ def _text(report: ValidationReport) -> str:
 
 
 def _coverage(engine: EngineCoverage) -> str:
-    parts = [
-        f"{engine.count(outcome)} {outcome}"
-        for outcome in dict.fromkeys(module.outcome for module in engine.modules)
-    ]
-    fate = f"{engine.verdict}" if engine.verdict else ""
-    modules = f"of {rendering.count(len(engine.modules), 'module')} {', '.join(parts)}"
-    return f"{engine.target}: " + "; ".join(filter(None, (fate, modules if parts else "")))
+    outcomes = list(dict.fromkeys(module.outcome for module in engine.modules))
+    every = rendering.count(len(engine.modules), "module")
+    modules = f"of {every} " + ", ".join(f"{engine.count(each)} {each}" for each in outcomes)
+    if len(outcomes) == 1:
+        modules = f"{'all ' if len(engine.modules) > 1 else ''}{every} {outcomes[0]}"
+    return f"{engine.target}: " + "; ".join(
+        filter(None, (f"{engine.verdict or ''}", modules if outcomes else ""))
+    )
 
 
 def _line(finding: Finding) -> str:
-    where = f"{finding.module}: " if finding.module else ""
+    where = f"{finding.where}: " if finding.modules else ""
     engine = f" [{finding.target}]" if finding.target else ""
     line = rendering.printable(
         f"{finding.severity} {finding.code}{engine} {where}{finding.message}"
