@@ -7,6 +7,7 @@ the new one, and a hidden folder that the next writer of the same destination sw
 
 from __future__ import annotations
 
+import _thread
 import errno
 import hashlib
 import os
@@ -15,7 +16,6 @@ import socket
 import stat
 import tempfile
 import threading
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from adapterkit.destination import check_destination, check_spared
 from adapterkit.disk import exchange, rename_new, sync_path
 from adapterkit.errors import DestinationExistsError, WriteError
+from adapterkit.work import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -38,6 +39,8 @@ _MARK = "adapterkit"
 _FORMER = ".former"
 # Bytes of a name that hidden names repeat; file systems allow 255 in all.
 _SHOWN = 150
+# Seconds after which who waits looks again, should the end have been missed.
+_MOMENT = 0.05
 _TRIES = 5
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -352,29 +355,35 @@ def uninterrupted(work: Callable[[], _Result]) -> _Result:
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    done: Future[_Result] = Future()
+    task = Task(work)
+    gate, ended = _thread.allocate_lock(), _thread.allocate_lock()
+    begun = called_off = False
 
     def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:  # noqa: BLE001  (raised below)
-            done.set_exception(error)
+        nonlocal begun
+        with gate:
+            begun = not called_off
+        if begun:
+            task.run()
+        ended.release()
 
-    thread = threading.Thread(target=run)
     late: BaseException | None = None
+    ended.acquire()
     try:
-        thread.start()
+        _thread.start_new_thread(run, ())
     except RuntimeError:  # the system has no thread left
         return work()
     except BaseException as signal:
-        if thread.ident is None:
+        with gate:
+            called_off = not begun
+        if called_off:
             raise
         late = signal
-    while not done.done():
+    while not task.done:
         try:
-            thread.join()
+            ended.acquire(timeout=_MOMENT)
         except BaseException as signal:  # noqa: BLE001  (raised below)
             late = signal
-    if late is not None and done.exception() is None:
+    if late is not None and task.error is None:
         raise late
-    return done.result()
+    return task.result()

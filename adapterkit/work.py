@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Self, TypeVar
+import time
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -17,6 +20,8 @@ _Result = TypeVar("_Result")
 # The work is short calls into numpy and the kernel, between which Python holds its lock: more
 # threads only wait.
 MOST_THREADS = 4
+# Seconds between two looks whether a task has ended.
+_MOMENT = 0.002
 
 
 def threads(wished: int | None = None) -> int:
@@ -34,11 +39,41 @@ def in_threads(
     """
     if threads(workers) == 1:
         return [function(item) for item in items]
-    pool = ThreadPoolExecutor(threads(workers))
+    crew = Crew(threads(workers))
     try:
-        return list(pool.map(function, items))
+        return [crew.result(task) for task in [crew.submit(function, item) for item in items]]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        crew.dismiss()
+
+
+class Task(Generic[_Result]):
+    """A call that a thread makes.
+
+    Attributes:
+        done: whether it has returned or raised.
+        value: what it returned.
+        error: what it raised.
+    """
+
+    def __init__(self, call: Callable[[], _Result]) -> None:
+        self.call = call
+        self.done = False
+        self.value: _Result
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Make the call."""
+        try:
+            self.value = self.call()
+        except BaseException as error:  # noqa: BLE001  (raised by who waits)
+            self.error = error
+        self.done = True
+
+    def result(self) -> _Result:
+        """Return what the call returned, or raise what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value
 
 
 class Crew:
@@ -46,31 +81,83 @@ class Crew:
 
     As a context manager it ends only when no task is running any more, so that what they write to
     can be closed; an error or interrupt in the block stops them too.
+
+    A signal may raise in the main thread between any two steps of Python, also inside a lock that
+    is written in Python (a future's, an event's): it would be held for ever, and who waits for it
+    would hang. What the main thread shares with the others is therefore made of single steps: a
+    plain lock, and queues and threads of the interpreter itself.
     """
 
     def __init__(self, workers: int) -> None:
-        self._pool = ThreadPoolExecutor(workers)
-        self._stopped = threading.Event()
+        self._workers = workers
+        self._begun = 0
+        self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
+        self._ends: SimpleQueue[None] = SimpleQueue()
+        self._lock = _thread.allocate_lock()
+        self._stopped = False
+        self._running: set[Task[Any]] = set()
         self._errors: list[BaseException] = []
 
-    def submit(self, task: Callable[[], _Result]) -> Future[_Result]:
-        """Have a task done; one that has not begun when all stop is never done."""
-        return self._pool.submit(self._done, task)
+    def submit(self, function: Callable[..., _Result], *arguments: Any) -> Task[_Result]:
+        """Have a call made; one that has not begun when all stop is never made."""
+        task = Task(lambda: function(*arguments))
+        self._tasks.put(task)
+        if self._begun < self._workers:
+            self._begun += 1
+            _thread.start_new_thread(self._work, ())
+        return task
 
-    def _done(self, task: Callable[[], _Result]) -> _Result:
-        if self._stopped.is_set():
-            raise StoppedError
-        try:
-            return task()
-        except BaseException as error:
-            self._errors.append(error)
-            self._stopped.set()
-            raise
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            with self._lock:
+                if self._stopped:
+                    continue
+                self._running.add(task)
+            task.run()
+            if task.error is not None:
+                self._errors.append(task.error)
+                self._stopped = True
+            with self._lock:
+                self._running.remove(task)
+            self._ends.put(None)
 
     def check(self) -> None:
         """Raise the first error of a task, if there is one."""
         if self._errors:
             raise self._errors[0]
+
+    def wait(self, tasks: Iterable[Task[Any]], seconds: float) -> bool:
+        """Wait until all are done; return False if they are not within so many seconds.
+
+        Raises:
+            BaseException: the first error of a task, of these or another.
+        """
+        until = time.monotonic() + seconds
+        for task in tasks:
+            while not task.done:
+                self.check()
+                try:
+                    self._ends.get(timeout=max(0.0, until - time.monotonic()))
+                except Empty:
+                    return False
+        self.check()
+        return True
+
+    def result(self, task: Task[_Result]) -> _Result:
+        """Wait for a task and return what it returned, or raise what it raised."""
+        while not task.done:
+            with suppress(Empty):
+                self._ends.get(timeout=1)
+            if self._stopped and not task.done:
+                self.check()
+        return task.result()
+
+    def dismiss(self) -> None:
+        """Begin nothing more, and let the threads end."""
+        with self._lock:
+            self._stopped = True
+        for _ in range(self._begun):
+            self._tasks.put(None)
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -83,12 +170,15 @@ class Crew:
         trace: TracebackType | None,
     ) -> None:
         """Wait for what is running; begin nothing more."""
-        self._stopped.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-class StoppedError(Exception):
-    """Another task has failed, or all were told to stop."""
+        late: BaseException | None = None
+        self.dismiss()
+        while self._running:
+            try:
+                time.sleep(_MOMENT)
+            except BaseException as signal:  # noqa: BLE001  (raised below)
+                late = signal
+        if late is not None:
+            raise late
 
 
 def counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:

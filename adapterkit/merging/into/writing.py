@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from adapterkit.merging.into.journal import Segment, Written, checksum
 from adapterkit.merging.into.steps import Change
 from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import RowReader
-from adapterkit.work import Crew, in_threads
+from adapterkit.work import Crew, Task, in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -131,7 +130,7 @@ class _Begun:
         self.segments = file.segments()
         numbers = range(len(self.segments))
         self.known = [journal.finished(file.name, number) for number in numbers]
-        self.works: dict[int, list[tuple[_Copied | _Computed, list[Future[Sums]]]]] = {}
+        self.works: dict[int, list[tuple[_Copied | _Computed, list[Task[Sums]]]]] = {}
         found = any(segment is not None for segment in self.known)
         # What an earlier run has left is a file of its own, and no way to another.
         how = os.O_RDWR | (0 if found else os.O_CREAT | os.O_EXCL)
@@ -180,15 +179,13 @@ class _Begun:
             yield from done.reports
 
     def _flushed(
-        self, works: Sequence[tuple[_Copied | _Computed, Sequence[Future[Sums]]]], crew: Crew
+        self, works: Sequence[tuple[_Copied | _Computed, Sequence[Task[Sums]]]], crew: Crew
     ) -> Segment:
         """Wait for a segment and flush it to the disk."""
         pending = [part for _, parts in works for part in parts]
-        while wait(pending, timeout=_IDLE).not_done:
-            crew.check()
+        while not crew.wait(pending, _IDLE):
             sync_data(self.target)  # so that the disk is never idle while the processors are not
-        crew.check()
-        made = [work.report(total(part.result() for part in parts)) for work, parts in works]
+        made = [work.report(total(part.value for part in parts)) for work, parts in works]
         sync(self.target)
         return Segment(
             tuple(report for report in made if report is not None),

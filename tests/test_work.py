@@ -1,0 +1,137 @@
+"""Threads that end together: in order, at the first error, at an interrupt wherever it comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import pytest
+
+from adapterkit.output import uninterrupted
+from adapterkit.work import Crew, in_threads
+
+# Runs a way to wait for threads again and again, each time with an interrupt one step later, and
+# prints how often it was struck; it must come to its end each time.
+STRUCK = """
+import sys, threading, time
+from adapterkit.output import uninterrupted
+from adapterkit.work import Crew, in_threads
+
+sys.setswitchinterval(1e-5)
+running = []
+
+def task(number=0):
+    running.append(number)
+    time.sleep(0.0005)
+    running.remove(number)
+    return number
+
+def crew():
+    with Crew(2) as crew:
+        tasks = [crew.submit(task, number) for number in range(6)]
+        while not crew.wait(tasks, 0.0002):
+            pass
+
+def all_at_once():
+    in_threads(task, range(6), 2)
+
+def one():
+    uninterrupted(task)
+
+work, struck = {"crew": crew, "in_threads": all_at_once, "uninterrupted": one}[sys.argv[1]], 0
+for step in range(1, 4000):
+    left = step
+    def trace(frame, event, argument):
+        global left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return trace
+    done = False
+    sys.settrace(trace)
+    try:
+        work()
+        done = left > 0
+    except KeyboardInterrupt:
+        struck += 1
+    finally:
+        sys.settrace(None)
+    if sys.argv[1] != "in_threads":  # what is running there is left to end by itself
+        assert not running or sys.argv[1] == "uninterrupted", running
+    while running:
+        time.sleep(0.001)
+    if done:
+        break
+print(struck)
+"""
+
+
+def test_results_are_in_order_and_computed_side_by_side() -> None:
+    meeting = threading.Barrier(2, timeout=5)
+
+    def met(number: int) -> int:
+        if number < 2:
+            meeting.wait()
+        return -number
+
+    assert in_threads(met, range(20), 2) == [-number for number in range(20)]
+    assert in_threads(met, range(2, 5), 1) == [-2, -3, -4]
+
+
+def fail() -> NoReturn:
+    raise OSError("no more")
+
+
+def test_one_that_fails_stops_the_others() -> None:
+    begun: list[int] = []
+
+    def one(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.001)
+
+    def crew() -> None:
+        with Crew(2) as crew:
+            tasks = [crew.submit(fail), *(crew.submit(one, number) for number in range(5000))]
+            crew.wait(tasks, 60)
+
+    with pytest.raises(OSError, match="no more"):
+        crew()
+    assert len(begun) < 5000
+    with pytest.raises(OSError, match="no more"):
+        in_threads(lambda number: fail() if number == 3 else number, range(9), 2)
+
+
+def test_a_crew_ends_when_nothing_runs_any_more() -> None:
+    ended: list[bool] = []
+
+    def slow() -> None:
+        time.sleep(0.05)
+        ended.append(True)
+
+    with Crew(2) as crew:
+        task = crew.submit(slow)
+        assert not crew.wait([task], 0.001)
+    assert ended in ([True], [])
+    assert task.done == bool(ended)
+
+
+def test_uninterrupted_returns_and_raises_what_the_work_does() -> None:
+    assert uninterrupted(lambda: 5) == 5
+    with pytest.raises(OSError, match="no more"):
+        uninterrupted(fail)
+
+
+@pytest.mark.parametrize("way", ["crew", "in_threads", "uninterrupted"])
+def test_an_interrupt_at_any_step_hangs_nothing(way: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", STRUCK, way],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > (5 if way == "uninterrupted" else 50)
