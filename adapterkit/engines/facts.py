@@ -9,6 +9,7 @@ from adapterkit.checks.structure import peft_config, unclean_names
 from adapterkit.keys import Role
 from adapterkit.model import Kind
 from adapterkit.notes import NoteKind
+from adapterkit.served import served
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,7 @@ _HEADS = {"classifier", "score"}
 _PICKLES = {".bin", ".pt", ".pth"}
 
 
-def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
+def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -> dict[str, Any]:
     """Return the words of `when` in adapterkit/engines/*.toml, with their values.
 
     Numbers and truth values are of the adapter: `max_rank`, `ranks_differ`, `scales_differ`,
@@ -30,7 +31,9 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     `alpha_pattern`, `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`,
     `layer_replication`, `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`,
     `foreign_names`, `trained_beside` (files without which answers are others); texts: `format`,
-    `init`, `architecture` (of the base, empty if unknown).
+    `init`, `architecture` (of the base, empty if unknown). Of the engine's models:
+    `class_unserved`, `class_without_lora` and `type_unserved`, false where the base does not tell
+    its class; `encoder_decoder`; texts: `base_class`, `model_type`, `served_version`.
     """
     pairs = [pair for pair in adapter.pairs() if pair.sound]
     unclean = list(unclean_names(adapter))
@@ -38,31 +41,56 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     full = [key.module for key in adapter.tensors if key.role is Role.FULL]
     roles = {key.role for key in adapter.tensors}
     config = peft_config(adapter)
-    return _of_config(config) | {
-        "format": adapter.provenance.format if adapter.provenance else "",
-        "architecture": base.architecture.gguf if base else "",
-        "max_rank": max(ranks, default=0),
-        "ranks_differ": len(ranks) > 1,
-        "scales_differ": len({pair.scale for pair in pairs}) > 1,
-        "dora": Role.MAGNITUDE in roles,
-        "lora_bias": Role.LORA_BIAS in roles,
-        "saved_biases": sum(name.endswith(".bias") for name in full),
-        "saved_modules": sum(not name.endswith(".bias") for name in full),
-        "saved_heads": sum(not _HEADS.isdisjoint(name.split(".")[:-1]) for name in full),
-        "token_rows": Role.TOKEN_ROWS in roles,
-        "embedding": any(pair.embedding for pair in pairs),
-        "output": any(_is_output(pair.module, base) for pair in pairs),
-        "experts_fused": any(pair.kind is Kind.EXPERTS for pair in pairs),
-        "tower": any(in_tower(pair.module) for pair in pairs),
-        "base_changing_init": adapter.initialisation is not None,
-        "init": (adapter.initialisation or "").lower(),
-        "layer_replication": bool(adapter.layer_replication),
-        "invocation_tokens": bool(adapter.invocation_tokens),
-        "unclean_names": bool(unclean),
-        # PEFT itself takes names with an adapter's name in them.
-        "foreign_names": any(note.kind is not NoteKind.ADAPTER_NAME for note in unclean),
-        "trained_beside": any(file.needed for file in adapter.beside),
-        "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
+    return (
+        _of_config(config)
+        | _of_models(base, engine)
+        | {
+            "format": adapter.provenance.format if adapter.provenance else "",
+            "architecture": base.architecture.gguf if base else "",
+            "max_rank": max(ranks, default=0),
+            "ranks_differ": len(ranks) > 1,
+            "scales_differ": len({pair.scale for pair in pairs}) > 1,
+            "dora": Role.MAGNITUDE in roles,
+            "lora_bias": Role.LORA_BIAS in roles,
+            "saved_biases": sum(name.endswith(".bias") for name in full),
+            "saved_modules": sum(not name.endswith(".bias") for name in full),
+            "saved_heads": sum(not _HEADS.isdisjoint(name.split(".")[:-1]) for name in full),
+            "token_rows": Role.TOKEN_ROWS in roles,
+            "embedding": any(pair.embedding for pair in pairs),
+            "output": any(_is_output(pair.module, base) for pair in pairs),
+            "experts_fused": any(pair.kind is Kind.EXPERTS for pair in pairs),
+            "tower": any(in_tower(pair.module) for pair in pairs),
+            "base_changing_init": adapter.initialisation is not None,
+            "init": (adapter.initialisation or "").lower(),
+            "layer_replication": bool(adapter.layer_replication),
+            "invocation_tokens": bool(adapter.invocation_tokens),
+            "unclean_names": bool(unclean),
+            # PEFT itself takes names with an adapter's name in them.
+            "foreign_names": any(note.kind is not NoteKind.ADAPTER_NAME for note in unclean),
+            "trained_beside": any(file.needed for file in adapter.beside),
+            "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
+        }
+    )
+
+
+def _of_models(base: BaseModel | None, engine: str) -> dict[str, Any]:
+    """Return what the engine's list of models says of the base."""
+    models = served(engine)
+    classes = base.classes if base else ()
+    config: Mapping[str, Any] = base.facts if base and base.kind == "hf" else {}
+    # The type of a wrapped text tower is not that of the model.
+    kind = str(config.get("model_type", "")) if base and not base.text_prefix else ""
+    known = bool(classes and models.lora)
+    return {
+        "base_class": classes[0] if classes else "",
+        "model_type": kind,
+        "served_version": models.version,
+        "encoder_decoder": bool(config.get("is_encoder_decoder")),
+        "class_unserved": known and (models.lora | models.without).isdisjoint(classes),
+        "class_without_lora": known
+        and models.lora.isdisjoint(classes)
+        and not models.without.isdisjoint(classes),
+        "type_unserved": bool(kind and models.types) and kind not in models.types,
     }
 
 

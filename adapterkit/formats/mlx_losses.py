@@ -15,6 +15,7 @@ from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import undeclared
 from adapterkit.model.losses import lost_metadata
 from adapterkit.notes import Loss, first_and_more
+from adapterkit.served import served
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -56,10 +57,18 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     found = [*_by_role(adapter), *_by_setting(adapter), *_unplaced(adapter, mapped)]
     found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]
     found += [*undeclared(adapter), *lost_beside(adapter)]
+    found += _unserved(options.base)
     if options.dtype is DType.Q8_0:
         message = "MLX adapters hold f32, f16 or bf16; choose one with --outtype"
         found.append(Loss("quantised", "q8_0", message))
     return found
+
+
+def _unserved(base: BaseModel | None) -> Iterator[Loss]:
+    models, kind = served("mlx"), base.facts.get("model_type") if base else None
+    if base and base.kind == "hf" and kind and not base.text_prefix and kind not in models.types:
+        message = f"mlx-lm {models.version} has no model of this type; {_MERGE}"
+        yield Loss("unserved", f"model_type {kind}", message)
 
 
 def _loss(code: str, keys: list[TensorKey], message: str, *, drop: bool = True) -> Loss:

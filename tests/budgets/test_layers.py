@@ -27,7 +27,7 @@ LAYERS = (
     {"keys"},
     {"notes"},
     {"errors", "dtype"},
-    {"storage", "quantisation", "disk", "work", "tables", "strangers", "destination"},
+    {"storage", "quantisation", "disk", "work", "tables", "strangers", "served", "destination"},
     {"tensor", "output"},
     {"model", "json_file"},
     {"containers", "factors", "yaml_file", "patterns", "hub", "lowrank"},

@@ -1,0 +1,40 @@
+"""The models that engines serve, by class or type, read from the engines' own source.
+
+served.json is made by fixtures/engines/make.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_FILE = Path(__file__).with_name("served.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """What one engine has models for.
+
+    Attributes:
+        version: of the engine that was read; empty if nothing is known of it.
+        lora: classes that it runs with adapters.
+        without: classes that it runs, and takes no adapters for.
+        types: values of `model_type` that it has a model for.
+    """
+
+    version: str = ""
+    lora: frozenset[str] = frozenset()
+    without: frozenset[str] = frozenset()
+    types: frozenset[str] = frozenset()
+
+
+@cache
+def served(engine: str) -> Served:
+    """Return the models of an engine; empty sets where nothing is known of it."""
+    found = json.loads(_FILE.read_text(encoding="utf-8")).get(engine)
+    if found is None:
+        return Served()
+    names = {key: frozenset(value) for key, value in found.items() if key != "version"}
+    return Served(version=found["version"], **names)
