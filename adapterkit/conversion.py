@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapterkit.engines.engine import load_target
-from adapterkit.engines.judgement import check_served
 from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
@@ -14,6 +13,9 @@ from adapterkit.passes.naming import NAMES
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+
+if TYPE_CHECKING:
+    from adapterkit.engines.engine import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def convert(
         WriteError: if the output cannot be written.
     """
     destination = Path(destination)
-    engine = load_target(for_engine) if for_engine else None
+    engine = _engine(for_engine) if for_engine else None
     target = destination_format(destination, to or (engine and engine.format), force=force)
     dtype = stored_type(outtype)
     loaded = load(
@@ -102,6 +104,8 @@ def convert(
 
     def accept(written: AdapterTensorSet) -> None:
         if engine:
+            from adapterkit.engines.judgement import check_served
+
             told.extend(check_served(written, loaded.base, engine, path=destination))
 
     proven = save(
@@ -120,3 +124,9 @@ def convert(
         losses=ready.losses,
         notes=(*loaded.told, *map(str, (*named.notes, *changed.notes)), *ready.warnings, *told),
     )
+
+
+def _engine(reference: str) -> Target:
+    from adapterkit.engines.engine import load_target
+
+    return load_target(reference)
