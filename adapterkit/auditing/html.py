@@ -18,7 +18,7 @@ from adapterkit.auditing.places import short_names
 from adapterkit.auditing.plan import suggestion, trade_off
 from adapterkit.auditing.rank_plan import Suggestion
 from adapterkit.auditing.report import AdapterAudit, AuditReport, LayerShare, ModuleAudit
-from adapterkit.auditing.tables import number, span
+from adapterkit.auditing.tables import facts, number
 from adapterkit.output import staged
 
 _COLUMNS = (
@@ -118,21 +118,13 @@ def _details(audited: AdapterAudit, advice: Suggestion | None, count: int) -> st
 
 def _facts(audited: AdapterAudit) -> str:
     whole = audited.summary
-    facts = (
-        ("base model", audited.base_model or "not recorded"),
-        ("format", f"{audited.format or 'in memory'}, {', '.join(audited.dtypes)}"),
-        ("modules", f"{whole.modules:,}"),
-        ("parameters", f"{whole.parameters:,}"),
-        ("rank", span(whole.ranks)),
-        ("scale", span(whole.scales)),
-        ("stable rank, mean", number(whole.stable_rank_mean)),
-        ("effective rank, mean", number(whole.effective_rank_mean)),
-        ("utilization, mean", number(whole.utilization_mean)),
+    rows = (
+        *facts(audited),
         ("energy rank 90 / 99 %", _both(whole.energy_rank_90_p50, whole.energy_rank_99_p50)),
         ("‖ΔW‖ / largest σ₁", _both(whole.frobenius_norm, whole.spectral_norm_max)),
         ("tensors measured", f"{audited.tensors - len(audited.unaudited)} of {audited.tensors}"),
     )
-    cells = "".join(f"<div><dt>{shown(k)}</dt><dd>{shown(v)}</dd></div>" for k, v in facts)
+    cells = "".join(f"<div><dt>{shown(k)}</dt><dd>{shown(v)}</dd></div>" for k, v in rows)
     return f'<dl class="facts">{cells}</dl>'
 
 

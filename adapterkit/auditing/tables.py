@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from adapterkit.auditing.places import short_names
-from adapterkit.auditing.report import AdapterAudit, AuditReport, ModuleAudit
+from adapterkit.auditing.report import AdapterAudit, AuditReport, FamilyAudit, ModuleAudit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,25 +72,27 @@ def _adapter(audited: AdapterAudit) -> Iterator[str]:
     short = short_names(family.family for family in audited.families)
     yield from _table(
         ("family", "updates", "rank", "stable", "effective", "k90", "k99", "rms", "σ₁ max"),
-        [
-            (
-                short[row.family],
-                f"{row.updates:,}",
-                span(row.ranks),
-                number(row.stable_rank_median),
-                number(row.effective_rank_median),
-                number(row.energy_rank_90_median),
-                number(row.energy_rank_99_median),
-                number(row.rms_median),
-                number(row.spectral_norm_max),
-            )
-            for row in audited.families
-        ],
+        [(short[row.family], *family_cells(row)) for row in audited.families],
     )
     yield ""
 
 
-def _facts(audited: AdapterAudit) -> list[tuple[str, str]]:
+def family_cells(row: FamilyAudit) -> tuple[str, ...]:
+    """Return updates, rank, stable, effective, k90, k99, rms and largest σ₁ of a family."""
+    return (
+        f"{row.updates:,}",
+        span(row.ranks),
+        number(row.stable_rank_median),
+        number(row.effective_rank_median),
+        number(row.energy_rank_90_median),
+        number(row.energy_rank_99_median),
+        number(row.rms_median),
+        number(row.spectral_norm_max),
+    )
+
+
+def facts(audited: AdapterAudit) -> list[tuple[str, str]]:
+    """Return what an adapter is and the means of its modules, by name."""
     whole = audited.summary
     return [
         ("base model", audited.base_model or "not recorded"),
@@ -102,6 +104,13 @@ def _facts(audited: AdapterAudit) -> list[tuple[str, str]]:
         ("stable rank, mean", number(whole.stable_rank_mean)),
         ("effective rank, mean", number(whole.effective_rank_mean)),
         ("utilization, mean", number(whole.utilization_mean)),
+    ]
+
+
+def _facts(audited: AdapterAudit) -> list[tuple[str, str]]:
+    whole = audited.summary
+    return [
+        *facts(audited),
         ("energy rank 90 %, median", number(whole.energy_rank_90_p50)),
         ("energy rank 99 %, median", number(whole.energy_rank_99_p50)),
         ("‖ΔW‖, Frobenius", number(whole.frobenius_norm)),

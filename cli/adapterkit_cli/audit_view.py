@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.auditing.outliers import notable
 from adapterkit.auditing.places import short_names
-from adapterkit.auditing.tables import number, span
+from adapterkit.auditing.tables import family_cells, number, span
 from adapterkit_cli import rendering
 
 if TYPE_CHECKING:
@@ -129,14 +129,7 @@ def _families(audited: AdapterAudit) -> list[str]:
     rows = [
         (
             short[row.family],
-            f"{row.updates:,}",
-            span(row.ranks),
-            number(row.stable_rank_median),
-            number(row.effective_rank_median),
-            number(row.energy_rank_90_median),
-            number(row.energy_rank_99_median),
-            number(row.rms_median),
-            number(row.spectral_norm_max),
+            *family_cells(row),
             "-" if row.energy_share is None else f"{row.energy_share:.0%}",
         )
         for row in audited.families[:_FAMILIES]
