@@ -62,18 +62,12 @@ def assembled(
     """Return the adapter that the outcomes make, and what they report under its names."""
     pairs, names = _named(outcomes, base, options.moe_layout)
     adapter = _adapter(pairs, base)
-    whole = {
-        TensorKey(_parameter(outcome), Role.FULL): outcome.twin.tensor
-        for outcome in outcomes
-        if outcome.left is not None and outcome.left.saved
-    }
-    whole = _with_partners(whole, outcomes, base)
     reports = [
         replace(outcome.module, module=names[outcome.module.module][0])
         for outcome in outcomes
         if outcome.module is not None
     ]
-    return adapter.replace(tensors={**adapter.tensors, **whole}), reports
+    return adapter.replace(tensors={**adapter.tensors, **_whole(outcomes, base)}), reports
 
 
 def _adapter(pairs: Iterable[Update], base: BaseModel) -> AdapterTensorSet:
@@ -81,15 +75,13 @@ def _adapter(pairs: Iterable[Update], base: BaseModel) -> AdapterTensorSet:
     return AdapterTensorSet.of(pairs, {}, base=BaseReference(name=named))
 
 
-def _with_partners(
-    whole: Mapping[TensorKey, LazyTensor], outcomes: Iterable[Outcome], base: BaseModel
-) -> dict[TensorKey, LazyTensor]:
-    """Return saved weights with the biases of their modules: PEFT loads a saved module whole."""
-    found = dict(whole)
-    for outcome in outcomes:
-        name = outcome.twin.name
-        bias = base.tensors.get(name.removesuffix(".weight") + ".bias")
-        if outcome.left is not None and outcome.left.saved and bias is not None:
+def _whole(outcomes: Iterable[Outcome], base: BaseModel) -> dict[TensorKey, LazyTensor]:
+    """Return what is saved whole, biases included: PEFT loads all of a saved module."""
+    saved = [outcome for outcome in outcomes if outcome.left is not None and outcome.left.saved]
+    found = {TensorKey(_parameter(each), Role.FULL): each.twin.tensor for each in saved}
+    for outcome in saved:
+        bias = base.tensors.get(outcome.twin.name.removesuffix(".weight") + ".bias")
+        if bias is not None:
             found.setdefault(TensorKey(f"{outcome.twin.modules[0]}.bias", Role.FULL), bias)
     return found
 
