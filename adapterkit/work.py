@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import math
 import os
 import threading
 import time
@@ -22,6 +23,8 @@ _Result = TypeVar("_Result")
 MOST_THREADS = 4
 # Seconds between two looks whether a task has ended.
 _MOMENT = 0.002
+# Seconds after which who waits looks again: systems differ in what wakes them.
+_LOOK = 1.0
 
 
 def threads(wished: int | None = None) -> int:
@@ -41,7 +44,9 @@ def in_threads(
         return [function(item) for item in items]
     crew = Crew(threads(workers))
     try:
-        return [crew.result(task) for task in [crew.submit(function, item) for item in items]]
+        tasks = [crew.submit(function, item) for item in items]
+        crew.wait(tasks)
+        return [task.value for task in tasks]
     finally:
         crew.dismiss()
 
@@ -121,12 +126,7 @@ class Crew:
                 self._running.remove(task)
             self._ends.put(None)
 
-    def check(self) -> None:
-        """Raise the first error of a task, if there is one."""
-        if self._errors:
-            raise self._errors[0]
-
-    def wait(self, tasks: Iterable[Task[Any]], seconds: float) -> bool:
+    def wait(self, tasks: Iterable[Task[Any]], seconds: float = math.inf) -> bool:
         """Wait until all are done; return False if they are not within so many seconds.
 
         Raises:
@@ -134,23 +134,15 @@ class Crew:
         """
         until = time.monotonic() + seconds
         for task in tasks:
-            while not task.done:
-                self.check()
-                try:
-                    self._ends.get(timeout=max(0.0, until - time.monotonic()))
-                except Empty:
+            while not (task.done or self._errors):
+                left = until - time.monotonic()
+                if left <= 0:
                     return False
-        self.check()
+                with suppress(Empty):
+                    self._ends.get(timeout=min(left, _LOOK))
+        if self._errors:
+            raise self._errors[0]
         return True
-
-    def result(self, task: Task[_Result]) -> _Result:
-        """Wait for a task and return what it returned, or raise what it raised."""
-        while not task.done:
-            with suppress(Empty):
-                self._ends.get(timeout=1)
-            if self._stopped and not task.done:
-                self.check()
-        return task.result()
 
     def dismiss(self) -> None:
         """Begin nothing more, and let the threads end."""
