@@ -29,6 +29,10 @@ class Served:
     without: frozenset[str] = frozenset()
     types: frozenset[str] = frozenset()
 
+    def lacks_type(self, model_type: str) -> bool:
+        """Tell whether the engine has no model of a type; false where one of both is unknown."""
+        return bool(model_type and self.types) and model_type not in self.types
+
 
 @cache
 def served(engine: str) -> Served:

@@ -60,6 +60,12 @@ class BaseModel:
         return self.architecture
 
     @property
+    def model_type(self) -> str:
+        """That of the whole model; empty where only a wrapped text tower's, or none, is known."""
+        known = self.kind == "hf" and not self.text_prefix
+        return str(self.facts.get("model_type") or "") if known else ""
+
+    @property
     def sizes(self) -> Sizes:
         """Sizes of this model in the tables' words."""
         return Sizes(self.architecture, self.kind, self.facts, self.path)

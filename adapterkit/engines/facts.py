@@ -78,8 +78,7 @@ def _of_models(base: BaseModel | None, engine: str) -> dict[str, Any]:
     models = served(engine)
     classes = base.classes if base else ()
     config: Mapping[str, Any] = base.facts if base and base.kind == "hf" else {}
-    # The type of a wrapped text tower is not that of the model.
-    kind = str(config.get("model_type", "")) if base and not base.text_prefix else ""
+    kind = base.model_type if base else ""
     known = bool(classes and models.lora)
     return {
         "base_class": classes[0] if classes else "",
@@ -90,7 +89,7 @@ def _of_models(base: BaseModel | None, engine: str) -> dict[str, Any]:
         "class_without_lora": known
         and models.lora.isdisjoint(classes)
         and not models.without.isdisjoint(classes),
-        "type_unserved": bool(kind and models.types) and kind not in models.types,
+        "type_unserved": models.lacks_type(kind),
     }
 
 

@@ -65,10 +65,10 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
 
 
 def _unserved(base: BaseModel | None) -> Iterator[Loss]:
-    models, kind = served("mlx"), base.facts.get("model_type") if base else None
-    if base and base.kind == "hf" and kind and not base.text_prefix and kind not in models.types:
+    models = served("mlx")
+    if base and models.lacks_type(base.model_type):
         message = f"mlx-lm {models.version} has no model of this type; {_MERGE}"
-        yield Loss("unserved", f"model_type {kind}", message)
+        yield Loss("unserved", f"model_type {base.model_type}", message)
 
 
 def _loss(code: str, keys: list[TensorKey], message: str, *, drop: bool = True) -> Loss:

@@ -48,13 +48,13 @@ def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
         UnsupportedError: if the engine would not run an adapter as it is, or cannot hold the stack.
         UsageError: if the stack is empty or the engine is unknown.
     """
-    name, _, version = engine.partition("@")
+    name, at, version = engine.partition("@")
     if name not in _LAUNCHES:
         raise UsageError(f"unknown engine {name!r}; known: {', '.join(_LAUNCHES)}")
     members = stack.list()
     if not members:
         raise UsageError("no adapter was given")
-    target = load_target("@".join(filter(None, (_TARGETS.get(name, name), version))))
+    target = load_target(_TARGETS.get(name, name) + at + version)
     warnings = [sentence for member in members for sentence in _told(member, target)]
     text, more = _LAUNCHES[name](members, _flags(members, target))
     return ServingSettings(

@@ -244,9 +244,9 @@ class AdapterStack:
     def _conflicts(self) -> Iterator[Conflict]:
         active = [member for member in self._members.values() if member.scale]
         for place, first in enumerate(active):
-            mine = {pair.module: pair for pair in _scaled_pairs(first)}
+            mine = {pair.module: pair for pair in _scaled_pairs(first.adapter, first.scale)}
             for second in active[place + 1 :]:
-                for pair in _scaled_pairs(second):
+                for pair in _scaled_pairs(second.adapter, second.scale):
                     other = mine.get(pair.module)
                     if other and (other.kind, other.shape) == (pair.kind, pair.shape):
                         yield _conflict(other, pair, first.name, second.name)
@@ -267,9 +267,8 @@ class AdapterStack:
         adapters, tied = one_spelling([member.adapter for member in members])
         groups: dict[str, list[Update]] = {}
         for member, adapter in zip(members, adapters, strict=True):
-            for pair in adapter.pairs():
-                scaled = replace(pair, scale=pair.scale * member.scale)
-                groups.setdefault(pair.module, []).append(scaled)
+            for pair in _scaled_pairs(adapter, member.scale):
+                groups.setdefault(pair.module, []).append(pair)
         return AdapterTensorSet.of(
             map(concatenated, groups.values()),
             _base_copies(members),
@@ -305,9 +304,9 @@ def _finite(scale: float, name: str) -> float:
     return float(scale)
 
 
-def _scaled_pairs(member: StackedAdapter) -> Iterator[Update]:
-    for pair in member.adapter.pairs():
-        yield replace(pair, scale=pair.scale * member.scale)
+def _scaled_pairs(adapter: AdapterTensorSet, scale: float) -> Iterator[Update]:
+    for pair in adapter.pairs():
+        yield replace(pair, scale=pair.scale * scale)
 
 
 def _conflict(one: Update, other: Update, first: str, second: str) -> Conflict:
