@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
@@ -175,7 +175,7 @@ def _state(tensor: LazyTensor, path: Path, name: str) -> Table:
         raise FormatError(f"is not readable JSON ({error})", path=path, where=name) from None
     if not isinstance(state, dict):
         raise FormatError("is not a JSON object", path=path, where=name)
-    return Table(state, path)
+    return Table(cast("Mapping[str, Any]", state), path)
 
 
 def _part(tensor: LazyTensor, begin: int, end: int) -> FileSlice:
