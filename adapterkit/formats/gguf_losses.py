@@ -164,6 +164,12 @@ def _unmatched(
     if towers:
         message = "belongs to a vision or audio tower, which llama.cpp keeps in another file"
         yield _loss("tower", _keys_of(adapter, towers), f"{message}; {_MERGE}")
+    scaled = {module: name for module in others if (name := _scale_of(module, options.base))}
+    if scaled:
+        name = next(iter(scaled.values()))
+        message = f"{name} scales what an expert gives, and not what llama.cpp adds to it"
+        yield _loss("no-target", _keys_of(adapter, scaled), f"{message}; {_MERGE}")
+    others = [module for module in others if module not in scaled]
     known = [module for module in others if options.base and _known(module, options.base)]
     if known:
         message = f"llama.cpp applies no adapter to this part of {title}"
@@ -179,6 +185,16 @@ def _unmatched(
 
 def _known(module: str, base: BaseModel) -> bool:
     return find_rule(base.architecture, module) is not None
+
+
+def _scale_of(module: str, base: BaseModel | None) -> str | None:
+    """Return the base's parameter that scales what comes out of a module, by its last name."""
+    match = find_rule(base.architecture, module) if base else None
+    if base is None or match is None or match.rule.kind != "tensor":
+        return None
+    name = match.rule.targets[0].name.removesuffix(".weight") + ".scale"
+    scales = (r.hf for r in base.architecture.rules if any(t.name == name for t in r.targets))
+    return next((scale.rpartition(".")[2] for scale in scales), None)
 
 
 def _inert(engine: EngineAdapter, options: Options) -> Iterator[Loss]:
