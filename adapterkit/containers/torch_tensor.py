@@ -191,10 +191,10 @@ def _tensor_v2(arguments: tuple[object, ...]) -> PickledTensor:
 def _tensor_v3(arguments: tuple[object, ...]) -> PickledTensor:
     match arguments:
         case (Storage() as storage, int(offset), size, stride, _, _, str(code), *rest) if (
-            len(rest) <= 1 and code in _DTYPES
+            len(rest) <= 1 and code in DTYPES
         ):
             shape, strides = _sizes(size), _sizes(stride)
-            return PickledTensor(storage, _DTYPES[code], code, offset, shape, strides, any(rest))
+            return PickledTensor(storage, DTYPES[code], code, offset, shape, strides, any(rest))
         case _:
             raise ValueError("_rebuild_tensor_v3 with other arguments than torch writes")
 
@@ -235,7 +235,7 @@ def _device(arguments: tuple[object, ...]) -> str:
 
 
 _LONGEST_DEVICE = 32
-_DTYPES: Mapping[str, DType | None] = {
+DTYPES: Mapping[str, DType | None] = {
     "torch.float64": DType.F64,
     "torch.float32": DType.F32,
     "torch.float16": DType.F16,
@@ -284,7 +284,7 @@ TORCH_NAMES: Mapping[tuple[str, str], object] = {
     **{("torch", kind.name): kind for kind in _STORAGES},
     ("torch.storage", "UntypedStorage"): StorageType("UntypedStorage", None, 1),
     # A dtype stands for itself as text: a pickle that writes the text gains nothing by it.
-    **{("torch", code.removeprefix("torch.")): code for code in _DTYPES},
+    **{("torch", code.removeprefix("torch.")): code for code in DTYPES},
     **{("torch._utils", name): Constructor(name, build) for name, build in _REBUILD.items()},
     ("torch._tensor", "_rebuild_from_type_v2"): Constructor("_rebuild_from_type_v2", _from_type),
     ("torch", "Tensor"): TensorClass("torch.Tensor"),
