@@ -63,13 +63,6 @@ def distributed(folder: Path) -> Path:
     return folder
 
 
-def deepspeed(folder: Path) -> Path:
-    (folder / "global_step1").mkdir()
-    (folder / "latest").write_text("global_step1")
-    torch.save({"module": STATE}, folder / "global_step1" / "mp_rank_00_model_states.pt")
-    return folder
-
-
 def runs(folder: Path) -> Path:
     shutil.copytree(PEFT / "tiny", folder / "run" / "checkpoint-5")
     return folder
@@ -102,8 +95,6 @@ STRANGERS: dict[str, Callable[[Path], Path]] = {
     "ggla": bytes_of(b"algg" + bytes(64)),
     "web page": bytes_of(b"<!DOCTYPE html><html></html>"),
     "pytorch_model_fsdp.bin": gathered,
-    "dcp_to_torch": distributed,
-    "zero_to_fp32": deepspeed,
     "run/checkpoint-5": runs,
     "adapterkit extract --base": whole_model,
     "control vector": control_vector,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from adapterkit.containers.folders import DATA_SUFFIX, INDEX
 from adapterkit.containers.opening import MAX_NAME, check_shape, file_size
 from adapterkit.containers.pickle_names import Constructor, Record, RecordClass
 from adapterkit.containers.pickle_reader import MAX_PICKLE, Bounds, read_pickle
@@ -22,8 +23,6 @@ from adapterkit.errors import FormatError, NotFoundError, TruncatedFileError, Un
 from adapterkit.storage import FileSlice, read_document
 from adapterkit.tensor import LazyTensor
 
-INDEX = ".metadata"
-DATA_SUFFIX = ".distcp"
 _WHOLE = (
     "make one file of it in torch, then pass that: "
     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER state.pt"
@@ -156,28 +155,24 @@ def read_dcp(folder: Path) -> DistributedCheckpoint:
 def _trail(trails: object, name: str) -> Trail:
     """Return the keys that the program nested; those of lists are numbers."""
     found = cast("Mapping[object, object]", trails).get(name) if type(trails) is dict else None
-    match found:
-        case (first, *rest) if type(found) is tuple:
-            return tuple(map(str, (first, *rest)))
-        case _:
-            return (name,)
+    keys = cast("tuple[object, ...]", found) if type(found) is tuple else ()
+    return tuple(map(str, keys)) or (name,)
 
 
 def _entry(name: object, value: object, path: Path) -> _Entry:
     if not isinstance(name, str) or len(name) > MAX_NAME:
         raise FormatError(f"a name that is no text of {MAX_NAME} letters", path=path)
     fields = _fields(value, "TensorStorageMetadata", path)
-    match fields:
-        case {
-            "properties": Record(kind="TensorProperties", state=(str(dtype), *_)),
-            "size": size,
-            "chunks": [*chunks],
-        }:
-            pieces = [_fields(chunk, "ChunkStorageMetadata", path) for chunk in chunks]
-            boxes = [(_sizes(p.get("offsets"), path), _sizes(p.get("sizes"), path)) for p in pieces]
-            return _Entry(name, dtype, _sizes(size, path), tuple(boxes))
-        case _:
-            raise FormatError("is described in an unknown way", path=path, where=name)
+    chunks, properties = fields.get("chunks"), fields.get("properties")
+    state = properties.state if isinstance(properties, Record) else None
+    dtype = cast("tuple[object, ...]", state)[0] if type(state) is tuple and state else None
+    if type(chunks) is not list or not isinstance(dtype, str):
+        raise FormatError("is described in an unknown way", path=path, where=name)
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for chunk in cast("list[object]", chunks):
+        piece = _fields(chunk, "ChunkStorageMetadata", path)
+        boxes.append((_sizes(piece.get("offsets"), path), _sizes(piece.get("sizes"), path)))
+    return _Entry(name, dtype, _sizes(fields.get("size"), path), tuple(boxes))
 
 
 def _places(value: object, path: Path) -> dict[tuple[str, tuple[int, ...]], _Place]:
@@ -221,12 +216,11 @@ def _mapping(value: object, path: Path) -> Mapping[object, object]:
     return cast("Mapping[object, object]", value)
 
 
-def _sizes(value: Any, path: Path) -> tuple[int, ...]:
-    match value:
-        case tuple() if all(type(item) is int and item >= 0 for item in value):
-            return cast("tuple[int, ...]", value)
-        case _:
-            raise FormatError("has sizes that are no whole numbers", path=path)
+def _sizes(value: object, path: Path) -> tuple[int, ...]:
+    items = cast("tuple[Any, ...]", value if type(value) is tuple else (None,))
+    if not all(type(item) is int and item >= 0 for item in items):
+        raise FormatError("has sizes that are no whole numbers", path=path)
+    return items
 
 
 def _no_storage(_: object) -> NoReturn:

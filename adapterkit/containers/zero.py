@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit.containers.folders import MODEL, OPTIMIZER
 from adapterkit.containers.opening import MAX_BYTES, MAX_NAME
 from adapterkit.containers.pickle_names import Constructor, RecordClass
 from adapterkit.containers.tiles import strung
@@ -27,10 +28,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-MODEL, OPTIMIZER = "_model_states.pt", "_optim_states.pt"
 _RANK = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d{1,6})_mp_rank_00_(?:model|optim)_states\.pt$")
 _WHOLE_MODEL = "mp_rank_00_model_states.pt"
-_LATEST = re.compile(r"[\w.-]{1,200}")
 _GATHERED = 3
 _MOST_RANKS = 4096
 
@@ -70,26 +69,6 @@ class _Model:
     shared: Mapping[str, str]
     values: Mapping[str, LazyTensor]
     frozen: int
-
-
-def step_folder(path: Path) -> Path | None:
-    """Return the directory of the files of a step that a path means, None if it means none.
-
-    The path is that directory, a file of it, or the directory above with `latest` or one step.
-    """
-    if path.is_file():
-        return path.parent if path.name.endswith((MODEL, OPTIMIZER)) else None
-    if not path.is_dir():
-        return None
-    if any(path.glob(f"*{MODEL}")):
-        return path
-    steps = [child for child in sorted(path.glob("*/")) if any(child.glob(f"*{MODEL}"))]
-    if (latest := path / "latest").is_file():
-        with latest.open("rb") as file:
-            name = file.read(256).decode("utf-8", "replace").strip()
-        named = path / name
-        return named if _LATEST.fullmatch(name) and named in steps else None
-    return steps[0] if len(steps) == 1 else None
 
 
 def read_zero(folder: Path) -> ZeroCheckpoint:
@@ -143,12 +122,11 @@ class _Optimizer:
 
     def groups(self, name: str) -> list[LazyTensor]:
         """Return the rank's fp32 elements, one row for each group."""
-        value = self.fields.get(name)
-        rows = cast("list[object]", value if type(value) is list else [value])
-        for row in rows:
-            if not isinstance(row, LazyTensor) or len(row.shape) != 1:
-                raise FormatError("holds no flat tensors", path=self.path, where=name)
-        return [cast("LazyTensor", row) for row in rows]
+        rows = _rows(self.fields.get(name))
+        found = [row for row in rows if isinstance(row, LazyTensor) and len(row.shape) == 1]
+        if len(found) != len(rows):
+            raise FormatError("holds no flat tensors", path=self.path, where=name)
+        return found
 
 
 def _parted_by_group(
@@ -244,7 +222,7 @@ def _check_counts(
             raise FormatError(what, path=part.path)
 
 
-def _paddings(value: object, group: int, count: int, path: Path) -> Sequence[int]:
+def _paddings(value: Any, group: int, count: int, path: Path) -> Sequence[int]:
     """Return how many elements follow each parameter of a group; none in older files."""
     if value is None:
         return [0] * count
@@ -292,7 +270,7 @@ def _model(path: Path) -> _Model:
     frozen = root.get("frozen_param_shapes")
     count = len(cast("dict[object, object]", frozen)) if type(frozen) is dict else 0
     shared = root.get("shared_params")
-    named = _mapping(shared, path, "shared_params") if shared else {}
+    named = _mapping(shared or {}, path, "shared_params")
     return _Model(
         path,
         tuple(groups),
@@ -302,18 +280,17 @@ def _model(path: Path) -> _Model:
     )
 
 
-def _rows(value: object) -> list[object]:
-    return cast("list[object]", value) if type(value) is list else [value]
+def _rows(value: Any) -> list[Any]:
+    return cast("list[Any]", value) if type(value) is list else [value]
 
 
 def _shapes(group: object, path: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in _mapping(group, path, "param_shapes").items():
-        match shape:
-            case tuple() if all(map(_is_count, shape)) and 0 < math.prod(shape) < MAX_BYTES:
-                shapes[str(name)] = shape
-            case _:
-                raise FormatError("has no shape", path=path, where=str(name)[:MAX_NAME])
+    for name, value in _mapping(group, path, "param_shapes").items():
+        shape = cast("tuple[int, ...]", value if type(value) is tuple else (0,))
+        if not all(map(_is_count, shape)) or not 0 < math.prod(shape) < MAX_BYTES:
+            raise FormatError("has no shape", path=path, where=str(name)[:MAX_NAME])
+        shapes[str(name)] = shape
     return shapes
 
 
