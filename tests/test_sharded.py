@@ -186,6 +186,22 @@ def test_what_two_ranks_saved_is_joined(kind: str, ranks: Path, tmp_path: Path) 
     same(found, plain(truth()))
 
 
+def test_a_slice_of_one_rank_is_refused_as_that(ranks: Path, tmp_path: Path) -> None:
+    for alone in (ranks / "slice_rank0.pt", ranks / "slice_rank1.pt"):
+        with pytest.raises(FormatError, match="is one rank's slice of a sharded model"):
+            convert(alone, tmp_path / "out", to="peft", alpha=6)
+    with pytest.raises(FormatError, match="one rank's part of distributed tensors"):
+        inspect(ranks / "dtensor_rank1.pt", alpha=6)
+
+
+def test_a_slice_beside_its_config_is_refused_as_that(ranks: Path, tmp_path: Path) -> None:
+    shutil.copy(ranks / "slice_rank0.pt", tmp_path / "adapter_model.bin")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="this is one rank's slice of a sharded model"):
+        convert(tmp_path, tmp_path / "out", to="peft")
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_fixture_is_the_adapter_that_was_parted(name: str, tmp_path: Path) -> None:
     found, config = written(SHARDED / name, tmp_path / "out", alpha=sharded.ALPHA)

@@ -37,6 +37,17 @@ class RecordClass:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A name that a pickle may not name, and what it says of the file that it does.
+
+    Attributes:
+        reason: what the file is, and what to do.
+    """
+
+    reason: str
+
+
 @dataclass(slots=True, eq=False)
 class Record:
     """What a pickle says of an object: inert, and equal to itself alone.

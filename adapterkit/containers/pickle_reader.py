@@ -19,6 +19,7 @@ from adapterkit.containers.pickle_names import (
     Constructor,
     Record,
     RecordClass,
+    Refused,
     checked_key,
 )
 from adapterkit.errors import FormatError, UnsafePickleError
@@ -289,10 +290,12 @@ class _Machine:
         pass
 
     def _ask(self, module: str, name: str) -> None:
-        try:
-            self._stack.append(self._names[module, name])
-        except KeyError:
+        found = self._names.get((module, name))
+        if isinstance(found, Refused):
+            raise FormatError(found.reason, path=self._path)
+        if found is None:
             self._unsafe(f"asks for {_printable(f'{module}.{name}')}")
+        self._stack.append(found)
 
     def _refuse(self, opcode: str, stream: io.BytesIO) -> None:
         if opcode == "INST":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.containers.opening import MAX_BYTES, check_shape
-from adapterkit.containers.pickle_names import Constructor
+from adapterkit.containers.pickle_names import Constructor, Refused
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
 from adapterkit.storage import FileSlice
@@ -280,6 +280,10 @@ _REBUILD = {
     "_rebuild_parameter": _parameter,
     "_rebuild_parameter_with_state": _parameter,
 }
+_DISTRIBUTED = Refused(
+    "holds one rank's part of distributed tensors (DTensor, ShardedTensor); gather them in "
+    "training (full_tensor()), or pass what torch.distributed.checkpoint saved of all ranks"
+)
 TORCH_NAMES: Mapping[tuple[str, str], object] = {
     **{("torch", kind.name): kind for kind in _STORAGES},
     ("torch.storage", "UntypedStorage"): StorageType("UntypedStorage", None, 1),
@@ -289,6 +293,9 @@ TORCH_NAMES: Mapping[tuple[str, str], object] = {
     ("torch._tensor", "_rebuild_from_type_v2"): Constructor("_rebuild_from_type_v2", _from_type),
     ("torch", "Tensor"): TensorClass("torch.Tensor"),
     ("torch.nn.parameter", "Parameter"): TensorClass("torch.nn.Parameter"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _DISTRIBUTED,
+    ("torch.distributed.tensor", "DTensor"): _DISTRIBUTED,
+    ("torch.distributed._shard.sharded_tensor.api", "ShardedTensor"): _DISTRIBUTED,
     ("torch", "Size"): Constructor("torch.Size", _size),
     ("torch", "device"): Constructor("torch.device", _device),
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adapterkit.dialects.grammar import Dialect
 from adapterkit.errors import FormatError
 from adapterkit.factors import turned
+from adapterkit.model.update import is_slice
 from adapterkit.tables import shown
 from adapterkit.tensor import LazyTensor
 
@@ -79,12 +80,14 @@ class Mismatch:
         factors: tensors that it would take as factors; 0 for a dialect that is plainly not meant.
         key: the first tensor that it does not explain, if it is about one.
         reason: what is wrong.
+        sliced: whether the file has one rank's part of the factors.
     """
 
     dialect: Dialect
     factors: int
     key: str | None
     reason: str
+    sliced: bool = False
 
 
 def explain(dialect: Dialect, document: Document) -> Explanation | Mismatch:
@@ -105,7 +108,9 @@ def explain(dialect: Dialect, document: Document) -> Explanation | Mismatch:
         return Mismatch(dialect, 0, next(iter(tensors), None), "is no factor")
     _find_weights(explanation, tensors)
     if problem := _problem(explanation, document, unplaced, outside):
-        return Mismatch(dialect, factors, *problem)
+        complete = [halves for halves in explanation.sites.values() if {A, B} <= halves.keys()]
+        sliced = is_slice((halves[A].shape, halves[B].shape) for halves in complete)
+        return Mismatch(dialect, factors, *problem, sliced)
     return explanation
 
 
