@@ -248,6 +248,8 @@ def detect(path: Path) -> FormatSpec:
             raise NotFoundError("no such file or directory", path=path)
         if not path.is_file() and not path.is_dir():
             raise FormatError("is neither a file nor a directory", path=path)
+        if path.is_file() and (left := strangers.of_training(path)):
+            raise UnknownFormatError(left, path=path)
         found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
         if found:
             return found
