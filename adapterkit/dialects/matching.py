@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -143,7 +144,10 @@ def _selected(
 ) -> tuple[dict[str, LazyTensor], list[str]] | None:
     """Return the tensors of the first sub-dictionary that has some, and the names elsewhere."""
     for select in dialect.select if document.container in dialect.containers else ():
-        if inside := document.tensors(select):
+        inside = document.tensors(select) or {}
+        if not select:
+            inside = {n: t for n, t in inside.items() if "." in n or not _of_training(n, t.size)}
+        if inside:
             prefix = f"{select}." if select else ""
             names = {prefix + name for name in inside}
             return inside, [name for name in document.all_tensors() if name not in names]
@@ -229,6 +233,19 @@ def _embedding_names() -> frozenset[str]:
     return frozenset(tomllib.loads(path.read_text(encoding="utf-8"))["names"])
 
 
+@cache
+def _training() -> dict[str, list[str]]:
+    path = Path(__file__).parent / "names" / "training.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _of_training(name: str, size: int = 1) -> bool:
+    """Tell whether a name elsewhere than in the model is that of a training script's own state."""
+    table = _training()
+    number = size == 1 and name in table["numbers"]
+    return number or any(re.fullmatch(pattern, name) for pattern in table["elsewhere"])
+
+
 def _find_weights(explanation: Explanation, tensors: Mapping[str, LazyTensor]) -> None:
     rule = explanation.dialect.weight
     if rule is not None:
@@ -253,7 +270,8 @@ def _unexplained(explanation: Explanation, names: list[str]) -> str | None:
 
 def _outside(explanation: Explanation, names: list[str]) -> str | None:
     for name in names:
-        if not any(pattern.fullmatch(name) for pattern in explanation.dialect.outside):
+        stated = any(pattern.fullmatch(name) for pattern in explanation.dialect.outside)
+        if not stated and not _of_training(name):
             return name
         explanation.ignored[f"outside the adapter ({name.partition('.')[0]})"] += 1
     return None
