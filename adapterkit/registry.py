@@ -50,6 +50,8 @@ class FormatSpec:
             given for any value; the first such match is preferred to any format's `config_keys`.
         probe: `module:function` that looks into a path that neither magic nor config keys told;
             takes the path, returns whether it is this format, and raises nothing for strangers.
+        own_files: whether the probe tells it by files that no other format has, so that a config
+            beside them says nothing else.
         suffixes: file suffixes that mean this format as a destination.
         files: names or patterns of the files of a format that is a directory; empty for a file.
         takes_dialect: whether its reader understands `--dialect`.
@@ -67,6 +69,7 @@ class FormatSpec:
     config_keys: tuple[str, ...] = ()
     config_match: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     probe: str = ""
+    own_files: bool = False
     suffixes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     takes_dialect: bool = False
@@ -158,6 +161,22 @@ BUILTIN = (
         writes=False,
         probe="adapterkit.formats.lycoris:is_lycoris",
     ),
+    FormatSpec(
+        name="dcp",
+        title="PEFT LoRA in a sharded checkpoint of torch (DCP, FSDP)",
+        target="adapterkit.formats.peft_sharded:DCP",
+        writes=False,
+        probe="adapterkit.formats.peft_sharded_files:is_dcp",
+        own_files=True,
+    ),
+    FormatSpec(
+        name="deepspeed",
+        title="PEFT LoRA in a checkpoint of DeepSpeed (ZeRO)",
+        target="adapterkit.formats.peft_sharded:DEEPSPEED",
+        writes=False,
+        probe="adapterkit.formats.peft_sharded_files:is_zero",
+        own_files=True,
+    ),
     # After every format of one peft_type: this one answers for all others, reading or refusing.
     FormatSpec(
         name="peft-tuners",
@@ -229,6 +248,8 @@ def detect(path: Path) -> FormatSpec:
             raise NotFoundError("no such file or directory", path=path)
         if not path.is_file() and not path.is_dir():
             raise FormatError("is neither a file nor a directory", path=path)
+        if path.is_file() and (left := strangers.of_training(path)):
+            raise UnknownFormatError(left, path=path)
         found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
         if found:
             return found
@@ -247,6 +268,8 @@ def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     start = _first_bytes(path)
     for known in specs:
         if known.magic and start.startswith(known.magic):
+            return known
+        if known.own_files and _imported(known.probe)(path):
             return known
     config = _config(path)
     claims = [k for k in specs if k.config_match and _matches(config, k.config_match)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from adapterkit.dialects.grammar import Dialect
 from adapterkit.errors import FormatError
 from adapterkit.factors import turned
+from adapterkit.model.update import is_slice
 from adapterkit.tables import shown
 from adapterkit.tensor import LazyTensor
 
@@ -79,12 +81,14 @@ class Mismatch:
         factors: tensors that it would take as factors; 0 for a dialect that is plainly not meant.
         key: the first tensor that it does not explain, if it is about one.
         reason: what is wrong.
+        sliced: whether the file has one rank's part of the factors.
     """
 
     dialect: Dialect
     factors: int
     key: str | None
     reason: str
+    sliced: bool = False
 
 
 def explain(dialect: Dialect, document: Document) -> Explanation | Mismatch:
@@ -105,7 +109,9 @@ def explain(dialect: Dialect, document: Document) -> Explanation | Mismatch:
         return Mismatch(dialect, 0, next(iter(tensors), None), "is no factor")
     _find_weights(explanation, tensors)
     if problem := _problem(explanation, document, unplaced, outside):
-        return Mismatch(dialect, factors, *problem)
+        complete = [halves for halves in explanation.sites.values() if {A, B} <= halves.keys()]
+        sliced = is_slice((halves[A].shape, halves[B].shape) for halves in complete)
+        return Mismatch(dialect, factors, *problem, sliced)
     return explanation
 
 
@@ -138,7 +144,10 @@ def _selected(
 ) -> tuple[dict[str, LazyTensor], list[str]] | None:
     """Return the tensors of the first sub-dictionary that has some, and the names elsewhere."""
     for select in dialect.select if document.container in dialect.containers else ():
-        if inside := document.tensors(select):
+        inside = document.tensors(select) or {}
+        if not select:
+            inside = {n: t for n, t in inside.items() if "." in n or not _of_training(n, t.size)}
+        if inside:
             prefix = f"{select}." if select else ""
             names = {prefix + name for name in inside}
             return inside, [name for name in document.all_tensors() if name not in names]
@@ -224,6 +233,19 @@ def _embedding_names() -> frozenset[str]:
     return frozenset(tomllib.loads(path.read_text(encoding="utf-8"))["names"])
 
 
+@cache
+def _training() -> dict[str, list[str]]:
+    path = Path(__file__).parent / "names" / "training.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _of_training(name: str, size: int = 1) -> bool:
+    """Tell whether a name elsewhere than in the model is that of a training script's own state."""
+    table = _training()
+    number = size == 1 and name in table["numbers"]
+    return number or any(re.fullmatch(pattern, name) for pattern in table["elsewhere"])
+
+
 def _find_weights(explanation: Explanation, tensors: Mapping[str, LazyTensor]) -> None:
     rule = explanation.dialect.weight
     if rule is not None:
@@ -248,7 +270,8 @@ def _unexplained(explanation: Explanation, names: list[str]) -> str | None:
 
 def _outside(explanation: Explanation, names: list[str]) -> str | None:
     for name in names:
-        if not any(pattern.fullmatch(name) for pattern in explanation.dialect.outside):
+        stated = any(pattern.fullmatch(name) for pattern in explanation.dialect.outside)
+        if not stated and not _of_training(name):
             return name
         explanation.ignored[f"outside the adapter ({name.partition('.')[0]})"] += 1
     return None

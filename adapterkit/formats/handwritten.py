@@ -13,6 +13,7 @@ from adapterkit.dialects.document import is_checkpoint
 from adapterkit.dialects.matching import plausible, undecided
 from adapterkit.errors import AdapterKitError, FormatError, NotFoundError, UsageError
 from adapterkit.formats.handwritten_reader import interpret
+from adapterkit.model.update import GATHER, ONE_RANK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,6 +151,8 @@ def _unknown(mismatches: Sequence[Mismatch], document: Document) -> AdapterKitEr
             "\n  ".join(["its scale cannot be told from the file; if it is right, pass", *lines]),
             path=document.path,
         )
+    if part := next((m for m in near if m.sliced), None):
+        return FormatError(f"{ONE_RANK}; {GATHER}", path=document.path, where=part.key)
     if not near:
         return FormatError(
             "no dialect knows a factor in this file; describe it in a dialect file of your own and "

@@ -15,6 +15,7 @@ from adapterkit.formats.peft_keys import KeyReader
 from adapterkit.formats.peft_layouts import in_place, is_stack
 from adapterkit.formats.peft_meaning import meaning
 from adapterkit.formats.peft_own_config import own_config
+from adapterkit.formats.peft_slots import SETTINGS, spelled_out
 from adapterkit.formats.peft_tying import folded, tied_tables
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
@@ -93,6 +94,9 @@ def interpret(
     tensors = folded(tensors, tied)
     second -= tensors.keys()
     notes: list[str] = [*keys.notes(), *frozen, *_second_names(tied)]
+    tensors, fused = spelled_out(tensors, config)
+    if fused:
+        notes.append(f"slots of {len(fused)} fused layers (enable_lora) written out in full")
     kinds = _convolutions(tensors, config)
     tensors, stacks = unfold_experts(tensors, config, base)
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
@@ -108,8 +112,15 @@ def interpret(
             architecture=config.mapping("auto_mapping").optional("base_model_class", TEXT) or None,
         ),
         tied=tied,
-        rank_conflicts=_conflicts(config, tensors, kinds),
-        source=PeftSource(dict(config.raw), tuple(scales)),
+        rank_conflicts={
+            module: ranks
+            for module, ranks in _conflicts(config, tensors, kinds).items()
+            if module not in fused
+        },
+        source=PeftSource(
+            {name: value for name, value in config.raw.items() if name not in SETTINGS},
+            tuple(scales),
+        ),
         provenance=Provenance(path, "peft", tuple(notes)),
         **declared,
         **meaning(config),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -142,6 +142,24 @@ class Update:
             (*a[:a_axis], rank, *a[a_axis + 1 :]),
             (*b[:b_axis], rank, *b[b_axis + 1 :]),
         )
+
+
+ONE_RANK = "is one rank's slice of a sharded model (FSDP)"
+GATHER = "gather it in training, or pass what torch.distributed.checkpoint saved of all ranks"
+
+
+def is_slice(factors: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Tell whether factors are one rank's rows of the whole ones, as FSDP2 keeps them.
+
+    The rows of A are parted and so are those of B, whose columns still are the whole rank.
+
+    Args:
+        factors: shapes of A (r, in) and B (out, r) of every update.
+    """
+    shapes = list(factors)
+    return bool(shapes) and all(
+        len(a) == len(b) == _MATRIX and a[0] < b[1] <= a[1] for a, b in shapes
+    )
 
 
 def has_axes(kind: Kind, factor: LazyTensor) -> bool:

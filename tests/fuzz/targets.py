@@ -16,16 +16,24 @@ import numpy as np
 from adapterkit import inspect, validate
 from adapterkit.auditing.reference_bank import read_bank
 from adapterkit.base import open_base
+from adapterkit.containers.dcp import read_dcp
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.containers.npz import read_npz
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
+from adapterkit.containers.zero import read_zero
 from adapterkit.dialects.loading import load as load_dialect
 from adapterkit.merging.recipe import read_recipe
 from fuzz.mutations import damaged, document, member
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "fixtures"
+SHARDED = FIXTURES / "sharded"
+STEP = SHARDED / "zero3" / "global_step1"
+OF_RANK = (
+    "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)
 TINY, BASE = FIXTURES / "peft" / "tiny", FIXTURES / "peft" / "base"
 
 
@@ -89,6 +97,11 @@ def adapter(path: Path) -> None:
     validate(path.parent, base=BASE, targets=["peft", "llama.cpp"])
 
 
+def index(path: Path) -> None:
+    checkpoint = read_dcp(path.parent)
+    everything({trail: checkpoint.tensor(trail) for trail in checkpoint.entries})
+
+
 def base(path: Path) -> None:
     validate(TINY, base=path, targets=["vllm"])
 
@@ -121,6 +134,34 @@ TARGETS: dict[str, Target] = {
         lambda path: everything(flatten(read_torch_zip(path).root)),
         torch_reads,
     ),
+    "dcp": Target(
+        ".metadata",
+        contents("sharded/dcp/.metadata"),
+        damaged,
+        index,
+        beside={file.name: file.read_bytes() for file in (SHARDED / "dcp").glob("*.distcp")},
+    ),
+    "dcp piece": Target(
+        "__0_0.distcp",
+        contents("sharded/dcp/__0_0.distcp"),
+        damaged,
+        index,
+        beside={
+            file.name: file.read_bytes()
+            for file in (SHARDED / "dcp").iterdir()
+            if file.name != "__0_0.distcp"
+        },
+    ),
+    **{
+        f"zero {what}": Target(
+            changed,
+            contents(f"sharded/zero3/*/{changed}"),
+            member,
+            lambda path: everything(read_zero(path.parent).tensors),
+            beside={f.name: f.read_bytes() for f in STEP.iterdir() if f.name != changed},
+        )
+        for what, changed in zip(("model", "optimizer"), OF_RANK, strict=True)
+    },
     "adapter_config": Target(
         "adapter_config.json",
         tuple(loaded(path) for path in sorted(FIXTURES.glob("*/*/adapter_config.json"))),
