@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _T = TypeVar("_T")
-_NUMBER = re.compile(r"\d+")
-_TOKEN = re.compile(r"\{\w\}|\d+")
+_NUMBER = re.compile(r"[0-9]+")
+_TOKEN = re.compile(r"\{\w\}|[0-9]+")
 _GAP = re.compile(r"\{(\w)\}")
 
 

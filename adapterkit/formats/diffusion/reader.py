@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from adapterkit.formats.diffusion.table import Model
 
 _HALVES = {"down": Role.LORA_A, "up": Role.LORA_B}
+BASE = "base_model_name_or_path"
 # Hashes of the tensors, and what is said of alpha in place of the tensors: not free text.
-STALE = ("sshs_", FIELD, "format")
+STALE = ("sshs_", FIELD, "format", BASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def read_diffusion(path: Path, spelling: str) -> AdapterTensorSet:
     return AdapterTensorSet.of(
         read.updates.values(),
         read.others,
-        base=BaseReference(architecture=name),
+        base=BaseReference(file.metadata.get(BASE), architecture=name),
         rank_conflicts=read.conflicts,
         metadata={
             name: value for name, value in file.metadata.items() if not name.startswith(STALE)

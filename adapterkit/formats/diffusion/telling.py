@@ -146,9 +146,15 @@ def _counted(model: Model, modules: Sequence[Spelled]) -> bool:
         place = placed(model, module)
         for part in place.site.parts if place and not place.encoder else ():
             blocks, _, rest = part.partition(".")
-            if blocks in model.blocks and int(rest.partition(".")[0]) >= model.blocks[blocks]:
+            number = rest.partition(".")[0]
+            if blocks in model.blocks and not _below(number, model.blocks[blocks]):
                 return False
     return True
+
+
+def _below(number: str, count: int) -> bool:
+    """Tell whether a number in a name, of any length, is below a count."""
+    return len(number) <= len(str(count)) and int(number) < count
 
 
 def _as_wide(model: Model, modules: Sequence[Spelled]) -> bool:

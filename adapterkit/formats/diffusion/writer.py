@@ -15,6 +15,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
 from adapterkit.factors import with_scale
 from adapterkit.formats.diffusion.plan import planned
+from adapterkit.formats.diffusion.reader import BASE
 from adapterkit.formats.diffusion.rows import Moved, joined, moved, rescaled
 from adapterkit.keys import Role, TensorKey
 from adapterkit.tensor import LazyTensor
@@ -48,8 +49,8 @@ def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spe
         except ValueError as error:
             raise FormatError(str(error), where=stem) from None
         tensors |= _named(stem, whole, spelling, options.dtype)
-    metadata = dict(adapter.metadata)
-    write_safetensors(path, tensors, {**metadata, "format": "pt"})
+    base = {BASE: adapter.base.name} if adapter.base.name else {}
+    write_safetensors(path, tensors, {**adapter.metadata, **base, "format": "pt"})
 
 
 def _with_others(adapter: AdapterTensorSet, update: Update) -> Moved:
