@@ -5,6 +5,7 @@ Every linear layer and convolution of a model gets factors; the file goes throug
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders import lora_pipeline
+from diffusers.loaders import lora_pipeline, single_file_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import adapterkit
 
@@ -190,3 +191,48 @@ def test_diffusers_makes_the_same_update_of_our_files(
         assert got.keys() == want.keys()
         for module, update in want.items():
             assert np.linalg.norm(got[module] - update) <= 1e-6 * np.linalg.norm(update), module
+
+
+class Checkpoint(dict[str, torch.Tensor]):
+    """A checkpoint of original names in which what nobody adapted is zero."""
+
+    def pop(self, key: str, *default: Any) -> torch.Tensor:
+        rows = 7 * 16 if ".linear1." in key else 6 * 16
+        return super().pop(key, *default or (torch.zeros(rows, 1),))
+
+
+# The width that diffusers has written into its converter is that of the real model.
+CONVERTERS = {
+    "flux": ("convert_flux_transformer_checkpoint_to_diffusers", "inner_dim = 3072"),
+    "flux2": ("convert_flux2_transformer_checkpoint_to_diffusers", ""),
+    "wan": ("convert_wan_transformer_to_diffusers", ""),
+}
+
+
+def converter(name: str) -> Any:
+    function, width = CONVERTERS[name]
+    source = inspect.getsource(getattr(single_file_utils, function))
+    assert width in source
+    scope = dict(vars(single_file_utils))
+    exec(source.replace(width, "inner_dim = 16") if width else source, scope)  # noqa: S102
+    return scope[function]
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_original_names_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    """A dense update in original names is a checkpoint, which diffusers converts."""
+    tensors, metadata = factors(name, alpha=2.0)
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    adapterkit.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfyui")
+    checkpoint = Checkpoint()
+    stored = load_file(tmp_path / "b.safetensors")
+    for key, a in stored.items():
+        if key.endswith(".lora_A.weight"):
+            b = stored[key.replace("lora_A", "lora_B")].double()
+            update = torch.tensordot(b.reshape(len(b), -1), a.double(), dims=1)
+            stem = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
+            checkpoint[f"{stem}.weight"] = update
+    got = converter(name)(checkpoint)
+    for module, update in dense(tensors, 1.0).items():
+        found = got[f"{module.removeprefix('transformer.')}.weight"].numpy()
+        assert np.linalg.norm(found - update) <= 1e-6 * np.linalg.norm(update), module
