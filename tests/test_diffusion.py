@@ -251,6 +251,13 @@ def test_no_module_is_dropped_in_silence(tmp_path: Path) -> None:
         adapterkit.convert(path, tmp_path / "d.safetensors", to="kohya")
 
 
+def test_a_model_without_a_table_is_refused_in_names_that_only_one_undoes(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", kohya({"lora_unet_zig_0_zag": (8, 8)}))
+    assert detect(path).name == "kohya"
+    with pytest.raises(UnsupportedError, match=r"lora_unet_zig_0_zag.*is no module of .*Wan"):
+        read(path)
+
+
 def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:
     tensors = kohya({SD: (8, 8), SD_ORIGINAL: (8, 8)})
     with pytest.raises(FormatError, match="which another tensor is too"):

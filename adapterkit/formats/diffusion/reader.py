@@ -13,6 +13,7 @@ from adapterkit.formats.diffusion.keys import DENOISER, Key, parse
 from adapterkit.formats.diffusion.lora_config import FIELD, LoraConfigs
 from adapterkit.formats.diffusion.parts import made
 from adapterkit.formats.diffusion.rows import Moved, moved
+from adapterkit.formats.diffusion.table import models
 from adapterkit.formats.diffusion.telling import Place, Spelled, nearest, placed, title, told
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Update
@@ -136,7 +137,8 @@ def _place(
         name = group.key.name if missing == group.spelled else missing.path
         raise UnsupportedError(f"is no module of {model.title}", path=path, where=name)
     raise UnsupportedError(
-        "is no module of a diffusion model that is known (adapterkit list families)",
+        f"is no module of {', '.join(model.title for model in models())}; other models are read in "
+        "diffusers' names alone",
         path=path,
         where=group.key.name,
     )
