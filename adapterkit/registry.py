@@ -155,6 +155,27 @@ BUILTIN = (
         files=("adapter_config.json", "adapters.safetensors", "adapters.npz"),
     ),
     FormatSpec(
+        name="kohya",
+        title="Diffusion LoRA, kohya's names (sd-scripts, A1111)",
+        target="adapterkit.formats.diffusion.format:KOHYA",
+        cannot_hold="biases, saved modules, token rows, modules that no diffusion model has",
+        probe="adapterkit.formats.diffusion.format:is_kohya",
+    ),
+    FormatSpec(
+        name="diffusers",
+        title="Diffusion LoRA, diffusers' names",
+        target="adapterkit.formats.diffusion.format:DIFFUSERS",
+        cannot_hold="saved modules, token rows, modules that no diffusion model has",
+        probe="adapterkit.formats.diffusion.format:is_diffusers",
+    ),
+    FormatSpec(
+        name="comfyui",
+        title="Diffusion LoRA, ComfyUI's native names",
+        target="adapterkit.formats.diffusion.format:COMFYUI",
+        cannot_hold="saved modules, token rows, modules that no diffusion model has",
+        probe="adapterkit.formats.diffusion.format:is_comfyui",
+    ),
+    FormatSpec(
         name="lycoris",
         title="LyCORIS LoHa and LoKr",
         target="adapterkit.formats.lycoris:FORMAT",

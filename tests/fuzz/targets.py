@@ -202,6 +202,12 @@ TARGETS: dict[str, Target] = {
         document,
         read_bank,
     ),
+    "diffusion": Target(
+        "x.safetensors",
+        contents("diffusion/*.safetensors"),
+        damaged,
+        inspect,
+    ),
     "gguf base": Target(
         "x.gguf",
         contents("validation/bases/*/*.gguf", "validation/gguf*/*.gguf"),
