@@ -32,7 +32,7 @@ CONFIG = {
 SCRIPT = """
 import resource, sys
 from pathlib import Path
-from adapterkit.merging.into import merge_into
+from adapterkit import merge_into
 
 adapter, base, merged, kind = sys.argv[1:]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

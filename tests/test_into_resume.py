@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 # are on the disk and noted, and nothing has its name yet.
 SUICIDE = """
 import os, signal, sys, time
-from adapterkit.merging.into import checkpoint, entry, merge_into, writing
+from adapterkit import merge_into
+from adapterkit.merging.into import checkpoint, entry, writing
 
 writing.SEGMENT = entry.SEGMENT = 20_000
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _OWN = (
     "dtype",
     "gguf_type",
+    "rounding",
     "tied",
     "dequantize",
     "allow_requantise",
@@ -47,6 +48,12 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="T",
             help="With --into a GGUF: keep, f32, f16, bf16 or q8_0 for what changes; by default "
             "all other types become q8_0. A mixture, such as q4_k_m, quantises the whole model.",
+        ),
+        click.option(
+            "--rounding",
+            type=click.Choice(["nearest", "shaped"]),
+            help="How low-bit types are rounded: shaped, the default of keep, keeps errors away "
+            "from what the adapter listens to.",
         ),
         click.option(
             "--tied",
