@@ -71,7 +71,8 @@ def tokenised(model: Path) -> dict[str, list[int]]:
     """Return the texts as transformers tokenises them with the file's own vocabulary."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(model.parent), gguf_file=model.name)
+    tokenizers: Any = AutoTokenizer
+    tokenizer = tokenizers.from_pretrained(str(model.parent), gguf_file=model.name)
     return {p.stem: tokenizer.encode(p.read_text()) for p in sorted(TEXTS.glob("*.txt"))}
 
 

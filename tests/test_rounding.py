@@ -10,6 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from engine.distributions import kl, normalised
+from engine.running import engine_logprobs
 
 from adapterkit import convert, merge_into
 from adapterkit.base.activations import activations, computable
@@ -18,9 +20,6 @@ from adapterkit.loading import open_model
 from adapterkit.quantisation import quantise
 from adapterkit.quantisation.grids import LAYOUTS, grid
 from adapterkit.quantisation.shaped import Shape, first_pass, shaped
-
-from engine.distributions import kl, normalised
-from engine.running import engine_logprobs
 
 PIRATE = Path(__file__).parents[1] / "fixtures" / "pirate" / "adapter"
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -61,7 +60,7 @@ def test_rows_are_taken_apart_and_put_together(dtype: DType) -> None:
 def test_changed_levels_and_scales_are_what_gguf_decodes(dtype: DType) -> None:
     generator = np.random.default_rng(3)
     found = grid(packed(generator.standard_normal((3, 512), np.float32), dtype), dtype)
-    wanted = generator.uniform(-140, 140, found.levels.shape).astype(np.float32)
+    wanted: Array = generator.uniform(-140, 140, found.levels.shape).astype(np.float32)
     found.levels[:] = found.nearest(wanted)
     found.d[:] = (found.d * 1.5).astype(np.float16)
     if found.m is not None:
@@ -165,10 +164,10 @@ PROMPTS = [CHAT, CHAT[:7], PLAIN, PLAIN[:9], PLAIN[:4]]
 def test_the_forward_pass_is_llama_cpps(smollm2: Path) -> None:
     base = open_model(smollm2)
     assert computable(base)
-    for names, found in activations(base, PROMPTS):
-        if "output.weight" in names:
-            table = base.tensors["token_embd.weight"].numpy()
-            logits = np.stack([x[-1].astype(np.float64) @ table.T for x in found])
+    *_, (names, found) = activations(base, PROMPTS)
+    assert names == ("output.weight",)
+    table = base.tensors["token_embd.weight"].numpy()
+    logits = np.stack([x[-1].astype(np.float64) @ table.T for x in found])
     # llama.cpp multiplies Q4_1 with activations in 8 bits.
     assert kl(engine_logprobs(smollm2, PROMPTS), normalised(logits)).max() < 0.02
 

@@ -155,8 +155,8 @@ class _Layer:
         import numpy as np
 
         width = int(self.base.facts.get("rope__dimension_count", x.shape[-1]))
-        rates = self.frequency ** (-np.arange(0, width, 2) / width)
-        angles = np.arange(x.shape[1])[:, None] * rates
+        rates: Array = self.frequency ** (-np.arange(0, width, 2) / width)
+        angles: Array = np.outer(np.arange(x.shape[1]), rates)
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         half = width // 2
         first = slice(0, width, 2) if self.adjacent else slice(0, half)

@@ -100,7 +100,7 @@ class Grid:
 
     def values(self) -> Array:
         """Return all values, (columns, rows)."""
-        found = self.levels.reshape(-1, self.layout.part, self.levels.shape[1]).copy()
+        found: Array = self.levels.reshape(-1, self.layout.part, self.levels.shape[1]).copy()
         for part in range(len(found)):
             found[part] *= self.scales(part)
             if (offset := self.offsets(part)) is not None:

@@ -151,19 +151,23 @@ class _Part:
         return values if self.offset is None else np.add(values, self.offset, out=values)
 
 
+def _parts_of(at: Grid, begin: int) -> list[_Part]:
+    width = at.layout.part
+    return [_Part(at, start // width) for start in range(begin, begin + _RUN, width)]
+
+
 def first_pass(x: Array, at: Grid, shape: Shape) -> Array:
     """Round column by column with feedback; return G e, (k, rows)."""
     g, v = shape.directions.astype(np.float32), shape.feedback
     sums = np.zeros((len(g), x.shape[1]), np.float32)
     errors = np.empty((_RUN, x.shape[1]), np.float32)
     for begin in range(0, len(x), _RUN):
-        run = slice(begin, begin + _RUN)
+        run, parts = slice(begin, begin + _RUN), _parts_of(at, begin)
         wanted = x[run] - v[run] @ sums
         within = v[run] @ g[:, run]
         for i in range(_RUN):
             j = begin + i
-            if j % at.layout.part == 0:
-                part = _Part(at, j // at.layout.part)
+            part = parts[i // at.layout.part]
             y = wanted[i] - within[i, :i] @ errors[:i] if i else wanted[i]
             at.levels[j] = levels = part.levels(y)
             np.subtract(part.values(levels), x[j], out=errors[i])
@@ -176,13 +180,12 @@ def _descend(x: Array, at: Grid, shape: Shape, sums: Array) -> None:
     g, d = shape.directions.astype(np.float32), shape.weights.astype(np.float32)
     moves = np.empty((_RUN, x.shape[1]), np.float32)
     for begin in range(0, len(x), _RUN):
-        run = slice(begin, begin + _RUN)
+        run, parts = slice(begin, begin + _RUN), _parts_of(at, begin)
         inner = g[:, run].T @ g[:, run]
         pull = g[:, run].T @ sums
         for i in range(_RUN):
             j = begin + i
-            if j % at.layout.part == 0:
-                part = _Part(at, j // at.layout.part)
+            part = parts[i // at.layout.part]
             if i:
                 pull[i] += inner[i, :i] @ moves[:i]
             curve = d[j] + inner[i, i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -126,7 +127,31 @@ def _text(report: MergeIntoReport) -> str:
         f"{report.untouched:,} unchanged",
         rendering.size(report.bytes),
     ]
-    return "\n".join(["  ".join(facts), _update(report)])
+    return "\n".join(["  ".join(facts), _update(report), *_rounding(report)])
+
+
+def _rounding(report: MergeIntoReport) -> list[str]:
+    """Return what shaped rounding did, beside what nearest would have done."""
+    shaped = [(t, t.nearest) for t in report.tensors if t.nearest is not None]
+    if not shaped:
+        return []
+    pairs = {
+        "direction error": [(t.direction_error or 0.0, n.direction_error) for t, n in shaped],
+        "survival": [(t.survival or 0.0, n.survival) for t, n in shaped],
+        "noise": [(t.noise or 0.0, n.noise) for t, n in shaped],
+    }
+    shown = [
+        f"{name} {median(a for a, _ in each):.0%} ({median(b for _, b in each):.0%})"
+        for name, each in pairs.items()
+    ]
+    meaning = (
+        "the first is the error that the model sees where the adapter listens; the last, over all "
+        "inputs alike, grows in exchange"
+    )
+    return [
+        f"shaped rounding, medians beside nearest's: {', '.join(shown)}",
+        meaning,
+    ]
 
 
 def _update(report: MergeIntoReport) -> str:

@@ -15,7 +15,7 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.keys import Role
 from adapterkit.loading import open_model
 from adapterkit.merging.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
-from adapterkit.merging.into.gguf import Allowed, check_rounding, check_type, plan_gguf
+from adapterkit.merging.into.gguf import MOST_ERROR, Allowed, check_rounding, check_type, plan_gguf
 from adapterkit.merging.into.journal import journalled, plan_hash
 from adapterkit.merging.into.reading import read_sources
 from adapterkit.merging.into.report import MergeIntoReport, TensorReport
@@ -268,7 +268,14 @@ def _order(sources: Sequence[Source]) -> list[str]:
 
 
 def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
-    low = [t for t in tensors if t.survival is not None and t.survival < _SURVIVAL]
+    # Shaped rounding trades survival for errors elsewhere; of it, the error along ΔW tells.
+    low = [
+        t
+        for t in tensors
+        if t.survival is not None
+        and t.survival < _SURVIVAL
+        and (t.direction_error is None or t.direction_error > MOST_ERROR)
+    ]
     found: list[str] = []
     if low:
         worst = min(low, key=lambda t: t.survival or 0.0)

@@ -12,7 +12,7 @@ from adapterkit.containers.gguf import GGUFValue, gguf_layout, read_gguf, uint32
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merging.into.engine import EMBEDDING, OUTPUT, engine_steps
-from adapterkit.merging.into.inputs import first_token_inputs
+from adapterkit.merging.into.inputs import drawn_inputs
 from adapterkit.merging.into.rounding import can_be_shaped, shaped_changes
 from adapterkit.merging.into.steps import Change
 from adapterkit.merging.into.tying import Tying, as_spelled, resolved
@@ -45,7 +45,7 @@ _FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q8_0: 7, DType.BF16: 32}
 _QUANTISATION_VERSION = 2
 _LEAST_SURVIVAL = 0.9
 # Where rounding is shaped: the largest error along the adapter's own directions.
-_MOST_ERROR = 0.5
+MOST_ERROR = 0.5
 ROUNDINGS = ("nearest", "shaped")
 
 
@@ -141,9 +141,9 @@ def plan_gguf(
     if kind == "keep" and not allow.weak:
         changes = {n: _held_to(change, _LEAST_SURVIVAL) for n, change in changes.items()}
     if rounding == "shaped" or (kind == "keep" and rounding is None):
-        most = math.inf if allow.weak else _MOST_ERROR
+        most = math.inf if allow.weak else MOST_ERROR
         names = [name for name, change in changes.items() if can_be_shaped(change)]
-        inputs = first_token_inputs(base, file, names)
+        inputs = drawn_inputs(base, file, names)
         changes = shaped_changes(changes, inputs, most)
         notes += _on_rounding(names, inputs)
     stored = {name: changes[name].stored if name in changes else t for name, t in tensors.items()}
@@ -252,7 +252,7 @@ def check_rounding(rounding: str | None, kind: str | None) -> None:
 def _on_rounding(names: Sequence[str], inputs: Mapping[str, Shaping]) -> list[str]:
     if not names or inputs:
         return []
-    missing = "the direction of a text's first token, which makes it better, is not known here"
+    missing = "what the base's layers see of texts, which makes it better, is not known here"
     return [f"rounding is shaped by the adapter alone: {missing}"]
 
 

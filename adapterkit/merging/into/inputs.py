@@ -15,16 +15,21 @@ if TYPE_CHECKING:
 
     from adapterkit.base.model import BaseModel
     from adapterkit.containers.gguf import GGUFFile
+    from adapterkit.tensor import LazyTensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # Weights beside the adapter's own orthonormal directions, measured in docs/rounding.md: of every
-# other direction, and of the first token's.
-OTHERS, FIRST = 0.15, 10.0
-# With a text: of all directions, of its second moments, and of first tokens beside all others.
-UNSEEN, SEEN, SINK = 0.1, 0.3, 0.3
+# direction, of the second moments of inputs, of the first token's direction; and in the moments, of
+# first tokens beside all others.
+OTHERS, MOMENTS, FIRST, SINK = 0.15, 0.1, 5.0, 0.3
 EIGENVECTORS = 16
 _ITERATIONS = 6
+# Sequences that are drawn, tokens in each, and the first that is no special one, about.
+_SEQUENCES, _LENGTH, _LOWEST = 4, 64, 20
+_ROWS = 1 << 12
+_TINY = 1e-30
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 
 def unknown_inputs(columns: int) -> Shaping:
@@ -32,13 +37,11 @@ def unknown_inputs(columns: int) -> Shaping:
     return Shaping(np.zeros((0, columns)), np.full(columns, OTHERS))
 
 
-def first_token_inputs(
-    base: BaseModel, file: GGUFFile, names: Collection[str]
-) -> dict[str, Shaping]:
-    """Return what counts, by name, where all texts begin with one token.
+def drawn_inputs(base: BaseModel, file: GGUFFile, names: Collection[str]) -> dict[str, Shaping]:
+    """Return what counts, by name, for tokens that the base itself draws; no text is needed.
 
-    Every later token attends to the first, whose vectors are much longer than others, so that an
-    error along them is in all of the output. They depend on no other token.
+    The first token has a direction of its own: every later one attends to it, and its vectors are
+    much longer than others, so that an error along them is in all of the output.
 
     Args:
         base: a GGUF model; without a result where its forward pass is not known here.
@@ -49,14 +52,47 @@ def first_token_inputs(
     if token is None or not names or not computable(base):
         return {}
     found: dict[str, Shaping] = {}
-    for seen, (vectors,) in activations(base, [[token]]):
-        length = float(np.linalg.norm(vectors[0]))
-        for name in set(names) & set(seen) if length else ():
-            direction = vectors[:1] * (FIRST**0.5 / length)
-            found[name] = Shaping(direction, np.full(direction.shape[1], OTHERS))
+    for seen, vectors in activations(base, _drawn(base, token)):
+        if wanted := set(names) & set(seen):
+            found |= dict.fromkeys(wanted, _moments(vectors))
         if len(found) == len(names):
             break
     return found
+
+
+def _drawn(base: BaseModel, token: int) -> list[list[int]]:
+    """Return sequences of tokens: each drawn as the base continues those of a first draft.
+
+    The draft is drawn by Zipf's law, to which the numbers of a vocabulary's tokens come close. One
+    pass over it is a sample of the base's words, if not of its sentences.
+    """
+    random = np.random.default_rng(0)
+    count = base.tensors[_EMBEDDING].shape[0]
+    low, high = np.log(min(_LOWEST, count - 1)), np.log(count)
+    drafts = np.exp(random.uniform(low, high, (_SEQUENCES, _LENGTH))).astype(int)
+    drafts[:, 0] = token
+    table = base.tensors.get(_OUTPUT) or base.tensors[_EMBEDDING]
+    states: list[Array] = []
+    for seen, vectors in activations(base, drafts.tolist()):
+        if _OUTPUT in seen:
+            states = vectors
+    found = _sampled(np.concatenate(states), table, random).reshape(drafts.shape)
+    return [[token, *row[:-1]] for row in found.tolist()]
+
+
+def _sampled(states: Array, table: LazyTensor, random: np.random.Generator) -> Array:
+    """Return a token for each state, drawn by the softmax of its logits (Gumbel's way)."""
+    best = np.full(len(states), -np.inf)
+    token = np.zeros(len(states), int)
+    for start in range(0, table.shape[0], _ROWS):
+        rows = table.rows(start, min(start + _ROWS, table.shape[0])).numpy()
+        scores = states @ rows.T.astype(np.float32)
+        scores = scores + random.gumbel(size=scores.shape)
+        place = scores.argmax(1)
+        most = scores[np.arange(len(states)), place]
+        token = np.where(most > best, start + place, token)
+        best = np.maximum(most, best)
+    return token
 
 
 def first_token(file: GGUFFile) -> int | None:
@@ -75,38 +111,22 @@ def first_token(file: GGUFFile) -> int | None:
     return begin if isinstance(begin, int) else None
 
 
-def text_inputs(
-    base: BaseModel, sequences: Sequence[Sequence[int]], names: Collection[str]
-) -> dict[str, Shaping]:
-    """Return what counts, by name, for the tokens of a text: the second moments of the inputs.
-
-    Args:
-        base: a GGUF model, `computable`.
-        sequences: token ids, each beginning as texts do.
-        names: of weights.
-    """
-    found: dict[str, Shaping] = {}
-    for seen, vectors in activations(base, sequences):
-        if wanted := set(names) & set(seen):
-            found |= dict.fromkeys(wanted, _moments(vectors))
-        if len(found) == len(names):
-            break
-    return found
-
-
 def _moments(vectors: Sequence[Array]) -> Shaping:
-    """Return the moments as their first eigenvectors and the diagonal of the rest."""
+    """Return second moments, as their first eigenvectors and the diagonal of the rest."""
     first = np.concatenate([x[:1] for x in vectors])
     later = np.concatenate([x[1:] for x in vectors])
     # First tokens are few, long, and seen by all others.
     weight = (SINK * max(len(later), 1) / len(first)) ** 0.5
     rows = np.concatenate([later, weight * first]).astype(np.float64)
-    rows *= (rows.shape[1] / np.square(rows).sum()) ** 0.5
+    rows *= (rows.shape[1] / max(float(np.square(rows).sum()), _TINY)) ** 0.5
     basis = _leading(rows)
     _, values, turned = np.linalg.svd(rows @ basis, full_matrices=False)
     most = values[:, None] * (turned @ basis.T)
     rest = np.maximum(np.square(rows).sum(0) - np.square(most).sum(0), 0)
-    return Shaping(most * SEEN**0.5, UNSEEN + SEEN * rest)
+    own = first.mean(0, keepdims=True, dtype=np.float64)
+    own *= FIRST**0.5 / max(float(np.linalg.norm(own)), _TINY)
+    rows = np.concatenate([most * MOMENTS**0.5, own])
+    return Shaping(rows, OTHERS + MOMENTS * rest)
 
 
 def _leading(rows: Array) -> Array:
