@@ -106,7 +106,7 @@ def retyped(source: Path, target: Path, dtype: DType) -> None:
 
     def stored(name: str, tensor: LazyTensor) -> LazyTensor:
         matrix = name.startswith("blk.") and len(tensor.shape) > 1
-        fits = tensor.shape[-1] % dtype.block == 0
+        fits = all(size % dtype.block == 0 for size in tensor.shape[-1:])
         kind = dtype if fits else _INSTEAD.get(dtype, dtype)
         return tensor.cast(kind) if matrix and kind is not tensor.dtype else tensor
 

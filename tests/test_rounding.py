@@ -10,12 +10,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from engine import family_row, make_base
 from engine.distributions import kl, normalised
 from engine.running import engine_logprobs
+from test_into_checkpoint import trained
+from test_mixtures import stored_as
 
 from adapterkit import convert, merge_into
 from adapterkit.base.activations import activations, computable
 from adapterkit.dtype import DType
+from adapterkit.errors import UsageError
 from adapterkit.loading import open_model
 from adapterkit.quantisation import quantise
 from adapterkit.quantisation.grids import LAYOUTS, grid
@@ -60,7 +64,7 @@ def test_rows_are_taken_apart_and_put_together(dtype: DType) -> None:
 def test_changed_levels_and_scales_are_what_gguf_decodes(dtype: DType) -> None:
     generator = np.random.default_rng(3)
     found = grid(packed(generator.standard_normal((3, 512), np.float32), dtype), dtype)
-    wanted: Array = generator.uniform(-140, 140, found.levels.shape).astype(np.float32)
+    wanted: Array = 280 * generator.random(found.levels.shape, np.float32) - 140
     found.levels[:] = found.nearest(wanted)
     found.d[:] = (found.d * 1.5).astype(np.float16)
     if found.m is not None:
@@ -197,3 +201,38 @@ def test_a_model_that_keeps_its_type_speaks_as_with_the_adapter_beside_it(
         assert tensor.nearest is not None
         assert tensor.direction_error is not None
         assert tensor.direction_error < 0.5 * tensor.nearest.direction_error
+
+
+class StoppedHereError(Exception):
+    pass
+
+
+def test_an_interrupted_merge_goes_on_with_the_same_rounding_only(tmp_path: Path) -> None:
+    llama = make_base(family_row("llama-256"), tmp_path / "llama")
+    base = stored_as(llama.gguf, tmp_path / "base.gguf", DType.Q4_K)
+    trained(llama, tmp_path / "adapter", target_modules=["v_proj"])
+    whole, merged = tmp_path / "whole.gguf", tmp_path / "merged.gguf"
+    kept: dict[str, Any] = {"gguf_type": "keep", "allow_weak": True}
+    wanted = merge_into([tmp_path / "adapter"], base, whole, **kept)
+    assert {tensor.rounding for tensor in wanted.tensors} == {"shaped"}
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise StoppedHereError
+
+    again: dict[str, Any] = kept | {"resume": True}
+    with pytest.raises(StoppedHereError):
+        merge_into([tmp_path / "adapter"], base, merged, progress=stop, **again)
+    with pytest.raises(UsageError, match="holds another merge"):
+        merge_into([tmp_path / "adapter"], base, merged, rounding="nearest", **again)
+    report = merge_into([tmp_path / "adapter"], base, merged, **again)
+    assert merged.read_bytes() == whole.read_bytes()
+    assert report.tensors == wanted.tensors
+
+
+def test_a_rounding_that_nothing_would_have_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    for kind in (None, "q8_0"):
+        with pytest.raises(UsageError, match=r"--gguf-type\) keep or a mixture"):
+            merge_into([PIRATE], smollm2, tmp_path / "m.gguf", gguf_type=kind, rounding="shaped")
+    with pytest.raises(UsageError, match="unknown rounding 'up'; known: nearest, shaped"):
+        merge_into([PIRATE], smollm2, tmp_path / "m.gguf", gguf_type="keep", rounding="up")
