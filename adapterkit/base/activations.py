@@ -156,7 +156,7 @@ class _Layer:
 
         width = int(self.base.facts.get("rope__dimension_count", x.shape[-1]))
         rates: Array = self.frequency ** (-np.arange(0, width, 2) / width)
-        angles: Array = np.outer(np.arange(x.shape[1]), rates)
+        angles: Array = np.outer(np.arange(x.shape[1], dtype=np.float64), rates)
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         half = width // 2
         first = slice(0, width, 2) if self.adjacent else slice(0, half)
