@@ -99,7 +99,7 @@ BUILTIN = (
     FormatSpec(
         name="peft",
         title="PEFT LoRA directory",
-        target="adapterkit.formats.peft:FORMAT",
+        target="adapterkit.formats.peft.format:FORMAT",
         cannot_hold="DoRA or lora_bias on some modules only",
         config_keys=("peft_type", "lora_alpha", "target_modules"),
         config_match={"peft_type": ("LORA",)},
@@ -115,7 +115,7 @@ BUILTIN = (
     FormatSpec(
         name="gguf",
         title="GGUF LoRA adapter (llama.cpp, Ollama)",
-        target="adapterkit.formats.gguf:FORMAT",
+        target="adapterkit.formats.gguf.format:FORMAT",
         cannot_hold="DoRA, convolutions, biases, saved modules, token rows, embeddings and output "
         "of tied bases",
         magic=b"GGUF",
@@ -124,23 +124,23 @@ BUILTIN = (
     FormatSpec(
         name="tinylora",
         title="TinyLoRA, self-contained safetensors",
-        target="adapterkit.formats.tinylora:FORMAT",
+        target="adapterkit.formats.tinylora.self_contained:FORMAT",
         cannot_hold="any update that is no TinyLoRA, and tensors beside it",
-        probe="adapterkit.formats.tinylora:is_self_contained",
+        probe="adapterkit.formats.tinylora.self_contained:is_self_contained",
     ),
     FormatSpec(
         name="tinylora-pack",
         title="TinyLoRA checkpoint of the ANRGUSC pack (needs the base's weights)",
-        target="adapterkit.formats.tinylora_pack:FORMAT",
+        target="adapterkit.formats.tinylora.pack:FORMAT",
         cannot_hold="anything but coefficients of its own projections; see `tinylora project`",
-        probe="adapterkit.formats.tinylora_pack:is_pack",
+        probe="adapterkit.formats.tinylora.pack:is_pack",
         files=("adapter_state.pt", "tinylora.json", "manifest.json", "COMPLETED"),
         takes_dialect=True,
     ),
     FormatSpec(
         name="tinylora-peft",
         title="PEFT TinyLoRA directory",
-        target="adapterkit.formats.peft_tinylora:FORMAT",
+        target="adapterkit.formats.peft.tinylora:FORMAT",
         cannot_hold="any update that is no TinyLoRA; token rows",
         config_match={"peft_type": ("TINYLORA",)},
         files=("adapter_config.json", "adapter_model.safetensors"),
@@ -148,10 +148,10 @@ BUILTIN = (
     FormatSpec(
         name="mlx",
         title="MLX-LM adapter directory",
-        target="adapterkit.formats.mlx:FORMAT",
+        target="adapterkit.formats.mlx.format:FORMAT",
         cannot_hold="DoRA on some modules only, convolutions, biases, saved modules, token rows",
         config_keys=("fine_tune_type", "lora_parameters"),
-        probe="adapterkit.formats.mlx:is_mlx",
+        probe="adapterkit.formats.mlx.format:is_mlx",
         files=("adapter_config.json", "adapters.safetensors", "adapters.npz"),
     ),
     FormatSpec(
@@ -178,31 +178,31 @@ BUILTIN = (
     FormatSpec(
         name="lycoris",
         title="LyCORIS LoHa and LoKr",
-        target="adapterkit.formats.lycoris:FORMAT",
+        target="adapterkit.formats.lycoris.reader:FORMAT",
         writes=False,
-        probe="adapterkit.formats.lycoris:is_lycoris",
+        probe="adapterkit.formats.lycoris.reader:is_lycoris",
     ),
     FormatSpec(
         name="dcp",
         title="PEFT LoRA in a sharded checkpoint of torch (DCP, FSDP)",
-        target="adapterkit.formats.peft_sharded:DCP",
+        target="adapterkit.formats.peft.sharded:DCP",
         writes=False,
-        probe="adapterkit.formats.peft_sharded_files:is_dcp",
+        probe="adapterkit.formats.peft.sharded_files:is_dcp",
         own_files=True,
     ),
     FormatSpec(
         name="deepspeed",
         title="PEFT LoRA in a checkpoint of DeepSpeed (ZeRO)",
-        target="adapterkit.formats.peft_sharded:DEEPSPEED",
+        target="adapterkit.formats.peft.sharded:DEEPSPEED",
         writes=False,
-        probe="adapterkit.formats.peft_sharded_files:is_zero",
+        probe="adapterkit.formats.peft.sharded_files:is_zero",
         own_files=True,
     ),
     # After every format of one peft_type: this one answers for all others, reading or refusing.
     FormatSpec(
         name="peft-tuners",
         title="PEFT AdaLoRA, LoHa, LoKr, DeLoRA, MiSS, VeRA and VB-LoRA",
-        target="adapterkit.formats.peft_tuners:FORMAT",
+        target="adapterkit.formats.peft.tuners:FORMAT",
         writes=False,
         config_match={"peft_type": ()},
         files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
@@ -211,9 +211,9 @@ BUILTIN = (
     FormatSpec(
         name="handwritten",
         title="Hand-written LoRA in .pt, .npz or .safetensors, by dialect",
-        target="adapterkit.formats.handwritten:FORMAT",
+        target="adapterkit.formats.handwritten.format:FORMAT",
         writes=False,
-        probe="adapterkit.formats.handwritten:probe",
+        probe="adapterkit.formats.handwritten.format:probe",
     ),
 )
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import numpy as np  # noqa: TC002, TID253  (public signatures resolve at run time)
 
-from adapterkit.formats.peft_config import LoraConfig
-from adapterkit.formats.peft_reader import interpret
-from adapterkit.formats.peft_writer import as_peft
+from adapterkit.formats.peft.config import LoraConfig
+from adapterkit.formats.peft.reader import interpret
+from adapterkit.formats.peft.writer import as_peft
 from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
 

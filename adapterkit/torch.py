@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError
-from adapterkit.formats.peft_writer import as_peft
+from adapterkit.formats.peft.writer import as_peft
 from adapterkit.state_dict import from_state_dict as from_arrays
 from adapterkit.tensor import LazyTensor
 

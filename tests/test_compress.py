@@ -23,7 +23,7 @@ from adapterkit import (
 )
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.conversion import convert
-from adapterkit.formats.peft_reader import read_peft
+from adapterkit.formats.peft.reader import read_peft
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 

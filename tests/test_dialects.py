@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import adapterkit
-from adapterkit.dialects import builtin, load, open_document
-from adapterkit.dialects.loading import names
 from adapterkit.errors import (
     BaseRequiredError,
     FormatError,
@@ -28,7 +26,9 @@ from adapterkit.errors import (
     UnknownFormatError,
     UsageError,
 )
-from adapterkit.formats.handwritten import FORMAT, probe
+from adapterkit.formats.handwritten.dialects import builtin, load, open_document
+from adapterkit.formats.handwritten.dialects.loading import names
+from adapterkit.formats.handwritten.format import FORMAT, probe
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role
 from adapterkit.registry import detect
@@ -387,7 +387,8 @@ def test_it_is_read_only(tmp_path: Path) -> None:
 
 def test_telling_a_dialect_imports_neither_torch_nor_yaml() -> None:
     code = (
-        "import sys; from pathlib import Path; from adapterkit.dialects import *\n"
+        "import sys; from pathlib import Path\n"
+        "from adapterkit.formats.handwritten.dialects import *\n"
         "document = open_document(Path(sys.argv[1]))\n"
         "assert isinstance(explain(load('loralib'), document), Explanation)\n"
         "assert not {'torch', 'yaml'} & set(sys.modules)"

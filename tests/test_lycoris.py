@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkit
 from adapterkit.base import open_base
-from adapterkit.formats.lycoris import is_lycoris, read_lycoris
+from adapterkit.formats.lycoris.reader import is_lycoris, read_lycoris
 from adapterkit.registry import detect
 
 if TYPE_CHECKING:

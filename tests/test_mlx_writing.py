@@ -32,8 +32,8 @@ from transformers import (
 
 import adapterkit
 from adapterkit.base import open_base
-from adapterkit.formats.mlx_losses import losses
-from adapterkit.formats.peft_reader import read_peft
+from adapterkit.formats.mlx.losses import losses
+from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.protocol import Options
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapterkit.conversion import convert
-from adapterkit.formats.peft_config import LoraConfig as ReadConfig
-from adapterkit.formats.peft_reader import read_peft
+from adapterkit.formats.peft.config import LoraConfig as ReadConfig
+from adapterkit.formats.peft.reader import read_peft
 from adapterkit.keys import Role, TensorKey
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from transformers import (
 
 import adapterkit
 from adapterkit.errors import AdapterKitError, BaseRequiredError, FormatError, NotFoundError
-from adapterkit.formats.peft_keys import KeyReader
+from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.keys import Role, TensorKey
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import adapterkit
 from adapterkit.base import open_base
-from adapterkit.formats.lycoris import read_lycoris
-from adapterkit.formats.peft_tuners import read_tuner
-from adapterkit.formats.peft_tuners_refused import REFUSED
-from adapterkit.formats.peft_tuners_rules import RULES
+from adapterkit.formats.lycoris.reader import read_lycoris
+from adapterkit.formats.peft.tuners import read_tuner
+from adapterkit.formats.peft.tuners_refused import REFUSED
+from adapterkit.formats.peft.tuners_rules import RULES
 from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect
 

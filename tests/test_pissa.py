@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import adapterkit
 from adapterkit.base import open_base
 from adapterkit.errors import UnsupportedError
-from adapterkit.formats.peft_reader import read_peft
-from adapterkit.formats.peft_writer import write_peft
+from adapterkit.formats.peft.reader import read_peft
+from adapterkit.formats.peft.writer import write_peft
 from adapterkit.passes.initialisation import undone
 from adapterkit.passes.protocol import Context
 from adapterkit.projection import project_file

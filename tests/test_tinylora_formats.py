@@ -26,7 +26,7 @@ from adapterkit.errors import (
     IncompatibleBaseError,
     UnsupportedError,
 )
-from adapterkit.formats import peft_tinylora
+from adapterkit.formats.peft import tinylora as peft_tinylora
 from adapterkit.formats.protocol import Options
 from adapterkit.registry import detect
 from adapterkit_cli.main import cli

@@ -28,7 +28,7 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.formats.protocol import Options
-from adapterkit.formats.tinylora_pack import FORMAT
+from adapterkit.formats.tinylora.pack import FORMAT
 from adapterkit.registry import detect
 from adapterkit.tinylora import TinySettings, streams
 from adapterkit.tinylora.inference import tie_groups

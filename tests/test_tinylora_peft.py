@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from adapterkit.architectures import load
 from adapterkit.conversion import convert
 from adapterkit.errors import BaseRequiredError, FormatError, LossyConversionError, UnsupportedError
-from adapterkit.formats.peft_tinylora import FORMAT
+from adapterkit.formats.peft.tinylora import FORMAT
 from adapterkit.formats.protocol import Options
 from adapterkit.registry import detect
 from adapterkit.tinylora.adapter import carried

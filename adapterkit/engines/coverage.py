@@ -11,8 +11,8 @@ from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
 from adapterkit.checks.fitting import other_architecture
 from adapterkit.checks.structure import outside_targets
 from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
-from adapterkit.formats.gguf_engine import engine_adapter
-from adapterkit.formats.gguf_losses import losses
+from adapterkit.formats.gguf.engine import engine_adapter
+from adapterkit.formats.gguf.losses import losses
 from adapterkit.formats.protocol import Options
 from adapterkit.model.defects import problems
 

@@ -73,7 +73,7 @@ def test_inspect_decodes_nothing(tmp_path: Path) -> None:
     made = str(tmp_path / "tiny.gguf")
     imported(command("convert", TINY, "-o", made, "--base", BASE), tmp_path)
     modules = imported(command("inspect", made), tmp_path)
-    assert "adapterkit.formats.gguf_reader" in modules
+    assert "adapterkit.formats.gguf.reader" in modules
     assert not modules & (NUMBERS | TORCH)
     # The safetensors library imports numpy to open a file; nothing here asks for it.
     modules = imported(command("inspect", PIRATE), tmp_path)

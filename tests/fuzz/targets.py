@@ -22,7 +22,7 @@ from adapterkit.containers.npz import read_npz
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.containers.zero import read_zero
-from adapterkit.dialects.loading import load as load_dialect
+from adapterkit.formats.handwritten.dialects.loading import load as load_dialect
 from adapterkit.merging.recipe import read_recipe
 from fuzz.mutations import damaged, document, member
 
@@ -177,7 +177,10 @@ TARGETS: dict[str, Target] = {
     ),
     "dialect": Target(
         "x.toml",
-        tuple(path.read_bytes() for path in sorted((ROOT / "adapterkit/dialects").glob("*.toml"))),
+        tuple(
+            path.read_bytes()
+            for path in sorted((ROOT / "adapterkit/formats/handwritten/dialects").glob("*.toml"))
+        ),
         damaged,
         lambda path: load_dialect(str(path)),
     ),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
 from adapterkit.dtype import DType
-from adapterkit.formats.gguf import FORMAT as GGUF
-from adapterkit.formats.peft import FORMAT as PEFT
+from adapterkit.formats.gguf.format import FORMAT as GGUF
+from adapterkit.formats.peft.format import FORMAT as PEFT
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.differences import difference
