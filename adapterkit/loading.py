@@ -285,13 +285,13 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
         place = source
         try:
             with readable(source.path):
-                adapter = source.format.format.read(source.path, options)
+                adapter = source.format.read(source.path, options)
         except IncompatibleBaseError as error:
             if need > Need.STORED or options.base is None:
                 raise
             # What the file holds can be looked at all the same, where that takes no base.
             try:
-                adapter = source.format.format.read(source.path, replace(options, base=None))
+                adapter = source.format.read(source.path, replace(options, base=None))
             except UnsupportedError:
                 raise error from None
             misfit = error

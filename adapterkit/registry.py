@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adapterkit import strangers
@@ -16,10 +17,12 @@ from adapterkit.json_file import read_json_object
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from adapterkit.formats.protocol import Format
+    from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
 _GROUP = "adapterkit.formats"
 _CONFIG = "adapter_config.json"
@@ -40,9 +43,10 @@ class FormatSpec:
     Attributes:
         name: as `--to` takes it.
         title: as people call it.
-        target: `module:attribute` of the implementation.
-        reads: whether it can be read.
-        writes: whether it can be written.
+        reader: the `Reader`, itself or as `module:name`, which is imported on first use; empty
+            where it cannot be read.
+        lister: the `Lister` of what it cannot hold; empty where it cannot be written.
+        writer: the `Writer`; empty where it cannot be written.
         cannot_hold: what is lost in it, for the table that `adapterkit formats` prints.
         magic: first bytes of its files, if they are distinctive.
         config_keys: keys of adapter_config.json of which one marks a directory as this format.
@@ -61,9 +65,9 @@ class FormatSpec:
 
     name: str
     title: str
-    target: str
-    reads: bool = True
-    writes: bool = True
+    reader: Reader | str = ""
+    lister: Lister | str = ""
+    writer: Writer | str = ""
     cannot_hold: str = ""
     magic: bytes = b""
     config_keys: tuple[str, ...] = ()
@@ -85,21 +89,42 @@ class FormatSpec:
         return Directory("adapter directory", marks=files, files=(*files, *trained_names()))
 
     @property
-    def format(self) -> Format:
-        """The implementation, imported on first use."""
-        return _imported(self.target)
+    def reads(self) -> bool:
+        """Whether it can be read."""
+        return bool(self.reader)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it can be written."""
+        return bool(self.writer)
+
+    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+        """Read an adapter; what may be raised is the reader's."""
+        return _function(self.reader)(path, options)
+
+    def losses(self, adapter: AdapterTensorSet, options: Options) -> Sequence[Loss]:
+        """List everything of the adapter that this format cannot hold."""
+        return _function(self.lister)(adapter, options)
+
+    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+        """Write an adapter to a path where nothing is."""
+        _function(self.writer)(adapter, path, options)
 
 
-def _imported(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)
+def _function(reference: Callable[..., Any] | str) -> Callable[..., Any]:
+    if not isinstance(reference, str):
+        return reference
+    module, _, name = reference.partition(":")
+    return attrgetter(name)(import_module(module))
 
 
 BUILTIN = (
     FormatSpec(
         name="peft",
         title="PEFT LoRA directory",
-        target="adapterkit.formats.peft.format:FORMAT",
+        reader="adapterkit.formats.peft.reader:read_peft",
+        lister="adapterkit.formats.peft.writer:losses",
+        writer="adapterkit.formats.peft.writer:write_peft",
         cannot_hold="DoRA or lora_bias on some modules only",
         config_keys=("peft_type", "lora_alpha", "target_modules"),
         config_match={"peft_type": ("LORA",)},
@@ -115,7 +140,9 @@ BUILTIN = (
     FormatSpec(
         name="gguf",
         title="GGUF LoRA adapter (llama.cpp, Ollama)",
-        target="adapterkit.formats.gguf.format:FORMAT",
+        reader="adapterkit.formats.gguf.reader:read_adapter",
+        lister="adapterkit.formats.gguf.losses:losses",
+        writer="adapterkit.formats.gguf.writer:write_adapter",
         cannot_hold="DoRA, convolutions, biases, saved modules, token rows, embeddings and output "
         "of tied bases",
         magic=b"GGUF",
@@ -124,14 +151,18 @@ BUILTIN = (
     FormatSpec(
         name="tinylora",
         title="TinyLoRA, self-contained safetensors",
-        target="adapterkit.formats.tinylora.self_contained:FORMAT",
+        reader="adapterkit.formats.tinylora.self_contained:read",
+        lister="adapterkit.formats.tinylora.self_contained:losses",
+        writer="adapterkit.formats.tinylora.self_contained:write",
         cannot_hold="any update that is no TinyLoRA, and tensors beside it",
         probe="adapterkit.formats.tinylora.self_contained:is_self_contained",
     ),
     FormatSpec(
         name="tinylora-pack",
         title="TinyLoRA checkpoint of the ANRGUSC pack (needs the base's weights)",
-        target="adapterkit.formats.tinylora.pack:FORMAT",
+        reader="adapterkit.formats.tinylora.pack:read",
+        lister="adapterkit.formats.tinylora.pack_writer:losses",
+        writer="adapterkit.formats.tinylora.pack_writer:write_pack",
         cannot_hold="anything but coefficients of its own projections; see `tinylora project`",
         probe="adapterkit.formats.tinylora.pack:is_pack",
         files=("adapter_state.pt", "tinylora.json", "manifest.json", "COMPLETED"),
@@ -140,7 +171,9 @@ BUILTIN = (
     FormatSpec(
         name="tinylora-peft",
         title="PEFT TinyLoRA directory",
-        target="adapterkit.formats.peft.tinylora:FORMAT",
+        reader="adapterkit.formats.peft.tinylora_reader:read_peft_tinylora",
+        lister="adapterkit.formats.peft.tinylora:losses",
+        writer="adapterkit.formats.peft.tinylora:write",
         cannot_hold="any update that is no TinyLoRA; token rows",
         config_match={"peft_type": ("TINYLORA",)},
         files=("adapter_config.json", "adapter_model.safetensors"),
@@ -148,53 +181,58 @@ BUILTIN = (
     FormatSpec(
         name="mlx",
         title="MLX-LM adapter directory",
-        target="adapterkit.formats.mlx.format:FORMAT",
+        reader="adapterkit.formats.mlx.reader:read_mlx",
+        lister="adapterkit.formats.mlx.losses:losses",
+        writer="adapterkit.formats.mlx.writer:write_mlx",
         cannot_hold="DoRA on some modules only, convolutions, biases, saved modules, token rows",
         config_keys=("fine_tune_type", "lora_parameters"),
-        probe="adapterkit.formats.mlx.format:is_mlx",
+        probe="adapterkit.formats.mlx.probe:is_mlx",
         files=("adapter_config.json", "adapters.safetensors", "adapters.npz"),
     ),
     FormatSpec(
         name="kohya",
         title="Diffusion LoRA, kohya's names (sd-scripts, A1111)",
-        target="adapterkit.formats.diffusion.format:KOHYA",
+        reader="adapterkit.formats.diffusion.format:KOHYA.read",
+        lister="adapterkit.formats.diffusion.format:KOHYA.losses",
+        writer="adapterkit.formats.diffusion.format:KOHYA.write",
         cannot_hold="biases, saved modules, token rows, modules that no diffusion model has",
         probe="adapterkit.formats.diffusion.format:is_kohya",
     ),
     FormatSpec(
         name="diffusers",
         title="Diffusion LoRA, diffusers' names",
-        target="adapterkit.formats.diffusion.format:DIFFUSERS",
+        reader="adapterkit.formats.diffusion.format:DIFFUSERS.read",
+        lister="adapterkit.formats.diffusion.format:DIFFUSERS.losses",
+        writer="adapterkit.formats.diffusion.format:DIFFUSERS.write",
         cannot_hold="saved modules, token rows, modules that no diffusion model has",
         probe="adapterkit.formats.diffusion.format:is_diffusers",
     ),
     FormatSpec(
         name="comfyui",
         title="Diffusion LoRA, ComfyUI's native names",
-        target="adapterkit.formats.diffusion.format:COMFYUI",
+        reader="adapterkit.formats.diffusion.format:COMFYUI.read",
+        lister="adapterkit.formats.diffusion.format:COMFYUI.losses",
+        writer="adapterkit.formats.diffusion.format:COMFYUI.write",
         cannot_hold="saved modules, token rows, modules that no diffusion model has",
         probe="adapterkit.formats.diffusion.format:is_comfyui",
     ),
     FormatSpec(
         name="lycoris",
         title="LyCORIS LoHa and LoKr",
-        target="adapterkit.formats.lycoris.reader:FORMAT",
-        writes=False,
+        reader="adapterkit.formats.lycoris.reader:read_lycoris",
         probe="adapterkit.formats.lycoris.reader:is_lycoris",
     ),
     FormatSpec(
         name="dcp",
         title="PEFT LoRA in a sharded checkpoint of torch (DCP, FSDP)",
-        target="adapterkit.formats.peft.sharded:DCP",
-        writes=False,
+        reader="adapterkit.formats.peft.sharded:read_dcp_adapter",
         probe="adapterkit.formats.peft.sharded_files:is_dcp",
         own_files=True,
     ),
     FormatSpec(
         name="deepspeed",
         title="PEFT LoRA in a checkpoint of DeepSpeed (ZeRO)",
-        target="adapterkit.formats.peft.sharded:DEEPSPEED",
-        writes=False,
+        reader="adapterkit.formats.peft.sharded:read_deepspeed_adapter",
         probe="adapterkit.formats.peft.sharded_files:is_zero",
         own_files=True,
     ),
@@ -202,8 +240,7 @@ BUILTIN = (
     FormatSpec(
         name="peft-tuners",
         title="PEFT AdaLoRA, LoHa, LoKr, DeLoRA, MiSS, VeRA and VB-LoRA",
-        target="adapterkit.formats.peft.tuners:FORMAT",
-        writes=False,
+        reader="adapterkit.formats.peft.tuners:read_tuner",
         config_match={"peft_type": ()},
         files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     ),
@@ -211,8 +248,7 @@ BUILTIN = (
     FormatSpec(
         name="handwritten",
         title="Hand-written LoRA in .pt, .npz or .safetensors, by dialect",
-        target="adapterkit.formats.handwritten.format:FORMAT",
-        writes=False,
+        reader="adapterkit.formats.handwritten.format:read",
         probe="adapterkit.formats.handwritten.format:probe",
     ),
 )
@@ -290,7 +326,7 @@ def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     for known in specs:
         if known.magic and start.startswith(known.magic):
             return known
-        if known.own_files and _imported(known.probe)(path):
+        if known.own_files and _function(known.probe)(path):
             return known
     config = _config(path)
     claims = [k for k in specs if k.config_match and _matches(config, k.config_match)]
@@ -298,7 +334,7 @@ def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     if claims:
         # Some programs write the fields of two formats, and the weights of one.
         return next((known for known in claims if _has_weights(path, known)), claims[0])
-    return next((known for known in specs if known.probe and _imported(known.probe)(path)), None)
+    return next((known for known in specs if known.probe and _function(known.probe)(path)), None)
 
 
 def _matches(config: Mapping[str, Any], wanted: Mapping[str, tuple[str, ...]]) -> bool:

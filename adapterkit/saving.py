@@ -142,7 +142,7 @@ def admitted(
         raise LossyConversionError(passed, path=path)
     if options.base:
         check_fit(_beside(adapter, grown), options.base)
-    found = target.format.losses(adapter, options)
+    found = target.losses(adapter, options)
     losses = tuple(loss for loss in found if loss.blocks)
     if losses and not (allow_lossy and all(loss.droppable for loss in losses)):
         raise LossyConversionError(losses, path=path)
@@ -193,8 +193,8 @@ def save(
     reading = replace(options, like=adapter.modules, alpha=None, dialect=None)
     kept = {*spared, *_read_from(against or adapter, options)}
     with staged(destination, force=force, directory=target.directory, spared=kept) as staging:
-        target.format.write(adapter, staging, options)
-        written = target.format.read(staging, reading)
+        target.write(adapter, staging, options)
+        written = target.read(staging, reading)
         worst, error = prove(against or adapter, written, path=destination)
         if accept is not None:
             accept(written)

@@ -100,7 +100,7 @@ def prepared(name: str) -> tuple[AdapterTensorSet, Options]:
     """Return an adapter that a format holds whole, and the options that it is written with."""
     options = Options(base=open_base(PLAIN.parent / "base"))
     path = SOURCES.get(name, PLAIN)
-    return detect(path).format.read(path, options), options
+    return detect(path).read(path, options), options
 
 
 def test_every_field_is_known() -> None:
@@ -111,7 +111,7 @@ def test_every_field_is_known() -> None:
 @pytest.mark.parametrize("name", WRITABLE)
 def test_a_field_is_written_or_named_as_a_loss(name: str, field: str, tmp_path: Path) -> None:
     plain, options = prepared(name)
-    form = spec(name).format
+    form = spec(name)
     changed = SET[field](plain)
     assert getattr(changed, field) != getattr(plain, field)
     lost = set(form.losses(changed, options)) - set(form.losses(plain, options))
@@ -146,15 +146,15 @@ def held(adapter: AdapterTensorSet, field: str) -> Any:
 def test_the_pack_holds_nothing_that_tinylora_does_not(field: str) -> None:
     plain, options = prepared("tinylora")
     changed = SET[field](plain)
-    lost = set(spec("tinylora").format.losses(changed, options))
+    lost = set(spec("tinylora").losses(changed, options))
     assert lost
-    assert lost <= set(spec(PACK).format.losses(changed, options))
+    assert lost <= set(spec(PACK).losses(changed, options))
 
 
 @pytest.mark.parametrize("name", WRITABLE)
 def test_what_only_one_format_reads_comes_back_to_it(name: str, tmp_path: Path) -> None:
     plain, options = prepared(name)
-    form = spec(name).format
+    form = spec(name)
     assert not [loss for loss in form.losses(plain, options) if loss.blocks]
     form.write(plain, tmp_path / "written", options)
     again = form.read(tmp_path / "written", options)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 import adapterkit
 from adapterkit.base import open_base
 from adapterkit.formats.mlx.config import targeting
-from adapterkit.formats.mlx.format import is_mlx
+from adapterkit.formats.mlx.probe import is_mlx
 from adapterkit.formats.mlx.reader import read_mlx
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey

@@ -8,7 +8,7 @@ from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf.engine import EngineAdapter, engine_adapter
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import GgufSource, Kind
+from adapterkit.model import GgufSource, Kind, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import undeclared
@@ -48,6 +48,7 @@ _SETTINGS = {
 
 def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
+    adapter = spelled_out(adapter)
     base = options.base
     found = [*_by_role(adapter), *_saved(adapter, base), *_by_setting(adapter)]
     found += [*undeclared(adapter), *lost_beside(adapter), *lost_metadata(adapter)]

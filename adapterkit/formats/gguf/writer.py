@@ -9,7 +9,7 @@ from adapterkit.dtype import DType
 from adapterkit.factors import turned
 from adapterkit.formats.gguf.engine import common_alpha, engine_adapter, folded
 from adapterkit.formats.gguf.reader import ALPHA, INVOCATION_TOKENS
-from adapterkit.model import GgufSource
+from adapterkit.model import GgufSource, spelled_out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +36,7 @@ def write_adapter(adapter: AdapterTensorSet, path: Path, options: Options) -> No
     Raises:
         BaseRequiredError: if the family or a size is unknown.
     """
+    adapter = spelled_out(adapter)
     engine = engine_adapter(adapter, options)
     alpha = common_alpha(engine.pairs)
     tensors: dict[str, LazyTensor] = {}

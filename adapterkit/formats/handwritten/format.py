@@ -29,44 +29,27 @@ if TYPE_CHECKING:
     from adapterkit.formats.handwritten.dialects import Dialect, Document
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
-    from adapterkit.notes import Loss
 
 _MOST_SHOWN = 5
 
 
-class HandwrittenFormat:
-    """Reads files of any dialect; writes none."""
+def read(path: Path, options: Options) -> AdapterTensorSet:
+    """Read a file, or the file that a dialect expects in a directory.
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
-        """Read a file, or the file that a dialect expects in a directory.
+    Args:
+        path: `.pt`, `.npz` or `.safetensors`, told by content; or litgpt's output directory.
+        options: `dialect` names the key grammar or its TOML file, `alpha` the scale numerator.
 
-        Args:
-            path: `.pt`, `.npz` or `.safetensors`, told by content; or litgpt's output directory.
-            options: `dialect` names the key grammar or its TOML file, `alpha` the scale numerator.
-
-        Raises:
-            FormatError: if no dialect explains every tensor; the message lists the nearest.
-            UsageError: if the file cannot say something (which of several dialects, alpha, which
-                slots of a fused layer), or says other than what was given.
-            BaseRequiredError: if the row order of the file depends on the base model.
-        """
-        document = open_document(_file(path, options.dialect))
-        if not document.all_tensors():
-            raise FormatError("holds no tensors; training saved an empty adapter", path=path)
-        return interpret(_explained(document, options.dialect), document, path, options)
-
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-        """Refuse: there is no reason to write a format that its own reader has to be told about."""
-        del adapter, options
-        raise UsageError("format 'handwritten' can be read but not written")
-
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
-        """Refuse, as `losses` does."""
-        del path
-        self.losses(adapter, options)
-
-
-FORMAT = HandwrittenFormat()
+    Raises:
+        FormatError: if no dialect explains every tensor; the message lists the nearest.
+        UsageError: if the file cannot say something (which of several dialects, alpha, which
+            slots of a fused layer), or says other than what was given.
+        BaseRequiredError: if the row order of the file depends on the base model.
+    """
+    document = open_document(_file(path, options.dialect))
+    if not document.all_tensors():
+        raise FormatError("holds no tensors; training saved an empty adapter", path=path)
+    return interpret(_explained(document, options.dialect), document, path, options)
 
 
 def probe(path: Path) -> bool:

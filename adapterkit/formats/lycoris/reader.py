@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
-    from adapterkit.notes import Loss
     from adapterkit.tensor import LazyTensor
     from adapterkit.tuners.products import Matrix
 
@@ -51,24 +50,6 @@ _CONVOLUTION = ("hada_t1", "hada_t2", "lokr_t1", "lokr_t2", "lora_mid.weight")
 _READ_ONLY = "LyCORIS files are read only; write peft"
 
 
-class LycorisFormat:
-    """Reads single safetensors files."""
-
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
-        """Read an adapter; its names need the base, unless they are dotted paths."""
-        return read_lycoris(path, options.base)
-
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-        """Refuse: a LoRA is written as one."""
-        del adapter, options
-        raise UnsupportedError(_READ_ONLY)
-
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
-        """Refuse: a LoRA is written as one."""
-        del adapter, options
-        raise UnsupportedError(_READ_ONLY, path=path)
-
-
 def is_lycoris(path: Path) -> bool:
     """Tell whether a file holds LoHa or LoKr tensors, or others under LyCORIS's own prefix."""
     try:
@@ -77,12 +58,12 @@ def is_lycoris(path: Path) -> bool:
         return False
 
 
-def read_lycoris(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
+def read_lycoris(path: Path, options: Options) -> AdapterTensorSet:
     """Read a LyCORIS file as factors, which are computed when they are asked for.
 
     Args:
         path: the file.
-        base: the model, whose modules tell dots from underscores.
+        options: `base`, the model, whose modules tell dots from underscores.
 
     Raises:
         FormatError: if the file is malformed.
@@ -97,12 +78,12 @@ def read_lycoris(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
         if match is None:
             raise UnsupportedError(
                 "is of a LyCORIS kind that is no low-rank update of a weight; merge it into the "
-                "base with LyCORIS and serve that",
+                "options.base with LyCORIS and serve that",
                 path=path,
                 where=name,
             )
         groups[match["stem"]][match["leaf"]] = tensor
-    modules = _modules(list(groups), base, path)
+    modules = _modules(list(groups), options.base, path)
     tensors: dict[TensorKey, LazyTensor] = {}
     scales: dict[str, float] = {}
     for stem, parts in groups.items():
@@ -201,6 +182,3 @@ def _modules(stems: list[str], base: BaseModel | None, path: Path) -> dict[str, 
             raise IncompatibleBaseError(f"{base.path} {problem}", path=path, where=stem)
         found[stem] = candidates[0]
     return found
-
-
-FORMAT = LycorisFormat()

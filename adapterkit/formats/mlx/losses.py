@@ -9,7 +9,7 @@ from adapterkit.dtype import DType
 from adapterkit.formats.mlx import spelling
 from adapterkit.formats.mlx.writer import MLXAdapter, mlx_adapter
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import Kind
+from adapterkit.model import Kind, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import undeclared
@@ -53,6 +53,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
 
 def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
+    adapter = spelled_out(adapter)
     mapped = mlx_adapter(adapter, options.base)
     found = [*_by_role(adapter), *_by_setting(adapter), *_unplaced(adapter, mapped)]
     found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]

@@ -17,7 +17,7 @@ from adapterkit.formats.mlx import spelling
 from adapterkit.formats.mlx.config import targeting, written
 from adapterkit.formats.mlx.reader import CONFIG, WEIGHTS
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import Kind, MlxSource, Update
+from adapterkit.model import Kind, MlxSource, Update, spelled_out
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def write_mlx(adapter: AdapterTensorSet, folder: Path, options: Options) -> None
         options: `base` for names and the number of blocks, `dtype` for the factors (None keeps each
             factor's, with float32 where a scale had to be folded in).
     """
+    adapter = spelled_out(adapter)
     mapped = mlx_adapter(adapter, options.base)
     rank = max((pair.rank for pair in mapped.pairs), default=1)
     scale = common_scale(mapped.pairs)

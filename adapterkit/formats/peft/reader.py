@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base import BaseModel
+    from adapterkit.formats.protocol import Options
     from adapterkit.tensor import LazyTensor
 
 _MATRIX = 2
@@ -36,12 +37,12 @@ _LARGEST_GROUP = 1 << 12
 _MOST_BLOCKS = 1 << 16
 
 
-def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
+def read_peft(path: Path, options: Options) -> AdapterTensorSet:
     """Read a PEFT LoRA adapter; tensors stay on disk until they are asked for.
 
     Args:
         path: directory, or weights file beside its config.
-        base: the model; only old layouts of experts may need it, and tokenizers are compared.
+        options: `base`: only old layouts of experts may need it, and tokenizers are compared.
 
     Raises:
         NotFoundError: if there is no adapter at the path.
@@ -51,12 +52,14 @@ def read_peft(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
     config_path, weights_path = locate(path)
     stored, metadata = stored_tensors(weights_path)
     raw, told = own_config(metadata, read_json_object(config_path), weights_path)
-    adapter = interpret(stored, LoraConfig(raw, config_path), weights_path, base)
-    adapter = in_place(adapter, base, weights_path)
+    adapter = interpret(stored, LoraConfig(raw, config_path), weights_path, options.base)
+    adapter = in_place(adapter, options.base, weights_path)
     notes = (*told, *(adapter.provenance.notes if adapter.provenance else ()))
     if path.is_dir() and config_path.parent != path:
         notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
-    beside = lying_beside(config_path.parent, {config_path.name, *parts(weights_path)}, base)
+    beside = lying_beside(
+        config_path.parent, {config_path.name, *parts(weights_path)}, options.base
+    )
     return adapter.replace(beside=beside, provenance=Provenance(path, "peft", notes))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
-    from adapterkit.notes import Loss
 
 _FACTOR = re.compile(
     r"\.(?:lora_[AB](?:\.[^.]+)?\.weight|lora_embedding_[AB](?:\.(?!exp_avg|step)[^.]+)?)$"
@@ -57,96 +56,85 @@ class _State:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardedFormat:
-    """Reads checkpoints of several files; writes none.
+def read_dcp_adapter(path: Path, options: Options) -> AdapterTensorSet:
+    """Read the adapter of a checkpoint of torch; its tensors are joined when they are asked for.
 
-    Attributes:
-        name: of the format.
-        collect: finds a checkpoint and its tensors.
+    Args:
+        path: the directory, one above it, or a file of it.
+        options: `alpha` is the scale numerator where no adapter_config.json lies beside.
+
+    Raises:
+        NotFoundError: if a file of a rank is missing.
+        FormatError: if a file is malformed, or there is no LoRA in the checkpoint.
+        UnsupportedError: if the checkpoint is parted in a way that is not joined.
+        UsageError: if alpha is not known, or given and another one in the config.
     """
+    return _adapter(_dcp_state(path), "dcp", path, options)
 
-    name: str
-    collect: Callable[[Path], _State]
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
-        """Read the adapter of a checkpoint; its tensors are joined when they are asked for.
+def read_deepspeed_adapter(path: Path, options: Options) -> AdapterTensorSet:
+    """Read the adapter of a checkpoint of DeepSpeed; in all else as `read_dcp_adapter`."""
+    return _adapter(_zero_state(path), "deepspeed", path, options)
 
-        Args:
-            path: the directory, one above it, or a file of it.
-            options: `alpha` is the scale numerator where no adapter_config.json lies beside.
 
-        Raises:
-            NotFoundError: if a file of a rank is missing.
-            FormatError: if a file is malformed, or there is no LoRA in the checkpoint.
-            UnsupportedError: if the checkpoint is parted in a way that is not joined.
-            UsageError: if alpha is not known, or given and another one in the config.
-        """
-        state = self.collect(path)
-        if not any(_FACTOR.search(f".{name}") for name in state.tensors):
-            shown = ", ".join(list(state.tensors)[:_MOST_SHOWN])
-            raise FormatError(
-                f"is {state.what} of {len(state.tensors)} trained tensors ({shown}...), and none "
-                "is a factor of PEFT's LoRA; of a model that was trained whole, save the weights "
-                "and find the update with: adapterkit extract --base BASE --tuned MODEL -o ADAPTER",
-                path=state.folder,
-            )
-        config_path = config_above(state.folder)
-        if config_path:
-            return self._with_config(state, config_path, path, options)
-        return self._with_alpha(state, path, options)
-
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-        """Refuse: an adapter is written as one file."""
-        del adapter, options
-        raise UnsupportedError(f"format {self.name!r} is read only; write peft")
-
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
-        """Refuse, as `losses` does."""
-        del path
-        self.losses(adapter, options)
-
-    def _with_config(
-        self, state: _State, config_path: Path, path: Path, options: Options
-    ) -> AdapterTensorSet:
-        config = LoraConfig(read_json_object(config_path), config_path)
-        if options.alpha is not None and options.alpha != config.alpha:
-            raise UsageError(
-                f"alpha is {config.alpha:g} in {config_path}, --alpha is {options.alpha:g}; "
-                "leave it out",
-                path=path,
-            )
-        adapter = interpret(state.tensors, config, state.folder, options.base)
-        scaled = f"scaled as {config_path} says"
-        beside = lying_beside(config_path.parent, {CONFIG}, options.base)
-        return self._told(adapter, state, path, scaled).replace(beside=beside)
-
-    def _with_alpha(self, state: _State, path: Path, options: Options) -> AdapterTensorSet:
-        ranks = Counter(
-            tensor.shape[-2 if "embedding" not in name and len(tensor.shape) < 4 else 0]  # noqa: PLR2004
-            for name, tensor in state.tensors.items()
-            if _A.search(name) and len(tensor.shape) > 1
+def _adapter(state: _State, name: str, path: Path, options: Options) -> AdapterTensorSet:
+    if not any(_FACTOR.search(f".{name}") for name in state.tensors):
+        shown = ", ".join(list(state.tensors)[:_MOST_SHOWN])
+        raise FormatError(
+            f"is {state.what} of {len(state.tensors)} trained tensors ({shown}...), and none "
+            "is a factor of PEFT's LoRA; of a model that was trained whole, save the weights "
+            "and find the update with: adapterkit extract --base BASE --tuned MODEL -o ADAPTER",
+            path=state.folder,
         )
-        rank = max(ranks, key=lambda rank: ranks[rank], default=0)
-        if options.alpha is None:
-            raise UsageError(
-                f"is {state.what} with a LoRA of rank {rank} and no {CONFIG} beside or above it; "
-                "the scale is alpha / r: pass the alpha of the training run with --alpha",
-                path=state.folder,
-            )
-        config = LoraConfig(_shown(state.tensors, rank, options.alpha), state.folder / CONFIG)
-        adapter = interpret(state.tensors, config, state.folder, options.base)
-        scales = {p.module: options.alpha / p.rank for p in adapter.pairs() if p.rank}
-        told = self._told(adapter, state, path, "scaled by --alpha / r (not use_rslora)")
-        # A config that was made up is none to pass on, and contradicts no rank.
-        return told.replace(scales={**adapter.scales, **scales}, rank_conflicts={}, source=None)
+    config_path = config_above(state.folder)
+    if config_path:
+        return _with_config(state, config_path, name, path, options)
+    return _with_alpha(state, name, path, options)
 
-    def _told(
-        self, adapter: AdapterTensorSet, state: _State, path: Path, scaled: str
-    ) -> AdapterTensorSet:
-        said = adapter.provenance.notes if adapter.provenance else ()
-        notes = (f"read from {state.what}", scaled, *state.notes, *said)
-        return adapter.replace(provenance=Provenance(path, self.name, notes))
+
+def _with_config(
+    state: _State, config_path: Path, name: str, path: Path, options: Options
+) -> AdapterTensorSet:
+    config = LoraConfig(read_json_object(config_path), config_path)
+    if options.alpha is not None and options.alpha != config.alpha:
+        raise UsageError(
+            f"alpha is {config.alpha:g} in {config_path}, --alpha is {options.alpha:g}; "
+            "leave it out",
+            path=path,
+        )
+    adapter = interpret(state.tensors, config, state.folder, options.base)
+    scaled = f"scaled as {config_path} says"
+    beside = lying_beside(config_path.parent, {CONFIG}, options.base)
+    return _told(adapter, state, name, path, scaled).replace(beside=beside)
+
+
+def _with_alpha(state: _State, name: str, path: Path, options: Options) -> AdapterTensorSet:
+    ranks = Counter(
+        tensor.shape[-2 if "embedding" not in name and len(tensor.shape) < 4 else 0]  # noqa: PLR2004
+        for name, tensor in state.tensors.items()
+        if _A.search(name) and len(tensor.shape) > 1
+    )
+    rank = max(ranks, key=lambda rank: ranks[rank], default=0)
+    if options.alpha is None:
+        raise UsageError(
+            f"is {state.what} with a LoRA of rank {rank} and no {CONFIG} beside or above it; "
+            "the scale is alpha / r: pass the alpha of the training run with --alpha",
+            path=state.folder,
+        )
+    config = LoraConfig(_shown(state.tensors, rank, options.alpha), state.folder / CONFIG)
+    adapter = interpret(state.tensors, config, state.folder, options.base)
+    scales = {p.module: options.alpha / p.rank for p in adapter.pairs() if p.rank}
+    told = _told(adapter, state, name, path, "scaled by --alpha / r (not use_rslora)")
+    # A config that was made up is none to pass on, and contradicts no rank.
+    return told.replace(scales={**adapter.scales, **scales}, rank_conflicts={}, source=None)
+
+
+def _told(
+    adapter: AdapterTensorSet, state: _State, name: str, path: Path, scaled: str
+) -> AdapterTensorSet:
+    said = adapter.provenance.notes if adapter.provenance else ()
+    notes = (f"read from {state.what}", scaled, *state.notes, *said)
+    return adapter.replace(provenance=Provenance(path, name, notes))
 
 
 def _dcp_state(path: Path) -> _State:
@@ -207,7 +195,3 @@ def _shown(tensors: Mapping[str, LazyTensor], rank: int, alpha: float) -> dict[s
         "lora_bias": any(re.search(r"\.lora_B(?:\.[^.]+)?\.bias$", name) for name in tensors),
         "modules_to_save": list(saved) or None,
     }
-
-
-DCP = ShardedFormat("dcp", _dcp_state)
-DEEPSPEED = ShardedFormat("deepspeed", _zero_state)

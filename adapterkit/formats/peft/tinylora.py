@@ -11,7 +11,6 @@ from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS
 from adapterkit.formats.peft.keys import PREFIX, saved_name
-from adapterkit.formats.peft.tinylora_reader import read_peft_tinylora
 from adapterkit.keys import Role
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import writing
@@ -35,37 +34,31 @@ _ROOM = 1 << 24
 _WHOLE = (Role.FULL, Role.BASE_COPY)
 
 
-class TinyLoraPeftFormat:
-    """Reads directories and weights files; writes directories that carry their projections."""
+def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+    """List what PEFT's TinyLoRA cannot hold."""
+    del options
+    return writing.losses(adapter, holds=_WHOLE)
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
-        """Read an adapter; the base is needed only where nothing else tells the modules' order."""
-        return read_peft_tinylora(path, options)
 
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-        """List what PEFT's TinyLoRA cannot hold."""
-        del options
-        return writing.losses(adapter, holds=_WHOLE)
+def write(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+    """Write an adapter directory, exact: A, B and P are stored and PEFT loads all three.
 
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
-        """Write an adapter directory, exact: A, B and P are stored and PEFT loads all three.
-
-        Another form's groups are no rows of neighbours, which is all that PEFT can tie. So all
-        modules get the one vector that is all groups' coefficients in a row, and every projection
-        is zero outside its own group's part: the same numbers are trained, tied the same way.
-        """
-        tiny = writing.tiny_of(adapter)
-        if tiny.form != "peft":
-            tiny = _in_one_row(tiny)
-        path.mkdir()
-        tensors = _tensors(tiny, options.dtype)
-        adapted = [module.name for module in tiny.modules]
-        for key, tensor in adapter.tensors.items():
-            if key.role in _WHOLE:
-                tensors[saved_name(key, adapted)] = tensor
-        write_safetensors(path / WEIGHTS[0], tensors, {"format": "pt"})
-        text = json.dumps(_config(tiny, adapter, options), indent=2, sort_keys=True)
-        (path / CONFIG).write_text(text + "\n", encoding="utf-8")
+    Another form's groups are no rows of neighbours, which is all that PEFT can tie. So all
+    modules get the one vector that is all groups' coefficients in a row, and every projection
+    is zero outside its own group's part: the same numbers are trained, tied the same way.
+    """
+    tiny = writing.tiny_of(adapter)
+    if tiny.form != "peft":
+        tiny = _in_one_row(tiny)
+    path.mkdir()
+    tensors = _tensors(tiny, options.dtype)
+    adapted = [module.name for module in tiny.modules]
+    for key, tensor in adapter.tensors.items():
+        if key.role in _WHOLE:
+            tensors[saved_name(key, adapted)] = tensor
+    write_safetensors(path / WEIGHTS[0], tensors, {"format": "pt"})
+    text = json.dumps(_config(tiny, adapter, options), indent=2, sort_keys=True)
+    (path / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _tensors(tiny: TinyAdapter, dtype: DType | None) -> dict[str, LazyTensor]:
@@ -189,6 +182,3 @@ def _config(tiny: TinyAdapter, adapter: AdapterTensorSet, options: Options) -> d
         "u": next(iter(tiny.vectors.values())).size,
         "save_projection": True,
     }
-
-
-FORMAT = TinyLoraPeftFormat()

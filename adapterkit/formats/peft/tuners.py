@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
-    from adapterkit.notes import Loss
     from adapterkit.tensor import LazyTensor
 
 # AdaLoRA's leaves are LoRA's without `.weight`; told apart before the common grammar sees them.
@@ -34,30 +32,12 @@ _ADALORA = re.compile(r"\.lora_([ABE])(?=$|\.(?!weight$)[^.]+$)")
 _KEPT = ("task_type", "revision", "auto_mapping", "modules_to_save", "fan_in_fan_out")
 
 
-class PeftTunersFormat:
-    """Reads what `RULES` knows and refuses what `REFUSED` names."""
-
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
-        """Read an adapter; some tuners do not store module sizes and need the base."""
-        return read_tuner(path, options.base)
-
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-        """Refuse: a LoRA is written as one."""
-        del adapter, options
-        raise UnsupportedError("these formats are read only; write peft")
-
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
-        """Refuse: a LoRA is written as one."""
-        del adapter, options
-        raise UnsupportedError("these formats are read only; write peft", path=path)
-
-
-def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
+def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
     """Read a PEFT adapter of another tuner as factors; computed when they are asked for.
 
     Args:
         path: directory, or weights file beside its config.
-        base: the base model; looked for in the local hub cache if it is not given.
+        options: `base`, the base model; looked for in the local hub cache if it is not given.
 
     Raises:
         NotFoundError: if there is no adapter at the path.
@@ -77,7 +57,7 @@ def read_tuner(path: Path, base: BaseModel | None = None) -> AdapterTensorSet:
     if not groups:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
     name = fields.optional("base_model_name_or_path", TEXT) or None
-    context = Context(config, config_path, shared, base or find_base(name))
+    context = Context(config, config_path, shared, options.base or find_base(name))
     scales, ranks = _factors(kind, groups, context, tensors)
     return AdapterTensorSet(
         tensors=tensors,
@@ -155,6 +135,3 @@ def _notes(kind: str, ranks: Mapping[str, int]) -> Iterable[str]:
 def _class(fields: Table) -> str | None:
     recorded = fields.table("auto_mapping")
     return recorded.optional("base_model_class", TEXT) or None if recorded else None
-
-
-FORMAT = PeftTunersFormat()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture
     from adapterkit.base import BaseModel
+    from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
@@ -72,8 +73,9 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def losses(adapter: AdapterTensorSet) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List what a PEFT LoRA directory cannot hold of this adapter."""
+    del options
     found: list[Loss] = []
     if kept := list(adapter.engine_layout):
         message = "its rows are in llama.cpp's order; give the base model with --base"
@@ -92,9 +94,7 @@ def losses(adapter: AdapterTensorSet) -> list[Loss]:
     return [*found, *copies, *undeclared(adapter), *lost_metadata(adapter)]
 
 
-def write_peft(
-    adapter: AdapterTensorSet, folder: Path, *, base: BaseModel | None, dtype: DType | None
-) -> None:
+def write_peft(adapter: AdapterTensorSet, folder: Path, options: Options) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory.
 
     What lies beside the adapter, copies of whole models aside, is carried along byte for byte.
@@ -102,12 +102,12 @@ def write_peft(
     Args:
         adapter: every tensor in canonical orientation.
         folder: directory to create.
-        base: the model it is for, to name the targets briefly and to fill in its name.
-        dtype: stored type of all tensors; None keeps each tensor's, quantised ones as float32.
+        options: `base` to name the targets briefly and to fill in its name; `dtype` of all tensors,
+            None keeps each tensor's, quantised ones as float32.
     """
     folder.mkdir()
-    tensors, config = as_peft(adapter, base)
-    stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
+    tensors, config = as_peft(adapter, options.base)
+    stored = {name: _stored(tensor, options.dtype) for name, tensor in tensors.items()}
     write_safetensors(folder / WEIGHTS[0], stored, {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ from adapterkit.formats.tinylora.checkpoint import (
     is_pack,
     read_vectors,
 )
-from adapterkit.formats.tinylora.pack_writer import losses, write_pack
 from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tables import TEXT, Table
 from adapterkit.tinylora.adapter import TinyAdapter, neutral
@@ -29,34 +28,22 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
-    from adapterkit.notes import Loss
     from adapterkit.tensor import LazyTensor
 
 NAME = "tinylora-pack"
 
 
-class TinyLoraPackFormat:
-    """Reads checkpoints, runs and bare state files; writes checkpoint directories."""
+def read(path: Path, options: Options) -> AdapterTensorSet:
+    """Rebuild the frozen parts from the base, and return the plain LoRA they make.
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
-        """Rebuild the frozen parts from the base, and return the plain LoRA they make.
-
-        Raises:
-            BaseRequiredError: without the base's Hugging Face weights.
-            UsageError: if rank, alpha, seed or ties are not known.
-            IncompatibleBaseError: if the base does not have the injected modules.
-        """
-        checkpoint = find_checkpoint(path, options.dialect)
-        vectors = read_vectors(checkpoint.state)
-        return _read(path, checkpoint, vectors, options)
-
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-        """List what coefficients alone cannot say; fits them to an adapter that has none."""
-        return losses(adapter, options)
-
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
-        """Write a checkpoint directory with a manifest, settings and a witness."""
-        write_pack(adapter, path, options)
+    Raises:
+        BaseRequiredError: without the base's Hugging Face weights.
+        UsageError: if rank, alpha, seed or ties are not known.
+        IncompatibleBaseError: if the base does not have the injected modules.
+    """
+    checkpoint = find_checkpoint(path, options.dialect)
+    vectors = read_vectors(checkpoint.state)
+    return _read(path, checkpoint, vectors, options)
 
 
 def _read(
@@ -130,5 +117,4 @@ def _check_targets(
             pass
 
 
-FORMAT = TinyLoraPackFormat()
-__all__ = ["FORMAT", "is_pack"]
+__all__ = ["is_pack", "read"]

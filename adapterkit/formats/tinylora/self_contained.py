@@ -53,45 +53,44 @@ def is_self_contained(path: Path) -> bool:
         return False
 
 
-class TinyLoraFormat:
-    """Reads and writes self-contained files."""
+def read(path: Path, options: Options) -> AdapterTensorSet:
+    """Read a file, or the one in a directory; a base that is given is held to the witness.
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
-        """Read a file, or the one in a directory; a base that is given is held to the witness.
+    Raises:
+        FormatError: if it is malformed.
+        UnsupportedError: if a later adapterkit wrote it.
+        IncompatibleBaseError: if a base is given whose weights are others than it was made on.
+    """
+    file = path / FILE if path.is_dir() else path
+    tiny, document = _read(file)
+    notes = _compared(tiny, options.base)
+    return neutral(
+        tiny,
+        base=BaseReference(name=document.optional("base_model", TEXT) or None),
+        provenance=Provenance(path, NAME, notes),
+    )
 
-        Raises:
-            FormatError: if it is malformed.
-            UnsupportedError: if a later adapterkit wrote it.
-            IncompatibleBaseError: if a base is given whose weights are others than it was made on.
-        """
-        file = path / FILE if path.is_dir() else path
-        tiny, document = _read(file)
-        notes = _compared(tiny, options.base)
-        return neutral(
-            tiny,
-            base=BaseReference(name=document.optional("base_model", TEXT) or None),
-            provenance=Provenance(path, NAME, notes),
-        )
 
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-        """List what the form has no place for."""
-        del options
-        return writing.losses(adapter)
+def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+    """List what the form has no place for."""
+    del options
+    return writing.losses(adapter)
 
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
-        """Write one file; the witness is the source's, or is taken from the base that is given."""
-        tiny = writing.tiny_of(adapter)
-        tensors: dict[str, LazyTensor] = {}
-        for module in tiny.modules:
-            for leaf in ("left", "right", "projection"):
-                tensor: LazyTensor = getattr(module, leaf)
-                stored = tensor.cast(options.dtype) if options.dtype else tensor
-                tensors[f"{module.name}.{leaf}"] = stored
-        # The coefficients are all that was trained, and next to nothing: they keep every digit.
-        tensors |= {f"v.{group}": vector for group, vector in tiny.vectors.items()}
-        document = _document(tiny, adapter, options.base)
-        text = json.dumps(document, separators=(",", ":"), sort_keys=True)
-        write_safetensors(path, tensors, {"format": MARK, NAME: text})
+
+def write(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+    """Write one file; the witness is the source's, or is taken from the base that is given."""
+    tiny = writing.tiny_of(adapter)
+    tensors: dict[str, LazyTensor] = {}
+    for module in tiny.modules:
+        for leaf in ("left", "right", "projection"):
+            tensor: LazyTensor = getattr(module, leaf)
+            stored = tensor.cast(options.dtype) if options.dtype else tensor
+            tensors[f"{module.name}.{leaf}"] = stored
+    # The coefficients are all that was trained, and next to nothing: they keep every digit.
+    tensors |= {f"v.{group}": vector for group, vector in tiny.vectors.items()}
+    document = _document(tiny, adapter, options.base)
+    text = json.dumps(document, separators=(",", ":"), sort_keys=True)
+    write_safetensors(path, tensors, {"format": MARK, NAME: text})
 
 
 def _document(
@@ -260,6 +259,3 @@ def _compared(tiny: TinyAdapter, base: BaseModel | None) -> tuple[str, ...]:
 def settings_of(adapter: AdapterTensorSet) -> TinySettings | None:
     """Return the settings that a TinyLoRA was made with, if it is one and says so."""
     return writing.tiny_of(adapter).settings
-
-
-FORMAT = TinyLoraFormat()
