@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
 from adapterkit.keys import PARTNERS, Role
-from adapterkit.lowrank.differences import Difference, difference, norm, same_bits
+from adapterkit.lowrank.differences import Difference, difference, norm
 from adapterkit.model.tying import one_spelling
+from adapterkit.tensor import same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.dtype import DType
+from adapterkit.tensor import same_bits
 
 if TYPE_CHECKING:
     from adapterkit.model import Update
@@ -31,13 +32,6 @@ class Difference:
     relative_error: float
     cosine: float | None
     norm_ratio: float | None
-
-
-def same_bits(first: LazyTensor, second: LazyTensor) -> bool:
-    """Tell whether two tensors are stored alike, to the bit."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return bytes(first.tobytes()) == bytes(second.tobytes())
 
 
 def difference(first: Update, second: Update) -> Difference:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,6 +103,8 @@ def command(
         _bank(bank_file, sources, told, force=force, as_json=as_json)
         return
     if html is not None:
+        from pathlib import Path
+
         from adapterkit.destination import check_destination
 
         check_destination(Path(html), force=force)

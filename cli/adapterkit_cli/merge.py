@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -154,6 +153,8 @@ def _with_recipe(
     out = said.get("out")
     if out is not None and destination is not None:
         raise click.UsageError("the recipe has out; leave out -o")
+    from pathlib import Path
+
     if Path(destination or out or "").absolute() == Path(recipe).absolute():
         raise click.UsageError("the recipe itself would be replaced; name another DST")
     for name, value in said.items():

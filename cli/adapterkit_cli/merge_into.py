@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -132,6 +131,8 @@ def _text(report: MergeIntoReport) -> str:
 
 def _rounding(report: MergeIntoReport) -> list[str]:
     """Return what shaped rounding did, beside what nearest would have done."""
+    from statistics import median
+
     shaped = [(t, t.nearest) for t in report.tensors if t.nearest is not None]
     if not shaped:
         return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import click
 
@@ -72,5 +72,5 @@ def _parsed(text: str) -> tuple[str | None, str, float]:
         scale, path = 1.0, text
     path = path if at and path else text
     name, sign, rest = path.partition("=")
-    named = sign and name and rest and not {"/", "."} & set(name) and not Path(path).exists()
+    named = sign and name and rest and not {"/", "."} & set(name) and not os.path.lexists(path)
     return (name, rest, scale) if named else (None, path, scale)

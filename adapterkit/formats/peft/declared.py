@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from adapterkit.base.schemes import quantisation_method
 from adapterkit.keys import FACTORS, Role
 from adapterkit.tables import TEXT
 
@@ -66,7 +65,11 @@ def reads_qalora(config: LoraConfig, base: BaseModel | None) -> bool | None:
     """Tell whether PEFT goes by `use_qalora`, as on GPTQ bases alone; None if that is unknown."""
     if not config.flag("use_qalora"):
         return False
-    return None if base is None else quantisation_method(base) == "gptq"
+    if base is None:
+        return None
+    from adapterkit.base.schemes import quantisation_method
+
+    return quantisation_method(base) == "gptq"
 
 
 def _ends(name: str, modules: Collection[str]) -> bool:

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.architectures import find
-from adapterkit.architectures.mapping import find_rule
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.factors import turned
 from adapterkit.formats.peft.config import LoraConfig
@@ -163,11 +161,15 @@ def _source(adapter: AdapterTensorSet) -> LoraConfig | None:
 
 
 def _is_bare(base: BaseModel | None, module: str) -> bool:
+    from adapterkit.architectures.mapping import find_rule
+
     match = find_rule(base.architecture, module) if base else None
     return bool(match and match.rule.bare and base and base.expert_layout == "fused")
 
 
 def _has_layout(base: BaseModel | None, module: str, layout: str) -> bool:
+    from adapterkit.architectures.mapping import find_rule
+
     match = find_rule(base.architecture, module) if base else None
     return bool(match and match.rule.layout == layout)
 
@@ -312,6 +314,8 @@ def _version(config: LoraConfig) -> tuple[int, ...] | None:
 
 
 def _rule(name: str, config: LoraConfig, base: BaseModel | None) -> tuple[WeightRule | None, Any]:
+    from adapterkit.architectures.mapping import find_rule
+
     for architecture in tuple(base.candidates) if base else _recorded(config):
         if match := find_rule(architecture, name):
             return match.rule, base.sizes if base else None
@@ -320,6 +324,8 @@ def _rule(name: str, config: LoraConfig, base: BaseModel | None) -> tuple[Weight
 
 def _recorded(config: LoraConfig) -> tuple[Architecture, ...]:
     """Return the families of the model class that the adapter was trained on, if it says so."""
+    from adapterkit.architectures import find
+
     recorded = config.mapping("auto_mapping").optional("base_model_class", TEXT)
     return find(recorded) if recorded else ()
 

@@ -14,7 +14,6 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.architectures.mapping import find_rule, from_engine
 from adapterkit.base import find_base
 from adapterkit.errors import BaseRequiredError, FormatError, UnknownArchitectureError
 from adapterkit.factors import stack_experts
@@ -78,6 +77,8 @@ def _cached(adapter: AdapterTensorSet) -> BaseModel | None:
 
 
 def _renamed(module: str, base: BaseModel | None) -> str:
+    from adapterkit.architectures.mapping import find_rule
+
     if _OUTPUT.match(module):
         return "lm_head"
     other = _ATTENTION.sub("self_attn", module)
@@ -87,6 +88,8 @@ def _renamed(module: str, base: BaseModel | None) -> str:
 
 
 def _experts_in_base(stacks: list[Update], base: BaseModel | None, path: Path) -> Iterable[Update]:
+    from adapterkit.architectures.mapping import from_engine
+
     if not stacks:
         return ()
     if base is None:

@@ -19,10 +19,10 @@ from adapterkit.formats.peft.slots import SETTINGS, spelled_out
 from adapterkit.formats.peft.tying import folded, tied_tables
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
-from adapterkit.lowrank.differences import same_bits
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
 from adapterkit.notes import BaseReference, Note, Provenance
 from adapterkit.tables import TEXT, listed, whole
+from adapterkit.tensor import same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role, TensorKey
-from adapterkit.lowrank.differences import same_bits
 from adapterkit.model.tying import module_of, twin, under_another_name
+from adapterkit.tensor import same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
