@@ -31,6 +31,7 @@ _NAMES = {
     "checks.findings": "CoveredModule Explanation Finding Outcome Severity explanations",
     "comparison": "DiffReport ModuleDifference diff",
     "conversion": "ConversionReport convert",
+    "destination": "Directory",
     "dtype": "DType",
     "engines.engine": "EngineRule Target load_target target_names",
     "engines.judgement": "EngineCoverage",
@@ -44,6 +45,7 @@ _NAMES = {
     "extraction.extraction": "extract",
     "extraction.report": "ExtractReport ExtractedModule LeftOver",
     "files": "read write",
+    "formats.protocol": "Lister Options Reader Writer",
     "keys": "Role TensorKey",
     "merging.adapters": "MergeResult merge",
     "merging.files": "MergeFilesReport merge_files",
@@ -57,6 +59,7 @@ _NAMES = {
     "model.sources": "GgufSource MlxSource PeftSource Source",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
+    "registry": "FormatSpec",
     "saving": "ProvenFile",
     "serving.launch": "ServingSettings serving_settings",
     "serving.stack": (

@@ -46,6 +46,7 @@ from adapterkit.comparison import ModuleDifference as ModuleDifference
 from adapterkit.comparison import diff as diff
 from adapterkit.conversion import ConversionReport as ConversionReport
 from adapterkit.conversion import convert as convert
+from adapterkit.destination import Directory as Directory
 from adapterkit.dtype import DType as DType
 from adapterkit.engines.engine import EngineRule as EngineRule
 from adapterkit.engines.engine import Target as Target
@@ -75,6 +76,10 @@ from adapterkit.extraction.report import ExtractReport as ExtractReport
 from adapterkit.extraction.report import LeftOver as LeftOver
 from adapterkit.files import read as read
 from adapterkit.files import write as write
+from adapterkit.formats.protocol import Lister as Lister
+from adapterkit.formats.protocol import Options as Options
+from adapterkit.formats.protocol import Reader as Reader
+from adapterkit.formats.protocol import Writer as Writer
 from adapterkit.keys import Role as Role
 from adapterkit.keys import TensorKey as TensorKey
 from adapterkit.merging.adapters import MergeResult as MergeResult
@@ -105,6 +110,7 @@ from adapterkit.notes import Loss as Loss
 from adapterkit.notes import Note as Note
 from adapterkit.notes import NoteKind as NoteKind
 from adapterkit.notes import Provenance as Provenance
+from adapterkit.registry import FormatSpec as FormatSpec
 from adapterkit.saving import ProvenFile as ProvenFile
 from adapterkit.serving.launch import ServingSettings as ServingSettings
 from adapterkit.serving.launch import serving_settings as serving_settings

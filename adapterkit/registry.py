@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adapterkit import strangers
@@ -17,8 +18,8 @@ from adapterkit.json_file import read_json_object
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable
+    from importlib.metadata import EntryPoint
 
     from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004
     from adapterkit.model import AdapterTensorSet
@@ -260,7 +261,18 @@ def plugins(group: str) -> tuple[Any, ...]:
     # Looked up only when nothing built in answers: the import alone is slow.
     from importlib.metadata import entry_points
 
-    return tuple(entry.load() for entry in entry_points(group=group))
+    return tuple(_loaded(entry) for entry in entry_points(group=group))
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"the plug-in {entry.name!r} ({entry.value}) cannot be imported: {reason}; mend it, or "
+            "uninstall the package that brings it"
+        ) from error
 
 
 def named(what: str, name: str, builtin: Sequence[_Named], group: str) -> _Named:
@@ -307,7 +319,9 @@ def detect(path: Path) -> FormatSpec:
             raise FormatError("is neither a file nor a directory", path=path)
         if path.is_file() and (left := strangers.of_training(path)):
             raise UnknownFormatError(left, path=path)
-        found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
+        found = _recognised(path, BUILTIN[:-1])
+        # What a plug-in knows is no hand-written file.
+        found = found or _recognised(path, (*plugins(_GROUP), BUILTIN[-1]))
         if found:
             return found
         stranger = strangers.named(path)
@@ -318,6 +332,18 @@ def detect(path: Path) -> FormatSpec:
         raise NotFoundError(f"no adapter here: no {_CONFIG}", path=path)
     raise UnknownFormatError(
         f"is not an adapter of a known format, and no {_CONFIG} lies beside it", path=path
+    )
+
+
+def claims(known: FormatSpec, path: Path) -> bool:
+    """Tell whether a format takes a path for its own."""
+    return _recognised(path, (known,)) is known
+
+
+def by_suffix(suffix: str) -> FormatSpec | None:
+    """Return the format that a destination's suffix means, None if it means none."""
+    return next((known for known in BUILTIN if suffix in known.suffixes), None) or next(
+        (known for known in (plugins(_GROUP) if suffix else ()) if suffix in known.suffixes), None
     )
 
 

@@ -17,7 +17,7 @@ from adapterkit.output import staged
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
-from adapterkit.registry import BUILTIN, spec
+from adapterkit.registry import BUILTIN, by_suffix, spec
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def destination_format(path: Path, name: str | None, *, force: bool) -> FormatSp
     if name:
         chosen = spec(name)
     else:
-        chosen = next((known for known in BUILTIN if path.suffix in known.suffixes), None)
-        chosen = chosen or (None if path.suffix in _SHARED_SUFFIXES else BUILTIN[0])
+        shared = path.suffix in _SHARED_SUFFIXES
+        chosen = None if shared else by_suffix(path.suffix) or BUILTIN[0]
     if chosen is None:
         raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
     if not chosen.writes:

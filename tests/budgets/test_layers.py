@@ -19,6 +19,7 @@ WORKSHOPS = {
     "projection",
     "serving",
     "summary",
+    "testing",
     "torch",
     "validation",
 }

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "adapterkit"
 WAYS = ("format.read", "format.write", "spec.read", "spec.write")
 STEPS = {"detect", "open_base", "find_base", "check_structure"}
 # The ways themselves, the rooms below them, and the place where the public names are listed.
-OWN = {"loading.py", "saving.py", "registry.py", "__init__.py"}
+OWN = {"loading.py", "saving.py", "registry.py", "testing.py", "__init__.py"}
 ROOMS = {"formats", "base"}
 FILES = [
     path
