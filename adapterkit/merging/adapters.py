@@ -74,9 +74,10 @@ def merge(
             1 / T each for methods that average, where Σw is the strength of the result.
         method: name of a row in `adapterkit.merge_methods()`.
         rank: rank of every module; by default the rank of what the method asks for, so that nothing
-            is lost (for elementwise rules in the delta space, which no small rank holds, Σ rᵢ).
-            `auto` goes with `tol` or `energy`.
-        tol: largest relative Frobenius error of a module, from which the rank follows.
+            is lost (for elementwise rules in the delta space, which no small rank holds, Σ rᵢ
+            unless `tol` or `energy` ask for more). `auto` goes with `tol` or `energy`.
+        tol: largest relative Frobenius error of a module, from which the rank follows, up to the
+            smaller side of the matrix.
         energy: smallest share of ‖ΔW‖² that is kept, likewise; the same as tol = √(1 - energy).
         density: share of the entries that a rule keeps.
         params: the method's other numbers, by the names in its row.
@@ -108,8 +109,9 @@ def merge(
         space=_space(spec, space),
         seed=_seed(spec, seed),
         rank=rule.rank,
+        tolerance=None if tol is None and energy is None else rule.tolerance,
     )
-    check(how, rule.tolerance)
+    check(how)
     planning.check(found, any_base=any_base)
     planned = planning.plans(found, missing=missing)
     settings = Settings(how, rule, normalize, dtype, _alpha(planned, how))
@@ -231,5 +233,13 @@ def _warnings(how: Combination, modules: Sequence[ModuleReport]) -> list[str]:
         found.append(
             f"{len(weak)} of {len(modules)} modules keep less than {_ENERGY:.0%} of their energy, "
             f"{worst.module} {worst.retained_energy:.0%} at rank {worst.rank}; {advice}"
+        )
+    asked = how.dense and how.tolerance is not None
+    if grown := [module for module in modules if asked and module.rank > sum(module.ranks)]:
+        most = max(grown, key=lambda module: module.rank)
+        found.append(
+            f"{len(grown)} of {len(modules)} modules need more than the sum of the ranks to stay "
+            f"within the error that was asked for, {most.module} rank {most.rank}; "
+            f"{how.spec.name} has no small rank"
         )
     return found

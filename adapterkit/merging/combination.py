@@ -16,7 +16,7 @@ from adapterkit.lowrank.distances import distance, gram, norm
 from adapterkit.lowrank.operators import Plane
 from adapterkit.lowrank.products import LowRank, stacked
 from adapterkit.lowrank.ranks import predicted_error
-from adapterkit.lowrank.sketching import compressed
+from adapterkit.lowrank.sketching import compressed, compressed_within
 from adapterkit.merging import subspaces
 from adapterkit.merging.elementwise import merged
 from adapterkit.merging.registry import Kind, MethodSpec
@@ -37,6 +37,8 @@ class Combination:
         space: of an elementwise rule.
         seed: of a random one.
         rank: how much of a result without a small rank is wanted; None for Σ rᵢ.
+        tolerance: relative error of such a result, whose rank grows until it is kept; None if
+            none was asked for.
     """
 
     spec: MethodSpec
@@ -44,6 +46,7 @@ class Combination:
     space: str | None
     seed: int
     rank: int | None
+    tolerance: float | None = None
 
     @property
     def dense(self) -> bool:
@@ -129,8 +132,11 @@ def _elementwise(
         whole = merged(updates, weights, rule, how.parameters, keys)
         total = sum(update.rank for update in updates)
         start = np.concatenate([update.a for update in updates])
+        key = _key(how, place, -1)
+        if how.tolerance is not None:
+            return Outcome(whole, compressed_within(whole, how.tolerance, start, key))
         rank = min(how.rank or total, *whole.shape)
-        return Outcome(whole, compressed(whole, rank, start, _key(how, place, -1)))
+        return Outcome(whole, compressed(whole, rank, start, key))
     make = {"knots": subspaces.knots_space, "core": subspaces.core_space}[how.space or ""]
     space = make(updates)
     small = merged(space.updates, weights, rule, how.parameters, keys).dense()
@@ -174,7 +180,7 @@ def _key(how: Combination, place: tuple[str, int], adapter: int) -> Key:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def check(how: Combination, tolerance: float) -> None:
+def check(how: Combination) -> None:
     """Refuse settings that a method cannot follow.
 
     Raises:
@@ -186,7 +192,7 @@ def check(how: Combination, tolerance: float) -> None:
     density = how.parameters.get("density")
     if density is not None and not 0 < density <= 1:
         raise UsageError(f"density is {density:g}, not a share above 0 and up to 1")
-    if spec.name == "iso-c" and tolerance:
+    if spec.name == "iso-c" and how.tolerance:
         raise UsageError("iso-c makes all singular values equal; give a rank instead of tol")
-    if spec.kind is Kind.STACK and (how.rank is not None or tolerance):
+    if spec.kind is Kind.STACK and (how.rank is not None or how.tolerance):
         raise UsageError(f"{spec.name} keeps every rank; use svd to choose one")

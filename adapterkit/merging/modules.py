@@ -94,7 +94,10 @@ def _stored(
     spectra = [outcome.spectrum for outcome in outcomes if outcome.spectrum is not None]
     # A rank that was asked for is the rank of all modules: engines that know one rank only can
     # serve the result, and zeros fill what a module does not have.
-    limit = plan.rank if settings.ranks.rank is None else settings.alpha
+    limit = settings.alpha
+    if settings.ranks.rank is None:
+        dense = settings.how.dense and settings.how.tolerance is not None
+        limit = plan.largest_rank(dense=dense)
     zero = EXACT_ZERO if _kind(plan, settings.dtype) is DType.F64 else NUMERICAL_ZERO
     rank = settings.ranks.choose(spectra, limit, zero) if spectra else plan.rank
     scale = settings.alpha / rank
