@@ -48,7 +48,7 @@ _NAMES = {
     "merging.adapters": "MergeResult merge",
     "merging.files": "MergeFilesReport merge_files",
     "merging.into.entry": "merge_into",
-    "merging.into.report": "MergeIntoReport TensorReport",
+    "merging.into.report": "MergeIntoReport NearestReport TensorReport",
     "merging.recipe": "Recipe read_recipe",
     "merging.registry": "MethodSpec merge_methods",
     "merging.report": "MergeReport ModuleReport",

@@ -83,6 +83,7 @@ from adapterkit.merging.files import MergeFilesReport as MergeFilesReport
 from adapterkit.merging.files import merge_files as merge_files
 from adapterkit.merging.into.entry import merge_into as merge_into
 from adapterkit.merging.into.report import MergeIntoReport as MergeIntoReport
+from adapterkit.merging.into.report import NearestReport as NearestReport
 from adapterkit.merging.into.report import TensorReport as TensorReport
 from adapterkit.merging.recipe import Recipe as Recipe
 from adapterkit.merging.recipe import read_recipe as read_recipe

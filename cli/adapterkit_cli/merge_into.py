@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _OWN = (
     "dtype",
     "gguf_type",
+    "rounding",
     "tied",
     "dequantize",
     "allow_requantise",
@@ -47,6 +49,12 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="T",
             help="With --into a GGUF: keep, f32, f16, bf16 or q8_0 for what changes; by default "
             "all other types become q8_0. A mixture, such as q4_k_m, quantises the whole model.",
+        ),
+        click.option(
+            "--rounding",
+            type=click.Choice(["nearest", "shaped"]),
+            help="How low-bit types are rounded: shaped, the default of keep, keeps errors away "
+            "from what the adapter listens to.",
         ),
         click.option(
             "--tied",
@@ -119,7 +127,31 @@ def _text(report: MergeIntoReport) -> str:
         f"{report.untouched:,} unchanged",
         rendering.size(report.bytes),
     ]
-    return "\n".join(["  ".join(facts), _update(report)])
+    return "\n".join(["  ".join(facts), _update(report), *_rounding(report)])
+
+
+def _rounding(report: MergeIntoReport) -> list[str]:
+    """Return what shaped rounding did, beside what nearest would have done."""
+    shaped = [(t, t.nearest) for t in report.tensors if t.nearest is not None]
+    if not shaped:
+        return []
+    pairs = {
+        "direction error": [(t.direction_error or 0.0, n.direction_error) for t, n in shaped],
+        "survival": [(t.survival or 0.0, n.survival) for t, n in shaped],
+        "noise": [(t.noise or 0.0, n.noise) for t, n in shaped],
+    }
+    shown = [
+        f"{name} {median(a for a, _ in each):.0%} ({median(b for _, b in each):.0%})"
+        for name, each in pairs.items()
+    ]
+    meaning = (
+        "the first is the error that the model sees where the adapter listens; the last, over all "
+        "inputs alike, grows in exchange"
+    )
+    return [
+        f"shaped rounding, medians beside nearest's: {', '.join(shown)}",
+        meaning,
+    ]
 
 
 def _update(report: MergeIntoReport) -> str:

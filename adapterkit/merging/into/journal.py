@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import numpy as np
 
 from adapterkit.errors import AdapterKitError, FormatError, UsageError
-from adapterkit.merging.into.report import TensorReport
+from adapterkit.merging.into.report import NearestReport, TensorReport
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:
@@ -163,11 +163,20 @@ def _segment(line: Mapping[str, Any]) -> tuple[tuple[str, int], Segment]:
             dtype=_text(report["dtype"]),
             relative_norm=_number(report["relative_norm"]),
             survival=_number(report["survival"]),
+            rounding=_text(report["rounding"]),
+            noise=_number(report["noise"]),
+            direction_error=_number(report["direction_error"]),
+            nearest=_nearest(report["nearest"]),
         )
         for report in line["reports"]
     ]
     written = [Written(*map(_count, each)) for each in line["written"]]
     return (_text(line["file"]), _count(line["segment"])), Segment(tuple(reports), tuple(written))
+
+
+def _nearest(value: Mapping[str, Any] | None) -> NearestReport | None:
+    names = ("survival", "noise", "direction_error")
+    return None if value is None else NearestReport(**{n: float(value[n]) for n in names})
 
 
 def _text(value: object) -> str:
