@@ -72,8 +72,8 @@ class TestWeights:
         once = oracle.deltas(merge(pair, weights=[3.0, -1.0]).adapter)[Q]
         assert oracle.relative(once, 3 * x - y) < 1e-12
         result = merge(pair, weights=[3.0, -1.0], normalize=True)
-        assert oracle.relative(oracle.deltas(result.adapter)[Q], (3 * x - y) / 4) < 1e-12
-        assert result.report.modules[0].weights == (0.75, -0.25)
+        assert oracle.relative(oracle.deltas(result.adapter)[Q], (3 * x - y) / 2) < 1e-12
+        assert result.report.modules[0].weights == (1.5, -0.5)
 
     def test_a_pattern_gives_modules_their_own(self) -> None:
         pair = [plain(1), plain(2)]
@@ -307,7 +307,7 @@ class TestReport:
         assert module.retained_energy == pytest.approx(1 - module.predicted_error**2)
         assert f"{Q} {module.retained_energy:.0%} at rank 6" in report.warnings[-1]
         assert "knots or core" in report.warnings[-1]
-        assert not merge(pair, method="dare", density=0.2, space="core").report.warnings
+        assert not merge(pair, method="dare", density=0.2, space="core-balanced").report.warnings
 
     @pytest.mark.parametrize("shape", [(60, 50), (300, 270), (270, 300)])
     @pytest.mark.parametrize("bound", [{"tol": 0.15}, {"energy": 0.96}, {"tol": 0}])
