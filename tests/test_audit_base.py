@@ -26,6 +26,7 @@ from adapterkit.base import open_base
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UncheckableError, UsageError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.operators import Operator
 from adapterkit.lowrank.sketching import leading
 from adapterkit.tensor import LazyTensor
@@ -147,7 +148,7 @@ def test_experts_are_measured_one_by_one(bases: dict[str, BaseFixture], tmp_path
         assert report is not None
         assert len(report.weights) == len(old) > 1
         for number, row in enumerate(report.weights):
-            assert row.expert in {number, None}
+            assert row.expert == number
             assert row.update_frobenius_norm is not None
             check(row, old[number], new[number], 4)
 
@@ -259,6 +260,11 @@ def test_a_module_that_the_base_lacks_is_listed(tmp_path: Path) -> None:
     assert found is not None
     assert [each.module for each in found.not_compared] == [absent]
     assert len(found.weights) == 3
+    more = {TensorKey("lm_head.weight", Role.FULL): LazyTensor.of(np.ones((3, 3)))}
+    found = audit(adapter(layered(2), more=more), base=base).adapters[0].base
+    assert found is not None
+    assert [each.module for each in found.not_compared] == [absent, "lm_head.weight"]
+    assert "trained whole" in found.not_compared[1].reason
     other = model_of(tmp_path / "other", {"model.norm": np.ones((4, 4))})
     with pytest.raises(UncheckableError, match="nothing could be compared"):
         audit(adapter(layered(2)), base=other)

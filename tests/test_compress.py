@@ -116,6 +116,21 @@ def test_unused_rank_goes_without_a_loss() -> None:
     assert result.report.measured_error < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_tolerance_holds_for_what_is_stored(dtype: Any) -> None:
+    a, b = planted([1.0, 0.5, 0.25, 0.004], 30, 20)
+    twice = np.concatenate([a, a]).astype(dtype), np.concatenate([b, b], axis=1).astype(dtype)
+    whole = adapter({"x": twice, "y": planted([1.0, 0.5], 30, 20)})
+    with pytest.raises(ProofError, match=r"are rounded, a relative error of .*, and the tol is 0"):
+        compress(whole, tol=0)
+    for tol in (0.0035, 0.01, 0.1):
+        if dtype is np.float32 or tol > 0.005:
+            result = compress(whole, tol=tol)
+            assert error_between(whole, result.adapter) <= tol
+            assert result.report.measured_error <= tol
+            assert result.report.policy == f"relative error at most {tol:g}"
+
+
 def test_experts_embeddings_and_convolutions_keep_their_layout() -> None:
     random = np.random.default_rng(0)
     pairs = {

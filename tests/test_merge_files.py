@@ -250,6 +250,7 @@ class TestCommand:
         assert set(found["merge"]["modules"][0]) == {
             "module",
             "weights",
+            "coefficients",
             "ranks",
             "rank",
             "norm",

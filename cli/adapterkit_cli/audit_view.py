@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.auditing.outliers import notable
 from adapterkit.auditing.places import short_names
 from adapterkit.auditing.tables import family_cells, number, span
+from adapterkit.notes import first_and_more
 from adapterkit_cli import rendering
 
 if TYPE_CHECKING:
@@ -96,15 +97,20 @@ def _header(audited: AdapterAudit) -> list[tuple[str, str]]:
 def _against(found: BaseAudit) -> list[tuple[str, str]]:
     whole = found.summary
     largest = max(found.weights, key=lambda row: row.udr or 0.0)
-    missing = len(found.not_compared)
-    absent = f"; {rendering.count(missing, 'module')} not compared" if missing else ""
+    reasons: dict[str, list[str]] = {}
+    for row in found.not_compared:
+        reasons.setdefault(row.reason, []).append(row.module)
     return [
         (
             "against W",
             (
                 f"‖ΔW‖₂ / ‖W‖₂ {number(whole.udr_median)}, at most {number(whole.udr_max)} "
-                f"({largest.name}); amplification {number(whole.amplification_median)}{absent}"
+                f"({largest.name}); amplification {number(whole.amplification_median)}"
             ),
+        ),
+        *(
+            ("not compared", f"{first_and_more(modules)}: {reason}")
+            for reason, modules in list(reasons.items())[:_HEALTH]
         ),
         (
             "intruders",

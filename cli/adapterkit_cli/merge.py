@@ -57,7 +57,7 @@ def _method_names(
 @click.option("--density", type=float, metavar="D", help="Share of the entries that a rule keeps.")
 @click.option("--param", "params", metavar="NAME=X", multiple=True, help="The method's own number.")
 @click.option("--seed", type=int, metavar="N", help="For the random rules; 0 by default.")
-@click.option("--space", metavar="S", help="Where a rule looks: delta, knots or core.")
+@click.option("--space", metavar="S", help="Where: delta, knots, core or core-balanced.")
 @click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
 @click.option("--any-base", is_flag=True, help="Merge adapters that name different bases.")
 @click.option("--recipe", metavar="FILE", type=options.PATH, help="All of this from a YAML file.")

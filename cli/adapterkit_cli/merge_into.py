@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from adapterkit import MergeIntoReport
 
+# Below this the error of the stored change says nothing.
+_EXACT = 5e-4
 _OWN = (
     "dtype",
     "gguf_type",
@@ -164,4 +166,17 @@ def _update(report: MergeIntoReport) -> str:
     worst = next(t for t in report.tensors if t.survival == report.min_survival)
     share = f"{min(max(report.min_survival, 0.0), 1.0):.1%}"
     where = "" if share == "100.0%" else f" ({rendering.printable(worst.tensor)})"
-    return f"‖ΔW‖/‖W‖ {size}; at least {share} of the update is left after rounding{where}"
+    kept = f"at least {share} of the update is left after rounding{where}"
+    return f"‖ΔW‖/‖W‖ {size}; {kept}{_noise(report)}"
+
+
+def _noise(report: MergeIntoReport) -> str:
+    """Return what the stored change is off by, where rounding is to nearest."""
+    found = [(t.noise, t.tensor) for t in report.tensors if t.noise and t.nearest is None]
+    if not found:
+        return ""
+    noise, tensor = max(found)
+    if noise < _EXACT:
+        return f"; the change stored is within {_EXACT:.2%} of it"
+    share = f"{noise:.1%}" if noise < 1 else f"{noise:.0%}"
+    return f"; the change stored is off by up to {share} of it ({rendering.printable(tensor)})"

@@ -28,6 +28,8 @@ from adapterkit.saving import stored_type
 from adapterkit.work import counter, threads
 
 _SURVIVAL = 0.95
+# Errors of rounding, as a share of ‖ΔW‖, above which they are larger than the update.
+_NOISE = 1.0
 
 
 def merge_into(
@@ -236,6 +238,7 @@ def _report(
         untouched=len(base.tensors.keys() - {tensor.tensor for tensor in tensors}),
         bytes=sum(file.stat().st_size for file in files if file.is_file()),
         min_survival=min(survivals, default=None),
+        max_noise=max((t.noise for t in tensors if t.noise is not None), default=None),
         warnings=_warnings(tensors),
         notes=tuple(notes),
     )
@@ -283,5 +286,14 @@ def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
             f"less than {_SURVIVAL:.0%} of the update is left after rounding in {len(low)} of "
             f"{len(tensors)} tensors, least in {worst.tensor} "
             f"({max(worst.survival or 0.0, 0.0):.0%}); store a wider type"
+        )
+    # Of shaped rounding the error over all inputs alike is the price, not the fault.
+    loud = [(t.noise, t) for t in tensors if t.nearest is None and (t.noise or 0.0) > _NOISE]
+    if loud:
+        noise, worst = max(loud, key=lambda pair: pair[0] or 0.0)
+        found.append(
+            f"rounding changes {len(loud)} of {len(tensors)} tensors by more than the update does, "
+            f"most {worst.tensor} ({noise or 0.0:.3g} times ‖ΔW‖ as {worst.dtype}): what is "
+            "left of the update stands in noise of that size; store a wider type"
         )
     return tuple(found)

@@ -70,6 +70,8 @@ class MergeIntoReport:
             place in the output.
         bytes: size of the output.
         min_survival: smallest of the tensors; None where nothing was changed.
+        max_noise: largest of the tensors, ‖(W' - W) - ΔW‖ / ‖ΔW‖, what the stored change is off by;
+            above 1 the rounding is larger than the update, even where survival is 1.
         warnings: what the user should know.
         notes: what was normalised on the way.
     """
@@ -83,6 +85,7 @@ class MergeIntoReport:
     untouched: int
     bytes: int
     min_survival: float | None
+    max_noise: float | None = None
     decoded: int = 0
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
