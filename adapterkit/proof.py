@@ -12,6 +12,7 @@ from adapterkit.errors import FormatError, ProofError
 from adapterkit.keys import PARTNERS, Role
 from adapterkit.lowrank.differences import Difference, difference, norm, same_bits
 from adapterkit.model.tying import one_spelling
+from adapterkit.work import tracked
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -67,7 +68,7 @@ def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
     pairs2 = {pair.module: pair for pair in second.pairs()}
     differences = {
         module: _shaped_difference(pair, pairs2[module])
-        for module, pair in pairs1.items()
+        for module, pair in tracked(pairs1.items())
         if module in pairs2
     }
     files1, files2 = _files(first), _files(second)

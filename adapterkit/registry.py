@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -43,7 +44,7 @@ class FormatSpec:
         target: `module:attribute` of the implementation.
         reads: whether it can be read.
         writes: whether it can be written.
-        cannot_hold: what is lost in it, for the table that `adapterkit formats` prints.
+        cannot_hold: what is lost in it, for the table that `adapterkit list formats` prints.
         magic: first bytes of its files, if they are distinctive.
         config_keys: keys of adapter_config.json of which one marks a directory as this format.
         config_match: fields of adapter_config.json and the values that mean this format, none
@@ -266,7 +267,7 @@ def detect(path: Path) -> FormatSpec:
     """
     with readable(path):
         if not path.exists():
-            raise NotFoundError("no such file or directory", path=path)
+            raise NotFoundError(f"no such file or directory{_alike(path)}", path=path)
         if not path.is_file() and not path.is_dir():
             raise FormatError("is neither a file nor a directory", path=path)
         if path.is_file() and (left := strangers.of_training(path)):
@@ -283,6 +284,14 @@ def detect(path: Path) -> FormatSpec:
     raise UnknownFormatError(
         f"is not an adapter of a known format, and no {_CONFIG} lies beside it", path=path
     )
+
+
+def _alike(path: Path) -> str:
+    """Return a question that names what lies beside a path that does not exist, if it is alike."""
+    folder = path.parent
+    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    found = get_close_matches(path.name, [name for name in names if not name.startswith(".")], n=1)
+    return f"; did you mean {folder / found[0]}?" if found else ""
 
 
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adapterkit.attempts import Attempt
 from adapterkit.auditing.base_report import BaseAudit
 from adapterkit.auditing.interference import Interference
 from adapterkit.auditing.rank_plan import RankPlan, Suggestion
@@ -286,11 +287,13 @@ class AuditReport:
         adapters: every adapter that was given, in order.
         suggestions: rank advice for each adapter, if it was asked for; else empty.
         interference: every adapter against every other; None for a single one.
+        failed: those that could not be audited, with `keep_going`.
     """
 
     adapters: tuple[AdapterAudit, ...]
     suggestions: tuple[Suggestion, ...] = ()
     interference: Interference | None = None
+    failed: tuple[Attempt[AdapterAudit], ...] = ()
 
     @property
     def summary(self) -> AuditSummary:

@@ -113,6 +113,14 @@ class AdapterStack:
         self._base = open_model(base)
         self._members: dict[str, StackedAdapter] = {}
 
+    @property
+    def base(self) -> Path | None:
+        """Where the base of the stack lies, file or directory; None if it has none."""
+        if self._base is None:
+            return None
+        path = self._base.path
+        return path.parent if path.name == "config.json" else path
+
     def load(
         self,
         path: Path | str,

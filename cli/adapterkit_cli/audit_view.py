@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.auditing.outliers import notable
 from adapterkit.auditing.places import short_names
 from adapterkit.auditing.tables import family_cells, number, span
-from adapterkit_cli import rendering
+from adapterkit_cli import manner, rendering
 
 if TYPE_CHECKING:
     from adapterkit import (
@@ -29,12 +29,16 @@ _MANY = 1e6
 
 def view(report: AuditReport) -> str:
     """Return the whole view of one adapter, or one line for each of several and what clashes."""
-    if report.interference is None:
+    if len(report.adapters) == 1:
         lines = _single(report.adapters[0], next(iter(report.suggestions), None))
     else:
-        lines = _several(report, report.interference)
-    if len(lines) > _LINES:
-        lines = [*lines[: _LINES - 1], f"and {len(lines) - _LINES + 1} more lines; --json has all"]
+        lines = _several(report)
+    lines += [f"unreadable: {rendering.printable(each.source)}" for each in report.failed]
+    if len(lines) > _LINES and not manner.verbose():
+        lines = [
+            *lines[: _LINES - 1],
+            f"and {len(lines) - _LINES + 1} more lines; --json or -v has all",
+        ]
     return "\n".join(lines)
 
 
@@ -188,7 +192,7 @@ def _advice(audited: AdapterAudit, suggestion: Suggestion) -> list[str]:
     ]
 
 
-def _several(report: AuditReport, found: Interference) -> list[str]:
+def _several(report: AuditReport) -> list[str]:
     rows = [
         (
             f"{index + 1}",
@@ -202,8 +206,13 @@ def _several(report: AuditReport, found: Interference) -> list[str]:
         for index, audited in enumerate(report.adapters)
     ]
     header = ("", "adapter", "modules", "rank", "stable", "‖ΔW‖", "health")
-    lines = [*rendering.columns(rows, header=header).split("\n"), ""]
-    lines += _pairs(found)
+    lines = rendering.columns(rows, header=header).split("\n")
+    return lines + (_together(report.interference) if report.interference else [])
+
+
+def _together(found: Interference) -> list[str]:
+    """Return every two adapters held against each other, and what clashes."""
+    lines = ["", *_pairs(found)]
     lines += ["", f"added together: {number(found.merge_energy_ratio)} of the sum of energies"]
     for pair in found.pairs:
         if pair.clashes:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit_cli import options, rendering
+from adapterkit_cli import manner, options, rendering
+from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
     from adapterkit import DiffReport
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 
-@click.command("diff")
+@click.command(
+    "diff",
+    epilog=options.examples(
+        "adapterkit diff my-adapter my-adapter.gguf --base base/",
+        "adapterkit diff before after --tolerance 0.01",
+    ),
+)
 @click.argument("first", metavar="A", type=options.PATH)
 @click.argument("second", metavar="B", type=options.PATH)
 @options.reading
@@ -45,15 +52,16 @@ def command(
     """
     import adapterkit
 
-    report = adapterkit.diff(
-        first,
-        second,
-        base=base,
-        tolerance=tolerance,
-        dialect=dialect,
-        alpha=alpha,
-        as_format=as_format,
-    )
+    with watching("comparing"):
+        report = adapterkit.diff(
+            first,
+            second,
+            base=base,
+            tolerance=tolerance,
+            dialect=dialect,
+            alpha=alpha,
+            as_format=as_format,
+        )
     if as_json:
         rendering.emit_json(report)
     else:
@@ -95,6 +103,6 @@ def _worst(report: DiffReport) -> list[str]:
 
 
 def _shortened(lines: list[str]) -> list[str]:
-    if len(lines) <= _SHOWN:
+    if len(lines) <= _SHOWN or manner.verbose():
         return lines
-    return [*lines[:_SHOWN], f"and {len(lines) - _SHOWN:,} more; --json lists all"]
+    return [*lines[:_SHOWN], f"and {len(lines) - _SHOWN:,} more; --json or -v lists all"]

@@ -28,7 +28,17 @@ LAYERS = (
     {"keys"},
     {"notes"},
     {"errors", "dtype"},
-    {"storage", "quantisation", "disk", "work", "tables", "strangers", "served", "destination"},
+    {
+        "storage",
+        "quantisation",
+        "disk",
+        "work",
+        "spreadsheet",
+        "tables",
+        "strangers",
+        "served",
+        "destination",
+    },
     {"tensor", "output"},
     {"model", "json_file"},
     {"containers", "factors", "yaml_file", "patterns", "hub", "lowrank"},
@@ -40,7 +50,7 @@ LAYERS = (
     {"formats"},
     {"registry"},
     {"proof", "loading"},
-    {"saving", "checks", "diagnosis", "state_dict"},
+    {"attempts", "saving", "checks", "diagnosis", "state_dict"},
     {"engines"},
     WORKSHOPS,
 )
@@ -123,6 +133,13 @@ def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
         f"adapterkit.{name}"
         for name in ("tinylora", "projection", "destination", "auditing.tables", "auditing.places")
     } | {"adapterkit.auditing.json_document", "adapterkit.auditing.outliers"}
+    public |= {
+        f"adapterkit.{name}"
+        for name in ("attempts", "spreadsheet", "saving", "dialects", "dialects.loading")
+    } | {
+        f"adapterkit.{name}"
+        for name in ("architectures.mixtures", "checks.findings", "serving.launch")
+    }
     used = {name for name in imports(path) if name.split(".")[0] == "adapterkit"}
     assert used <= public
 
