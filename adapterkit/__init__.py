@@ -67,6 +67,7 @@ _NAMES = {
     "state_dict": "from_state_dict to_state_dict",
     "summary": "BesideEntry Summary inspect summarize",
     "tensor": "LazyTensor",
+    "text": "Pen",
     "validation": "ValidationReport validate",
     "work": "watched",
 }

@@ -125,6 +125,7 @@ from adapterkit.summary import Summary as Summary
 from adapterkit.summary import inspect as inspect
 from adapterkit.summary import summarize as summarize
 from adapterkit.tensor import LazyTensor as LazyTensor
+from adapterkit.text import Pen as Pen
 from adapterkit.validation import ValidationReport as ValidationReport
 from adapterkit.validation import validate as validate
 from adapterkit.work import watched as watched

@@ -19,6 +19,7 @@ from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import problems
 from adapterkit.model.update import Kind
 from adapterkit.tensor import LazyTensor
+from adapterkit.text import PLAIN, Pen, Shown, sheet, size, spread
 from adapterkit.work import tracked
 
 _Value = TypeVar("_Value", bound=Hashable)
@@ -53,8 +54,8 @@ class BesideEntry:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Summary(Shown):
     """What an adapter is, without its values.
 
     Attributes:
@@ -98,6 +99,10 @@ class Summary:
     beside: tuple[BesideEntry, ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return a name and a value a line."""
+        return sheet(_entries(self), pen=pen)
 
 
 def inspect(
@@ -163,6 +168,32 @@ def summarize(adapter: AdapterTensorSet) -> Summary:
         notes=source.notes if source else (),
         problems=(*problems(adapter), *(f"{s.subject}: {s.message}" for s in undeclared(adapter))),
     )
+
+
+def _entries(summary: Summary) -> list[tuple[str, str]]:
+    return [
+        ("source", summary.source or ""),
+        ("format", summary.format or ""),
+        ("base model", summary.base_model or ""),
+        ("architecture", summary.architecture or ""),
+        ("tuner", summary.tuner),
+        ("modules", f"{summary.modules:,}"),
+        ("targets", spread(summary.targets, summary.modules, always=True)),
+        ("rank", spread(summary.ranks, summary.modules)),
+        ("scale", spread(summary.scales, summary.modules)),
+        ("traits", ", ".join(summary.traits)),
+        ("replaced", ", ".join(summary.replaced)),
+        *(("beside", _beside(file)) for file in summary.beside),
+        ("parameters", f"{summary.parameters:,}"),
+        ("dtype", spread(summary.dtypes, sum(summary.dtypes.values()))),
+        ("size", size(summary.bytes)),
+        ("sha256", summary.sha256),
+        *(("problem", problem) for problem in summary.problems),
+    ]
+
+
+def _beside(file: BesideEntry) -> str:
+    return f"{file.name}: {file.what}, {size(file.bytes)}"
 
 
 def digest(adapter: AdapterTensorSet) -> str:

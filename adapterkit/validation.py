@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from adapterkit.base import BaseModel
 from adapterkit.checks.adapter import check
@@ -16,6 +17,8 @@ from adapterkit.engines.judgement import EngineCoverage, judge
 from adapterkit.errors import UsageError
 from adapterkit.loading import Source, open_model, recognise
 from adapterkit.model import AdapterTensorSet
+from adapterkit.text import PLAIN, Pen, Shown, printable
+from adapterkit.text import count as counted
 
 # What a gate may fail on -> the severities that do.
 _FAILING = {
@@ -24,8 +27,8 @@ _FAILING = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ValidationReport:
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class ValidationReport(Shown):
     """Everything that was found.
 
     Attributes:
@@ -63,6 +66,52 @@ class ValidationReport:
     def count(self, severity: str) -> int:
         """Return how many findings are of a severity."""
         return sum(finding.severity == severity for finding in self.findings)
+
+    @property
+    def counts(self) -> str:
+        """How many findings there are of each severity, in words."""
+        found = [(kind, self.count(kind)) for kind in ("error", "unchecked", "warning")]
+        said = (f"{n} unchecked" if k == "unchecked" else counted(n, k) for k, n in found if n)
+        return ", ".join(said) or "nothing found"
+
+    def lines(self, pen: Pen = PLAIN) -> list[str]:
+        """Return what each engine does with it, and every finding with what to do."""
+        told = [_coverage(engine) for engine in self.targets if engine.modules or engine.verdict]
+        for finding in self.findings:
+            if not (pen.brief and finding.severity is Severity.NOTE):
+                told += _lines(finding, pen)
+        return told
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was found, and the counts."""
+        return "\n".join([*self.lines(pen), self.counts])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each finding."""
+        return [{"source": self.source, **_fields(finding)} for finding in self.findings]
+
+
+def _fields(finding: Finding) -> dict[str, Any]:
+    return {each.name: getattr(finding, each.name) for each in fields(finding)}
+
+
+def _coverage(engine: EngineCoverage) -> str:
+    outcomes = list(dict.fromkeys(module.outcome for module in engine.modules))
+    every = counted(len(engine.modules), "module")
+    modules = f"of {every} " + ", ".join(f"{engine.count(each)} {each}" for each in outcomes)
+    if len(outcomes) == 1:
+        modules = f"{'all ' if len(engine.modules) > 1 else ''}{every} {outcomes[0]}"
+    return f"{engine.reference}: " + "; ".join(
+        filter(None, (f"{engine.verdict or ''}", modules if outcomes else ""))
+    )
+
+
+def _lines(finding: Finding, pen: Pen) -> list[str]:
+    names = ", ".join(finding.modules) if pen.whole else finding.where
+    engine = f" [{finding.engine}]" if finding.engine else ""
+    head = pen.severity(f"{finding.severity} {finding.code}")
+    line = head + printable(f"{engine} {f'{names}: ' if names else ''}{finding.message}")
+    return [line, f"  {printable(finding.hint)}"] if finding.hint else [line]
 
 
 def validate(

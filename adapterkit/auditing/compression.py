@@ -166,7 +166,7 @@ def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> 
 
 
 def compress_file(
-    source: Path | str,
+    source: AdapterTensorSet | Path | str,
     destination: Path | str,
     *,
     rank: int | None = None,
@@ -185,7 +185,7 @@ def compress_file(
     """Compress an adapter into a file of any format, proven as a conversion is.
 
     Args:
-        source: adapter of any format that is read.
+        source: adapter of any format that is read, or one in memory.
         destination: file or directory to create.
         rank: as `compress`, like the next four.
         tol: see above.

@@ -130,11 +130,8 @@ def _sound(
     """Return the adapters that can be read, with their names, and why the others cannot."""
     alone = [attempted(_label(each), read, [each]) for each in adapters]
     kept = [each for each, attempt in zip(adapters, alone, strict=True) if attempt.error is None]
-    failed = [
-        Attempt(attempt.source, error=attempt.error)
-        for attempt in alone
-        if attempt.error is not None
-    ]
+    failed: list[Attempt[AdapterAudit]] = []
+    failed += [Attempt(a.source, error=a.error) for a in alone if a.error]
     # Read together: what one of them names as its base serves all.
     return [(_label(k), r.adapter) for k, r in zip(kept, read(kept), strict=True)], failed
 

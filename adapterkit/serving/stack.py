@@ -234,6 +234,13 @@ class AdapterStack:
         """Return what is on the stack."""
         return tuple(self._members.values())
 
+    def __repr__(self) -> str:
+        members = ", ".join(f"{each.name} @ {each.scale:g}" for each in self)
+        return f"<AdapterStack: {members or 'empty'}>"
+
+    def __iter__(self) -> Iterator[StackedAdapter]:
+        return iter(self._members.values())
+
     def __len__(self) -> int:
         return len(self._members)
 

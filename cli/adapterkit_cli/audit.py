@@ -180,8 +180,6 @@ def _show(report: AuditReport) -> None:
         text = csv_table(report) if shape == "csv" else markdown(report)
         rendering.emit(text.rstrip("\n"))
         return
-    from adapterkit_cli.audit_view import view
-
-    rendering.emit(view(report))
+    rendering.emit(report.text(rendering.pen()))
     for audited in report.adapters:
         rendering.remarks("note", audited.notes)

@@ -125,7 +125,7 @@ def _copy(path: Path) -> None:
 
 
 def _show(report: ConversionReport) -> None:
-    rendering.emit(_text(report))
+    rendering.emit(report.text(rendering.pen()))
     _remarks(report)
 
 
@@ -141,22 +141,3 @@ def _remarks(report: ConversionReport) -> None:
     rendering.remarks("note", report.notes)
     for loss in report.losses:
         rendering.remark("dropped", f"{loss.subject}: {loss.message}")
-
-
-def _text(report: ConversionReport) -> str:
-    facts = [
-        rendering.printable(report.destination),
-        report.format,
-        rendering.count(report.modules, "module"),
-        rendering.count(report.parameters, "parameter"),
-        rendering.size(report.bytes),
-    ]
-    return "  ".join(facts) + "\n" + _proof(report)
-
-
-def _proof(report: ConversionReport) -> str:
-    where = f"in all {report.modules:,} modules" if report.modules != 1 else "in the one module"
-    error = rendering.short(report.max_relative_error)
-    if report.max_relative_error and report.worst_module:
-        error += f" ({rendering.printable(report.worst_module)})"
-    return f"proof: ΔW equal {where}, largest relative error {error}"

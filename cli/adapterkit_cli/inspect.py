@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adapterkit.text import spread
 from adapterkit_cli import answers, options, rendering
 from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import TypeVar
+    from collections.abc import Sequence
 
-    from adapterkit import Attempt, BesideEntry, Summary
-
-    _Value = TypeVar("_Value")
+    from adapterkit import Attempt, Summary
 
 
 @click.command(
@@ -59,7 +57,7 @@ def command(
             as_format=as_format,
         )
     if summary := answers.single(attempts):
-        rendering.emit(rendering.sheet(_entries(summary)))
+        rendering.emit(summary.text(rendering.pen()))
         rendering.remarks("note", summary.notes)
         return
     if not answers.emit(attempts):
@@ -83,46 +81,8 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         summary.format or "",
         summary.tuner + (f", {len(summary.problems)} problems" if summary.problems else ""),
         f"{summary.modules:,}",
-        _spread(summary.ranks, summary.modules),
-        _spread(summary.scales, summary.modules),
+        spread(summary.ranks, summary.modules),
+        spread(summary.scales, summary.modules),
         rendering.size(summary.bytes),
         summary.base_model or "",
     )
-
-
-def _entries(summary: Summary) -> list[tuple[str, str]]:
-    return [
-        ("source", summary.source or ""),
-        ("format", summary.format or ""),
-        ("base model", summary.base_model or ""),
-        ("architecture", summary.architecture or ""),
-        ("tuner", summary.tuner),
-        ("modules", f"{summary.modules:,}"),
-        ("targets", _spread(summary.targets, summary.modules, always=True)),
-        ("rank", _spread(summary.ranks, summary.modules)),
-        ("scale", _spread(summary.scales, summary.modules)),
-        ("traits", ", ".join(summary.traits)),
-        ("replaced", ", ".join(summary.replaced)),
-        *(("beside", _beside(file)) for file in summary.beside),
-        ("parameters", f"{summary.parameters:,}"),
-        ("dtype", _spread(summary.dtypes, sum(summary.dtypes.values()))),
-        ("size", rendering.size(summary.bytes)),
-        ("sha256", summary.sha256),
-        *(("problem", problem) for problem in summary.problems),
-    ]
-
-
-def _beside(file: BesideEntry) -> str:
-    return f"{file.name}: {file.what}, {rendering.size(file.bytes)}"
-
-
-def _spread(counts: Mapping[_Value, int], total: int, *, always: bool = False) -> str:
-    """Return `8`, or `8 (30), 16 (30)` where the value is not the same everywhere."""
-    names = {_name(value): number for value, number in counts.items()}
-    if len(names) == 1 and sum(names.values()) == total and not always:
-        return next(iter(names))
-    return ", ".join(f"{name} ({number:,})" for name, number in names.items())
-
-
-def _name(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

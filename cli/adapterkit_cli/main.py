@@ -31,8 +31,14 @@ COMMANDS = (
 # What is named like something of Python.
 _MODULES = {"list": "tables"}
 # Words that people come with.
-_FORMER = {"formats": "list", "architectures": "list", "targets": "list", "check": "validate"}
-_FORMER |= {"info": "inspect", "show": "inspect", "svd": "compress", "resize": "compress"}
+_FORMER = {
+    "formats": "list",
+    "architectures": "list",
+    "targets": "list",
+    "check": "validate",
+    "info": "inspect",
+    "resize": "compress",
+}
 
 
 class Program(ErrorBoundary):

@@ -11,22 +11,43 @@ import math
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 import click
 
+from adapterkit import text
+from adapterkit.text import Pen, count, printable, short, size
 from adapterkit_cli import manner
 
+__all__ = [
+    "coloured",
+    "columns",
+    "count",
+    "emit",
+    "emit_json",
+    "json_line",
+    "pen",
+    "plain",
+    "printable",
+    "remark",
+    "remarks",
+    "sheet",
+    "short",
+    "shown",
+    "size",
+]
+
 SCHEMA = 2
-_GAP = "  "
-_THREE_DIGITS = 999.5  # what is not less is rounded to four
-# The narrowest that a column is folded to.
-_NARROW = 8
-_COLOURS = {"error": "red", "unchecked": "magenta", "warning": "yellow", "dropped": "yellow"}
-_COLOURS |= {"note": "cyan", "unreadable": "red"}
+_COLOURS = {
+    "error": "red",
+    "unreadable": "red",
+    "unchecked": "magenta",
+    "warning": "yellow",
+    "dropped": "yellow",
+    "note": "cyan",
+}
 _Item = TypeVar("_Item")
 
 
@@ -55,26 +76,26 @@ def plain(value: object) -> object:
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
-def emit(text: str) -> None:
+def emit(words: str) -> None:
     """Write data to stdout."""
-    click.echo(text)
+    click.echo(words)
 
 
-def remark(kind: str, text: str) -> None:
+def remark(kind: str, words: str) -> None:
     """Write something beside the data, such as a note, to stderr; --quiet leaves notes out."""
     if not (kind == "note" and manner.quiet()):
-        click.echo(coloured(f"{kind}: ") + printable(text), err=True)
+        click.echo(coloured(f"{kind}: ") + printable(words), err=True)
 
 
 def remarks(kind: str, texts: Iterable[str]) -> None:
     """Write several of a kind."""
-    for text in texts:
-        remark(kind, text)
+    for words in texts:
+        remark(kind, words)
 
 
-def coloured(text: str) -> str:
-    """Return text in the colour of the severity that it begins with."""
-    return click.style(text, fg=_COLOURS.get(re.split("[: ]", text, maxsplit=1)[0]), bold=True)
+def coloured(words: str) -> str:
+    """Return words in the colour of the severity that it begins with."""
+    return click.style(words, fg=_COLOURS.get(re.split("[: ]", words, maxsplit=1)[0]), bold=True)
 
 
 def shown(items: Sequence[_Item], limit: int) -> Sequence[_Item]:
@@ -82,64 +103,22 @@ def shown(items: Sequence[_Item], limit: int) -> Sequence[_Item]:
     return items if manner.verbose() else items[:limit]
 
 
-def printable(text: str) -> str:
-    """Return text from a file with its control characters escaped: it cannot steer a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def pen() -> Pen:
+    """Return how this command writes: in colour, to the width of the terminal, whole or brief."""
+    return Pen(
+        bold=lambda words: click.style(words, bold=True),
+        severity=coloured,
+        width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None,
+        whole=manner.verbose(),
+        brief=manner.quiet(),
+    )
 
 
 def columns(rows: Sequence[Sequence[str]], *, header: Sequence[str] = ()) -> str:
     """Return rows aligned on the left; on a terminal, cells that are too long are folded."""
-    cells = [[printable(cell) for cell in row] for row in (*([header] if header else []), *rows)]
-    widths = _fitted([max(map(len, column)) for column in zip(*cells, strict=True)])
-    lines: list[str] = []
-    for place, row in enumerate(cells):
-        folded = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for level in range(max(map(len, folded), default=0)):
-            parts = [part[level] if level < len(part) else "" for part in folded]
-            line = _GAP.join(p.ljust(w) for p, w in zip(parts, widths, strict=True)).rstrip()
-            lines.append(click.style(line, bold=True) if header and place == 0 else line)
-    return "\n".join(lines)
-
-
-def _fitted(widths: list[int]) -> list[int]:
-    """Return the widths of columns that fit a terminal: the widest give way; whole for programs."""
-    if not sys.stdout.isatty():
-        return widths
-    room = shutil.get_terminal_size().columns - len(_GAP) * (len(widths) - 1)
-    fitted = list(widths)
-    while sum(fitted) > room and max(fitted, default=0) > _NARROW:
-        fitted[fitted.index(max(fitted))] -= 1
-    return fitted
-
-
-def _folded(cell: str, width: int) -> list[str]:
-    return [cell] if len(cell) <= width else textwrap.wrap(cell, max(width, 1)) or [cell]
+    return text.columns(rows, header=header, pen=pen())
 
 
 def sheet(entries: Sequence[tuple[str, str]]) -> str:
     """Return names and values, one below the other; entries without a value are left out."""
-    said = [(name, printable(value)) for name, value in entries if value]
-    width = max((len(name) for name, _ in said), default=0)
-    return "\n".join(click.style(name.ljust(width), bold=True) + _GAP + text for name, text in said)
-
-
-def count(number: int, noun: str) -> str:
-    """Return `1 module` or `1,024 modules`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def size(number: int) -> str:
-    """Return a number of bytes in three digits: `936 kB`, `83.9 MB`."""
-    value, unit = float(number), "bytes"
-    for larger in ("kB", "MB", "GB"):
-        if value < _THREE_DIGITS:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}" if value < _THREE_DIGITS else f"{value:,.0f} {unit}"
-
-
-def short(number: float | None) -> str:
-    """Return a measured number in three digits, or a dash where there is none."""
-    return "-" if number is None else f"{number:.3g}"
+    return text.sheet(entries, pen=pen())

@@ -18,7 +18,7 @@ _LEVELS = {"error": "error", "unchecked": "warning", "warning": "warning", "note
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 # What stands for an adapter that could not be read at all, and so has no findings.
 _UNREADABLE = "unreadable"
-_UNREADABLE_RULE = {
+_UNREADABLE_RULE: dict[str, object] = {
     "id": _UNREADABLE,
     "shortDescription": {"text": "An adapter that cannot be read"},
     "fullDescription": {"text": "The file is missing, malformed, or no adapter of a known format."},

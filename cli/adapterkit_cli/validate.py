@@ -12,7 +12,7 @@ from adapterkit_cli.progress import watching
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit import Attempt, EngineCoverage, Finding, ValidationReport
+    from adapterkit import Attempt, ValidationReport
 
 
 @click.command(
@@ -98,7 +98,7 @@ def command(
             as_format=as_format,
         )
     if report := answers.single(attempts):
-        rendering.emit(_text(report))
+        rendering.emit(report.text(rendering.pen()))
         ctx.exit(report.code(fail_on))
     _emit(attempts)
     answers.tell_failures(attempts)
@@ -168,8 +168,8 @@ def _several(attempts: Sequence[Attempt[ValidationReport]]) -> str:
         if attempt.result is None:
             lines.append(f"{name}: {rendering.coloured('unreadable')}")
             continue
-        found = [line for each in _lines(attempt.result) for line in each.split("\n")]
-        lines.append(f"{name}: {_counts(attempt.result)}")
+        found = attempt.result.lines(rendering.pen())
+        lines.append(f"{name}: {attempt.result.counts}")
         lines += [f"  {line}" for line in found]
     failed = sum(attempt.result is None for attempt in attempts)
     wrong = sum(bool(o.result and o.result.count("error")) for o in attempts)
@@ -177,43 +177,3 @@ def _several(attempts: Sequence[Attempt[ValidationReport]]) -> str:
     more += [f"{failed} unreadable"] if failed else []
     total = rendering.count(len(attempts), "adapter")
     return "\n".join([*lines, f"{total}: {', '.join(more) or 'none has errors'}"])
-
-
-def _text(report: ValidationReport) -> str:
-    return "\n".join([*_lines(report), _counts(report)])
-
-
-def _lines(report: ValidationReport) -> list[str]:
-    lines = [_coverage(engine) for engine in report.targets if engine.modules or engine.verdict]
-    notes = not manner.quiet()
-    return lines + [_line(f) for f in report.findings if notes or str(f.severity) != "note"]
-
-
-def _counts(report: ValidationReport) -> str:
-    counts = {kind: report.count(kind) for kind in ("error", "unchecked", "warning")}
-    found = ", ".join(
-        f"{number} unchecked" if kind == "unchecked" else rendering.count(number, kind)
-        for kind, number in counts.items()
-        if number
-    )
-    return found or "nothing found"
-
-
-def _coverage(engine: EngineCoverage) -> str:
-    outcomes = list(dict.fromkeys(module.outcome for module in engine.modules))
-    every = rendering.count(len(engine.modules), "module")
-    modules = f"of {every} " + ", ".join(f"{engine.count(each)} {each}" for each in outcomes)
-    if len(outcomes) == 1:
-        modules = f"{'all ' if len(engine.modules) > 1 else ''}{every} {outcomes[0]}"
-    return f"{engine.reference}: " + "; ".join(
-        filter(None, (f"{engine.verdict or ''}", modules if outcomes else ""))
-    )
-
-
-def _line(finding: Finding) -> str:
-    names = finding.modules if manner.verbose() else ()
-    where = f"{', '.join(names) or finding.where}: " if finding.modules else ""
-    engine = f" [{finding.engine}]" if finding.engine else ""
-    head = rendering.coloured(f"{finding.severity} {finding.code}")
-    line = head + rendering.printable(f"{engine} {where}{finding.message}")
-    return f"{line}\n  {rendering.printable(finding.hint)}" if finding.hint else line

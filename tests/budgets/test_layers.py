@@ -33,6 +33,7 @@ LAYERS = (
         "quantisation",
         "disk",
         "work",
+        "text",
         "spreadsheet",
         "tables",
         "strangers",
@@ -135,7 +136,7 @@ def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
     } | {"adapterkit.auditing.json_document", "adapterkit.auditing.outliers"}
     public |= {
         f"adapterkit.{name}"
-        for name in ("attempts", "spreadsheet", "saving", "dialects", "dialects.loading")
+        for name in ("attempts", "spreadsheet", "text", "saving", "dialects", "dialects.loading")
     } | {
         f"adapterkit.{name}"
         for name in ("architectures.mixtures", "checks.findings", "serving.launch")
