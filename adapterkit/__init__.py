@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "architectures.sizes": "Sizes",
     "architectures.table": "Architecture",
+    "attempts": "Attempt for_each",
     "auditing.base_report": "BaseAudit BaseSummary NotCompared WeightAudit",
     "auditing.compression": "CompressReport CompressResult CompressedFile compress compress_file",
     "auditing.html": "html_page write_html",
@@ -30,7 +31,7 @@ _NAMES = {
     "base.opening": "open_base",
     "checks.findings": "CoveredModule Explanation Finding Outcome Severity explanations",
     "comparison": "DiffReport ModuleDifference diff",
-    "conversion": "ConversionReport convert",
+    "conversion": "ConversionReport convert convert_all",
     "destination": "Directory",
     "dtype": "DType",
     "engines.engine": "EngineRule Target load_target target_names",
@@ -69,7 +70,9 @@ _NAMES = {
     "state_dict": "from_state_dict to_state_dict",
     "summary": "BesideEntry Summary inspect summarize",
     "tensor": "LazyTensor",
+    "text": "Pen",
     "validation": "ValidationReport validate",
+    "work": "watched",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

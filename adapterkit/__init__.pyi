@@ -1,5 +1,7 @@
 from adapterkit.architectures.sizes import Sizes as Sizes
 from adapterkit.architectures.table import Architecture as Architecture
+from adapterkit.attempts import Attempt as Attempt
+from adapterkit.attempts import for_each as for_each
 from adapterkit.auditing.base_report import BaseAudit as BaseAudit
 from adapterkit.auditing.base_report import BaseSummary as BaseSummary
 from adapterkit.auditing.base_report import NotCompared as NotCompared
@@ -46,6 +48,7 @@ from adapterkit.comparison import ModuleDifference as ModuleDifference
 from adapterkit.comparison import diff as diff
 from adapterkit.conversion import ConversionReport as ConversionReport
 from adapterkit.conversion import convert as convert
+from adapterkit.conversion import convert_all as convert_all
 from adapterkit.destination import Directory as Directory
 from adapterkit.dtype import DType as DType
 from adapterkit.engines.engine import EngineRule as EngineRule
@@ -128,7 +131,9 @@ from adapterkit.summary import Summary as Summary
 from adapterkit.summary import inspect as inspect
 from adapterkit.summary import summarize as summarize
 from adapterkit.tensor import LazyTensor as LazyTensor
+from adapterkit.text import Pen as Pen
 from adapterkit.validation import ValidationReport as ValidationReport
 from adapterkit.validation import validate as validate
+from adapterkit.work import watched as watched
 
 __version__: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -48,7 +49,7 @@ class FormatSpec:
             where it cannot be read.
         lister: the `Lister` of what it cannot hold; empty where it cannot be written.
         writer: the `Writer`; empty where it cannot be written.
-        cannot_hold: what is lost in it, for the table that `adapterkit formats` prints.
+        cannot_hold: what is lost in it, for the table that `adapterkit list formats` prints.
         magic: first bytes of its files, if they are distinctive.
         config_keys: keys of adapter_config.json of which one marks a directory as this format.
         config_match: fields of adapter_config.json and the values that mean this format, none
@@ -314,7 +315,7 @@ def detect(path: Path) -> FormatSpec:
     """
     with readable(path):
         if not path.exists():
-            raise NotFoundError("no such file or directory", path=path)
+            raise NotFoundError(f"no such file or directory{_alike(path)}", path=path)
         if not path.is_file() and not path.is_dir():
             raise FormatError("is neither a file nor a directory", path=path)
         if path.is_file() and (left := strangers.of_training(path)):
@@ -345,6 +346,14 @@ def by_suffix(suffix: str) -> FormatSpec | None:
     return next((known for known in BUILTIN if suffix in known.suffixes), None) or next(
         (known for known in (plugins(_GROUP) if suffix else ()) if suffix in known.suffixes), None
     )
+
+
+def _alike(path: Path) -> str:
+    """Return a question that names what lies beside a path that does not exist, if it is alike."""
+    folder = path.parent
+    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    found = get_close_matches(path.name, [name for name in names if not name.startswith(".")], n=1)
+    return f"; did you mean {folder / found[0]}?" if found else ""
 
 
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:

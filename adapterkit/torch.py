@@ -25,7 +25,9 @@ def to_state_dict(adapter: AdapterTensorSet) -> tuple[dict[str, Any], dict[str, 
     return {name: to_tensor(tensor) for name, tensor in tensors.items()}, config
 
 
-def from_state_dict(state: Mapping[str, Any], config: Mapping[str, Any]) -> AdapterTensorSet:
+def from_state_dict(
+    state: Mapping[str, Any], config: Mapping[str, Any] | object
+) -> AdapterTensorSet:
     """Return the adapter that PEFT's torch tensors and a LoraConfig mean; the values are copied."""
     return from_arrays({name: from_tensor(x).numpy() for name, x in state.items()}, config)
 

@@ -280,9 +280,10 @@ def test_a_base_that_is_not_the_right_one_is_named(tmp_path: Path) -> None:
     broken = model_of(tmp_path / "broken", weights)
     path = written(adapter(layered(2)), tmp_path / "a")
     result = invoke("audit", path, "--base", broken, "--json")
-    assert (result.exit_code, result.stdout) == (3, "")
-    assert name in result.stderr
-    assert "holds NaN or infinity" in result.stderr
+    assert result.exit_code == 3
+    said = json.loads(result.stdout)["results"][0]["error"]["message"]
+    assert name in said
+    assert "holds NaN or infinity" in said
     with pytest.raises(UsageError, match="needs the weights of a base"):
         audit(path, base=PEFT / "base", exact=True)
     assert invoke("audit", path, "--exact").exit_code == 2
@@ -291,7 +292,9 @@ def test_a_base_that_is_not_the_right_one_is_named(tmp_path: Path) -> None:
 def test_the_command_shows_it_and_json_has_the_names_that_others_use(tmp_path: Path) -> None:
     base = model_of(tmp_path / "base", small_weights())
     path = written(adapter(layered(2)), tmp_path / "a")
-    found = json.loads(invoke("audit", path, "--base", base, "--exact", "--json").stdout)["base"]
+    found = json.loads(invoke("audit", path, "--base", base, "--exact", "--json").stdout)[
+        "results"
+    ][0]["base"]
     names = "udr_median udr_p90 udr_max udr_mean fraction_udr_gt_0_1 fraction_udr_gt_0_3"
     assert {*names.split(), "sdi_median", "intruder_dimensions"} <= found["summary"].keys()
     assert found["method"] == "exact"
@@ -310,7 +313,9 @@ def test_the_command_shows_it_and_json_has_the_names_that_others_use(tmp_path: P
     metrics = re.findall(r'<option value="(\d+)" data-log="([01])">(.*?)</option>', text)
     assert [int(place) for place, _, _ in metrics] == list(range(len(cells[0])))
     assert metrics[-5:][0][2] == "‖ΔW‖₂ / ‖W‖₂"
-    row = json.loads(invoke("audit", path, "--base", base, "--json").stdout)["base"]["weights"][0]
+    row = json.loads(invoke("audit", path, "--base", base, "--json").stdout)["results"][0]["base"][
+        "weights"
+    ][0]
     beside = [row[name] for name in ("udr", "udr_f", "amplification")]
     beside += [min(row["retention"]), row["intruder_dimensions"]]
     assert cells[0][-5:] == pytest.approx(beside, rel=1e-4)

@@ -243,7 +243,7 @@ class TestCommand:
             TINY, WEAK, "-o", tmp_path / "m", "--param", "density=0.5", "--method", "ties", "--json"
         )
         found = json.loads(done.stdout)
-        assert found["schema"] == 1
+        assert found["schema"] == 2
         assert found["sources"] == [str(TINY), str(WEAK)]
         assert found["merge"]["parameters"] == {"density": 0.5}
         assert len(found["merge"]["modules"]) == 6

@@ -276,7 +276,7 @@ def test_plan_is_printed_for_every_mode() -> None:
     base = FIXTURES / "peft" / "base"
     done = run("plan", "--base", base, "--budget", 13, "--json")
     report = json.loads(done.stdout)
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["modules"] == 14
     assert {plan["mode"]: plan["parameters"] for plan in report["plans"]} == {
         "tiled": 12,

@@ -196,7 +196,7 @@ def _check_bound(tol: float, measured: float, rounding: float, whole: AdapterTen
 
 
 def compress_file(
-    source: Path | str,
+    source: AdapterTensorSet | Path | str,
     destination: Path | str,
     *,
     rank: int | None = None,
@@ -215,7 +215,7 @@ def compress_file(
     """Compress an adapter into a file of any format, proven as a conversion is.
 
     Args:
-        source: adapter of any format that is read.
+        source: adapter of any format that is read, or one in memory.
         destination: file or directory to create.
         rank: as `compress`, like the next four.
         tol: see above.

@@ -218,7 +218,7 @@ def _open_gguf(path: Path) -> BaseModel:
     found = tuple(a for a in find(name) if a.gguf == name)
     if not found:
         raise UnknownArchitectureError(
-            f"architecture {name!r} is not in the tables; `adapterkit architectures` lists what is",
+            f"architecture {name!r} is not in the tables; `adapterkit list families` lists what is",
             path=path,
         )
     tensors = {**file.tensors, **_other_shards(path, file.metadata, name)}

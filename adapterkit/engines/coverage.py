@@ -57,7 +57,7 @@ def _by_tensor(
     except UnsupportedError as error:
         return [], [
             Finding(
-                "AK305", Severity.UNCHECKED, named(error.where), error.message, target=target.name
+                "AK305", Severity.UNCHECKED, named(error.where), error.message, engine=target.name
             )
         ]
     tensors = {module: name for name, modules in engine.sources.items() for module in modules}
@@ -96,7 +96,7 @@ def _finding(loss: Loss, target: Target) -> Finding:
     blocks = loss.blocks and loss.code != "unverified"
     severity = Severity.ERROR if blocks else Severity.WARNING
     return Finding(
-        target.losses[loss.code], severity, named(loss.subject), loss.message, target=target.name
+        target.losses[loss.code], severity, named(loss.subject), loss.message, engine=target.name
     )
 
 
@@ -161,7 +161,7 @@ def silent_no_ops(covered: Sequence[CoveredModule], target: Target) -> list[Find
                     Severity.ERROR,
                     tuple(m.module for m in modules),
                     message,
-                    target=target.name,
+                    engine=target.name,
                 )
             )
     return found

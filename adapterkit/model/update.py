@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from adapterkit.dtype import DType
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, TensorKey
 from adapterkit.tensor import LazyTensor
 
@@ -70,6 +71,20 @@ class Update:
         if len(self.b.shape) > 1:
             return self.b.shape[-1]
         return self.a.shape[-2] if len(self.a.shape) > 1 else 0
+
+    def delta(self) -> Array:
+        """Return ΔW = scale · B · A, for small updates: float64, (out, in) or (E, out, in).
+
+        A convolution's has the shape of its kernel, (out, in, *kernel); an embedding's is
+        (vocabulary, width), as the table has it.
+        """
+        plain = (t.cast(DType.F32) if t.dtype.quantised else t for t in (self.a, self.b))
+        a, b = (tensor.numpy().astype("float64") for tensor in plain)
+        if self.kind is Kind.CONVOLUTION:
+            folded = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
+            return self.scale * folded.reshape(b.shape[0], *a.shape[1:])
+        product = self.scale * (b @ a)
+        return product.T if self.embedding else product
 
     @property
     def experts(self) -> int:

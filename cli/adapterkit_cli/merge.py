@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit_cli import merge_into, options, rendering
+from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,7 +34,15 @@ def _method_names(
     return [name for name in names if name.startswith(incomplete)]
 
 
-@click.command("merge")
+@click.command(
+    "merge",
+    epilog=options.examples(
+        "adapterkit merge style facts --weights 0.7,0.4 -o both",
+        "adapterkit merge a b c --method ties --density 0.3 -o merged",
+        "adapterkit merge my-adapter --into base/ -o merged-model",
+        "adapterkit merge my-adapter --into base.gguf --gguf-type q4_k_m -o merged.gguf",
+    ),
+)
 @click.argument("sources", metavar="SRC...", nargs=-1, type=options.PATH)
 @click.option(
     "-o",
@@ -49,7 +58,7 @@ def _method_names(
     "--method",
     metavar="METHOD",
     shell_complete=_method_names,
-    help="svd (the weighted sum), cat, slerp, ties, dare, knots, ...; a wrong name lists all.",
+    help="svd (the weighted sum), cat, slerp, ties, ...; `adapterkit list methods` has all.",
 )
 @click.option("--rank", metavar="N|auto", help="Rank of every module; by default nothing is lost.")
 @click.option("--tol", type=float, metavar="X", help="Largest relative error; gives the rank.")
@@ -111,7 +120,8 @@ def command(
     if into is not None:
         merge_into.run(sources, into, destination, arguments, as_json=as_json)
         return
-    report = adapterkit.merge_files(sources, destination, **arguments)
+    with watching("merging"):
+        report = adapterkit.merge_files(sources, destination, **arguments)
     if as_json:
         rendering.emit_json(report)
         return

@@ -48,6 +48,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--gguf-type",
             metavar="T",
+            shell_complete=shared.type_names,
             help="With --into a GGUF: keep, f32, f16, bf16 or q8_0 for what changes; by default "
             "all other types become q8_0. A mixture, such as q4_k_m, quantises the whole model.",
         ),

@@ -28,7 +28,18 @@ LAYERS = (
     {"keys"},
     {"notes"},
     {"errors", "dtype"},
-    {"storage", "quantisation", "disk", "work", "tables", "strangers", "served", "destination"},
+    {
+        "storage",
+        "quantisation",
+        "disk",
+        "work",
+        "text",
+        "spreadsheet",
+        "tables",
+        "strangers",
+        "served",
+        "destination",
+    },
     {"tensor", "output"},
     {"model", "json_file"},
     {"containers", "factors", "yaml_file", "patterns", "hub", "lowrank"},
@@ -39,7 +50,7 @@ LAYERS = (
     {"formats"},
     {"registry"},
     {"proof", "loading"},
-    {"saving", "checks", "diagnosis", "state_dict"},
+    {"attempts", "saving", "checks", "diagnosis", "state_dict"},
     {"engines"},
     WORKSHOPS,
 )
@@ -121,6 +132,20 @@ def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
         f"adapterkit.{name}"
         for name in ("tinylora", "projection", "destination", "auditing.tables", "auditing.places")
     } | {"adapterkit.auditing.json_document", "adapterkit.auditing.outliers"}
+    public |= {
+        f"adapterkit.{name}"
+        for name in (
+            "attempts",
+            "spreadsheet",
+            "text",
+            "saving",
+            "formats.handwritten.dialects",
+            "formats.handwritten.dialects.loading",
+        )
+    } | {
+        f"adapterkit.{name}"
+        for name in ("architectures.mixtures", "checks.findings", "serving.launch")
+    }
     used = {name for name in imports(path) if name.split(".")[0] == "adapterkit"}
     assert used <= public
 

@@ -73,7 +73,7 @@ class LoraConfig:
         if kind != "LORA":
             name = kind if isinstance(kind, str) else shown(kind)
             raise UnsupportedError(
-                f"peft_type {name[:80]} is not LORA; `adapterkit formats` lists what is read",
+                f"peft_type {name[:80]} is not LORA; `adapterkit list formats` lists what is read",
                 path=self.path,
             )
         for name, reason in _NOT_A_WEIGHT_UPDATE.items():

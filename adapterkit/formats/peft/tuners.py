@@ -50,7 +50,7 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
     fields = Table(config, config_path)
     kind = fields.get("peft_type", TEXT)
     if kind not in RULES:
-        reason = REFUSED.get(kind, "`adapterkit formats` lists what is read")
+        reason = REFUSED.get(kind, "`adapterkit list formats` lists what is read")
         raise UnsupportedError(f"peft_type {kind[:80]} is not read: {reason}", path=config_path)
     keys = KeyReader(weights_path)
     groups, shared, tensors = _sorted(stored_tensors(weights_path)[0], keys)

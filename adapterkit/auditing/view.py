@@ -1,4 +1,4 @@
-"""An audit on a terminal: at most forty lines for any adapter."""
+"""An audit as text: at most forty lines for any adapter."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from adapterkit.auditing.outliers import notable
 from adapterkit.auditing.places import short_names
 from adapterkit.auditing.tables import family_cells, number, span
 from adapterkit.notes import first_and_more
-from adapterkit_cli import rendering
+from adapterkit.text import PLAIN, Pen, columns, count, printable, sheet, size
 
 if TYPE_CHECKING:
-    from adapterkit import (
-        AdapterAudit,
-        AuditReport,
-        BaseAudit,
-        Interference,
-        ReferenceAudit,
-        Suggestion,
-    )
+    from adapterkit.auditing.base_report import BaseAudit
+    from adapterkit.auditing.interference import Interference
+    from adapterkit.auditing.rank_plan import Suggestion
+    from adapterkit.auditing.reference_report import ReferenceAudit
+    from adapterkit.auditing.report import AdapterAudit, AuditReport
 
 _LINES = 40
 _FAMILIES = 12
@@ -28,28 +25,32 @@ _STANDINGS = 5
 _MANY = 1e6
 
 
-def view(report: AuditReport) -> str:
+def view(report: AuditReport, pen: Pen = PLAIN) -> str:
     """Return the whole view of one adapter, or one line for each of several and what clashes."""
-    if report.interference is None:
-        lines = _single(report.adapters[0], next(iter(report.suggestions), None))
+    if len(report.adapters) == 1:
+        lines = _single(report.adapters[0], next(iter(report.suggestions), None), pen)
     else:
-        lines = _several(report, report.interference)
-    if len(lines) > _LINES:
-        lines = [*lines[: _LINES - 1], f"and {len(lines) - _LINES + 1} more lines; --json has all"]
+        lines = _several(report, pen)
+    lines += [f"unreadable: {printable(each.source)}" for each in report.failed]
+    if len(lines) > _LINES and not pen.whole:
+        lines = [
+            *lines[: _LINES - 1],
+            f"and {len(lines) - _LINES + 1} more lines; --json or -v has all",
+        ]
     return "\n".join(lines)
 
 
-def _single(audited: AdapterAudit, suggestion: Suggestion | None) -> list[str]:
-    lines = rendering.sheet(_header(audited)).split("\n")
-    lines += ["", *_families(audited)]
+def _single(audited: AdapterAudit, suggestion: Suggestion | None, pen: Pen) -> list[str]:
+    lines = sheet(_header(audited), pen=pen).split("\n")
+    lines += ["", *_families(audited, pen)]
     if standing := notable(audited.modules):
         lines += ["", "stands out of its family (robust z):"]
         rows = [(f"  {module.name}", metric, f"{z:+.1f}") for module, metric, z in standing]
-        lines += rendering.columns(rows).split("\n")
+        lines += columns(rows, pen=pen).split("\n")
     if audited.reference:
-        lines += ["", *_standings(audited.reference)]
+        lines += ["", *_standings(audited.reference, pen)]
     if suggestion:
-        lines += ["", *_advice(audited, suggestion)]
+        lines += ["", *_advice(audited, suggestion, pen)]
     return lines
 
 
@@ -64,13 +65,13 @@ def _header(audited: AdapterAudit) -> list[tuple[str, str]]:
         (
             "factors",
             (
-                f"{rendering.count(whole.modules, 'module')}{updates}, "
-                f"{rendering.count(whole.parameters, 'parameter')}, rank {span(whole.ranks)}, "
+                f"{count(whole.modules, 'module')}{updates}, "
+                f"{count(whole.parameters, 'parameter')}, rank {span(whole.ranks)}, "
                 f"scale {span(whole.scales)}, {', '.join(audited.dtypes)}, "
-                f"{rendering.size(audited.bytes)}"
+                f"{size(audited.bytes)}"
             ),
         ),
-        ("coverage", f"{covered:,} of {rendering.count(audited.tensors, 'tensor')} measured"),
+        ("coverage", f"{covered:,} of {count(audited.tensors, 'tensor')} measured"),
         *(("not measured", reason) for reason in reasons[:_HEALTH]),
         *(("health", sentence) for sentence in _health(audited)),
         *(_against(audited.base) if audited.base else ()),
@@ -130,7 +131,7 @@ def _health(audited: AdapterAudit) -> list[str]:
     return shown or ["every factor is finite, every update is trained and of full rank"]
 
 
-def _families(audited: AdapterAudit) -> list[str]:
+def _families(audited: AdapterAudit, pen: Pen) -> list[str]:
     short = short_names(row.family for row in audited.families)
     rows = [
         (
@@ -141,13 +142,13 @@ def _families(audited: AdapterAudit) -> list[str]:
         for row in audited.families[:_FAMILIES]
     ]
     header = ("family", "n", "rank", "stable", "eff.", "k90", "k99", "rms", "σ₁ max", "energy")
-    lines = rendering.columns(rows, header=header).split("\n")
+    lines = columns(rows, header=header, pen=pen).split("\n")
     if len(audited.families) > _FAMILIES:
         lines.append(f"and {len(audited.families) - _FAMILIES:,} more families; --json has all")
     return lines
 
 
-def _standings(found: ReferenceAudit) -> list[str]:
+def _standings(found: ReferenceAudit, pen: Pen) -> list[str]:
     """Return what lies furthest out of the bank; how far is too far, no one knows."""
     scored = [(row, row.z) for row in found.standings if row.z is not None]
     scored.sort(key=lambda item: -abs(item[1]))
@@ -163,14 +164,14 @@ def _standings(found: ReferenceAudit) -> list[str]:
         for row, z in scored[:_STANDINGS]
     ]
     others = f", {found.other_bases} of another base model" if found.other_bases else ""
-    title = f"furthest from the {rendering.count(found.members, 'adapter')} of the bank{others}:"
+    title = f"furthest from the {count(found.members, 'adapter')} of the bank{others}:"
     if not rows:
         return [title, "  no z-score: that takes two adapters that differ; --json has the values"]
     header = ("  family", "statistic", "value", "mean", "z", "percentile")
-    return [title, *rendering.columns(rows, header=header).split("\n")]
+    return [title, *columns(rows, header=header, pen=pen).split("\n")]
 
 
-def _advice(audited: AdapterAudit, suggestion: Suggestion) -> list[str]:
+def _advice(audited: AdapterAudit, suggestion: Suggestion, pen: Pen) -> list[str]:
     plan, before = suggestion.plan, audited.summary.parameters
     rows = [
         (f"  error {row.limit:.2g}", _millions(row.parameters), f"{row.parameters / before:.0%}")
@@ -178,10 +179,10 @@ def _advice(audited: AdapterAudit, suggestion: Suggestion) -> list[str]:
     ]
     energy = suggestion.energy_90
     different = len(plan.peft["rank_pattern"])
-    others = f", {rendering.count(different, 'module')} by rank_pattern" if different else ""
+    others = f", {count(different, 'module')} by rank_pattern" if different else ""
     return [
         "ranks by energy per parameter, for a relative error of the whole update:",
-        *rendering.columns(rows, header=("  at most", "parameters", "of now")).split("\n"),
+        *columns(rows, header=("  at most", "parameters", "of now"), pen=pen).split("\n"),
         (
             f"90 % of every module's energy: {_millions(energy.parameters)} parameters, but "
             f"{energy.relative_error:.0%} relative error"
@@ -194,7 +195,7 @@ def _advice(audited: AdapterAudit, suggestion: Suggestion) -> list[str]:
     ]
 
 
-def _several(report: AuditReport, found: Interference) -> list[str]:
+def _several(report: AuditReport, pen: Pen) -> list[str]:
     rows = [
         (
             f"{index + 1}",
@@ -208,24 +209,29 @@ def _several(report: AuditReport, found: Interference) -> list[str]:
         for index, audited in enumerate(report.adapters)
     ]
     header = ("", "adapter", "modules", "rank", "stable", "‖ΔW‖", "health")
-    lines = [*rendering.columns(rows, header=header).split("\n"), ""]
-    lines += _pairs(found)
+    lines = columns(rows, header=header, pen=pen).split("\n")
+    return lines + (_together(report.interference, pen) if report.interference else [])
+
+
+def _together(found: Interference, pen: Pen) -> list[str]:
+    """Return every two adapters held against each other, and what clashes."""
+    lines = ["", *_pairs(found, pen)]
     lines += ["", f"added together: {number(found.merge_energy_ratio)} of the sum of energies"]
     for pair in found.pairs:
         if pair.clashes:
-            shown = ", ".join(map(rendering.printable, pair.clashes[:_CLASHES]))
+            shown = ", ".join(map(printable, pair.clashes[:_CLASHES]))
             more = len(pair.clashes) - _CLASHES
             rest = f" and {more:,} more" if more > 0 else ""
             lines.append(f"clash of {pair.a + 1} and {pair.b + 1}: {shown}{rest}")
         if pair.mismatched:
             lines.append(
                 f"{pair.a + 1} and {pair.b + 1}: {len(pair.mismatched):,} modules have other "
-                f"shapes, such as {rendering.printable(pair.mismatched[0])}: another base?"
+                f"shapes, such as {printable(pair.mismatched[0])}: another base?"
             )
     return lines
 
 
-def _pairs(found: Interference) -> list[str]:
+def _pairs(found: Interference, pen: Pen) -> list[str]:
     """Return the table of every two adapters."""
     rows = [
         (
@@ -242,7 +248,7 @@ def _pairs(found: Interference) -> list[str]:
         for pair in found.pairs
     ]
     header = ("pair", "shared", "cosine", "energy", "left", "right", "STI", "signs", "verdict")
-    return rendering.columns(rows, header=header).split("\n")
+    return columns(rows, header=header, pen=pen).split("\n")
 
 
 def _millions(value: int) -> str:
