@@ -239,7 +239,7 @@ def test_no_module_is_dropped_in_silence(tmp_path: Path) -> None:
     stem = "lora_unet_double_blocks_0_img_attn_zkv"
     path = saved(tmp_path / "a.safetensors", kohya({**FLUX, stem: (48, 16)}))
     with pytest.raises(UnsupportedError, match=r"img_attn_zkv.*is no module of Flux\.1"):
-        read(path)
+        adapterkit.convert(path, tmp_path / "p", to="peft")
     tensors = {
         f"transformer.transformer_blocks.0.{m}.lora_{f}.weight": drawn(4, 4)
         for m in ("attn.to_q", "attn.zig")
@@ -251,11 +251,17 @@ def test_no_module_is_dropped_in_silence(tmp_path: Path) -> None:
         adapterkit.convert(path, tmp_path / "d.safetensors", to="kohya")
 
 
-def test_a_model_without_a_table_is_refused_in_names_that_only_one_undoes(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.safetensors", kohya({"lora_unet_zig_0_zag": (8, 8)}))
-    assert detect(path).name == "kohya"
+def test_a_model_without_a_table_is_looked_at_and_not_converted(tmp_path: Path) -> None:
+    tensors = kohya({"lora_unet_zig_0_zag": (8, 8), "lora_unet_zig_1_zag": (8, 8)}, alpha=1)
+    path = saved(tmp_path / "a.safetensors", tensors)
+    summary = adapterkit.inspect(path)
+    assert (summary.format, summary.modules, summary.scales) == ("kohya", 2, {0.5: 2})
+    assert any("lora_unet_zig_0_zag: is no module of" in problem for problem in summary.problems)
+    findings = {finding.code: finding for finding in adapterkit.validate(path).findings}
+    assert findings["AK120"].severity is adapterkit.Severity.UNCHECKED
     with pytest.raises(UnsupportedError, match=r"lora_unet_zig_0_zag.*is no module of .*Wan"):
-        read(path)
+        adapterkit.convert(path, tmp_path / "p", to="peft")
+    assert not (tmp_path / "p").exists()
 
 
 def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:

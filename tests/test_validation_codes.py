@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FOLDER = ROOT / "fixtures" / "validation"
+# What is a file; all others are directories.
+FILES = ("*.gguf", "kohya.safetensors")
 PACKAGE = ROOT / "adapterkit"
 
 
@@ -50,6 +52,7 @@ CASES = {
 } | {
     "AK114": case("AK114", None, "AK108"),
     "AK118": case("AK118"),
+    "AK120": case("AK120", None, "AK300", base=None),
     "AK300": case("AK300", base=None),
     "AK305": case("AK305", base="vague"),
     "AK307": case("AK307", base="named"),
@@ -117,7 +120,7 @@ WITHOUT = {"LCP012", "LCP014"}
 
 def source_of(name: str) -> Path:
     folder = FOLDER / name
-    return next(iter(folder.glob("*.gguf")), folder)
+    return next((file for pattern in FILES for file in folder.glob(pattern)), folder)
 
 
 @pytest.mark.parametrize("code", CASES)

@@ -103,8 +103,8 @@ def _why(found: tuple[Model, ...], everything: list[Spelled], module: Spelled) -
     if found:
         return f"the model may be {title(found, everything)}, which are spelled differently"
     best = nearest(everything)
-    if best and placed(best[0], module) is None:
-        return f"is no module of {best[0].title}, whose names it would need"
+    if best and placed(best, module) is None:
+        return f"is no module of {best.title}, whose names it would need"
     if best:
-        return f"is of {best[0].title}, which has not all modules of the adapter"
+        return f"is of {best.title}, which has not all modules of the adapter"
     return "is no module of a diffusion model that is known"

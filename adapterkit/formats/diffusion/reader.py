@@ -53,6 +53,7 @@ class _Read:
     updates: dict[str, Update] = field(default_factory=dict[str, "Update"])
     others: dict[TensorKey, LazyTensor] = field(default_factory=dict["TensorKey", "LazyTensor"])
     conflicts: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    unplaced: dict[str, str] = field(default_factory=dict[str, str])
     written_out: list[str] = field(default_factory=list[str])
 
 
@@ -65,8 +66,7 @@ def read_diffusion(path: Path, spelling: str) -> AdapterTensorSet:
 
     Raises:
         FormatError: if the file is malformed, or names a module twice.
-        UnsupportedError: if a tensor is of a kind that no low-rank update is made of, or belongs
-            to a module that no model at hand has.
+        UnsupportedError: if a tensor is of a kind that no low-rank update is made of.
     """
     file = read_safetensors(path)
     groups = _groups(file.tensors, path)
@@ -74,14 +74,19 @@ def read_diffusion(path: Path, spelling: str) -> AdapterTensorSet:
     found = told(spelled, file.metadata)
     configs = LoraConfigs(file.metadata, path)
     read = _Read()
+    places = _Places(spelled, found)
     for group in groups:
-        _add(read, group, _place(group, found, spelled, path), configs, path)
+        place = places.of(group)
+        if isinstance(place, str):
+            read.unplaced[group.key.stem] = place
+        _add(read, group, place, configs, path)
     name = title(found, spelled) if found else None
     return AdapterTensorSet.of(
         read.updates.values(),
         read.others,
         base=BaseReference(file.metadata.get(BASE), architecture=name),
         rank_conflicts=read.conflicts,
+        unplaced=read.unplaced,
         metadata={
             name: value for name, value in file.metadata.items() if not name.startswith(STALE)
         },
@@ -116,36 +121,41 @@ def _spelled(key: Key, parts: Mapping[str, LazyTensor]) -> Spelled:
     return Spelled(key.component or DENOISER, key.path, key.underscored, outputs, inputs)
 
 
-def _place(
-    group: _Group, found: tuple[Model, ...], spelled: list[Spelled], path: Path
-) -> Place | None:
-    """Return where a module stands; None where its own name is what diffusers calls it."""
-    places = [place for model in found if (place := placed(model, group.spelled))]
-    meanings = {place.meaning for place in places}
-    if len(meanings) > 1:
-        raise UnsupportedError(
-            f"could be of {title(found, spelled)}, where it is another module each",
-            path=path,
-            where=group.key.name,
-        )
-    if places:
-        return places[0]
-    if group.key.spelling == "diffusers":
-        return None
-    if best := nearest(spelled):
-        model, missing = best
-        name = group.key.name if missing == group.spelled else missing.path
-        raise UnsupportedError(f"is no module of {model.title}", path=path, where=name)
-    raise UnsupportedError(
-        f"is no module of {', '.join(model.title for model in models())}; other models are read in "
-        "diffusers' names alone",
-        path=path,
-        where=group.key.name,
-    )
+class _Places:
+    """Where the modules of a file stand: in the models that have all of them, else in the nearest.
+
+    Attributes:
+        spelled: every module of the file.
+        found: models that have every one.
+    """
+
+    def __init__(self, spelled: list[Spelled], found: tuple[Model, ...]) -> None:
+        self.spelled, self.found = spelled, found
+        self._nearest = None if found else nearest(spelled)
+
+    def of(self, group: _Group) -> Place | str | None:
+        """Return where a module stands, None if diffusers calls it so, or why nobody knows."""
+        chosen = (self._nearest,) if self._nearest else self.found
+        places = [place for model in chosen if (place := placed(model, group.spelled))]
+        if len({place.meaning for place in places}) > 1:
+            return f"could be of {title(chosen, self.spelled)}, where it is another module each"
+        if places:
+            return places[0]
+        if group.key.spelling == "diffusers":
+            return None
+        if self._nearest:
+            return f"is no module of {self._nearest.title}"
+        names = ", ".join(model.title for model in models())
+        return f"is no module of {names}; other models are read in diffusers' names alone"
 
 
-def _add(read: _Read, group: _Group, place: Place | None, configs: LoraConfigs, path: Path) -> None:
-    names = place.modules if place else (f"{group.key.component}.{group.key.path}",)
+def _add(
+    read: _Read, group: _Group, place: Place | str | None, configs: LoraConfigs, path: Path
+) -> None:
+    if isinstance(place, str):
+        names, place = (group.key.stem,), None
+    else:
+        names = place.modules if place else (f"{group.key.component}.{group.key.path}",)
     if half := _half(group.parts):
         role, tensor = half
         read.others[TensorKey(names[0], role)] = tensor

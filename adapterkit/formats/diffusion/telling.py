@@ -94,12 +94,11 @@ def most(modules: Sequence[Spelled]) -> int:
     return max(sum(placed(model, each) is not None for each in modules) for model in models())
 
 
-def nearest(modules: Sequence[Spelled]) -> tuple[Model, Spelled] | None:
-    """Return the model that has most of the modules and the first that it lacks, if it has any."""
+def nearest(modules: Sequence[Spelled]) -> Model | None:
+    """Return the model that has most of the modules, None if none has any."""
     counts = [(sum(placed(m, each) is not None for each in modules), m) for m in models()]
     count, model = max(counts, key=lambda pair: pair[0])
-    missing = [each for each in modules if placed(model, each) is None]
-    return (model, missing[0]) if count and missing else None
+    return model if count else None
 
 
 def title(found: Iterable[Model], modules: Sequence[Spelled]) -> str:
