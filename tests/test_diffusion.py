@@ -34,6 +34,7 @@ FILES = {"flux": kohya(FLUX), "sdxl": kohya({**SDXL, **SDXL_CONVOLUTIONS})}
 Q = "lora_unet_double_blocks_0_img_attn_qkv"
 SD = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 SD_ORIGINAL = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+FLUX_SAID = {"modelspec.architecture": "flux-1-dev/lora"}
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 
 
@@ -101,7 +102,7 @@ def test_parts_with_factors_of_their_own_are_joined_exactly(tmp_path: Path) -> N
     ):
         tensors[f"{block}.{name}.lora_A.weight"] = drawn(rank, 16)
         tensors[f"{block}.{name}.lora_B.weight"] = drawn(rows, rank)
-    source = saved(tmp_path / "a.safetensors", tensors)
+    source = saved(tmp_path / "a.safetensors", tensors, FLUX_SAID)
     for spelling in ("kohya", "comfyui"):
         path = tmp_path / f"{spelling}.safetensors"
         assert adapterkit.convert(source, path, to=spelling).max_relative_error < 1e-6
@@ -134,7 +135,7 @@ def test_alpha_is_the_rank_where_there_is_none_and_may_be_an_integer(tmp_path: P
 def test_dora_is_split_and_joined_with_its_rows(tmp_path: Path) -> None:
     tensors = kohya({Q: (48, 16), "lora_unet_single_blocks_0_modulation_lin": (48, 16)})
     tensors[f"{Q}.dora_scale"] = drawn(48, 1)
-    source = saved(tmp_path / "a.safetensors", tensors)
+    source = saved(tmp_path / "a.safetensors", tensors, FLUX_SAID)
     adapter = read(source)
     rows = [
         adapter.tensors[TensorKey(f"transformer.transformer_blocks.0.attn.{name}", Role.MAGNITUDE)]
@@ -276,7 +277,7 @@ def test_a_model_that_nothing_tells_is_not_guessed(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", tensors)
     with pytest.raises(LossyConversionError, match=r"may be .* or "):
         adapterkit.convert(path, tmp_path / "b.safetensors", to="kohya")
-    path = saved(tmp_path / "c.safetensors", tensors, {"modelspec.architecture": "flux-1-dev/lora"})
+    path = saved(tmp_path / "c.safetensors", tensors, FLUX_SAID)
     adapterkit.convert(path, tmp_path / "b.safetensors", to="kohya")
     assert f"{Q}.lora_up.weight" in contents(tmp_path / "b.safetensors")
 

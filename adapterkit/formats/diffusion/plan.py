@@ -34,6 +34,11 @@ class Destination:
     row: Row | None = None
     part: int = 0
 
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """What it says of an update; two models may agree on it."""
+        return self.stem, self.part, self.row and (self.row.shares, self.row.order)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -69,9 +74,9 @@ def planned(adapter: AdapterTensorSet, spelling: str) -> Plan:
     misplaced: dict[str, str] = {}
     for module, each in spelled.items():
         places = [(model, place) for model in found if (place := placed(model, each))]
-        options = {_destination(model, place, spelling) for model, place in places}
-        if len(options) == 1:
-            destinations[module] = options.pop()
+        options = [_destination(model, place, spelling) for model, place in places]
+        if len({option.meaning for option in options}) == 1:
+            destinations[module] = options[0]
         elif spelling == "diffusers" and each.component not in {DENOISER, ""}:
             destinations[module] = Destination(module)
         else:
@@ -95,7 +100,7 @@ def _destination(model: Model, place: Place, spelling: str) -> Destination:
         return Destination(prefix + site.original, site.row, part)
     prefix = f"lora_{encoder.kohya[0] if encoder else 'unet'}_"
     if encoder or model.kohya == "original":
-        return Destination(prefix + underscored(site.original), site.row, part)
+        return Destination(prefix + underscored(site.published), site.row, part)
     return Destination(prefix + underscored(site.parts[part]))
 
 

@@ -194,8 +194,8 @@ def _pieces(place: Place | None, whole: Moved) -> list[Moved]:
     if place is None or place.site.part is not None:
         return [whole]
     row = place.site.row
-    if row.swapped:
-        whole = moved(whole, (1, 1), order=(1, 0))[0]
+    if order := row.ordered(*whole.update.matrix_shape):
+        whole = moved(whole, [1] * len(order), order=order)[0]
     return moved(whole, row.shares) if len(row.shares) > 1 else [whole]
 
 

@@ -59,13 +59,17 @@ def _with_others(adapter: AdapterTensorSet, update: Update) -> Moved:
 
 
 def _whole(parts: Mapping[int, Moved], destination: Destination) -> Moved:
-    """Return the update of a module of the file: of several parts, or with its halves swapped."""
+    """Return the update of a module of the file: of several parts, or in another order."""
     row = destination.row
     if row is None:
         return parts[destination.part]
     count = len(row.shares)
     whole = joined([parts.get(i) for i in range(count)], row.shares) if count > 1 else parts[0]
-    return moved(whole, (1, 1), order=(1, 0))[0] if row.swapped else whole
+    order = row.ordered(*whole.update.matrix_shape)
+    if not order:
+        return whole
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return moved(whole, [1] * len(back), order=back)[0]
 
 
 def _named(stem: str, whole: Moved, spelling: str, dtype: DType | None) -> dict[str, LazyTensor]:
