@@ -32,7 +32,7 @@ _NAMES = {
     "comparison": "DiffReport ModuleDifference diff",
     "conversion": "ConversionReport convert",
     "dtype": "DType",
-    "engines.engine": "EngineRule Target load_target target_names",
+    "engines.engine": "EngineRule NameRule Target load_target target_names",
     "engines.judgement": "EngineCoverage",
     "engines.verdict": "Verdict",
     "errors": (
@@ -54,7 +54,7 @@ _NAMES = {
     "merging.report": "MergeReport ModuleReport",
     "model.adapter": "AdapterTensorSet",
     "model.beside": "BesideFile BesideKind",
-    "model.sources": "GgufSource MlxSource PeftSource Source",
+    "model.sources": "DiffusionSource GgufSource MlxSource PeftSource Source Spelling",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
     "saving": "ProvenFile",

@@ -18,6 +18,7 @@ def command(*, as_json: bool) -> None:
         rendering.emit_json({"targets": targets})
         return
     rows = [
-        (target.name, target.title, str(len(target.rules)), target.source) for target in targets
+        (target.name, target.title, str(len(target.rules) + len(target.names)), target.source)
+        for target in targets
     ]
     rendering.emit(rendering.columns(rows, header=("engine", "title", "rules", "source")))

@@ -16,7 +16,7 @@ from adapterkit.formats.diffusion.rows import Moved, moved
 from adapterkit.formats.diffusion.table import models
 from adapterkit.formats.diffusion.telling import Place, Spelled, nearest, placed, title, told
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet, Update
+from adapterkit.model import AdapterTensorSet, DiffusionSource, Spelling, Update
 from adapterkit.notes import BaseReference, Note, Provenance, first_and_more
 from adapterkit.tensor import LazyTensor
 
@@ -37,11 +37,13 @@ class _Group:
 
     Attributes:
         key: the name of one of them.
+        ends: of all names.
         parts: by what they do.
         spelled: the module as the file names it.
     """
 
     key: Key
+    ends: tuple[str, ...]
     parts: Mapping[str, LazyTensor]
     spelled: Spelled
 
@@ -54,6 +56,7 @@ class _Read:
     others: dict[TensorKey, LazyTensor] = field(default_factory=dict["TensorKey", "LazyTensor"])
     conflicts: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     unplaced: dict[str, str] = field(default_factory=dict[str, str])
+    spellings: dict[str, Spelling] = field(default_factory=dict[str, "Spelling"])
     written_out: list[str] = field(default_factory=list[str])
 
 
@@ -87,6 +90,7 @@ def read_diffusion(path: Path, spelling: str) -> AdapterTensorSet:
         base=BaseReference(file.metadata.get(BASE), architecture=name),
         rank_conflicts=read.conflicts,
         unplaced=read.unplaced,
+        source=DiffusionSource(tuple(model.name for model in found), read.spellings),
         metadata={
             name: value for name, value in file.metadata.items() if not name.startswith(STALE)
         },
@@ -105,12 +109,17 @@ def _groups(tensors: Mapping[str, LazyTensor], path: Path) -> list[_Group]:
         )
     parts: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
     first: dict[str, Key] = {}
+    ends: dict[str, list[str]] = defaultdict(list)
     for key in keys:
         if key.part in parts[key.stem]:
             raise FormatError("is there under a second name", path=path, where=key.name)
         parts[key.stem][key.part] = tensors[key.name]
+        ends[key.stem].append(key.end)
         first.setdefault(key.stem, key)
-    return [_Group(key, parts[stem], _spelled(key, parts[stem])) for stem, key in first.items()]
+    return [
+        _Group(key, tuple(ends[stem]), parts[stem], _spelled(key, parts[stem]))
+        for stem, key in first.items()
+    ]
 
 
 def _spelled(key: Key, parts: Mapping[str, LazyTensor]) -> Spelled:
@@ -160,6 +169,7 @@ def _add(
         role, tensor = half
         read.others[TensorKey(names[0], role)] = tensor
         return
+    read.spellings |= dict.fromkeys(names, _spelling(group))
     component, _, module = names[0].partition(".")
     said = configs.of(component, module)
     try:
@@ -181,6 +191,13 @@ def _add(
             )
         read.updates[name] = replace(piece.update, module=name)
         read.others |= {TensorKey(name, role): tensor for role, tensor in piece.others.items()}
+
+
+def _spelling(group: _Group) -> Spelling:
+    key, alpha = group.key, group.parts.get("alpha")
+    number = float(alpha.numpy().reshape(())) if alpha is not None and alpha.size == 1 else None
+    component = "" if not key.prefix else key.component
+    return Spelling(key.stem, key.prefix, component, key.path, key.underscored, group.ends, number)
 
 
 def _half(parts: Mapping[str, LazyTensor]) -> tuple[Role, LazyTensor] | None:

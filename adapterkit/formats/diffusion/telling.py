@@ -85,7 +85,7 @@ def told(modules: Sequence[Spelled], metadata: Mapping[str, str]) -> tuple[Model
         [model for model in fitting if _counted(model, modules)],
         [model for model in fitting if _reached(model, modules)],
         [model for model in fitting if _as_wide(model, modules)],
-        [model for model in fitting if _declared(model, metadata)],
+        _declared(fitting, metadata),
         [model for model in fitting if _own(model, modules)],
     ):
         if len(fitting) > 1 and narrowed:
@@ -184,6 +184,14 @@ def _own(model: Model, modules: Sequence[Spelled]) -> bool:
     return not any(site.part is None and site.renamed for site in sites)
 
 
-def _declared(model: Model, metadata: Mapping[str, str]) -> bool:
+def _declared(fitting: Sequence[Model], metadata: Mapping[str, str]) -> list[Model]:
+    """Return the models that a file's metadata names: `flux2` is no `flux`, though it begins so."""
     said = (metadata.get(_ARCHITECTURE, "").lower(), metadata.get(_VERSION, "").lower())
-    return any(text.startswith(model.declared) for text in said if text and model.declared)
+    lengths = [
+        max(
+            (len(name) for name in model.declared for text in said if text.startswith(name)),
+            default=0,
+        )
+        for model in fitting
+    ]
+    return [m for m, n in zip(fitting, lengths, strict=True) if n and n == max(lengths)]
