@@ -13,6 +13,7 @@ from adapterkit.formats.diffusion.table import Row
 from adapterkit.formats.diffusion.telling import Spelled, nearest, placed, title, told
 
 if TYPE_CHECKING:
+    from adapterkit.base.model import BaseModel
     from adapterkit.formats.diffusion.table import Model
     from adapterkit.formats.diffusion.telling import Place
     from adapterkit.model import AdapterTensorSet
@@ -28,11 +29,14 @@ class Destination:
         stem: what its tensors' names begin with.
         row: of the table, where it is one of the original checkpoint's; None for diffusers' own.
         part: which part of it an update is.
+        published: its name in the checkpoint as it was published, without a prefix, where that is
+            another.
     """
 
     stem: str
     row: Row | None = None
     part: int = 0
+    published: str = ""
 
     @property
     def meaning(self) -> tuple[object, ...]:
@@ -60,8 +64,11 @@ class Plan:
         return found
 
 
-def planned(adapter: AdapterTensorSet, spelling: str) -> Plan:
-    """Return where every module of an adapter goes in a spelling; no tensor data is read."""
+def planned(adapter: AdapterTensorSet, spelling: str, *, base: BaseModel | None = None) -> Plan:
+    """Return where every module of an adapter goes in a spelling; no tensor data is read.
+
+    Of models that have all modules, those count of which a base holds the tensors, if one is given.
+    """
     spelled = {module: _spelled(module) for module in adapter.modules}
     sized = {pair.module: pair.matrix_shape for pair in adapter.pairs() if pair.sound}
     everything = [
@@ -70,6 +77,8 @@ def planned(adapter: AdapterTensorSet, spelling: str) -> Plan:
         for rows, columns in [sized.get(module, (0, 0))]
     ]
     found = told(everything, adapter.metadata)
+    if base is not None and len(found) > 1:
+        found = tuple(model for model in found if _held(model, everything, base)) or found
     destinations: dict[str, Destination] = {}
     misplaced: dict[str, str] = {}
     for module, each in spelled.items():
@@ -82,6 +91,17 @@ def planned(adapter: AdapterTensorSet, spelling: str) -> Plan:
         else:
             misplaced[module] = _why(found, everything, each)
     return Plan(destinations, misplaced)
+
+
+def _held(model: Model, modules: list[Spelled], base: BaseModel) -> bool:
+    """Tell whether a base has every module of the denoiser under the model's original names."""
+    sites = [place.site for each in modules if (place := placed(model, each)) and not place.encoder]
+    names = {name.removesuffix(".weight") for name in base.names}
+    prefixes = ("model.diffusion_model.", "diffusion_model.", "")
+    return all(
+        any(prefix + name in names for prefix in prefixes for name in {s.original, s.published})
+        for s in sites
+    )
 
 
 def _spelled(module: str) -> Spelled:
@@ -97,7 +117,7 @@ def _destination(model: Model, place: Place, spelling: str) -> Destination:
     encoder = place.encoder
     if spelling == "comfyui":
         prefix = f"text_encoders.{encoder.comfyui}.transformer." if encoder else "diffusion_model."
-        return Destination(prefix + site.original, site.row, part)
+        return Destination(prefix + site.original, site.row, part, site.published)
     prefix = f"lora_{encoder.kohya[0] if encoder else 'unet'}_"
     if encoder or model.kohya == "original":
         return Destination(prefix + underscored(site.published), site.row, part)

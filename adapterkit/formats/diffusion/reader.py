@@ -175,7 +175,7 @@ def _add(
     try:
         kernel = place.site.row.kernel if place else 0
         built = made(group.parts, kernel, said[1] if said else None)
-        pieces = _pieces(place, Moved(built.update, built.others))
+        pieces = pieces_of(place, Moved(built.update, built.others))
     except KeyError as error:
         raise FormatError(f"has no {error.args[0]}", path=path, where=group.key.stem) from None
     except ValueError as error:
@@ -206,8 +206,12 @@ def _half(parts: Mapping[str, LazyTensor]) -> tuple[Role, LazyTensor] | None:
     return (_HALVES[present[0]], parts[present[0]]) if len(present) == 1 else None
 
 
-def _pieces(place: Place | None, whole: Moved) -> list[Moved]:
-    """Return the updates of a module's parts in diffusers."""
+def pieces_of(place: Place | None, whole: Moved) -> list[Moved]:
+    """Return the updates of a module's parts in diffusers.
+
+    Raises:
+        ValueError: if its rows cannot be shared so.
+    """
     if place is None or place.site.part is not None:
         return [whole]
     row = place.site.row
