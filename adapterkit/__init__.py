@@ -34,7 +34,7 @@ _NAMES = {
     "conversion": "ConversionReport convert convert_all",
     "destination": "Directory",
     "dtype": "DType",
-    "engines.engine": "EngineRule Target load_target target_names",
+    "engines.engine": "EngineRule NameRule Target load_target target_names",
     "engines.judgement": "EngineCoverage",
     "engines.verdict": "Verdict",
     "errors": (
@@ -57,7 +57,7 @@ _NAMES = {
     "merging.report": "MergeReport ModuleReport",
     "model.adapter": "AdapterTensorSet",
     "model.beside": "BesideFile BesideKind",
-    "model.sources": "GgufSource MlxSource PeftSource Source",
+    "model.sources": "DiffusionSource GgufSource MlxSource PeftSource Source Spelling",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
     "registry": "FormatSpec",

@@ -52,6 +52,7 @@ from adapterkit.conversion import convert_all as convert_all
 from adapterkit.destination import Directory as Directory
 from adapterkit.dtype import DType as DType
 from adapterkit.engines.engine import EngineRule as EngineRule
+from adapterkit.engines.engine import NameRule as NameRule
 from adapterkit.engines.engine import Target as Target
 from adapterkit.engines.engine import load_target as load_target
 from adapterkit.engines.engine import target_names as target_names
@@ -102,10 +103,12 @@ from adapterkit.merging.report import ModuleReport as ModuleReport
 from adapterkit.model.adapter import AdapterTensorSet as AdapterTensorSet
 from adapterkit.model.beside import BesideFile as BesideFile
 from adapterkit.model.beside import BesideKind as BesideKind
+from adapterkit.model.sources import DiffusionSource as DiffusionSource
 from adapterkit.model.sources import GgufSource as GgufSource
 from adapterkit.model.sources import MlxSource as MlxSource
 from adapterkit.model.sources import PeftSource as PeftSource
 from adapterkit.model.sources import Source as Source
+from adapterkit.model.sources import Spelling as Spelling
 from adapterkit.model.update import Kind as Kind
 from adapterkit.model.update import Update as Update
 from adapterkit.notes import BaseReference as BaseReference

@@ -84,8 +84,8 @@ def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
             differences[str(key)] = _value_difference(tensor, others2[key])
     return Comparison(
         differences,
-        (*_unshared(pairs1, pairs2), *_missing(others1, others2), *_missing(files1, files2)),
-        (*_unshared(pairs2, pairs1), *_missing(others2, others1), *_missing(files2, files1)),
+        (*_unshared(pairs1, pairs2), *_apart(others1, others2), *_missing(files1, files2)),
+        (*_unshared(pairs2, pairs1), *_apart(others2, others1), *_missing(files2, files1)),
     )
 
 
@@ -112,6 +112,12 @@ def _file_difference(first: BesideFile, second: BesideFile) -> Difference:
     if filecmp.cmp(first.path, second.path, shallow=False):
         return Difference(0.0, 1.0, 1.0)
     return Difference(float("inf"), None, None)
+
+
+def _apart(mine: Mapping[TensorKey, LazyTensor], theirs: Container[TensorKey]) -> list[str]:
+    """Return tensors that the other lacks; a bias of zeros is the same as none."""
+    missing = [key for key in mine if key not in theirs]
+    return [str(k) for k in missing if k.role is not Role.LORA_BIAS or mine[k].numpy().any()]
 
 
 def _missing(mine: Iterable[object], theirs: Container[object]) -> list[str]:

@@ -70,6 +70,9 @@ def variants(folder: Path) -> Mapping[str, Callable[[AdapterTensorSet], AdapterT
         ),
         "unstored": lambda adapter: adapter.replace(unstored={"use_dora": (_first(adapter),)}),
         "undeclared": lambda adapter: adapter.replace(undeclared={"use_dora": (_first(adapter),)}),
+        "unplaced": lambda adapter: adapter.replace(
+            unplaced={_first(adapter): "is no module of a model that is known"}
+        ),
         "beside": lambda adapter: adapter.replace(beside=(_head(folder),)),
         "metadata": lambda adapter: adapter.replace(metadata={"ss_epoch": "3"}),
     }

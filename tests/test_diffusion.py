@@ -34,6 +34,7 @@ FILES = {"flux": kohya(FLUX), "sdxl": kohya({**SDXL, **SDXL_CONVOLUTIONS})}
 Q = "lora_unet_double_blocks_0_img_attn_qkv"
 SD = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 SD_ORIGINAL = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+FLUX_SAID = {"modelspec.architecture": "flux-1-dev/lora"}
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 
 
@@ -101,7 +102,7 @@ def test_parts_with_factors_of_their_own_are_joined_exactly(tmp_path: Path) -> N
     ):
         tensors[f"{block}.{name}.lora_A.weight"] = drawn(rank, 16)
         tensors[f"{block}.{name}.lora_B.weight"] = drawn(rows, rank)
-    source = saved(tmp_path / "a.safetensors", tensors)
+    source = saved(tmp_path / "a.safetensors", tensors, FLUX_SAID)
     for spelling in ("kohya", "comfyui"):
         path = tmp_path / f"{spelling}.safetensors"
         assert adapterkit.convert(source, path, to=spelling).max_relative_error < 1e-6
@@ -134,7 +135,7 @@ def test_alpha_is_the_rank_where_there_is_none_and_may_be_an_integer(tmp_path: P
 def test_dora_is_split_and_joined_with_its_rows(tmp_path: Path) -> None:
     tensors = kohya({Q: (48, 16), "lora_unet_single_blocks_0_modulation_lin": (48, 16)})
     tensors[f"{Q}.dora_scale"] = drawn(48, 1)
-    source = saved(tmp_path / "a.safetensors", tensors)
+    source = saved(tmp_path / "a.safetensors", tensors, FLUX_SAID)
     adapter = read(source)
     rows = [
         adapter.tensors[TensorKey(f"transformer.transformer_blocks.0.attn.{name}", Role.MAGNITUDE)]
@@ -239,7 +240,7 @@ def test_no_module_is_dropped_in_silence(tmp_path: Path) -> None:
     stem = "lora_unet_double_blocks_0_img_attn_zkv"
     path = saved(tmp_path / "a.safetensors", kohya({**FLUX, stem: (48, 16)}))
     with pytest.raises(UnsupportedError, match=r"img_attn_zkv.*is no module of Flux\.1"):
-        read(path)
+        adapterkit.convert(path, tmp_path / "p", to="peft")
     tensors = {
         f"transformer.transformer_blocks.0.{m}.lora_{f}.weight": drawn(4, 4)
         for m in ("attn.to_q", "attn.zig")
@@ -251,11 +252,17 @@ def test_no_module_is_dropped_in_silence(tmp_path: Path) -> None:
         adapterkit.convert(path, tmp_path / "d.safetensors", to="kohya")
 
 
-def test_a_model_without_a_table_is_refused_in_names_that_only_one_undoes(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.safetensors", kohya({"lora_unet_zig_0_zag": (8, 8)}))
-    assert detect(path).name == "kohya"
+def test_a_model_without_a_table_is_looked_at_and_not_converted(tmp_path: Path) -> None:
+    tensors = kohya({"lora_unet_zig_0_zag": (8, 8), "lora_unet_zig_1_zag": (8, 8)}, alpha=1)
+    path = saved(tmp_path / "a.safetensors", tensors)
+    summary = adapterkit.inspect(path)
+    assert (summary.format, summary.modules, summary.scales) == ("kohya", 2, {0.5: 2})
+    assert any("lora_unet_zig_0_zag: is no module of" in problem for problem in summary.problems)
+    findings = {finding.code: finding for finding in adapterkit.validate(path).findings}
+    assert findings["AK120"].severity is adapterkit.Severity.UNCHECKED
     with pytest.raises(UnsupportedError, match=r"lora_unet_zig_0_zag.*is no module of .*Wan"):
-        read(path)
+        adapterkit.convert(path, tmp_path / "p", to="peft")
+    assert not (tmp_path / "p").exists()
 
 
 def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:
@@ -270,7 +277,7 @@ def test_a_model_that_nothing_tells_is_not_guessed(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", tensors)
     with pytest.raises(LossyConversionError, match=r"may be .* or "):
         adapterkit.convert(path, tmp_path / "b.safetensors", to="kohya")
-    path = saved(tmp_path / "c.safetensors", tensors, {"modelspec.architecture": "flux-1-dev/lora"})
+    path = saved(tmp_path / "c.safetensors", tensors, FLUX_SAID)
     adapterkit.convert(path, tmp_path / "b.safetensors", to="kohya")
     assert f"{Q}.lora_up.weight" in contents(tmp_path / "b.safetensors")
 

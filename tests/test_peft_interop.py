@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapterkit.conversion import convert
+from adapterkit.files import write
 from adapterkit.formats.peft.config import LoraConfig as ReadConfig
 from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet, Update
+from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from adapterkit.model import AdapterTensorSet
 
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
 
@@ -273,6 +274,33 @@ def test_settings_that_are_no_weight_update_are_refused_by_name(name: str, tmp_p
 
     with pytest.raises(UnsupportedError, match=name):
         ReadConfig({"peft_type": "LORA", name: {"x": 1}}, tmp_path)
+
+
+def test_a_bias_of_some_modules_is_one_of_all_to_peft(tmp_path: Path) -> None:
+    """lora_bias is a setting of all modules: where there is none, zeros stand for it."""
+    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)).double()
+    generator = np.random.default_rng(5)
+    updates = [
+        Update(
+            str(place),
+            LazyTensor.of(generator.standard_normal((2, layer.in_features))),
+            LazyTensor.of(generator.standard_normal((layer.out_features, 2))),
+            0.7,
+        )
+        for place, layer in enumerate(network)
+    ]
+    bias = generator.standard_normal(4)
+    key = TensorKey("1", Role.LORA_BIAS)
+    adapter = AdapterTensorSet.of(updates, {key: LazyTensor.of(bias)})
+    assert write(adapter, tmp_path / "a").max_relative_error == 0
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"CAUSAL_LM"', "null"))  # it generates nothing
+    before = [(layer.weight.clone(), layer.bias.clone()) for layer in network]
+    merged = PeftModel.from_pretrained(network, str(tmp_path / "a")).merge_and_unload()
+    for update, (weight, old), layer, extra in zip(updates, before, merged, (0, bias), strict=True):
+        want = 0.7 * update.b.numpy() @ update.a.numpy()
+        assert np.allclose((layer.weight - weight).detach().numpy(), want, atol=1e-6)
+        assert np.allclose((layer.bias - old).detach().numpy(), 0.7 * extra, atol=1e-6)
 
 
 def test_base_copy_is_no_part_of_the_update(base: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from terminal import ROOT
 from adapterkit import Severity, explanations, load_target, target_names, validate
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.engines.facts import facts
+from adapterkit.engines.names import name_facts
 from adapterkit.errors import UsageError
 from adapterkit.files import read
 from adapterkit.model import AdapterTensorSet, PeftSource
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FOLDER = ROOT / "fixtures" / "validation"
+# What is a file; all others are directories.
+FILES = ("*.gguf", "kohya.safetensors")
 PACKAGE = ROOT / "adapterkit"
 
 
@@ -50,6 +53,14 @@ CASES = {
 } | {
     "AK114": case("AK114", None, "AK108"),
     "AK118": case("AK118"),
+    "AK120": case("AK120", None, "AK300", base=None),
+    "AK121": case("AK121", "diffusers", "AK300", "AK501", base=None),
+    "DIF001": case("sound", "diffusers"),
+    "DIF002": case("DIF002", "diffusers", "AK300", base=None),
+    "DIF003": case("DIF003", "diffusers", "AK300", base=None),
+    "CUI001": case("sound", "comfyui"),
+    "CUI002": case("CUI002", "comfyui", "AK300", base=None),
+    "CUI003": case("CUI003", "comfyui", "AK300", base=None),
     "AK300": case("AK300", base=None),
     "AK305": case("AK305", base="vague"),
     "AK307": case("AK307", base="named"),
@@ -117,7 +128,7 @@ WITHOUT = {"LCP012", "LCP014"}
 
 def source_of(name: str) -> Path:
     folder = FOLDER / name
-    return next(iter(folder.glob("*.gguf")), folder)
+    return next((file for pattern in FILES for file in folder.glob(pattern)), folder)
 
 
 @pytest.mark.parametrize("code", CASES)
@@ -132,7 +143,11 @@ def test_fixture_triggers_exactly_its_code(code: str) -> None:
     assert report.exit_code == (1 if Severity.ERROR in severities else unchecked)
 
 
-@pytest.mark.parametrize("target", [None, *target_names()])
+# They load files of diffusion models alone, judged in test_diffusion_loaders.py.
+BY_NAME = {"diffusers", "comfyui"}
+
+
+@pytest.mark.parametrize("target", [None, *sorted(set(target_names()) - BY_NAME)])
 def test_nothing_is_said_of_a_sound_adapter(target: str | None) -> None:
     source = source_of("gguf" if target in {"llama.cpp", "ollama"} else "sound")
     latest = {"ollama": "ollama@0.34.0"}
@@ -164,7 +179,7 @@ def test_oversized_header_and_link_are_found(tmp_path: Path) -> None:
 def used_codes() -> set[str]:
     texts = [path.read_text() for path in PACKAGE.rglob("*.py")]
     texts += [path.read_text() for path in (PACKAGE / "engines").glob("*.toml")]
-    return set(re.findall(r'"((?:AK|LCP|OLL|VLLM|SGL|MLX|PEFT|LRX)\d{3})"', "".join(texts)))
+    return set(re.findall(r'"((?:AK|LCP|OLL|VLLM|SGL|MLX|PEFT|LRX|DIF|CUI)\d{3})"', "".join(texts)))
 
 
 def test_every_code_is_explained_and_every_explanation_is_used() -> None:
@@ -184,6 +199,10 @@ def test_every_code_has_a_fixture() -> None:
 def test_conditions_speak_of_known_facts(name: str) -> None:
     known = facts(read(source_of("sound")), None)
     target = load_target(f"{name}@999")
+    words = name_facts()
+    for row in target.names:
+        evaluate(row.when, words.__getitem__)
+        assert row.message.format_map(words) or row.outcome == "applied"
     for rule in (*target.rules, *load_target(name).rules):
         evaluate(rule.when, known.__getitem__)
         assert rule.message.format_map(known)

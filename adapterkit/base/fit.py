@@ -58,6 +58,8 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
 
     Pairs that are broken whatever the base is are left to `adapterkit.model.defects`.
     """
+    if base.layout == "checkpoint":
+        return  # its names are others; who merges into it respells the adapter first
     kept = adapter.engine_layout
     pairs = [pair for pair in adapter.pairs() if pair.module not in kept and pair.sound]
     weights = Places(base)
@@ -150,10 +152,15 @@ def _untabled(pair: Update, weights: Places) -> Misfit | None:
         message = "no table describes this model, and the base's weights are not there"
         return Misfit(pair.module, message, "unknown")
     stored = weights.base.tensors.get(weights.of(pair.module) or "")
-    if stored is None or not stored.dtype.floating or len(stored.shape) != len(pair.shape):
+    loose = bool(weights.base.layout)
+    if stored is None or not stored.dtype.floating:
+        return None
+    if len(stored.shape) != len(pair.shape) and not loose:
         return None
     actual = _oriented(pair)
     if stored.shape in {actual, (*actual[:-2], *actual[:-3:-1])}:
+        return None
+    if weights.base.layout and _core(stored.shape) == _core(actual):
         return None
     message = f"the base has {_shown(stored.shape)} here, the adapter {_shown(actual)}"
     return Misfit(pair.module, message, "shape")
@@ -164,8 +171,15 @@ def _other_kernel(pair: Update, weights: Places) -> Misfit | None:
     stored = weights.stored(pair.module)
     if stored is None or stored.shape == pair.shape:
         return None
+    if weights.base.layout and _core(stored.shape) == _core(pair.shape):
+        return None
     message = f"the base has {_shown(stored.shape)} here, the adapter {_shown(pair.shape)}"
     return Misfit(pair.module, message, "shape")
+
+
+def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without a kernel of size 1: such a convolution is a linear layer."""
+    return shape if set(shape[_MATRIX:]) - {1} else shape[:_MATRIX]
 
 
 def _expected(pair: Update, match: Match, base: BaseModel) -> tuple[int, ...] | None:

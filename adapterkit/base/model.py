@@ -24,6 +24,9 @@ class BaseModel:
         name: hub id or recorded name, if any.
         candidates: families that it may be; several where they share a GGUF architecture. A class
             that no table describes is a family of its own, without rules.
+        layout: `pipeline` for a directory of diffusers and `checkpoint` for a single file, of a
+            diffusion model; empty for all others.
+        folders: component -> its folder, of a pipeline.
         classes: names of its Hugging Face class, as config.json has them.
         facts: config.json (text tower) or GGUF keys, as `Sizes` looks them up.
         tensors: stored tensors by Hugging Face or llama.cpp name; empty if only a config is known.
@@ -45,6 +48,8 @@ class BaseModel:
     tied: bool | None = None
     text_prefix: str = ""
     classes: tuple[str, ...] = ()
+    layout: str = ""
+    folders: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def architecture(self) -> Architecture:

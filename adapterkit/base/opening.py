@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import hub
+from adapterkit.base.diffusion import is_pipeline, open_checkpoint, open_pipeline
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
 from adapterkit.json_file import read_json_object
@@ -53,13 +54,11 @@ def open_base(reference: str | Path) -> BaseModel:
 
 def _opened(path: Path, reference: str | Path) -> BaseModel:
     if path.is_dir():
-        return _open_directory(path)
+        return open_pipeline(path) if is_pipeline(path) else _open_directory(path)
     if path.suffix == ".json" and path.is_file():
         return _open_config(path, name=None)
     if path.suffix == ".safetensors" and path.is_file():
-        if (path.parent / "config.json").is_file():
-            return _open_directory(path.parent)
-        raise NotFoundError("has no config.json beside it; a base needs one", path=path)
+        return _open_weights(path)
     if path.is_file():
         return _open_gguf(path)
     if cached := find_base(str(reference)):
@@ -70,6 +69,15 @@ def _opened(path: Path, reference: str | Path) -> BaseModel:
         "no base model here; give a model directory, a config.json, a GGUF file or a hub id",
         path=reference,
     )
+
+
+def _open_weights(path: Path) -> BaseModel:
+    """Open the model that a file is the weights of: with what lies beside it, or all in one."""
+    if (path.parent / "config.json").is_file():
+        return _opened(path.parent, path.parent)
+    if (model := open_checkpoint(path)) is not None:
+        return model
+    raise NotFoundError("has no config.json beside it; a base needs one", path=path)
 
 
 def find_base(name: str | None) -> BaseModel | None:

@@ -25,6 +25,9 @@ EMBEDDING, OUTPUT = "token_embd", "output"
 _WEIGHT = ".weight"
 _SUFFIXES = (_WEIGHT, ".bias")
 _MATRIX = 2
+# Of a diffusion model, all is a layer that ends so, but for tables of a text encoder.
+_MATRICES = (_WEIGHT, ".in_proj_weight")
+_TABLES = ("token_embedding.weight", "position_embedding.weight", "shared.weight")
 _MOST_MODULES = 1 << 20
 
 
@@ -174,6 +177,9 @@ class Places:
 
     def kind(self, name: str) -> str | None:
         """Return what holds a stored matrix, as `ModelClass.kind`; None for a class not known."""
+        if self.base.layout:
+            table = name.endswith(_TABLES) or not name.endswith(_MATRICES)
+            return None if table else "linear"
         return self.cls.kind(self.memory(name)) if self.cls else None
 
     def shape(self, module: str) -> tuple[int, int] | None:
@@ -205,7 +211,7 @@ class Places:
         match = find_rule(self.base.architecture, pair.module)
         if match is not None:
             return match.rule.conv1d or match.rule.stored_turned
-        if pair.kind is Kind.CONVOLUTION:
+        if pair.kind is Kind.CONVOLUTION or self.base.layout:
             return False
         turned = (*pair.shape[:-2], *pair.shape[:-3:-1])
         if turned != pair.shape:

@@ -13,6 +13,7 @@ from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.selection import selection
 from adapterkit.checks.structure import peft_config
 from adapterkit.errors import UncheckableError, UnsupportedError
+from adapterkit.formats.diffusion.on_base import on_base
 from adapterkit.keys import Role
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
@@ -36,6 +37,13 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
         message = "no base model is known: targets and dimensions are unchecked"
         yield Finding("AK300", Severity.UNCHECKED, (), message, hint)
         return
+    if base.layout == "checkpoint":
+        try:
+            adapter = on_base(adapter, base)
+        except UnsupportedError as error:
+            hint = "is it the right base?"
+            yield Finding("AK303", Severity.ERROR, named(error.where), error.message, hint)
+            return
     if (other := other_architecture(adapter, base)) is not None:
         title = base.architecture.gguf or base.architecture.title
         message = f"is made for {other}, the base is {title}"

@@ -32,6 +32,7 @@ _CODES = {
     "declared-rank": ("AK106", "declare it in rank_pattern, with its alpha"),
     "unsaved": ("AK112", ""),
     "unstored": ("AK115", ""),
+    "unplaced": ("AK120", "convert it where it was trained to a spelling with dots"),
 }
 
 
@@ -65,6 +66,8 @@ def _finding(defect: Defect) -> Finding:
     if defect.kind == "ranks" and defect.embedding:
         # llama.cpp compares the ranks of all pairs as it loads them, but not of this table's.
         code = "AK113"
+    if defect.kind == "unplaced":
+        return Finding(code, Severity.UNCHECKED, (defect.where,), defect.message, hint)
     return _error(code, defect.where, defect.message, hint)
 
 

@@ -10,6 +10,7 @@ from adapterkit.base.places import Places
 from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity, named
 from adapterkit.checks.fitting import other_architecture
 from adapterkit.checks.structure import outside_targets
+from adapterkit.engines.names import cover_names
 from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
 from adapterkit.formats.gguf.engine import engine_adapter
 from adapterkit.formats.gguf.losses import losses
@@ -31,8 +32,11 @@ def cover(
 ) -> tuple[list[CoveredModule], list[Finding]]:
     """Return what the engine does with each module, and the findings that follow.
 
-    Without a base nothing is known of any module: that is one finding, and no coverage.
+    Without a base nothing is known of any module, where names alone do not tell: that is one
+    finding, and no coverage.
     """
+    if target.coverage == "names":
+        return ([], []) if problems(adapter) else cover_names(adapter, target)
     if base is None:
         message = f"what {target.title} does with each module depends on the base model"
         hint = "give it with --base"

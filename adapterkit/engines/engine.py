@@ -1,6 +1,7 @@
 """Serving engines as data: one file each beside this one, rules as conditions on facts.
 
-A file holds `title`, `coverage` (`gguf` or `modules`: by llama.cpp tensor or Hugging Face module),
+A file holds `title`, `coverage` (`gguf`, `modules` or `names`: by llama.cpp tensor, Hugging Face
+module, or how a file of a diffusion model spells it; for the last there are rows of names.py),
 `unmatched` (`ignored` or `refused`: what the engine does with a module it does not have), `source`
 and `checked` (where the rules come from, and when), optionally `wrapped` (`exact` if modules count
 only under the very path of the base's class), `losses` (code of GGUF's loss -> code of the
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.checks.findings import Finding, Outcome, Severity
@@ -55,6 +56,23 @@ class EngineRule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NameRule:
+    """What a loader makes of modules that are spelled in some way; see names.py."""
+
+    outcome: str
+    code: str = ""
+    severity: Severity = Severity.ERROR
+    families: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    when: str = "1"
+    message: str = ""
+    hint: str = ""
+    fix: str = ""
+    after: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
     """One engine, at one version.
 
@@ -62,7 +80,7 @@ class Target:
         name: as `--target` takes it.
         title: as people call it.
         version: the version asked for; empty for the newest that the rules know.
-        coverage: `gguf` or `modules`.
+        coverage: `gguf`, `modules` or `names`.
         unmatched: `ignored` or `refused`.
         source: where the rules come from.
         checked: when they were last compared with that source.
@@ -71,6 +89,8 @@ class Target:
         effects: finding code -> what becomes of the file.
         prepare: exact changes that `convert --for` makes, those of `rules` included.
         rules: the rules that hold for `version`.
+        names: what becomes of modules by their names, the first that fits; empty for other
+            engines.
     """
 
     name: str
@@ -85,6 +105,7 @@ class Target:
     effects: Mapping[str, Verdict]
     prepare: tuple[str, ...]
     rules: tuple[EngineRule, ...]
+    names: tuple[NameRule, ...] = ()
 
     @property
     def format(self) -> str | None:
@@ -158,7 +179,17 @@ def load_target(reference: str) -> Target:
         effects={code: Verdict(effect) for code, effect in data.get("effects", {}).items()},
         prepare=tuple(dict.fromkeys(fixes)),
         rules=rules,
+        names=tuple(map(_name_rule, data.get("name", ()))),
     )
+
+
+def _name_rule(row: Mapping[str, Any]) -> NameRule:
+    fields: dict[str, Any] = {
+        key: tuple(cast("list[str]", value)) if isinstance(value, list) else value
+        for key, value in row.items()
+    }
+    fields["severity"] = Severity(row.get("severity", Severity.ERROR))
+    return NameRule(**fields)
 
 
 @cache

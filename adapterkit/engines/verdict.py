@@ -33,6 +33,8 @@ class Verdict(StrEnum):
 _STOPPED = {Verdict.REFUSED, Verdict.ABORTS}
 # What is another model than the adapter's.
 FAILED = {*_STOPPED, Verdict.GARBAGE, Verdict.NOTHING, Verdict.ALTERED}
+# A loader that goes by names needs no base to decide.
+_NO_BASE = "AK300"
 _PASSED_OVER = {Outcome.IGNORED, Outcome.UNMATCHED}
 
 
@@ -54,7 +56,9 @@ def verdict(
         mine.append(Verdict.NOTHING if passed == len(modules) else Verdict.PARTLY)
     fate = min(mine, key=list(Verdict).index, default=Verdict.APPLIED if modules else None)
     unchecked = any(
-        f.severity is Severity.UNCHECKED and f.engine in {"", engine.name} for f in findings
+        f.severity is Severity.UNCHECKED and f.engine in {"", engine.name}
+        for f in findings
+        if f.code != _NO_BASE or engine.coverage != "names"
     )
     # What was not looked at may still be refused; what is refused stays so.
     certain = fate in {*_STOPPED, Verdict.GARBAGE}

@@ -33,6 +33,9 @@ def open_both(base: Path | str, tuned: Path | str) -> tuple[BaseModel, BaseModel
             "format, for instance as llama.cpp's convert_hf_to_gguf.py writes them",
             path=after.path,
         )
+    if before.layout != after.layout:
+        message = f"is another kind of checkpoint than {before.path}; give both as one kind"
+        raise UnsupportedError(message, path=after.path)
     shared = [family for family in before.candidates if family in after.candidates]
     if not shared and _same_type(before, after):
         return before, after

@@ -18,6 +18,7 @@ from adapterkit.extraction.ranks import wish
 from adapterkit.extraction.remarks import notes, warnings
 from adapterkit.extraction.report import ExtractedModule, ExtractReport
 from adapterkit.extraction.twins import Twin, twins
+from adapterkit.formats.diffusion.on_base import flattened, from_base
 from adapterkit.formats.protocol import Options
 from adapterkit.notes import first_and_more
 from adapterkit.saving import admitted, destination_format, save, stored_type
@@ -92,6 +93,9 @@ def extract(
         raise UsageError("whole parameters are saved from Hugging Face checkpoints only")
     factored = DType.F32 if dtype is not None and dtype.quantised else dtype
     work = partial(extract_tensor, asked=asked, seed=seed, dtype=factored)
+    original = before
+    if before.layout:
+        before, after = flattened(before), flattened(after)
     found = twins(before, after, moe_layout or before.expert_layout)
     outcomes = _worked(found, work, jobs, progress)
     options = Options(base=before, dtype=dtype, moe_layout=moe_layout, unverified=unverified)
@@ -100,6 +104,8 @@ def extract(
         outcomes = [_saving(outcome) for outcome in outcomes]
     _check_any(outcomes, before, after, save_rest=save_rest)
     adapter, modules = assembled(outcomes, before, options)
+    if original.layout:
+        adapter, options = from_base(adapter, original), replace(options, base=None)
     ready = admitted(adapter, target, options, allow_lossy=allow_lossy)
     proven = save(ready.adapter, destination, target, options, force=force, spared=[after.path])
     return ExtractReport(

@@ -2,7 +2,14 @@
 
 from adapterkit.model.adapter import AdapterTensorSet
 from adapterkit.model.beside import BesideFile, BesideKind
-from adapterkit.model.sources import GgufSource, MlxSource, PeftSource, Source
+from adapterkit.model.sources import (
+    DiffusionSource,
+    GgufSource,
+    MlxSource,
+    PeftSource,
+    Source,
+    Spelling,
+)
 from adapterkit.model.tying import spelled_out
 from adapterkit.model.update import Kind, Update
 
@@ -10,11 +17,13 @@ __all__ = [
     "AdapterTensorSet",
     "BesideFile",
     "BesideKind",
+    "DiffusionSource",
     "GgufSource",
     "Kind",
     "MlxSource",
     "PeftSource",
     "Source",
+    "Spelling",
     "Update",
     "spelled_out",
 ]

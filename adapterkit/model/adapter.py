@@ -20,7 +20,7 @@ from adapterkit.tensor import LazyTensor
 
 _MAPPINGS = (
     *("tensors", "scales", "kinds", "tied", "engine_layout"),
-    *("rank_conflicts", "unstored", "undeclared", "metadata"),
+    *("rank_conflicts", "unstored", "undeclared", "unplaced", "metadata"),
 )
 # Fields that change what the tensors mean and are none, by the names that PEFT's users know.
 SETTINGS = {
@@ -62,6 +62,7 @@ class AdapterTensorSet:
         unstored: setting -> modules whose tensors it promises and the file lacks.
         undeclared: setting -> modules whose tensors the file holds, though it says that there are
             none; what the adapter is depends on who reads it.
+        unplaced: module, as its file names it -> why nothing says what it is called in the model.
         beside: files beside its own that belong to what was trained.
         metadata: free text of the source file, which is not interpreted.
         source: what only the writer of its own format reads back.
@@ -83,6 +84,7 @@ class AdapterTensorSet:
     )
     unstored: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     undeclared: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    unplaced: Mapping[str, str] = field(default_factory=dict[str, str])
     beside: tuple[BesideFile, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     source: Source | None = None

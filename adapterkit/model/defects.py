@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import FormatError
+from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.keys import PARTNERS, Role, TensorKey
 from adapterkit.model.declared import unstored
 from adapterkit.model.update import GATHER, ONE_RANK, Kind, Update, has_axes, is_slice
@@ -32,7 +32,8 @@ class Defect:
 
     Attributes:
         kind: `half`, `ranks`, `empty`, `integers`, `axes`, `declared-rank`, or for a setting that
-            promises what is not there `unstored` and `unsaved` (of `modules_to_save`).
+            promises what is not there `unstored` and `unsaved` (of `modules_to_save`); `unplaced`
+            for a module whose name in the model nothing says.
         where: tensor or module.
         message: what is the case.
         embedding: whether it is about the factors of an embedding.
@@ -54,13 +55,14 @@ def defects(adapter: AdapterTensorSet) -> Iterator[Defect]:
         yield Defect("declared-rank", module, message)
     for setting, modules, message in unstored(adapter):
         yield Defect(_UNSTORED.get(setting, "unstored"), modules, message)
+    for module, reason in adapter.unplaced.items():
+        yield Defect("unplaced", module, reason)
     yield from _of_token_rows(adapter)
 
 
 def problems(adapter: AdapterTensorSet) -> list[str]:
     """Return one sentence for each defect, each naming its tensor; no tensor data is read."""
-    asides = {"empty": " (saved from a shard; gather first)"}
-    return [f"{d.where}: {d.message}{asides.get(d.kind, '')}" for d in defects(adapter)]
+    return [_sentence(defect) for defect in defects(adapter)]
 
 
 def check_structure(adapter: AdapterTensorSet) -> None:
@@ -68,11 +70,22 @@ def check_structure(adapter: AdapterTensorSet) -> None:
 
     Raises:
         FormatError: with the first problem, and how many more there are.
+        UnsupportedError: if nothing else is wrong, and it is not known what modules are meant.
     """
-    if broken := problems(adapter):
+    found = list(defects(adapter))
+    broken = [_sentence(defect) for defect in found if defect.kind != "unplaced"]
+    path = adapter.provenance.path if adapter.provenance else None
+    if broken:
         more = f" (and {len(broken) - 1} more defects)" if len(broken) > 1 else ""
-        path = adapter.provenance.path if adapter.provenance else None
         raise FormatError(f"{broken[0]}{more}", path=path)
+    if found:
+        more = f" (and {len(found) - 1} more modules)" if len(found) > 1 else ""
+        raise UnsupportedError(f"{found[0].message}{more}", path=path, where=found[0].where)
+
+
+def _sentence(defect: Defect) -> str:
+    aside = " (saved from a shard; gather first)" if defect.kind == "empty" else ""
+    return f"{defect.where}: {defect.message}{aside}"
 
 
 def _linear_factors(

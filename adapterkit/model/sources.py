@@ -43,6 +43,42 @@ class GgufSource(Source):
 
 
 @dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a LoRA file of a diffusion model spells a module.
+
+    Attributes:
+        stem: what the names of its tensors begin with.
+        prefix: what stands before the module.
+        component: network that the prefix means; empty without one.
+        path: the module, with underscores for dots where `flat`.
+        flat: whether dots are underscores.
+        ends: of its tensors' names.
+        alpha: the number that is stored beside its factors, if any.
+    """
+
+    stem: str
+    prefix: str
+    component: str
+    path: str
+    flat: bool
+    ends: tuple[str, ...]
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionSource(Source):
+    """The names of a LoRA file of a diffusion model.
+
+    Attributes:
+        models: names of the tables that it may be of.
+        spellings: by module.
+    """
+
+    models: tuple[str, ...]
+    spellings: Mapping[str, Spelling]
+
+
+@dataclass(frozen=True, slots=True)
 class MlxSource(Source):
     """An adapter_config.json of MLX-LM.
 

@@ -81,7 +81,7 @@ def _engines() -> list[dict[str, Any]]:
         {
             "name": engine.name,
             "title": engine.title,
-            "rules": engine.rules,
+            "rules": (*engine.rules, *engine.names),
             "prepare": engine.prepare,
             "source": engine.source,
             "checked": engine.checked,

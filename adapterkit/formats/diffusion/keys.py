@@ -45,6 +45,7 @@ _PROCESSOR = re.compile(
     r"^(?P<path>.+?)(?:\.processor)?\.(?P<layer>to_[qkv]|to_out|add_[qkv]_proj)_lora"
     r"\.(?P<side>down|up)\.weight$"
 )
+_PROCESSED = ".processor"
 _WRAPPER = re.compile(
     r"^(?P<component>(?:transformer|unet|text_encoder(?:_[23])?)\.)?"
     r"base_model\.model\."
@@ -85,6 +86,7 @@ class Key:
         path: the module, dotted, or underscored in kohya's spelling.
         part: what the tensor does: down, up, mid, alpha, dora, magnitude, diff, bias, scaled_bias
             or the name of a LyCORIS factor; a foreign end as it is; empty if none is known.
+        end: what follows the module.
     """
 
     name: str
@@ -93,6 +95,12 @@ class Key:
     spelling: str
     path: str
     part: str
+    end: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the module."""
+        return self.stem.removesuffix(self.path)
 
     @property
     def underscored(self) -> bool:
@@ -111,13 +119,14 @@ _PARTS = frozenset(_LEAVES.values())
 def parse(name: str) -> Key:
     """Return the parts of a name; a name that is none of a diffusion LoRA has no part."""
     stem, part = _ended(name)
+    end = _PROCESSED if _PROCESSOR.match(name) else name.removeprefix(stem)
     plain = _WRAPPER.sub(lambda match: match["component"] or "", stem)
     for prefix, component, spelling in _PREFIXES:
         if plain.startswith(prefix):
-            return Key(name, stem, component, spelling, plain[len(prefix) :], part)
+            return Key(name, stem, component, spelling, plain[len(prefix) :], part, end)
     if match := _ENCODER.match(plain):
-        return Key(name, stem, match["name"], "comfyui", plain[match.end() :], part)
-    return Key(name, stem, "", "", plain, part)
+        return Key(name, stem, match["name"], "comfyui", plain[match.end() :], part, end)
+    return Key(name, stem, "", "", plain, part, end)
 
 
 def _ended(name: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from adapterkit.formats.diffusion.table import Row
 from adapterkit.formats.diffusion.telling import Spelled, nearest, placed, title, told
 
 if TYPE_CHECKING:
+    from adapterkit.base.model import BaseModel
     from adapterkit.formats.diffusion.table import Model
     from adapterkit.formats.diffusion.telling import Place
     from adapterkit.model import AdapterTensorSet
@@ -28,11 +29,19 @@ class Destination:
         stem: what its tensors' names begin with.
         row: of the table, where it is one of the original checkpoint's; None for diffusers' own.
         part: which part of it an update is.
+        published: its name in the checkpoint as it was published, without a prefix, where that is
+            another.
     """
 
     stem: str
     row: Row | None = None
     part: int = 0
+    published: str = ""
+
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """What it says of an update; two models may agree on it."""
+        return self.stem, self.part, self.row and (self.row.shares, self.row.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +64,11 @@ class Plan:
         return found
 
 
-def planned(adapter: AdapterTensorSet, spelling: str) -> Plan:
-    """Return where every module of an adapter goes in a spelling; no tensor data is read."""
+def planned(adapter: AdapterTensorSet, spelling: str, *, base: BaseModel | None = None) -> Plan:
+    """Return where every module of an adapter goes in a spelling; no tensor data is read.
+
+    Of models that have all modules, those count of which a base holds the tensors, if one is given.
+    """
     spelled = {module: _spelled(module) for module in adapter.modules}
     sized = {pair.module: pair.matrix_shape for pair in adapter.pairs() if pair.sound}
     everything = [
@@ -65,18 +77,31 @@ def planned(adapter: AdapterTensorSet, spelling: str) -> Plan:
         for rows, columns in [sized.get(module, (0, 0))]
     ]
     found = told(everything, adapter.metadata)
+    if base is not None and len(found) > 1:
+        found = tuple(model for model in found if _held(model, everything, base)) or found
     destinations: dict[str, Destination] = {}
     misplaced: dict[str, str] = {}
     for module, each in spelled.items():
         places = [(model, place) for model in found if (place := placed(model, each))]
-        options = {_destination(model, place, spelling) for model, place in places}
-        if len(options) == 1:
-            destinations[module] = options.pop()
+        options = [_destination(model, place, spelling) for model, place in places]
+        if len({option.meaning for option in options}) == 1:
+            destinations[module] = options[0]
         elif spelling == "diffusers" and each.component not in {DENOISER, ""}:
             destinations[module] = Destination(module)
         else:
             misplaced[module] = _why(found, everything, each)
     return Plan(destinations, misplaced)
+
+
+def _held(model: Model, modules: list[Spelled], base: BaseModel) -> bool:
+    """Tell whether a base has every module of the denoiser under the model's original names."""
+    sites = [place.site for each in modules if (place := placed(model, each)) and not place.encoder]
+    names = {name.removesuffix(".weight") for name in base.names}
+    prefixes = ("model.diffusion_model.", "diffusion_model.", "")
+    return all(
+        any(prefix + name in names for prefix in prefixes for name in {s.original, s.published})
+        for s in sites
+    )
 
 
 def _spelled(module: str) -> Spelled:
@@ -92,10 +117,10 @@ def _destination(model: Model, place: Place, spelling: str) -> Destination:
     encoder = place.encoder
     if spelling == "comfyui":
         prefix = f"text_encoders.{encoder.comfyui}.transformer." if encoder else "diffusion_model."
-        return Destination(prefix + site.original, site.row, part)
+        return Destination(prefix + site.original, site.row, part, site.published)
     prefix = f"lora_{encoder.kohya[0] if encoder else 'unet'}_"
     if encoder or model.kohya == "original":
-        return Destination(prefix + underscored(site.original), site.row, part)
+        return Destination(prefix + underscored(site.published), site.row, part)
     return Destination(prefix + underscored(site.parts[part]))
 
 
@@ -103,8 +128,8 @@ def _why(found: tuple[Model, ...], everything: list[Spelled], module: Spelled) -
     if found:
         return f"the model may be {title(found, everything)}, which are spelled differently"
     best = nearest(everything)
-    if best and placed(best[0], module) is None:
-        return f"is no module of {best[0].title}, whose names it would need"
+    if best and placed(best, module) is None:
+        return f"is no module of {best.title}, whose names it would need"
     if best:
-        return f"is of {best[0].title}, which has not all modules of the adapter"
+        return f"is of {best.title}, which has not all modules of the adapter"
     return "is no module of a diffusion model that is known"

@@ -16,7 +16,7 @@ from adapterkit.formats.diffusion.rows import Moved, moved
 from adapterkit.formats.diffusion.table import models
 from adapterkit.formats.diffusion.telling import Place, Spelled, nearest, placed, title, told
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import AdapterTensorSet, Update
+from adapterkit.model import AdapterTensorSet, DiffusionSource, Spelling, Update
 from adapterkit.notes import BaseReference, Note, Provenance, first_and_more
 from adapterkit.tensor import LazyTensor
 
@@ -37,11 +37,13 @@ class _Group:
 
     Attributes:
         key: the name of one of them.
+        ends: of all names.
         parts: by what they do.
         spelled: the module as the file names it.
     """
 
     key: Key
+    ends: tuple[str, ...]
     parts: Mapping[str, LazyTensor]
     spelled: Spelled
 
@@ -53,6 +55,8 @@ class _Read:
     updates: dict[str, Update] = field(default_factory=dict[str, "Update"])
     others: dict[TensorKey, LazyTensor] = field(default_factory=dict["TensorKey", "LazyTensor"])
     conflicts: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    unplaced: dict[str, str] = field(default_factory=dict[str, str])
+    spellings: dict[str, Spelling] = field(default_factory=dict[str, "Spelling"])
     written_out: list[str] = field(default_factory=list[str])
 
 
@@ -65,8 +69,7 @@ def read_diffusion(path: Path, spelling: str) -> AdapterTensorSet:
 
     Raises:
         FormatError: if the file is malformed, or names a module twice.
-        UnsupportedError: if a tensor is of a kind that no low-rank update is made of, or belongs
-            to a module that no model at hand has.
+        UnsupportedError: if a tensor is of a kind that no low-rank update is made of.
     """
     file = read_safetensors(path)
     groups = _groups(file.tensors, path)
@@ -74,14 +77,20 @@ def read_diffusion(path: Path, spelling: str) -> AdapterTensorSet:
     found = told(spelled, file.metadata)
     configs = LoraConfigs(file.metadata, path)
     read = _Read()
+    places = _Places(spelled, found)
     for group in groups:
-        _add(read, group, _place(group, found, spelled, path), configs, path)
+        place = places.of(group)
+        if isinstance(place, str):
+            read.unplaced[group.key.stem] = place
+        _add(read, group, place, configs, path)
     name = title(found, spelled) if found else None
     return AdapterTensorSet.of(
         read.updates.values(),
         read.others,
         base=BaseReference(file.metadata.get(BASE), architecture=name),
         rank_conflicts=read.conflicts,
+        unplaced=read.unplaced,
+        source=DiffusionSource(tuple(model.name for model in found), read.spellings),
         metadata={
             name: value for name, value in file.metadata.items() if not name.startswith(STALE)
         },
@@ -100,12 +109,17 @@ def _groups(tensors: Mapping[str, LazyTensor], path: Path) -> list[_Group]:
         )
     parts: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
     first: dict[str, Key] = {}
+    ends: dict[str, list[str]] = defaultdict(list)
     for key in keys:
         if key.part in parts[key.stem]:
             raise FormatError("is there under a second name", path=path, where=key.name)
         parts[key.stem][key.part] = tensors[key.name]
+        ends[key.stem].append(key.end)
         first.setdefault(key.stem, key)
-    return [_Group(key, parts[stem], _spelled(key, parts[stem])) for stem, key in first.items()]
+    return [
+        _Group(key, tuple(ends[stem]), parts[stem], _spelled(key, parts[stem]))
+        for stem, key in first.items()
+    ]
 
 
 def _spelled(key: Key, parts: Mapping[str, LazyTensor]) -> Spelled:
@@ -116,46 +130,52 @@ def _spelled(key: Key, parts: Mapping[str, LazyTensor]) -> Spelled:
     return Spelled(key.component or DENOISER, key.path, key.underscored, outputs, inputs)
 
 
-def _place(
-    group: _Group, found: tuple[Model, ...], spelled: list[Spelled], path: Path
-) -> Place | None:
-    """Return where a module stands; None where its own name is what diffusers calls it."""
-    places = [place for model in found if (place := placed(model, group.spelled))]
-    meanings = {place.meaning for place in places}
-    if len(meanings) > 1:
-        raise UnsupportedError(
-            f"could be of {title(found, spelled)}, where it is another module each",
-            path=path,
-            where=group.key.name,
-        )
-    if places:
-        return places[0]
-    if group.key.spelling == "diffusers":
-        return None
-    if best := nearest(spelled):
-        model, missing = best
-        name = group.key.name if missing == group.spelled else missing.path
-        raise UnsupportedError(f"is no module of {model.title}", path=path, where=name)
-    raise UnsupportedError(
-        f"is no module of {', '.join(model.title for model in models())}; other models are read in "
-        "diffusers' names alone",
-        path=path,
-        where=group.key.name,
-    )
+class _Places:
+    """Where the modules of a file stand: in the models that have all of them, else in the nearest.
+
+    Attributes:
+        spelled: every module of the file.
+        found: models that have every one.
+    """
+
+    def __init__(self, spelled: list[Spelled], found: tuple[Model, ...]) -> None:
+        self.spelled, self.found = spelled, found
+        self._nearest = None if found else nearest(spelled)
+
+    def of(self, group: _Group) -> Place | str | None:
+        """Return where a module stands, None if diffusers calls it so, or why nobody knows."""
+        chosen = (self._nearest,) if self._nearest else self.found
+        places = [place for model in chosen if (place := placed(model, group.spelled))]
+        if len({place.meaning for place in places}) > 1:
+            return f"could be of {title(chosen, self.spelled)}, where it is another module each"
+        if places:
+            return places[0]
+        if group.key.spelling == "diffusers":
+            return None
+        if self._nearest:
+            return f"is no module of {self._nearest.title}"
+        names = ", ".join(model.title for model in models())
+        return f"is no module of {names}; other models are read in diffusers' names alone"
 
 
-def _add(read: _Read, group: _Group, place: Place | None, configs: LoraConfigs, path: Path) -> None:
-    names = place.modules if place else (f"{group.key.component}.{group.key.path}",)
+def _add(
+    read: _Read, group: _Group, place: Place | str | None, configs: LoraConfigs, path: Path
+) -> None:
+    if isinstance(place, str):
+        names, place = (group.key.stem,), None
+    else:
+        names = place.modules if place else (f"{group.key.component}.{group.key.path}",)
     if half := _half(group.parts):
         role, tensor = half
         read.others[TensorKey(names[0], role)] = tensor
         return
+    read.spellings |= dict.fromkeys(names, _spelling(group))
     component, _, module = names[0].partition(".")
     said = configs.of(component, module)
     try:
         kernel = place.site.row.kernel if place else 0
         built = made(group.parts, kernel, said[1] if said else None)
-        pieces = _pieces(place, Moved(built.update, built.others))
+        pieces = pieces_of(place, Moved(built.update, built.others))
     except KeyError as error:
         raise FormatError(f"has no {error.args[0]}", path=path, where=group.key.stem) from None
     except ValueError as error:
@@ -173,19 +193,30 @@ def _add(read: _Read, group: _Group, place: Place | None, configs: LoraConfigs, 
         read.others |= {TensorKey(name, role): tensor for role, tensor in piece.others.items()}
 
 
+def _spelling(group: _Group) -> Spelling:
+    key, alpha = group.key, group.parts.get("alpha")
+    number = float(alpha.numpy().reshape(())) if alpha is not None and alpha.size == 1 else None
+    component = "" if not key.prefix else key.component
+    return Spelling(key.stem, key.prefix, component, key.path, key.underscored, group.ends, number)
+
+
 def _half(parts: Mapping[str, LazyTensor]) -> tuple[Role, LazyTensor] | None:
     """Return the one factor of a pair whose other one is missing."""
     present = [name for name in _HALVES if name in parts]
     return (_HALVES[present[0]], parts[present[0]]) if len(present) == 1 else None
 
 
-def _pieces(place: Place | None, whole: Moved) -> list[Moved]:
-    """Return the updates of a module's parts in diffusers."""
+def pieces_of(place: Place | None, whole: Moved) -> list[Moved]:
+    """Return the updates of a module's parts in diffusers.
+
+    Raises:
+        ValueError: if its rows cannot be shared so.
+    """
     if place is None or place.site.part is not None:
         return [whole]
     row = place.site.row
-    if row.swapped:
-        whole = moved(whole, (1, 1), order=(1, 0))[0]
+    if order := row.ordered(*whole.update.matrix_shape):
+        whole = moved(whole, [1] * len(order), order=order)[0]
     return moved(whole, row.shares) if len(row.shares) > 1 else [whole]
 
 

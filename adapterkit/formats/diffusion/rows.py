@@ -45,7 +45,7 @@ def moved(whole: Moved, shares: Sequence[int], order: Sequence[int] | None = Non
     rows, unit = whole.update.matrix_shape[0], sum(shares)
     if rows % unit:
         raise ValueError(f"has {rows} rows, which are no multiple of {unit}")
-    flat = _matrix(whole.update)
+    flat = matrix(whole.update)
     edges = [0]
     for share in shares:
         edges.append(edges[-1] + share * rows // unit)
@@ -77,7 +77,7 @@ def joined(parts: Sequence[Moved | None], shares: Sequence[int]) -> Moved:
         raise ValueError(f"updates of {shown} do not make up one of a fused module")
     unit = int(units.pop())
     scale = next((part.update.scale for part, _ in present if part.update.scale), 1.0)
-    ready = [part and rescaled(replace(part, update=_matrix(part.update)), scale) for part in parts]
+    ready = [part and rescaled(replace(part, update=matrix(part.update)), scale) for part in parts]
     heights = [share * unit for share in shares]
     updates = [part and part.update for part in ready]
     update = fuse_rows(updates, heights, present[0][0].update.module)
@@ -111,7 +111,7 @@ def _stacked(role: Role, parts: Sequence[Moved | None], heights: Sequence[int]) 
     return LazyTensor(dtype, (sum(heights),), read)
 
 
-def _matrix(update: Update) -> Update:
+def matrix(update: Update) -> Update:
     """Return a convolution of kernel size 1 as the linear layer that it is.
 
     Raises:

@@ -2,7 +2,9 @@
 
 A row says that a module of the original checkpoint is one of diffusers', or several on top of each
 other (`parts`, whose rows are to each other as `shares`). A `group` joins every place with every
-module in it. Where `halves` are swapped, (shift, scale) of the original is (scale, shift) there.
+module in it. Where `halves` are swapped, (shift, scale) of the original is (scale, shift) there;
+`order` says the same of more chunks: which of the original's stands where, before parts are cut.
+With a `ratio` of rows to columns, only what has that is moved.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ class Row:
         original: its name there.
         parts: its name, or names from the top row down, in diffusers.
         shares: how many rows of all each part has.
-        swapped: whether the halves of the rows are exchanged.
+        order: which chunks of the original's rows follow each other in diffusers; empty for all
+            as they are.
+        order_ratio: rows to columns where alone that holds, 0 for anywhere.
+        kohya: its name in trainers that do not have the original one, or empty.
         kernel: size of the kernel of a convolution, to which a flattened factor is folded again.
         written: false for a further spelling, which is only read.
     """
@@ -38,9 +43,15 @@ class Row:
     original: str
     parts: tuple[str, ...]
     shares: tuple[int, ...] = (1,)
-    swapped: bool = False
+    order: tuple[int, ...] = ()
+    order_ratio: int = 0
+    kohya: str = ""
     kernel: int = 0
     written: bool = True
+
+    def ordered(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Return the order of the chunks of an update of this size; empty for as they are."""
+        return self.order if self.order_ratio in {0, rows / columns} else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +62,23 @@ class Site:
         row: of the table.
         numbers: those of its pattern.
         part: which of the row's parts it is; None if it is the original module, all of them.
+        renamed: whether it was found by a name that trainers do not write.
     """
 
     row: Row
     numbers: Mapping[str, str]
     part: int | None
+    renamed: bool = False
 
     @property
     def original(self) -> str:
         """Name in the original checkpoint."""
         return filled(self.row.original, self.numbers)
+
+    @property
+    def published(self) -> str:
+        """Name in the checkpoint as it was published, and in trainers of that."""
+        return filled(self.row.kohya or self.row.original, self.numbers)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -73,7 +91,7 @@ class Names:
 
     def __init__(self, rows: tuple[Row, ...]) -> None:
         self.rows = rows
-        self._indexes: dict[tuple[bool, bool], Index[tuple[Row, int | None]]] = {}
+        self._indexes: dict[tuple[bool, bool], Index[tuple[Row, int | None, bool]]] = {}
 
     def find(self, path: str, *, flat: bool) -> Site | None:
         """Return where an original or diffusers name leads, None if nowhere.
@@ -99,19 +117,25 @@ class Names:
         found = index.find(path)
         if found is None:
             return None
-        (row, part), numbers = found
-        return Site(row, numbers, part)
+        (row, part, renamed), numbers = found
+        return Site(row, numbers, part, renamed)
 
     def _patterns(
         self,
         flat: bool,
         *,
         parts: bool,
-    ) -> Iterator[tuple[str, tuple[Row, int | None]]]:
+    ) -> Iterator[tuple[str, tuple[Row, int | None, bool]]]:
         for row in sorted(self.rows, key=lambda row: not row.written):
-            names = enumerate(row.parts) if parts else [(None, row.original)]
-            for part, name in names:
-                yield underscored(name) if flat else name, (row, part)
+            for part, name in enumerate(row.parts) if parts else _originals(row, flat=flat):
+                renamed = not parts and bool(row.kohya) and name != row.kohya
+                yield underscored(name) if flat else name, (row, part, renamed)
+
+
+def _originals(row: Row, *, flat: bool) -> list[tuple[None, str]]:
+    """Return the names of an original module; underscores are written by trainers alone."""
+    names = [row.kohya or row.original] if flat else [row.original, row.kohya]
+    return [(None, name) for name in names if name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +188,7 @@ class Model:
         encoders: its text encoders.
         variants: what else it may be.
         ratios: original name -> rows to columns, where that tells it from models with the name.
-        blocks: beginning of diffusers names -> how many there are, where that tells it apart.
+        blocks: beginning of diffusers names -> how many there are, in each of its sizes.
         declared: what trainers call it in a file's metadata, beginnings in lower case.
     """
 
@@ -176,7 +200,7 @@ class Model:
     encoders: tuple[Encoder, ...] = ()
     variants: tuple[Variant, ...] = ()
     ratios: Mapping[str, list[int]] = field(default_factory=dict[str, list[int]])
-    blocks: Mapping[str, int] = field(default_factory=dict[str, int])
+    blocks: Mapping[str, list[int]] = field(default_factory=dict[str, list[int]])
     declared: tuple[str, ...] = ()
 
     @cached_property
@@ -229,20 +253,22 @@ def _model(path: Path) -> Model:
 
 def _rows(fields: Mapping[str, Any]) -> tuple[Row, ...]:
     return tuple(
-        _row(_under(place, name), _below(target, value), written=not group.get("alias"))
+        _row(place, name, _below(target, value), written=not group.get("alias"))
         for group in fields["group"]
         for place, target in group["places"].items()
         for name, value in group["modules"].items()
     )
 
 
-def _row(original: str, fields: Mapping[str, Any], *, written: bool) -> Row:
+def _row(place: str, name: str, fields: Mapping[str, Any], *, written: bool) -> Row:
     parts = tuple(fields["parts"])
     return Row(
-        original,
+        _under(place, name),
         parts,
         shares=tuple(fields.get("shares", [1] * len(parts))),
-        swapped=fields.get("halves") == "swapped",
+        order=(1, 0) if fields.get("halves") == "swapped" else tuple(fields.get("order", ())),
+        order_ratio=fields.get("ratio", 0),
+        kohya=_under(place, fields["kohya"]) if "kohya" in fields else "",
         kernel=fields.get("kernel", 0),
         written=written,
     )

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _ARCHITECTURE = "modelspec.architecture"
 _VERSION = "ss_base_model_version"
+# A number in a name is of any length.
+_DIGITS, _BEYOND = 6, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ class Place:
     def meaning(self) -> tuple[object, ...]:
         """What its name says of an update; two places with one meaning are one to a reader."""
         row = self.site.row
-        cut = self.site.part is None and (len(row.shares) > 1 or row.swapped)
-        moved = (row.shares, row.swapped) if cut else ()
+        cut = self.site.part is None and (len(row.shares) > 1 or row.order)
+        moved = (row.shares, row.order) if cut else ()
         return (self.modules, row.kernel, moved)
 
 
@@ -81,8 +83,10 @@ def told(modules: Sequence[Spelled], metadata: Mapping[str, str]) -> tuple[Model
     fitting = [model for model in fitting if all(_sized(model, each) for each in modules)]
     for narrowed in (
         [model for model in fitting if _counted(model, modules)],
+        [model for model in fitting if _reached(model, modules)],
         [model for model in fitting if _as_wide(model, modules)],
-        [model for model in fitting if _declared(model, metadata)],
+        _declared(fitting, metadata),
+        [model for model in fitting if _own(model, modules)],
     ):
         if len(fitting) > 1 and narrowed:
             fitting = [model for model in fitting if model in narrowed]
@@ -94,12 +98,11 @@ def most(modules: Sequence[Spelled]) -> int:
     return max(sum(placed(model, each) is not None for each in modules) for model in models())
 
 
-def nearest(modules: Sequence[Spelled]) -> tuple[Model, Spelled] | None:
-    """Return the model that has most of the modules and the first that it lacks, if it has any."""
+def nearest(modules: Sequence[Spelled]) -> Model | None:
+    """Return the model that has most of the modules, None if none has any."""
     counts = [(sum(placed(m, each) is not None for each in modules), m) for m in models()]
     count, model = max(counts, key=lambda pair: pair[0])
-    missing = [each for each in modules if placed(model, each) is None]
-    return (model, missing[0]) if count and missing else None
+    return model if count else None
 
 
 def title(found: Iterable[Model], modules: Sequence[Spelled]) -> str:
@@ -142,19 +145,28 @@ def _sized(model: Model, module: Spelled) -> bool:
 
 def _counted(model: Model, modules: Sequence[Spelled]) -> bool:
     """Tell whether no block is beyond the last one of a model."""
+    counts = _counts(model, modules)
+    return all(count <= max(model.blocks[blocks]) for blocks, count in counts.items())
+
+
+def _reached(model: Model, modules: Sequence[Spelled]) -> bool:
+    """Tell whether the last block of every kind is the last one of a model, in one of its sizes."""
+    counts = _counts(model, modules)
+    return bool(counts) and all(count in model.blocks[kind] for kind, count in counts.items())
+
+
+def _counts(model: Model, modules: Sequence[Spelled]) -> dict[str, int]:
+    """Return how many blocks there are up to the last that is named, of kinds that are counted."""
+    found: dict[str, int] = {}
     for module in modules:
         place = placed(model, module)
         for part in place.site.parts if place and not place.encoder else ():
             blocks, _, rest = part.partition(".")
-            number = rest.partition(".")[0]
-            if blocks in model.blocks and not _below(number, model.blocks[blocks]):
-                return False
-    return True
-
-
-def _below(number: str, count: int) -> bool:
-    """Tell whether a number in a name, of any length, is below a count."""
-    return len(number) <= len(str(count)) and int(number) < count
+            if blocks in model.blocks:
+                number = rest.partition(".")[0]
+                count = int(number) + 1 if len(number) < _DIGITS else _BEYOND
+                found[blocks] = max(found.get(blocks, 0), count)
+    return found
 
 
 def _as_wide(model: Model, modules: Sequence[Spelled]) -> bool:
@@ -166,6 +178,20 @@ def _as_wide(model: Model, modules: Sequence[Spelled]) -> bool:
     )
 
 
-def _declared(model: Model, metadata: Mapping[str, str]) -> bool:
+def _own(model: Model, modules: Sequence[Spelled]) -> bool:
+    """Tell whether names are those that a model's trainers write, not what ComfyUI made of them."""
+    sites = [place.site for each in modules if (place := placed(model, each))]
+    return not any(site.part is None and site.renamed for site in sites)
+
+
+def _declared(fitting: Sequence[Model], metadata: Mapping[str, str]) -> list[Model]:
+    """Return the models that a file's metadata names: `flux2` is no `flux`, though it begins so."""
     said = (metadata.get(_ARCHITECTURE, "").lower(), metadata.get(_VERSION, "").lower())
-    return any(text.startswith(model.declared) for text in said if text and model.declared)
+    lengths = [
+        max(
+            (len(name) for name in model.declared for text in said if text.startswith(name)),
+            default=0,
+        )
+        for model in fitting
+    ]
+    return [m for m, n in zip(fitting, lengths, strict=True) if n and n == max(lengths)]

@@ -41,11 +41,11 @@ def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spe
     tensors: dict[str, LazyTensor] = {}
     for stem, members in planned(adapter, spelling).fused().items():
         parts = {
-            destination.part: _with_others(adapter, updates[module])
+            destination.part: with_others(adapter, updates[module])
             for module, destination in members
         }
         try:
-            whole = _whole(parts, members[0][1])
+            whole = whole_of(parts, members[0][1])
         except ValueError as error:
             raise FormatError(str(error), where=stem) from None
         tensors |= _named(stem, whole, spelling, options.dtype)
@@ -53,19 +53,28 @@ def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spe
     write_safetensors(path, tensors, {**adapter.metadata, **base, "format": "pt"})
 
 
-def _with_others(adapter: AdapterTensorSet, update: Update) -> Moved:
+def with_others(adapter: AdapterTensorSet, update: Update) -> Moved:
+    """Return an update with its magnitudes and its bias."""
     keys = [TensorKey(update.module, role) for role in BESIDE]
     return Moved(update, {key.role: adapter.tensors[key] for key in keys if key in adapter.tensors})
 
 
-def _whole(parts: Mapping[int, Moved], destination: Destination) -> Moved:
-    """Return the update of a module of the file: of several parts, or with its halves swapped."""
+def whole_of(parts: Mapping[int, Moved], destination: Destination) -> Moved:
+    """Return the update of a module of the file: of several parts, or in another order.
+
+    Raises:
+        ValueError: if the parts do not fit together.
+    """
     row = destination.row
     if row is None:
         return parts[destination.part]
     count = len(row.shares)
     whole = joined([parts.get(i) for i in range(count)], row.shares) if count > 1 else parts[0]
-    return moved(whole, (1, 1), order=(1, 0))[0] if row.swapped else whole
+    order = row.ordered(*whole.update.matrix_shape)
+    if not order:
+        return whole
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return moved(whole, [1] * len(back), order=back)[0]
 
 
 def _named(stem: str, whole: Moved, spelling: str, dtype: DType | None) -> dict[str, LazyTensor]:

@@ -20,12 +20,13 @@ from adapterkit.formats.peft.experts import (
 )
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS
 from adapterkit.formats.peft.keys import saved_name
-from adapterkit.keys import Role
-from adapterkit.model import PeftSource, spelled_out
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind, PeftSource, spelled_out
 from adapterkit.model.beside import BesideKind, lost_copy
 from adapterkit.model.declared import undeclared
 from adapterkit.model.losses import lost_metadata
 from adapterkit.notes import Loss, first_and_more
+from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
-    from adapterkit.tensor import LazyTensor
 
 _Number = TypeVar("_Number", int, float)
 
@@ -80,18 +80,57 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     if kept := list(adapter.engine_layout):
         message = "its rows are in llama.cpp's order; give the base model with --base"
         found.append(Loss("engine-layout", first_and_more(kept), message))
-    adapted = _adapted(adapter)
-    for role, code, word in (
-        (Role.MAGNITUDE, "dora-partly", "use_dora"),
-        (Role.LORA_BIAS, "lora-bias-partly", "lora_bias"),
-    ):
-        having = {key.module for key in adapter.tensors if key.role is role}
-        if having and having != set(adapted):
-            missing = next(module for module in adapted if module not in having)
-            message = f"{word} holds for all modules or none, and this one has none"
-            found.append(Loss(code, missing, message))
+    if missing := _without(adapter, Role.MAGNITUDE):
+        message = "use_dora holds for all modules or none, and this one has none"
+        found.append(Loss("dora-partly", missing[0], message))
+    found += _lost_biases(adapter)
     copies = (lost_copy(file) for file in adapter.beside if file.kind is BesideKind.COPY)
     return [*found, *copies, *undeclared(adapter), *lost_metadata(adapter)]
+
+
+def _lost_biases(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    """Name what PEFT's lora_bias is not: it holds for all modules or none, and never with DoRA."""
+    biases = tuple(key for key in adapter.tensors if key.role is Role.LORA_BIAS)
+    if biases and any(key.role is Role.MAGNITUDE for key in adapter.tensors):
+        message = "PEFT takes no bias on B beside DoRA; merge the adapter into the base instead"
+        yield Loss("lora-bias-dora", first_and_more([k.module for k in biases]), message, biases)
+    for module in (without := _without(adapter, Role.LORA_BIAS)):
+        if _kind(adapter, module) in {Kind.EXPERTS, Kind.EMBEDDING}:
+            message = "lora_bias holds for all modules or none, and this one can have none"
+            yield Loss("lora-bias-partly", module, message, biases)
+            return
+    if without:
+        message = "a bias of zeros is written: lora_bias holds for all modules or none"
+        yield Loss("lora-bias-partly", first_and_more(without), message, blocks=False)
+
+
+def _kind(adapter: AdapterTensorSet, module: str) -> Kind:
+    if TensorKey(module, Role.EMBEDDING_A) in adapter.tensors:
+        return Kind.EMBEDDING
+    return adapter.kinds.get(module, Kind.LINEAR)
+
+
+def _without(adapter: AdapterTensorSet, role: Role) -> list[str]:
+    """Return the adapted modules without a role that others have; none where nobody has it."""
+    having = {key.module for key in adapter.tensors if key.role is role}
+    return [module for module in _adapted(adapter) if having and module not in having]
+
+
+def _with_zero_biases(adapter: AdapterTensorSet) -> AdapterTensorSet:
+    """Return an adapter whose modules have all a bias on B, if one has: zeros change nothing."""
+    without = set(_without(adapter, Role.LORA_BIAS))
+    zeros = {
+        TensorKey(pair.module, Role.LORA_BIAS): _zeros(pair.matrix_shape[0], pair.b.dtype)
+        for pair in adapter.pairs()
+        if pair.module in without
+    }
+    return adapter.updated([], zeros) if zeros else adapter
+
+
+def _zeros(size: int, dtype: DType) -> LazyTensor:
+    import numpy as np
+
+    return LazyTensor.of(np.zeros(size, np.float32)).cast(DType.F32 if dtype.quantised else dtype)
 
 
 def write_peft(adapter: AdapterTensorSet, folder: Path, options: Options) -> None:
@@ -119,7 +158,7 @@ def as_peft(
 ) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """Return the tensors under PEFT's saved names, and the adapter_config.json beside them."""
     adapted = _adapted(adapter)
-    spelled = spelled_out(adapter)
+    spelled = _with_zero_biases(spelled_out(adapter))
     folded = fold_experts(spelled, base)
     config = config_for(adapter, base)
     if adapter.tied:

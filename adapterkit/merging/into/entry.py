@@ -15,6 +15,8 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.keys import Role
 from adapterkit.loading import open_model
 from adapterkit.merging.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
+from adapterkit.merging.into.diffusion import MODEL as DIFFUSION
+from adapterkit.merging.into.diffusion import plan_diffusion, respelled, write_diffusion_base
 from adapterkit.merging.into.gguf import MOST_ERROR, Allowed, check_rounding, check_type, plan_gguf
 from adapterkit.merging.into.journal import journalled, plan_hash
 from adapterkit.merging.into.reading import read_sources
@@ -103,10 +105,11 @@ def merge_into(
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
     if opened.kind == "hf" and rounding is not None:
         raise UsageError("rounding is for GGUF bases", path=opened.path)
-    check_destination(destination, force=force, directory=MODEL if opened.kind == "hf" else None)
+    check_destination(destination, force=force, directory=_directory(opened))
     if dequantize and opened.kind == "gguf":
         raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
-    decoded = checked(opened, dequantize=dequantize) if opened.kind == "hf" else None
+    plain = opened.kind == "hf" and not opened.layout
+    decoded = checked(opened, dequantize=dequantize) if plain else None
     opened = decoded.base if decoded else opened
     adapters, opened, notes = read_sources(
         sources,
@@ -116,7 +119,7 @@ def merge_into(
         alpha=alpha,
         as_format=as_format,
         allow_lossy=allow_lossy,
-        growing=opened.kind == "hf",
+        growing=plain,
     )
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
@@ -126,6 +129,9 @@ def merge_into(
         tensors, more = _merge_file(
             adapters, opened, write, allow, kind=gguf_type, tied=tied, rounding=rounding
         )
+    elif opened.layout:
+        adapters = respelled(adapters, opened)
+        tensors, more = _merge_diffusion(adapters, opened, write)
     else:
         stored = stored_type(dtype) if dtype else None
         tensors, more = _merge_directory(
@@ -160,9 +166,21 @@ class _Write:
         )
 
 
+def _directory(base: BaseModel) -> Directory | None:
+    """Return the kind of directory that the merged model is; None for a file."""
+    if base.kind == "gguf" or base.layout == "checkpoint":
+        return None
+    return DIFFUSION if base.layout else MODEL
+
+
 def _check_places(
     base: BaseModel, destination: Path, *, dtype: str | None, gguf_type: str | None
 ) -> None:
+    if base.layout and dtype is not None:
+        raise UsageError("a diffusion model keeps its stored types; leave out dtype (--dtype)")
+    if (base.layout == "checkpoint") != (destination.suffix == ".safetensors"):
+        kind = "a single file: name a .safetensors file" if base.layout else "a directory: name one"
+        raise UsageError(f"the base is {kind} to create", path=destination)
     if (base.kind == "gguf") != (destination.suffix == ".gguf"):
         kind = "a GGUF file: name a .gguf file" if base.kind == "gguf" else "a directory: name one"
         raise UsageError(f"the base is {kind} to create", path=destination)
@@ -195,6 +213,24 @@ def _merge_directory(
             tensors = write_checkpoint(plan, output.path, journal, write.jobs, count)
     left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
     return tensors, [*said, *left]
+
+
+def _merge_diffusion(
+    sources: Sequence[Source], base: BaseModel, write: _Write
+) -> tuple[list[TensorReport], list[str]]:
+    plan = plan_diffusion(sources, base)
+    single = base.layout == "checkpoint"
+    if single:
+        plan = plan.named(write.destination.name)
+    with write.output(sources, _directory(base)) as output:
+        others = [base.path / path for path in plan.others]
+        key = plan_hash(sources, plan.spans, others, {"segment": SEGMENT})
+        count = counter(plan.nbytes, write.progress)
+        folder = output.folder if single else output.path
+        with journalled(output, key) as journal:
+            tensors = write_diffusion_base(plan, folder, journal, write.jobs, count)
+    left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
+    return tensors, left
 
 
 def _merge_file(

@@ -126,7 +126,7 @@ class _Begun:
     """A file that is being written, and what the journal has of it already."""
 
     def __init__(self, file: OutputFile, folder: Path, journal: Journal, opened: ExitStack) -> None:
-        self.path, self.journal = folder / file.name, journal
+        self.path, self.name, self.journal = folder / file.name, file.name, journal
         self.segments = file.segments()
         numbers = range(len(self.segments))
         self.known = [journal.finished(file.name, number) for number in numbers]
@@ -175,7 +175,7 @@ class _Begun:
         for number, known in enumerate(self.known):
             done = known or self._flushed(self.works[number], crew)
             if known is None:
-                self.journal.finish(self.path.name, number, done)
+                self.journal.finish(self.name, number, done)
             yield from done.reports
 
     def _flushed(
