@@ -124,9 +124,15 @@ def _against(found: BaseAudit) -> Iterator[tuple[str, str]]:
     yield "‖ΔW‖₂ / ‖W‖₂, median", number(whole.udr_median)
     yield "‖ΔW‖₂ / ‖W‖₂, largest", number(whole.udr_max)
     yield (
-        f"intruders ({found.method})",
+        f"intruders ({certain(found)})",
         f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions",
     )
+
+
+def certain(found: BaseAudit) -> str:
+    """Say how certain a number of intruders is."""
+    least, most = found.summary.intruder_range
+    return "exact" if least == most else f"{least:,} to {most:,} for certain"
 
 
 def _advice(suggestion: Suggestion) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.auditing.outliers import notable
 from adapterkit.auditing.places import short_names
-from adapterkit.auditing.tables import family_cells, number, span
+from adapterkit.auditing.tables import certain, family_cells, number, span
 from adapterkit.notes import first_and_more
 from adapterkit_cli import rendering
 
@@ -116,7 +116,7 @@ def _against(found: BaseAudit) -> list[tuple[str, str]]:
             "intruders",
             (
                 f"{whole.intruder_dimensions:,} of the {whole.leading_directions:,} leading "
-                f"directions of W + ΔW are not W's ({found.method}), least retention "
+                f"directions of W + ΔW are not W's ({certain(found)}), least retention "
                 f"{number(whole.retention_min)}"
             ),
         ),
