@@ -85,13 +85,42 @@ def audit(
         as_format=as_format,
     )
     loaded = [each.adapter for each in ready]
-    audits = tuple(_with_base(audit_one(each), each, model, exact=exact) for each in loaded)
+    audits = _audits(loaded, model, exact=exact)
     if reference is not None:
         audits = tuple(map(_with_reference, audits, loaded, repeat(reference)))
     return AuditReport(
         adapters=audits,
         suggestions=_suggestions(audits, budget, tol) if suggest else (),
         interference=_interference(loaded, audits) if len(loaded) > 1 else None,
+    )
+
+
+def _audits(
+    adapters: Sequence[AdapterTensorSet], base: BaseModel | None, *, exact: bool
+) -> tuple[AdapterAudit, ...]:
+    """Measure every adapter; copies of one, bit for bit, are measured once."""
+    from adapterkit.auditing.sketches import copies
+
+    found: dict[int, AdapterAudit] = {}
+    for first, *others in copies(adapters) if len(adapters) > 1 else [(0,)]:
+        measured = found[first] = _with_base(
+            audit_one(adapters[first]), adapters[first], base, exact=exact
+        )
+        found |= {number: _renamed(measured, adapters[number]) for number in others}
+    return tuple(found[number] for number in range(len(adapters)))
+
+
+def _renamed(audited: AdapterAudit, adapter: AdapterTensorSet) -> AdapterAudit:
+    """Return the audit of a copy, which has a name and notes of its own."""
+    provenance = adapter.provenance
+    notes = [*(provenance.notes if provenance else ()), *_beside(adapter)]
+    ours = [note for note in audited.notes if note.endswith(_NO_WEIGHTS)]
+    return replace(
+        audited,
+        source=str(provenance.path) if provenance else None,
+        format=provenance.format if provenance else None,
+        base_model=adapter.base.name,
+        notes=(*notes, *ours),
     )
 
 

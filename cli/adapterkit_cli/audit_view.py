@@ -11,6 +11,8 @@ from adapterkit.notes import first_and_more
 from adapterkit_cli import rendering
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from adapterkit import (
         AdapterAudit,
         AuditReport,
@@ -24,6 +26,7 @@ _LINES = 40
 _FAMILIES = 12
 _HEALTH = 3
 _CLASHES = 4
+_ADAPTERS, _COPIES = 16, 8
 _STANDINGS = 5
 _MANY = 1e6
 
@@ -208,8 +211,15 @@ def _several(report: AuditReport, found: Interference) -> list[str]:
         for index, audited in enumerate(report.adapters)
     ]
     header = ("", "adapter", "modules", "rank", "stable", "‖ΔW‖", "health")
-    lines = [*rendering.columns(rows, header=header).split("\n"), ""]
-    lines += _pairs(found)
+    rows = rows if len(rows) <= _ADAPTERS else rows[: _ADAPTERS - 1]
+    lines = rendering.columns(rows, header=header).split("\n")
+    if len(report.adapters) > len(rows):
+        lines.append(f"and {len(report.adapters) - len(rows):,} more adapters; --json has all")
+    lines += [*_copies(report, found), ""]
+    if found.pairs:
+        lines += _pairs(found)
+    if found.left_out:
+        lines.append(f"{found.left_out:,} more pairs have smaller cosines, by sketches")
     lines += ["", f"added together: {number(found.merge_energy_ratio)} of the sum of energies"]
     for pair in found.pairs:
         if pair.clashes:
@@ -223,6 +233,21 @@ def _several(report: AuditReport, found: Interference) -> list[str]:
                 f"shapes, such as {rendering.printable(pair.mismatched[0])}: another base?"
             )
     return lines
+
+
+def _copies(report: AuditReport, found: Interference) -> list[str]:
+    """Name adapters that are the same."""
+    return [
+        f"{rendering.printable(report.adapters[group[0]].source or 'in memory')} ({group[0] + 1}) "
+        f"is the same, bit for bit, as {_listed(group[1:])}"
+        for group in found.copies
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = ", ".join(str(number + 1) for number in numbers[:_COPIES])
+    more = len(numbers) - _COPIES
+    return shown + (f" and {more:,} more" if more > 0 else "")
 
 
 def _pairs(found: Interference) -> list[str]:
