@@ -14,6 +14,7 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merging.into.engine import EMBEDDING, OUTPUT, engine_steps
 from adapterkit.merging.into.inputs import drawn_inputs
 from adapterkit.merging.into.rounding import can_be_shaped, shaped_changes
+from adapterkit.merging.into.ruled import ruled
 from adapterkit.merging.into.steps import Change
 from adapterkit.merging.into.tying import Tying, as_spelled, resolved
 from adapterkit.merging.into.writing import OutputFile, Piece
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from adapterkit.architectures.mixtures import Mixture
     from adapterkit.base.model import BaseModel
     from adapterkit.containers.gguf import GGUFFile
+    from adapterkit.merging.combination import Combination
     from adapterkit.merging.into.steps import Shaping, Step
     from adapterkit.merging.planning import Source
 
@@ -115,6 +117,7 @@ def plan_gguf(
     tied: str | None,
     rounding: str | None,
     allow: Allowed,
+    how: Combination | None = None,
 ) -> EnginePlan:
     """Decide what every tensor gets and as which type it is stored.
 
@@ -129,6 +132,7 @@ def plan_gguf(
             steps.setdefault(name, []).extend(more)
     if base.tied:
         steps = resolved(steps, Tying(EMBEDDING, OUTPUT, stored=False), tied, sources)
+    steps = ruled(steps, sources, how)
     tensors = _with_output(base.tensors, steps)
     mixture = mixtures().get(kind or "")
     if mixture is None:
