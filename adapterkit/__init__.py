@@ -46,6 +46,7 @@ _NAMES = {
     "files": "read write",
     "keys": "Role TensorKey",
     "merging.adapters": "MergeResult merge",
+    "merging.aliases": "MethodAlias",
     "merging.files": "MergeFilesReport merge_files",
     "merging.into.entry": "merge_into",
     "merging.into.report": "MergeIntoReport NearestReport TensorReport",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapterkit.lowrank.products import Array
 
@@ -30,6 +31,9 @@ RETENTION = 0.7
 # The smaller side of a weight up to which it is decomposed where anything is left open.
 _AFFORDABLE = 768
 _STEPS, _POINTS = 10, 2000
+
+
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +74,23 @@ def intruders(
     """
     looked = len(retention)
     familiar, unlike = _near(old, new, looked)
-    open_ = ~familiar
+    open_: Mask = np.logical_not(familiar)
     if exact or (open_.any() and min(plain.shape) <= _AFFORDABLE):
         cosines = _cosines(plain, changed)[:looked]
         count = int((cosines < COSINE).sum())
         return Intruders(count, count, count, cosines)
-    strange = np.zeros(looked, dtype=bool)
+    strange: Mask = np.zeros(looked, dtype=np.bool_)
     if open_.any():
         most = _largest_shares(plain, new.left[:, :looked][:, open_], float(old.values[0]))
         strange[open_] = np.sqrt(most) + unlike[open_] < COSINE
-    open_ &= ~strange
+    open_ = np.logical_and(open_, np.logical_not(strange))
     apart = float(old.values[-1]) < RETENTION * new.values[:looked]
     guessed = int((open_ & (apart | (retention < RETENTION))).sum())
     least = int(strange.sum())
     return Intruders(least + guessed, least, least + int(open_.sum()))
 
 
-def _near(old: Triplets, new: Triplets, looked: int) -> tuple[Array, Array]:
+def _near(old: Triplets, new: Triplets, looked: int) -> tuple[Mask, Array]:
     """Return which directions of W' are certainly W's, and how far each may be from the true one.
 
     A singular vector is right to its residual over the gap to the next value, so a cosine with a
@@ -94,7 +98,7 @@ def _near(old: Triplets, new: Triplets, looked: int) -> tuple[Array, Array]:
     """
     ours, theirs = _angles(new)[:looked], _angles(old)
     cosines = np.abs(new.left[:, :looked].T @ old.left) - ours[:, None] - theirs
-    return np.asarray(cosines.max(axis=1) >= COSINE), ours
+    return np.asarray(cosines.max(axis=1) >= COSINE, dtype=np.bool_), ours
 
 
 def _angles(found: Triplets) -> Array:
@@ -117,7 +121,9 @@ def _largest_shares(plain: Operator, directions: Array, top: float) -> Array:
         nodes = np.linalg.eigvalsh(
             np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
         )
-        shares[place] = _christoffel(np.concatenate([points, nodes]), alphas, betas).max()
+        shares[place] = _christoffel(
+            np.concatenate([points, nodes], dtype=np.float64), alphas, betas
+        ).max()
     return np.minimum(shares, 1.0)
 
 

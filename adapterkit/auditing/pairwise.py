@@ -130,8 +130,9 @@ def _nearest(numbers: Sequence[int], gram: Array) -> list[tuple[int, int]]:
     lengths = np.where(lengths > 0, lengths, 1.0)
     first, second = np.triu_indices(len(numbers), 1)
     cosines = np.abs((gram / np.outer(lengths, lengths))[first, second])
-    chosen = np.argsort(-cosines, kind="stable")[: _CLOSELY * (_CLOSELY - 1) // 2]
-    return [(numbers[first[place]], numbers[second[place]]) for place in chosen]
+    chosen: list[int] = np.argsort(-cosines, kind="stable").tolist()
+    most = _CLOSELY * (_CLOSELY - 1) // 2
+    return [(numbers[int(first[n])], numbers[int(second[n])]) for n in chosen[:most]]
 
 
 def _estimated_ratio(groups: Sequence[tuple[int, ...]], gram: Array, energy: float) -> float | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.auditing.places import short_names
 from adapterkit.auditing.report import AdapterAudit, AuditReport, FamilyAudit, ModuleAudit
+from adapterkit.notes import first_and_more
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -127,6 +128,14 @@ def _against(found: BaseAudit) -> Iterator[tuple[str, str]]:
         f"intruders ({certain(found)})",
         f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions",
     )
+
+
+def left_out(found: BaseAudit) -> list[str]:
+    """Name what was not compared, the modules of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for row in found.not_compared:
+        reasons.setdefault(row.reason, []).append(row.module)
+    return [f"{first_and_more(modules)}: {reason}" for reason, modules in reasons.items()]
 
 
 def certain(found: BaseAudit) -> str:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.auditing.outliers import notable
 from adapterkit.auditing.places import short_names
-from adapterkit.auditing.tables import certain, family_cells, number, span
-from adapterkit.notes import first_and_more
+from adapterkit.auditing.tables import certain, family_cells, left_out, number, span
 from adapterkit_cli import rendering
 
 if TYPE_CHECKING:
@@ -100,9 +99,6 @@ def _header(audited: AdapterAudit) -> list[tuple[str, str]]:
 def _against(found: BaseAudit) -> list[tuple[str, str]]:
     whole = found.summary
     largest = max(found.weights, key=lambda row: row.udr or 0.0)
-    reasons: dict[str, list[str]] = {}
-    for row in found.not_compared:
-        reasons.setdefault(row.reason, []).append(row.module)
     return [
         (
             "against W",
@@ -111,10 +107,7 @@ def _against(found: BaseAudit) -> list[tuple[str, str]]:
                 f"({largest.name}); amplification {number(whole.amplification_median)}"
             ),
         ),
-        *(
-            ("not compared", f"{first_and_more(modules)}: {reason}")
-            for reason, modules in list(reasons.items())[:_HEALTH]
-        ),
+        *(("not compared", sentence) for sentence in left_out(found)[:_HEALTH]),
         (
             "intruders",
             (

@@ -23,6 +23,7 @@ COMMANDS = (
     "compress",
     "merge",
     "extract",
+    "list",
     "formats",
     "architectures",
     "targets",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.merging.combination import Combination
     from adapterkit.merging.into.journal import Journal
     from adapterkit.merging.into.report import TensorReport
-    from adapterkit.merging.into.steps import Step
+    from adapterkit.merging.into.steps import Applied, Step
     from adapterkit.merging.into.writing import OutputFile, Progress
     from adapterkit.merging.planning import Source
     from adapterkit.storage import FileSlice
@@ -154,10 +154,10 @@ def plan_checkpoint(
         steps = resolved(steps, tying, tied, sources)
         if tied == "untie" and output in steps:
             fields["tie_word_embeddings"] = False
-    steps = ruled(steps, sources, how)
+    applied = ruled(steps, sources, how)
     kinds = dict.fromkeys(decoded.stored, dtype or _sixteen_bits(base)) if decoded else {}
     kinds |= {name: dtype or kinds.get(name, stored.tensors[name].dtype) for name in tables}
-    changes = _changes(base, names, steps, dtype, kinds)
+    changes = _changes(base, names, applied, dtype, kinds)
     if dtype is not None:
         fields |= {"torch_dtype": _TORCH[dtype], "dtype": _TORCH[dtype]}
     fields |= _vocabulary(stored, names, changes)
@@ -231,7 +231,7 @@ def _check_complete(base: BaseModel) -> None:
 def _changes(
     base: BaseModel,
     names: Places,
-    steps: Mapping[str, Sequence[Step]],
+    steps: Mapping[str, Sequence[Applied]],
     dtype: DType | None,
     decoded: Mapping[str, DType],
 ) -> dict[str, Change]:
@@ -260,7 +260,9 @@ def _sixteen_bits(base: BaseModel) -> DType:
     return DType.F16 if named == _TORCH[DType.F16] else DType.BF16
 
 
-def _checked_shape(source: LazyTensor, steps: Sequence[Step], role: str | None) -> tuple[int, ...]:
+def _checked_shape(
+    source: LazyTensor, steps: Sequence[Applied], role: str | None
+) -> tuple[int, ...]:
     """Return the shape to store: the base's, or that of a whole table with more rows."""
     for step in steps:
         if isinstance(step, (Product, Ruled)):

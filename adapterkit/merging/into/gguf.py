@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
     from adapterkit.containers.gguf import GGUFFile
     from adapterkit.merging.combination import Combination
-    from adapterkit.merging.into.steps import Shaping, Step
+    from adapterkit.merging.into.steps import Applied, Shaping, Step
     from adapterkit.merging.planning import Source
 
 # What changed tensors may be stored as, the others being as they were.
@@ -132,14 +132,14 @@ def plan_gguf(
             steps.setdefault(name, []).extend(more)
     if base.tied:
         steps = resolved(steps, Tying(EMBEDDING, OUTPUT, stored=False), tied, sources)
-    steps = ruled(steps, sources, how)
-    tensors = _with_output(base.tensors, steps)
+    applied = ruled(steps, sources, how)
+    tensors = _with_output(base.tensors, applied)
     mixture = mixtures().get(kind or "")
     if mixture is None:
-        types = {name: _changed_type(tensors[name], kind) for name, each in steps.items() if each}
+        types = {name: _changed_type(tensors[name], kind) for name, each in applied.items() if each}
     else:
         types = _mixed_types(mixture, base, tensors, allow)
-    changes = _changes(tensors, steps, types, mixture)
+    changes = _changes(tensors, applied, types, mixture)
     notes: list[str] = []
     file = _first_file(base, notes)
     if kind == "keep" and not allow.weak:
@@ -159,7 +159,7 @@ def plan_gguf(
 
 
 def _with_output(
-    tensors: Mapping[str, LazyTensor], steps: Mapping[str, Sequence[Step]]
+    tensors: Mapping[str, LazyTensor], steps: Mapping[str, Sequence[Applied]]
 ) -> dict[str, LazyTensor]:
     """Return the base's tensors in its order, an output that is new after the embedding."""
     found: dict[str, LazyTensor] = {}
@@ -209,7 +209,7 @@ def _requantised(tensor: LazyTensor, dtype: DType) -> bool:
 
 def _changes(
     tensors: Mapping[str, LazyTensor],
-    steps: Mapping[str, Sequence[Step]],
+    steps: Mapping[str, Sequence[Applied]],
     types: Mapping[str, DType],
     mixture: Mixture | None,
 ) -> dict[str, Change]:

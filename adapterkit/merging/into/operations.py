@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.merging.into.rows import Place
-    from adapterkit.merging.into.steps import Magnitude, Step
+    from adapterkit.merging.into.steps import Applied, Magnitude, Step
     from adapterkit.tensor import LazyTensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -68,7 +68,7 @@ class Operation(Protocol):
         ...
 
 
-def operations(steps: Sequence[Step], tensor: Unmerged) -> list[Operation]:
+def operations(steps: Sequence[Applied], tensor: Unmerged) -> list[Operation]:
     """Open the steps; low-rank updates next to each other become one product.
 
     Raises:

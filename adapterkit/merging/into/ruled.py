@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adapterkit.lowrank.products import Array as Wide
     from adapterkit.merging.into.operations import Unmerged
     from adapterkit.merging.into.rows import Place
-    from adapterkit.merging.into.steps import Step
+    from adapterkit.merging.into.steps import Applied, Step
     from adapterkit.merging.planning import Source
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -89,7 +89,7 @@ def settings_of(how: Combination | None) -> dict[str, Any]:
 
 def ruled(
     steps: Mapping[str, Sequence[Step]], sources: Sequence[Source], how: Combination | None
-) -> dict[str, list[Step]]:
+) -> dict[str, list[Applied]]:
     """Return the steps with all updates of a tensor made one by a rule, if there is one.
 
     Raises:
@@ -135,6 +135,9 @@ def _ruled(
 
 class Rules:
     """ΔW of a rule, some rows at a time, in any order."""
+
+    # It has no small rank, and so no directions of its own.
+    products = None
 
     def __init__(
         self,

@@ -141,7 +141,9 @@ class Ruled:
         return self._first.pair
 
 
-Step = Product | Added | Replaced | RowsReplaced | Ruled
+# What an adapter does, and what becomes of it.
+Step = Product | Added | Replaced | RowsReplaced
+Applied = Step | Ruled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +179,7 @@ class Change:
 
     name: str
     source: LazyTensor
-    steps: tuple[Step, ...]
+    steps: tuple[Applied, ...]
     dtype: DType
     shape: tuple[int, ...]
     via: DType | None = None
