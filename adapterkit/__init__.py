@@ -49,6 +49,7 @@ _NAMES = {
     "formats.protocol": "Lister Options Reader Writer",
     "keys": "Role TensorKey",
     "merging.adapters": "MergeResult merge",
+    "merging.aliases": "MethodAlias",
     "merging.files": "MergeFilesReport merge_files",
     "merging.into.entry": "merge_into",
     "merging.into.report": "MergeIntoReport NearestReport TensorReport",

@@ -88,6 +88,7 @@ from adapterkit.keys import Role as Role
 from adapterkit.keys import TensorKey as TensorKey
 from adapterkit.merging.adapters import MergeResult as MergeResult
 from adapterkit.merging.adapters import merge as merge
+from adapterkit.merging.aliases import MethodAlias as MethodAlias
 from adapterkit.merging.files import MergeFilesReport as MergeFilesReport
 from adapterkit.merging.files import merge_files as merge_files
 from adapterkit.merging.into.entry import merge_into as merge_into

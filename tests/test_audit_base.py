@@ -17,11 +17,13 @@ import torch
 import transformers
 from audit_adapters import adapter, gaussian, layered, orthonormal, written
 from engine import BaseFixture, family_row, make_base
-from peft.tuners.lora import LoraLayer, intruders
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import intruders as of_peft
 from terminal import PEFT, invoke
 
 from adapterkit import BaseAudit, WeightAudit, audit, read
 from adapterkit.auditing.against_base import against_base
+from adapterkit.auditing.intruders import intruders
 from adapterkit.base import open_base
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
@@ -39,7 +41,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 hub: Any = transformers
 lora: Any = peft
 randomness: Any = torch
-peft_intruders: Any = intruders
+peft_intruders: Any = of_peft
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,36 @@ def test_the_estimate_counts_planted_intruders(gain: float) -> None:
         assert retention == pytest.approx(np.ones(10), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["falling", "steep", "flat", "bulk"])
+@pytest.mark.parametrize("gain", [0.1, 0.3, 0.6, 1.0, 3.0])
+def test_the_definition_is_within_the_range(
+    gain: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(7)
+    rows, columns, rank = 300, 260, 6
+    noise = random.standard_normal((rows, columns)) / rows**0.5
+    weight = {
+        "falling": decaying(rows, columns, 0.5),
+        "steep": decaying(rows, columns, 1.0),
+        "flat": noise,
+        "bulk": noise + 6 * decaying(rows, columns, 1.0),
+    }[kind]
+    size = gain * np.linalg.norm(weight, 2) * np.linspace(1, 0.3, rank)
+    left, right = orthonormal(random, rows, rank), orthonormal(random, columns, rank)
+    plain = Operator(weight)
+    changed = Operator(weight, left * size, np.ascontiguousarray(right.T))
+    old, new = (leading(each, 11, tolerance=1e-3) for each in (plain, changed))
+    retention = np.linalg.norm(weight.T @ new.left[:, :10], axis=0) / new.values[:10]
+    exact = intruders(plain, changed, old, new, retention, exact=True)
+    assert exact.least == exact.count == exact.most
+    assert intruders(plain, changed, old, new, retention, exact=False).count == exact.count
+    monkeypatch.setattr("adapterkit.auditing.intruders._AFFORDABLE", 0)
+    found = intruders(plain, changed, old, new, retention, exact=False)
+    assert found.least <= exact.count <= found.most
+    assert found.least <= found.count <= found.most
+    assert abs(found.count - exact.count) <= (2 if kind == "flat" else 1)
+
+
 def model_of(folder: Path, weights: dict[str, Array], **config: Any) -> Path:
     """Write a llama with these weights, as float32."""
     folder.mkdir()
@@ -351,7 +383,7 @@ def test_what_pissa_took_from_the_base_is_taken_back(
         audit(whole, base=bases["llama"].gguf)
 
 
-def test_weights_are_in_memory_one_at_a_time() -> None:
+def test_weights_are_in_memory_two_at_a_time() -> None:
     side, count = 1024, 10
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(count)]
     pairs = {name: gaussian(side, side, 2, seed=i) for i, name in enumerate(names)}

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from audit_adapters import adapter, gaussian, layered, orthonormal, planted
+from audit_adapters import adapter, gaussian, layered, orthonormal, planted, written
+from terminal import invoke
 
 from adapterkit import UncheckableError, audit
 from adapterkit.model import Kind
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterkit.auditing.interference import ModuleInterference, PairInterference
 
 Array = np.ndarray[Any, Any]
@@ -201,3 +204,46 @@ def test_large_matrices_are_sampled_for_signs() -> None:
     exact = np.mean(np.sign(b @ a) != np.sign((b + 0.5 * d) @ (a + 0.5 * c)))
     assert found.sign_conflict == pytest.approx(exact, abs=0.03)
     assert 0.1 < exact < 0.5
+
+
+def test_copies_are_named_and_measured_once(tmp_path: Path) -> None:
+    whole = adapter(layered(2))
+    for number in range(14):
+        written(whole, tmp_path / f"a{number:02}")
+    sources = sorted(tmp_path.iterdir())
+    report = audit(*sources)
+    found = report.interference
+    assert found is not None
+    assert found.copies == (tuple(range(14)),)
+    assert (found.pairs, found.left_out) == ((), 0)
+    assert found.merge_energy_ratio == pytest.approx(14)
+    assert [each.source for each in report.adapters] == [str(source) for source in sources]
+    assert report.adapters[0].modules is report.adapters[13].modules
+    shown = invoke("audit", *sources).stdout
+    assert (
+        f"{sources[0]} (1) is the same, bit for bit, as 2, 3, 4, 5, 6, 7, 8, 9 and 5 more" in shown
+    )
+    few = audit(*sources[:2]).interference
+    assert few is not None
+    assert [pair.cosine for pair in few.pairs] == [pytest.approx(1)]
+    assert few.copies == ((0, 1),)
+
+
+def test_of_many_the_pairs_with_most_in_common_are_compared() -> None:
+    own = [layered(2, seed=seed) for seed in range(15)]
+    near = {name: (a, 1.01 * b) for name, (a, b) in own[3].items()}
+    adapters = [adapter(each) for each in (*own, near)]
+    report = audit(*adapters)
+    found = report.interference
+    assert found is not None
+    assert len(found.pairs) == 66
+    assert found.left_out == 16 * 15 // 2 - 66
+    assert (found.pairs[0].a, found.pairs[0].b) == (3, 15)
+    assert found.pairs[0].cosine == pytest.approx(1)
+    energy = sum(each.summary.energy for each in report.adapters)
+    whole = {name: np.zeros((b.shape[0], a.shape[1])) for name, (a, b) in own[0].items()}
+    for each in (*own, near):
+        for name, (a, b) in each.items():
+            whole[name] += b.astype(np.float64) @ a
+    ratio = sum(float((x**2).sum()) for x in whole.values()) / energy
+    assert found.merge_energy_ratio == pytest.approx(ratio, rel=0.1)

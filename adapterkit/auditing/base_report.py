@@ -32,9 +32,10 @@ class WeightAudit:
         retention: ‖Wᵀu‖ / σ of the ten leading left singular vectors u of W', σ its singular
             values: 1 for a direction that W has with that strength, near 0 for a new one.
         retention_residual: largest ‖W'ᵀu - σv‖ / σ₁ among them.
-        intruder_dimensions: how many of them are not W's (arXiv 2410.21228). Estimated as
-            retention < 0.7; exactly, as max |cos| < 0.5 with the left singular vectors of W.
-        intruder_cosines: that maximum for each of the ten; None for an estimate.
+        intruder_dimensions: how many of them are not W's (arXiv 2410.21228): max |cos| < 0.5 with
+            the left singular vectors of W. What is not decided counts by retention < 0.7.
+        intruder_range: how many certainly are, and how many may be.
+        intruder_cosines: that maximum for each of the ten; None where W was not decomposed.
     """
 
     modules: tuple[str, ...]
@@ -55,6 +56,7 @@ class WeightAudit:
     retention: tuple[float, ...] | None = None
     retention_residual: float | None = None
     intruder_dimensions: int | None = None
+    intruder_range: tuple[int, int] | None = None
     intruder_cosines: tuple[float, ...] | None = None
 
     @property
@@ -99,6 +101,7 @@ class BaseSummary:
         amplification_median: of the amplifications.
         retention_min: the least retention of any leading direction.
         intruder_dimensions: sum over the updates.
+        intruder_range: likewise of their ranges.
         leading_directions: how many were looked at, ten for each update.
         residual_max: the worst residual of all.
     """
@@ -115,6 +118,7 @@ class BaseSummary:
     amplification_median: float | None
     retention_min: float | None
     intruder_dimensions: int
+    intruder_range: tuple[int, int]
     leading_directions: int
     residual_max: float | None
 

@@ -39,8 +39,9 @@ the share of entries with opposite signs, where 0.5 is chance.
 directions that it writes to, ‖ΔW‖ / ‖UᵀWV‖ with U and V its singular vectors (arXiv 2106.09685).
 
 retention, intruders: ‖Wᵀu‖ / σ of the leading singular vectors u of W + ΔW: 1 for what W had, near
-0 for what is new. Under 0.7 is counted as an intruder dimension, an estimate that agrees with the
-definition by cosines (arXiv 2410.21228) where W has a falling spectrum; --exact decides by that.
+0 for what is new. An intruder dimension has no cosine of ½ with any singular vector of W (arXiv
+2410.21228). Weights up to 768 are decomposed for that where anything is open; for larger ones the
+number is an estimate, and what is certain stands beside it as a range. --exact decomposes all.
 
 bank, z, percentile: Where five statistics of a family (σ₁, ‖ΔW‖, σ₁² / Σσ², entropy of σ / Σσ,
 kurtosis of the entries; arXiv 2602.15195) lie among those of other adapters. Far out is unusual. It

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.auditing.charts import shown
-from adapterkit.auditing.tables import number
+from adapterkit.auditing.tables import certain, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,7 +34,7 @@ def base_section(found: BaseAudit) -> str:
     return (
         f'<h2>Against the base</h2><p class="soft">‖ΔW‖ / ‖W‖ in {shown(found.path)}. '
         f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions of "
-        f"W + ΔW are not W's ({found.method}); largest residual {number(whole.residual_max)}."
+        f"W + ΔW are not W's ({certain(found)}); largest residual {number(whole.residual_max)}."
         f"{more}</p>{_missing(found)}{_table(head, rows)}"
     )
 

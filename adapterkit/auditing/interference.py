@@ -92,7 +92,8 @@ class JointInterference:
     Attributes:
         module: Hugging Face path, the number of an expert in brackets.
         adapters: how many update it.
-        merge_energy_ratio: ‖ΣΔW‖² / Σ‖ΔW‖²; None if all are zero.
+        merge_energy_ratio: ‖ΣΔW‖² / Σ‖ΔW‖²; None if all are zero, or not every two of them
+            were compared, like both below.
         singular_task_interference: of all together, arXiv 2412.00081.
         interference: that over Σσ.
     """
@@ -109,11 +110,17 @@ class Interference:
     """Several adapters.
 
     Attributes:
-        pairs: every two of them.
+        pairs: every two of them; of more than twelve, those of the largest cosines by sketches,
+            copies left out.
         joint: every matrix that at least two update, for a merge of all at once.
-        merge_energy_ratio: ‖ΣΔW‖² / Σ‖ΔW‖² of all adapters and modules together.
+        merge_energy_ratio: ‖ΣΔW‖² / Σ‖ΔW‖² of all adapters and modules together; of more than
+            twelve an estimate from sketches.
+        copies: numbers of adapters that are the same, bit for bit.
+        left_out: pairs of different adapters that were compared by sketches alone.
     """
 
     pairs: tuple[PairInterference, ...]
     joint: tuple[JointInterference, ...]
     merge_energy_ratio: float | None
+    copies: tuple[tuple[int, ...], ...] = ()
+    left_out: int = 0

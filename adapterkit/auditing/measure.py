@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from adapterkit.attempts import Attempt, attempted
 from adapterkit.auditing.aggregate import families_of, layer_shares, summarise
@@ -33,6 +33,7 @@ _REASONS = {
     Role.TOKEN_ROWS: "rows stored whole; what they change depends on the base",
 }
 
+_Measured = TypeVar("_Measured")
 _NO_WEIGHTS = "there are no weights, so no update is held against them"
 
 
@@ -97,13 +98,16 @@ def audit(
 
     if not keep_going:
         loaded = [each.adapter for each in read(adapters)]
-        return _report([(each, measured(each)) for each in loaded], (), suggest, budget, tol)
+        audits = map(_renamed, _once(loaded, measured), loaded)
+        return _report(list(zip(loaded, audits, strict=True)), (), suggest, budget, tol)
     sound, failed = _sound(adapters, read)
     done: list[tuple[AdapterTensorSet, AdapterAudit]] = []
-    for name, adapter in sound:
-        attempt = attempted(name, measured, adapter)
-        done += [(adapter, attempt.result)] if attempt.result else []
-        failed += [] if attempt.result else [attempt]
+    attempts = _once([each for _, each in sound], lambda each: attempted("", measured, each))
+    for (name, adapter), attempt in zip(sound, attempts, strict=True):
+        if attempt.result:
+            done.append((adapter, _renamed(attempt.result, adapter)))
+        else:
+            failed.append(replace(attempt, source=name))
     return _report(done, failed, suggest, budget, tol)
 
 
@@ -138,6 +142,33 @@ def _sound(
 
 def _label(adapter: AdapterTensorSet | Path | str) -> str:
     return "in memory" if isinstance(adapter, AdapterTensorSet) else str(adapter)
+
+
+def _once(
+    adapters: Sequence[AdapterTensorSet], measure: Callable[[AdapterTensorSet], _Measured]
+) -> list[_Measured]:
+    """Measure every adapter; copies of one, bit for bit, are measured once."""
+    from adapterkit.auditing.sketches import copies
+
+    found: dict[int, _Measured] = {}
+    for group in copies(adapters) if len(adapters) > 1 else [tuple(range(len(adapters)))]:
+        if group:
+            found |= dict.fromkeys(group, measure(adapters[group[0]]))
+    return [found[number] for number in range(len(adapters))]
+
+
+def _renamed(audited: AdapterAudit, adapter: AdapterTensorSet) -> AdapterAudit:
+    """Return the audit of a copy, which has a name and notes of its own."""
+    provenance = adapter.provenance
+    notes = [*(provenance.notes if provenance else ()), *_beside(adapter)]
+    ours = [note for note in audited.notes if note.endswith(_NO_WEIGHTS)]
+    return replace(
+        audited,
+        source=str(provenance.path) if provenance else None,
+        format=provenance.format if provenance else None,
+        base_model=adapter.base.name,
+        notes=(*notes, *ours),
+    )
 
 
 def _suggestions(

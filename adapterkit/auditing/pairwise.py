@@ -22,6 +22,7 @@ from adapterkit.auditing.interference import (
     ModuleInterference,
     PairInterference,
 )
+from adapterkit.auditing.sketches import copies, sketched_gram
 from adapterkit.errors import UncheckableError
 from adapterkit.lowrank.decomposition import decompose
 from adapterkit.lowrank.products import Array, LowRank, expert, factors
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 # Directions that hold less than 1e-12 of the energy are no directions to compare.
 _NOTHING = 1e-6
 _GRID = 192
+# Adapters up to which every two are compared in detail; of more, as many pairs.
+_CLOSELY = 12
 OPPOSED = -0.1
 REDUNDANT = 0.5
 ENTANGLED = 0.25
@@ -85,6 +88,9 @@ def interference(
 ) -> Interference:
     """Hold adapters against each other; one module of all of them is in memory at a time.
 
+    Of many, copies are compared once, and only those pairs in detail whose sketches say that they
+    have most in common.
+
     Args:
         adapters: at least two.
         audits: what the audit found of each, in the same order.
@@ -93,9 +99,56 @@ def interference(
         UncheckableError: if a module has llama.cpp's row order in only some of them.
     """
     _check_layouts(adapters)
-    tables = [{pair.module: pair for pair in adapter.pairs()} for adapter in adapters]
-    names = dict.fromkeys(name for table in tables for name in table)
-    shared = [name for name in names if sum(name in table for table in tables) > 1]
+    groups = copies(adapters)
+    energies = [audited.summary.energy for audited in audits]
+    same = tuple(group for group in groups if len(group) > 1)
+    numbers = list(range(len(adapters)))
+    if len(adapters) <= _CLOSELY:
+        compared, mismatched = _compared(adapters, list(combinations(numbers, 2)))
+        total = sum(sum(each.inner.values()) for each in compared)
+        ratio = _ratio(sum(energies), total)
+    else:
+        numbers = [group[0] for group in groups]
+        gram = sketched_gram([adapters[number] for number in numbers])
+        compared, mismatched = _compared(adapters, _nearest(numbers, gram))
+        ratio = _estimated_ratio(groups, gram, sum(energies))
+    return Interference(
+        tuple(
+            _pair(i, j, compared, (energies[i], energies[j]), others)
+            for (i, j), others in mismatched.items()
+        ),
+        tuple(each.joint for each in compared),
+        ratio,
+        same,
+        len(numbers) * (len(numbers) - 1) // 2 - len(mismatched),
+    )
+
+
+def _nearest(numbers: Sequence[int], gram: Array) -> list[tuple[int, int]]:
+    """Return as many pairs as few adapters have, the largest cosines of sketches first."""
+    lengths = np.sqrt(np.diag(gram))
+    lengths = np.where(lengths > 0, lengths, 1.0)
+    first, second = np.triu_indices(len(numbers), 1)
+    cosines = np.abs((gram / np.outer(lengths, lengths))[first, second])
+    chosen: list[int] = np.argsort(-cosines, kind="stable").tolist()
+    most = _CLOSELY * (_CLOSELY - 1) // 2
+    return [(numbers[int(first[n])], numbers[int(second[n])]) for n in chosen[:most]]
+
+
+def _estimated_ratio(groups: Sequence[tuple[int, ...]], gram: Array, energy: float) -> float | None:
+    counts = np.array([len(group) for group in groups], dtype=np.float64)
+    own = float(counts @ np.diag(gram))
+    return float(counts @ gram @ counts) / own if energy and own else None
+
+
+def _compared(
+    adapters: Sequence[AdapterTensorSet], wanted: Sequence[tuple[int, int]]
+) -> tuple[list[_Compared], dict[tuple[int, int], tuple[str, ...]]]:
+    """Return every matrix of the wanted pairs, and what modules of a pair have other shapes."""
+    numbers = sorted({number for pair in wanted for number in pair})
+    tables = {n: {pair.module: pair for pair in adapters[n].pairs()} for n in numbers}
+    names = dict.fromkeys(name for table in tables.values() for name in table)
+    shared = [name for name in names if sum(name in table for table in tables.values()) > 1]
     mismatched = {
         (i, j): tuple(
             name
@@ -104,22 +157,15 @@ def interference(
             and name in tables[j]
             and not _alike(tables[i][name], tables[j][name])
         )
-        for i, j in combinations(range(len(adapters)), 2)
+        for i, j in wanted
     }
     groups = [
-        {number: table[name] for number, table in enumerate(tables) if name in table}
+        {number: table[name] for number, table in tables.items() if name in table}
         for name in shared
     ]
-    compared = [each for group in in_threads(_compare, groups) for each in group]
-    energies = [audited.summary.energy for audited in audits]
-    return Interference(
-        tuple(
-            _pair(i, j, compared, (energies[i], energies[j]), mismatched[i, j])
-            for i, j in combinations(range(len(adapters)), 2)
-        ),
-        tuple(each.joint for each in compared),
-        _ratio(sum(energies), sum(sum(each.inner.values()) for each in compared)),
-    )
+    close = set(wanted)
+    found = in_threads(lambda group: _compare(group, close), groups)
+    return [each for group in found for each in group], mismatched
 
 
 def _check_layouts(adapters: Sequence[AdapterTensorSet]) -> None:
@@ -143,7 +189,7 @@ def _alike(first: Update, second: Update) -> bool:
     )
 
 
-def _compare(group: dict[int, Update]) -> list[_Compared]:
+def _compare(group: dict[int, Update], wanted: set[tuple[int, int]]) -> list[_Compared]:
     """Compare one module, its experts one by one; adapters of other shapes apart."""
     found: list[_Compared] = []
     left: dict[int, Update] = dict(group)
@@ -152,11 +198,11 @@ def _compare(group: dict[int, Update]) -> list[_Compared]:
         alike = {number: pair for number, pair in left.items() if _alike(first, pair)}
         left = {number: pair for number, pair in left.items() if number not in alike}
         if len(alike) > 1:
-            found += _compare_alike(alike)
+            found += _compare_alike(alike, wanted)
     return found
 
 
-def _compare_alike(alike: dict[int, Update]) -> list[_Compared]:
+def _compare_alike(alike: dict[int, Update], wanted: set[tuple[int, int]]) -> list[_Compared]:
     found: list[_Compared] = []
     for place, experts in enumerate(zip(*(factors(p) for p in alike.values()), strict=True)):
         updates = {
@@ -166,7 +212,7 @@ def _compare_alike(alike: dict[int, Update]) -> list[_Compared]:
         first = next(iter(alike.values()))
         number = expert(first, place)
         name = first.module if number is None else f"{first.module}[{number}]"
-        found.append(_matrix(name, updates))
+        found.append(_matrix(name, updates, wanted))
     return found
 
 
@@ -182,24 +228,24 @@ def _update(each: LowRank, scale: float) -> _Update:
     )
 
 
-def _matrix(name: str, updates: dict[int, _Update]) -> _Compared:
-    products = _products(updates)
+def _matrix(name: str, updates: dict[int, _Update], wanted: set[tuple[int, int]]) -> _Compared:
+    here = [pair for pair in combinations(updates, 2) if pair in wanted]
+    products = _products(updates, here)
     signs = _signs(updates)
-    inner = {(i, j): products.inner(updates, i, j) for i, j in combinations(updates, 2)}
-    pairs = {
-        (i, j): _module(name, updates, products, (i, j), inner[i, j], signs)
-        for i, j in combinations(updates, 2)
-    }
-    task, relative = _task_interference(updates, products, list(updates))
-    energy = sum(update.energy for update in updates.values())
-    ratio = _ratio(energy, sum(inner.values()))
+    inner = {(i, j): products.inner(updates, i, j) for i, j in here}
+    pairs = {(i, j): _module(name, updates, products, (i, j), inner[i, j], signs) for i, j in here}
+    task, relative, ratio = None, None, None
+    if len(here) == len(updates) * (len(updates) - 1) // 2:
+        task, relative = _task_interference(updates, products, list(updates))
+        energy = sum(update.energy for update in updates.values())
+        ratio = _ratio(energy, sum(inner.values()))
     return _Compared(pairs, inner, JointInterference(name, len(updates), ratio, task, relative))
 
 
-def _products(updates: dict[int, _Update]) -> _Products:
+def _products(updates: dict[int, _Update], pairs: Sequence[tuple[int, int]]) -> _Products:
     left: dict[tuple[int, int], Array] = {}
     right: dict[tuple[int, int], Array] = {}
-    for i, j in combinations(updates, 2):
+    for i, j in pairs:
         first, second = updates[i], updates[j]
         left[i, j] = first.to_u.T @ (first.b.T @ second.b) @ second.to_u
         right[i, j] = first.to_v.T @ (first.a @ second.a.T) @ second.to_v

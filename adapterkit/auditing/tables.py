@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.auditing.places import short_names
 from adapterkit.auditing.report import AdapterAudit, AuditReport, FamilyAudit, ModuleAudit
+from adapterkit.notes import first_and_more
 from adapterkit.spreadsheet import csv_text
 
 if TYPE_CHECKING:
@@ -111,9 +112,23 @@ def _against(found: BaseAudit) -> Iterator[tuple[str, str]]:
     yield "‖ΔW‖₂ / ‖W‖₂, median", number(whole.udr_median)
     yield "‖ΔW‖₂ / ‖W‖₂, largest", number(whole.udr_max)
     yield (
-        f"intruders ({found.method})",
+        f"intruders ({certain(found)})",
         f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions",
     )
+
+
+def left_out(found: BaseAudit) -> list[str]:
+    """Name what was not compared, the modules of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for row in found.not_compared:
+        reasons.setdefault(row.reason, []).append(row.module)
+    return [f"{first_and_more(modules)}: {reason}" for reason, modules in reasons.items()]
+
+
+def certain(found: BaseAudit) -> str:
+    """Say how certain a number of intruders is."""
+    least, most = found.summary.intruder_range
+    return "exact" if least == most else f"{least:,} to {most:,} for certain"
 
 
 def _advice(suggestion: Suggestion) -> Iterator[str]:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from adapterkit.auditing.outliers import notable
 from adapterkit.auditing.places import short_names
-from adapterkit.auditing.tables import family_cells, number, span
-from adapterkit.notes import first_and_more
+from adapterkit.auditing.tables import certain, family_cells, left_out, number, span
 from adapterkit.text import PLAIN, Pen, columns, count, printable, sheet, size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from adapterkit.auditing.base_report import BaseAudit
     from adapterkit.auditing.interference import Interference
     from adapterkit.auditing.rank_plan import Suggestion
@@ -21,6 +22,7 @@ _LINES = 40
 _FAMILIES = 12
 _HEALTH = 3
 _CLASHES = 4
+_ADAPTERS, _COPIES = 16, 8
 _STANDINGS = 5
 _MANY = 1e6
 
@@ -98,9 +100,6 @@ def _header(audited: AdapterAudit) -> list[tuple[str, str]]:
 def _against(found: BaseAudit) -> list[tuple[str, str]]:
     whole = found.summary
     largest = max(found.weights, key=lambda row: row.udr or 0.0)
-    reasons: dict[str, list[str]] = {}
-    for row in found.not_compared:
-        reasons.setdefault(row.reason, []).append(row.module)
     return [
         (
             "against W",
@@ -109,15 +108,12 @@ def _against(found: BaseAudit) -> list[tuple[str, str]]:
                 f"({largest.name}); amplification {number(whole.amplification_median)}"
             ),
         ),
-        *(
-            ("not compared", f"{first_and_more(modules)}: {reason}")
-            for reason, modules in list(reasons.items())[:_HEALTH]
-        ),
+        *(("not compared", sentence) for sentence in left_out(found)[:_HEALTH]),
         (
             "intruders",
             (
                 f"{whole.intruder_dimensions:,} of the {whole.leading_directions:,} leading "
-                f"directions of W + ΔW are not W's ({found.method}), least retention "
+                f"directions of W + ΔW are not W's ({certain(found)}), least retention "
                 f"{number(whole.retention_min)}"
             ),
         ),
@@ -209,13 +205,20 @@ def _several(report: AuditReport, pen: Pen) -> list[str]:
         for index, audited in enumerate(report.adapters)
     ]
     header = ("", "adapter", "modules", "rank", "stable", "‖ΔW‖", "health")
-    lines = columns(rows, header=header, pen=pen).split("\n")
-    return lines + (_together(report.interference, pen) if report.interference else [])
+    shown = rows if len(rows) <= _ADAPTERS else rows[: _ADAPTERS - 1]
+    lines = columns(shown, header=header, pen=pen).split("\n")
+    if len(rows) > len(shown):
+        lines.append(f"and {len(rows) - len(shown):,} more adapters; --json has all")
+    return lines + (_together(report, report.interference, pen) if report.interference else [])
 
 
-def _together(found: Interference, pen: Pen) -> list[str]:
-    """Return every two adapters held against each other, and what clashes."""
-    lines = ["", *_pairs(found, pen)]
+def _together(report: AuditReport, found: Interference, pen: Pen) -> list[str]:
+    """Return copies, every two adapters held against each other, and what clashes."""
+    lines = [*_copies(report, found), ""]
+    if found.pairs:
+        lines += _pairs(found, pen)
+    if found.left_out:
+        lines.append(f"{found.left_out:,} more pairs have smaller cosines, by sketches")
     lines += ["", f"added together: {number(found.merge_energy_ratio)} of the sum of energies"]
     for pair in found.pairs:
         if pair.clashes:
@@ -229,6 +232,21 @@ def _together(found: Interference, pen: Pen) -> list[str]:
                 f"shapes, such as {printable(pair.mismatched[0])}: another base?"
             )
     return lines
+
+
+def _copies(report: AuditReport, found: Interference) -> list[str]:
+    """Name adapters that are the same."""
+    return [
+        f"{printable(report.adapters[group[0]].source or 'in memory')} ({group[0] + 1}) "
+        f"is the same, bit for bit, as {_listed(group[1:])}"
+        for group in found.copies
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = ", ".join(str(number + 1) for number in numbers[:_COPIES])
+    more = len(numbers) - _COPIES
+    return shown + (f" and {more:,} more" if more > 0 else "")
 
 
 def _pairs(found: Interference, pen: Pen) -> list[str]:

@@ -14,10 +14,10 @@ from adapterkit.errors import UsageError
 from adapterkit.lowrank.ranks import rank_rule
 from adapterkit.merging import planning
 from adapterkit.merging.beside import Beside, bias_keys, merge_beside
-from adapterkit.merging.combination import Combination, check
+from adapterkit.merging.combination import Combination, check, numbers, seed_of, space_of
 from adapterkit.merging.modules import MergedModule, Settings, merge_module
 from adapterkit.merging.planning import ModulePlan, Source
-from adapterkit.merging.registry import SPACES, Kind, MethodSpec, remark
+from adapterkit.merging.registry import Kind, remark
 from adapterkit.merging.registry import method as find_method
 from adapterkit.merging.report import MergeReport, ModuleReport
 from adapterkit.model import AdapterTensorSet
@@ -108,9 +108,9 @@ def merge(
     rule = rank_rule(rank, tol, energy)
     how = Combination(
         spec=spec,
-        parameters=_parameters(spec, density, params),
-        space=_space(spec, space),
-        seed=_seed(spec, seed),
+        parameters=numbers(spec, density, params),
+        space=space_of(spec, space),
+        seed=seed_of(spec, seed),
         rank=rule.rank,
         tolerance=None if tol is None and energy is None else rule.tolerance,
     )
@@ -126,31 +126,6 @@ def merge(
     adapter = _assembled(found, merged, beside).replace(tied=tied)
     notes = [*filter(None, [remark(method)]), *planning.absences(planned, found)]
     return MergeResult(adapter, _report(found, how, merged, beside, notes, normalize=normalize))
-
-
-def _parameters(
-    spec: MethodSpec, density: float | None, params: Mapping[str, float] | None
-) -> dict[str, float | None]:
-    given = dict(params or {})
-    if density is not None:
-        given["density"] = density
-    for name in given:
-        if name not in spec.parameters:
-            known = ", ".join(spec.parameters) or "none"
-            raise UsageError(f"{spec.name} has no parameter {name!r}; its parameters: {known}")
-    return {**spec.parameters, **given}
-
-
-def _space(spec: MethodSpec, space: str | None) -> str | None:
-    if space is not None and space not in SPACES:
-        raise UsageError(f"unknown space {space!r}; known: {', '.join(SPACES)}")
-    return space or spec.space
-
-
-def _seed(spec: MethodSpec, seed: int | None) -> int:
-    if seed is not None and not spec.random:
-        raise UsageError(f"{spec.name} draws nothing at random; leave out the seed")
-    return seed or 0
 
 
 def _alpha(planned: Sequence[ModulePlan], how: Combination) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Alias(NamedTuple):
+class MethodAlias(NamedTuple):
     """Another name of a method.
 
     Attributes:
@@ -32,24 +32,26 @@ _COUNT = (
 _IN_CORE = "run in core space: on whole matrices it would fill directions that no adapter has"
 
 ALIASES = (
-    Alias("task_arithmetic", "task-arithmetic", "mergekit"),
-    Alias("model_stock", "model-stock", "mergekit"),
-    Alias("dare_linear", "dare", "mergekit, PEFT", _L1),
-    Alias("dare_ties", "dare-ties", "mergekit, PEFT", f"{_L1}, and sums those that agree"),
-    Alias("breadcrumbs_ties", "breadcrumbs-ties", "mergekit"),
-    Alias("della_linear", "della-linear", "mergekit", _L1),
-    Alias("magnitude_prune", "magnitude-prune", "PEFT"),
-    Alias("magnitude_prune_svd", "magnitude-prune", "PEFT"),
-    Alias("ties_svd", "ties", "PEFT", _COUNT),
-    Alias("dare_linear_svd", "dare", "PEFT"),
-    Alias("dare_ties_svd", "dare-ties", "PEFT", _COUNT),
-    Alias("iso_c", "iso-c-core", "the paper", _IN_CORE),
-    Alias("iso_cts", "iso-cts-core", "the paper", _IN_CORE),
-    Alias("cart", "cart-core", "the paper", "run in core space, where its share is one of rank R"),
+    MethodAlias("task_arithmetic", "task-arithmetic", "mergekit"),
+    MethodAlias("model_stock", "model-stock", "mergekit"),
+    MethodAlias("dare_linear", "dare", "mergekit, PEFT", _L1),
+    MethodAlias("dare_ties", "dare-ties", "mergekit, PEFT", f"{_L1}, and sums those that agree"),
+    MethodAlias("breadcrumbs_ties", "breadcrumbs-ties", "mergekit"),
+    MethodAlias("della_linear", "della-linear", "mergekit", _L1),
+    MethodAlias("magnitude_prune", "magnitude-prune", "PEFT"),
+    MethodAlias("magnitude_prune_svd", "magnitude-prune", "PEFT"),
+    MethodAlias("ties_svd", "ties", "PEFT", _COUNT),
+    MethodAlias("dare_linear_svd", "dare", "PEFT"),
+    MethodAlias("dare_ties_svd", "dare-ties", "PEFT", _COUNT),
+    MethodAlias("iso_c", "iso-c-core", "the paper", _IN_CORE),
+    MethodAlias("iso_cts", "iso-cts-core", "the paper", _IN_CORE),
+    MethodAlias(
+        "cart", "cart-core", "the paper", "run in core space, where its share is one of rank R"
+    ),
 )
 _BY_NAME = {each.name: each for each in ALIASES}
 
 
-def alias(name: str) -> Alias | None:
+def alias(name: str) -> MethodAlias | None:
     """Return what a name of another program stands for, None where it is none."""
     return _BY_NAME.get(name.replace("-", "_"))

@@ -19,7 +19,7 @@ from adapterkit.lowrank.ranks import predicted_error
 from adapterkit.lowrank.sketching import compressed, compressed_within
 from adapterkit.merging import subspaces
 from adapterkit.merging.elementwise import merged
-from adapterkit.merging.registry import Kind, MethodSpec
+from adapterkit.merging.registry import SPACES, Kind, MethodSpec
 
 if TYPE_CHECKING:
     from adapterkit.lowrank.products import Key
@@ -137,7 +137,7 @@ def combine(
 def _elementwise(
     updates: Sequence[LowRank], weights: Array, how: Combination, place: tuple[str, int]
 ) -> Outcome:
-    keys = _keys(updates, weights, how, place)
+    keys = keys_of(updates, weights, how, place)
     rule = how.spec.function
     if how.space == "delta":
         whole = merged(updates, weights, rule, how.parameters, keys)
@@ -161,7 +161,7 @@ def _space(updates: Sequence[LowRank], how: Combination) -> subspaces.Space:
     return subspaces.SPACES[how.space or ""](updates)
 
 
-def _keys(
+def keys_of(
     updates: Sequence[LowRank], weights: Array, how: Combination, place: tuple[str, int]
 ) -> list[Key]:
     """Return one key for each update, which goes with the update and not with its place.
@@ -218,3 +218,43 @@ def check(how: Combination) -> None:
         raise UsageError(f"common is {common:g}, not a share from 0 to 1")
     if spec.kind is Kind.STACK and (how.rank is not None or how.tolerance):
         raise UsageError(f"{spec.name} keeps every rank; use svd to choose one")
+
+
+def numbers(
+    spec: MethodSpec, density: float | None, params: Mapping[str, float] | None
+) -> dict[str, float | None]:
+    """Return a method's numbers, defaults filled in.
+
+    Raises:
+        UsageError: if it has no such number.
+    """
+    given = dict(params or {})
+    if density is not None:
+        given["density"] = density
+    for name in given:
+        if name not in spec.parameters:
+            known = ", ".join(spec.parameters) or "none"
+            raise UsageError(f"{spec.name} has no parameter {name!r}; its parameters: {known}")
+    return {**spec.parameters, **given}
+
+
+def space_of(spec: MethodSpec, space: str | None) -> str | None:
+    """Return where a method is applied.
+
+    Raises:
+        UsageError: if there is no such space.
+    """
+    if space is not None and space not in SPACES:
+        raise UsageError(f"unknown space {space!r}; known: {', '.join(SPACES)}")
+    return space or spec.space
+
+
+def seed_of(spec: MethodSpec, seed: int | None) -> int:
+    """Return the seed, 0 by default.
+
+    Raises:
+        UsageError: if the method draws nothing.
+    """
+    if seed is not None and not spec.random:
+        raise UsageError(f"{spec.name} draws nothing at random; leave out the seed")
+    return seed or 0

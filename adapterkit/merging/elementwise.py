@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Parameters: TypeAlias = Mapping[str, float | None]
 Filter: TypeAlias = Callable[[Array], Array]
-# Starts a pass from the top row; called again for every pass.
-Start: TypeAlias = Callable[[], Filter]
+# Starts a pass at a row; called again for every pass.
+Start: TypeAlias = Callable[[int], Filter]
 # Blocks of all updates, pruned together.
 Selection: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
 
@@ -33,6 +33,9 @@ BLOCK = 1 << 18
 _SORTABLE = 1 << 21
 _DIGIT = 16
 _TIE = 1e-9
+# A product of other rows at a time may round the entry at a limit to just below it.
+_NEAR = 1 - 1e-12
+_OF_A_COUNT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,10 @@ class Rule:
     weigh: Callable[[Iterable[Sequence[Array]], Array], Array] | None = None
 
 
-def blocks(update: LowRank, height: int | None = None) -> Iterator[Array]:
-    """Yield the rows of B · A from top to bottom, `BLOCK` entries (or one row) at a time.
-
-    With `height`, so many rows at a time.
-    """
+def blocks(update: LowRank) -> Iterator[Array]:
+    """Yield the rows of B · A from top to bottom, `BLOCK` entries (or one row) at a time."""
     rows, columns = update.shape
-    height = height or max(BLOCK // max(columns, 1), 1)
+    height = max(BLOCK // max(columns, 1), 1)
     for start in range(0, rows, height):
         yield update.b[start : start + height] @ update.a
 
@@ -73,29 +73,47 @@ def merged(
     keys: Sequence[Key],
 ) -> Plane:
     """Return the plane that an elementwise rule makes of updates of one shape."""
-    return planned(updates, weights, rule, parameters, keys).held()
+    drawn = Drawn(updates, weights, rule, parameters, keys)
+    return Plane(updates[0].shape, drawn.read).held()
 
 
-def planned(
-    updates: Sequence[LowRank],
-    weights: Array,
-    rule: Rule,
-    parameters: Parameters,
-    keys: Sequence[Key],
-    height: int | None = None,
-) -> Plane:
-    """Return the plane of `merged`, computed anew in every pass, `height` rows at a time."""
-    starts = [rule.pruner(u, parameters, key) for u, key in zip(updates, keys, strict=True)]
-    select = rule.selection(updates, parameters) if rule.selection else None
+class Drawn:
+    """What an elementwise rule makes of updates of one shape, in passes or some rows at a time."""
 
-    def pruned() -> Iterator[Sequence[Array]]:
-        filters = [start() for start in starts]
-        for rows in zip(*(blocks(update, height) for update in updates), strict=True):
-            chosen = select(rows) if select else rows
-            yield [keep(block) for keep, block in zip(filters, chosen, strict=True)]
+    def __init__(
+        self,
+        updates: Sequence[LowRank],
+        weights: Array,
+        rule: Rule,
+        parameters: Parameters,
+        keys: Sequence[Key],
+    ) -> None:
+        """Learn what the rule has to know of all entries."""
+        self.updates, self.rule = updates, rule
+        self.starts = [
+            rule.pruner(u, parameters, key) for u, key in zip(updates, keys, strict=True)
+        ]
+        self.select = rule.selection(updates, parameters) if rule.selection else None
+        self.weights = rule.weigh(self._pruned(), weights) if rule.weigh else weights
 
-    shares = rule.weigh(pruned(), weights) if rule.weigh else weights
-    return Plane(updates[0].shape, lambda: (rule.combine(each, shares) for each in pruned()))
+    def read(self) -> Iterator[Array]:
+        """Yield all rows, from top to bottom."""
+        return (self.rule.combine(each, self.weights) for each in self._pruned())
+
+    def rows(self, begin: int, end: int) -> Array:
+        """Return some rows."""
+        rows = [update.b[begin:end] @ update.a for update in self.updates]
+        filters = [start(begin) for start in self.starts]
+        return self.rule.combine(self._kept(filters, rows), self.weights)
+
+    def _pruned(self) -> Iterator[Sequence[Array]]:
+        filters = [start(0) for start in self.starts]
+        for rows in zip(*(blocks(update) for update in self.updates), strict=True):
+            yield self._kept(filters, rows)
+
+    def _kept(self, filters: Sequence[Filter], rows: Sequence[Array]) -> Sequence[Array]:
+        chosen = self.select(rows) if self.select else rows
+        return [keep(block) for keep, block in zip(filters, chosen, strict=True)]
 
 
 def weighted_sum(pruned: Sequence[Array], weights: Array) -> Array:
@@ -155,8 +173,8 @@ def largest(update: LowRank, parameters: Parameters, key: Key) -> Start:
     """Keep the `density` largest entries by magnitude; all of several equal ones at the limit."""
     del key
     size = math.prod(update.shape)
-    limit = nth_largest(update, _kept(parameters, size))
-    return lambda: lambda block: np.where(np.abs(block) >= limit, block, 0.0)
+    limit = nth_largest(update, _kept(parameters, size)) * _NEAR
+    return lambda _: lambda block: np.where(np.abs(block) >= limit, block, 0.0)
 
 
 def without_outliers(update: LowRank, parameters: Parameters, key: Key) -> Start:
@@ -169,20 +187,20 @@ def without_outliers(update: LowRank, parameters: Parameters, key: Key) -> Start
     size = math.prod(update.shape)
     kept = int(_density(parameters) * size)
     top = min(int((parameters.get("gamma") or 0.0) * size), size - kept)
-    upper = nth_largest(update, top)
-    lower = nth_largest(update, top + kept)
+    upper = nth_largest(update, top) * _NEAR
+    lower = nth_largest(update, top + kept) * _NEAR
 
     def keep(block: Array) -> Array:
         magnitude = np.abs(block)
         return np.where((magnitude >= lower) & (magnitude < upper), block, 0.0)
 
-    return lambda: keep
+    return lambda _: keep
 
 
 def whole(update: LowRank, parameters: Parameters, key: Key) -> Start:
     """Keep everything."""
     del update, parameters, key
-    return lambda: lambda block: block
+    return lambda _: lambda block: block
 
 
 def of_most_variance(updates: Sequence[LowRank], parameters: Parameters) -> Selection:
@@ -199,7 +217,7 @@ def of_most_variance(updates: Sequence[LowRank], parameters: Parameters) -> Sele
             yield np.var(rows, axis=0)
 
     there = sum(int(np.count_nonzero(block)) for block in variances())
-    limit = nth_largest_of(variances, math.prod(updates[0].shape), int(there * density))
+    limit = nth_largest_of(variances, math.prod(updates[0].shape), int(there * density)) * _NEAR
 
     def select(rows: Sequence[Array]) -> Sequence[Array]:
         chosen = np.var(rows, axis=0) >= limit
@@ -220,11 +238,10 @@ def by_energy(pruned: Iterable[Sequence[Array]], weights: Array) -> Array:
 
 def at_random(update: LowRank, parameters: Parameters, key: Key) -> Start:
     """Keep each entry with probability `density`, divided by it (Yu et al. 2024, DARE)."""
-    del update
-    density = _density(parameters)
+    density, columns = _density(parameters), update.shape[1]
 
-    def start() -> Filter:
-        generator = _generator(key)
+    def start(row: int) -> Filter:
+        generator = _generator(key, row * columns)
         return lambda block: np.where(generator.random(block.shape) < density, block / density, 0.0)
 
     return start
@@ -247,8 +264,8 @@ def at_random_by_rank(update: LowRank, parameters: Parameters, key: Key) -> Star
     steps = np.linspace(-reach, reach, columns) if columns > 1 else np.zeros(columns)
     chances = np.minimum(density + steps, 1.0) if density < 1 else np.ones(columns)
 
-    def start() -> Filter:
-        generator = _generator(key)
+    def start(row: int) -> Filter:
+        generator = _generator(key, row * columns)
 
         def keep(block: Array) -> Array:
             order = np.argsort(np.abs(block), axis=1, kind="stable")
@@ -271,9 +288,17 @@ def _density(parameters: Parameters) -> float:
     return 1.0 if value is None else value
 
 
-def _generator(key: Key) -> np.random.Generator:
-    # Counter-based: the numbers depend on the key and the entry, on no other module or thread.
-    return np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
+def _generator(key: Key, drawn: int) -> np.random.Generator:
+    """Return the generator of a key after so many numbers.
+
+    It is counter-based: numbers depend on the key and the entry, on no other module or thread.
+    """
+    bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
+    # Four numbers of 64 bits come of one count.
+    bits.advance(drawn // _OF_A_COUNT)
+    generator = np.random.Generator(bits)
+    generator.random(drawn % _OF_A_COUNT)
+    return generator
 
 
 def nth_largest(update: LowRank, place: int) -> float:

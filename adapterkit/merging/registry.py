@@ -18,7 +18,7 @@ from enum import StrEnum
 from importlib import import_module
 from typing import Any
 
-from adapterkit.merging.aliases import alias
+from adapterkit.merging.aliases import ALIASES, MethodAlias, alias
 from adapterkit.registry import named, plugins
 
 _GROUP = "adapterkit.merge_methods"
@@ -74,11 +74,14 @@ class MethodSpec:
     basis_dependent: bool = False
 
     @property
-    def exact(self) -> str:
-        """What holds its result without a loss."""
-        if self.kind is Kind.ELEMENTWISE and self.space == "delta":
-            return "a base (--into); an adapter comes near it, or with --space knots or core"
-        return "an adapter of rank Σr"
+    def dense(self) -> bool:
+        """Whether its result has no small rank: a base holds it, an adapter comes near it."""
+        return self.kind is Kind.ELEMENTWISE and self.space == "delta"
+
+    @property
+    def aliases(self) -> tuple[MethodAlias, ...]:
+        """What other programs call it."""
+        return tuple(each for each in ALIASES if each.method == self.name)
 
     @property
     def function(self) -> Any:

@@ -58,7 +58,7 @@ def _method_names(
     "--method",
     metavar="METHOD",
     shell_complete=_method_names,
-    help="svd (the weighted sum), cat, slerp, ties, ...; `adapterkit list methods` has all.",
+    help="svd (the weighted sum), cat, slerp, ties, dare, ...; `adapterkit list methods` has all.",
 )
 @click.option("--rank", metavar="N|auto", help="Rank of every module; by default nothing is lost.")
 @click.option("--tol", type=float, metavar="X", help="Largest relative error; gives the rank.")

@@ -28,7 +28,19 @@ _OWN = (
     "resume",
     "jobs",
 )
-_BOTH = ("weights", "dialect", "alpha", "as_format", "allow_lossy", "force")
+_BOTH = (
+    "weights",
+    "method",
+    "density",
+    "params",
+    "seed",
+    "normalize",
+    "dialect",
+    "alpha",
+    "as_format",
+    "allow_lossy",
+    "force",
+)
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,7 +105,7 @@ def check(into: str | None, arguments: Mapping[str, Any]) -> None:
         reason = "goes with --into"
     else:
         wrong = [name for name in arguments if name not in {*_OWN, *_BOTH}]
-        reason = "does not go with --into, which adds the weighted updates"
+        reason = "does not go with --into, which adds updates to the weights and keeps all of them"
     if wrong:
         names = {"params": "--param", "as_format": "--from"}
         raise click.UsageError(f"{names.get(wrong[0], '--' + wrong[0].replace('_', '-'))} {reason}")

@@ -102,7 +102,9 @@ def _methods() -> list[dict[str, Any]]:
             "space": method.space,
             "random": method.random,
             "adapters": method.adapters,
-            "source": getattr(method, "source", ""),
+            "source": method.source,
+            "exact_in": "a base" if method.dense else "an adapter",
+            "aliases": method.aliases,
         }
         for method in merge_methods()
     ]
@@ -205,8 +207,15 @@ LISTINGS = {
     "methods": Listing(
         "what --method of `merge` takes, and what --param takes with it",
         _methods,
-        ("name", "what it does", "parameters", "space"),
-        lambda r: (r["name"], r["title"], _parameters(r), r["space"] or ""),
+        ("name", "what it does", "parameters", "exact in", "source", "also called"),
+        lambda r: (
+            r["name"],
+            r["title"],
+            _parameters(r),
+            r["exact_in"],
+            r["source"],
+            ", ".join(f"{each.name} ({each.programs})" for each in r["aliases"]),
+        ),
     ),
     "dialects": Listing(
         "key grammars of hand-written adapters, for --dialect",

@@ -18,7 +18,8 @@ from adapterkit.merging.into.operations import Sum, operations
 from adapterkit.merging.into.report import NearestReport, TensorReport
 from adapterkit.merging.into.rounding import Rounder
 from adapterkit.merging.into.rows import Place, decoded, reader
-from adapterkit.merging.into.steps import Change, Product
+from adapterkit.merging.into.ruled import Rules
+from adapterkit.merging.into.steps import Change, Product, Ruled
 from adapterkit.model import Kind
 from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor, encode
@@ -197,7 +198,7 @@ class Merger:
         """Return W + ΔW and ΔW of a block."""
         rows = len(base)
         match self._operations:
-            case [Sum() as only]:
+            case [Sum() | Rules() as only]:
                 update = only.delta(place, memory.update[:rows])
                 return np.add(base, update, out=memory.merged[:rows]), update
             case several:
@@ -314,7 +315,8 @@ def _geometry(change: Change) -> tuple[int, int, int]:
     if len(shape) < 2:  # noqa: PLR2004  (a vector)
         return 1, 1, change.stored.size
     stacked = len(shape) == _STACK and any(
-        isinstance(step, Product) and step.pair.kind is Kind.EXPERTS for step in change.steps
+        isinstance(step, (Product, Ruled)) and step.pair.kind is Kind.EXPERTS
+        for step in change.steps
     )
     matrices = shape[0] if stacked else 1
     rows = shape[1] if stacked else shape[0]

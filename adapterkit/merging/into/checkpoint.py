@@ -20,8 +20,9 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError
 from adapterkit.json_file import read_json_object
 from adapterkit.merging.into.huggingface import checkpoint_steps
+from adapterkit.merging.into.ruled import ruled
 from adapterkit.merging.into.shards import Shard, planned_shards, stored_in
-from adapterkit.merging.into.steps import Added, Change, Product, Replaced, RowsReplaced
+from adapterkit.merging.into.steps import Added, Change, Product, Replaced, RowsReplaced, Ruled
 from adapterkit.merging.into.tying import Tying, as_spelled, resolved
 from adapterkit.merging.into.vocabulary import grown
 from adapterkit.merging.into.writing import write_files
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from adapterkit.base.quantised import DecodedBase
+    from adapterkit.merging.combination import Combination
     from adapterkit.merging.into.journal import Journal
     from adapterkit.merging.into.report import TensorReport
-    from adapterkit.merging.into.steps import Step
+    from adapterkit.merging.into.steps import Applied, Step
     from adapterkit.merging.into.writing import OutputFile, Progress
     from adapterkit.merging.planning import Source
     from adapterkit.storage import FileSlice
@@ -120,6 +122,7 @@ def plan_checkpoint(
     dtype: DType | None,
     tied: str | None,
     decoded: DecodedBase | None = None,
+    how: Combination | None = None,
 ) -> CheckpointPlan:
     """Decide what every stored tensor gets, before anything is written.
 
@@ -129,6 +132,7 @@ def plan_checkpoint(
         dtype: type for all tensors, if not their own.
         tied: what to do with tables that are one.
         decoded: what of the base was quantised, if it was.
+        how: the rule on entries that makes one update of all; None for their weighted sum.
 
     Raises:
         UnsupportedError: if a change has no right place in the base.
@@ -150,9 +154,10 @@ def plan_checkpoint(
         steps = resolved(steps, tying, tied, sources)
         if tied == "untie" and output in steps:
             fields["tie_word_embeddings"] = False
+    applied = ruled(steps, sources, how)
     kinds = dict.fromkeys(decoded.stored, dtype or _sixteen_bits(base)) if decoded else {}
     kinds |= {name: dtype or kinds.get(name, stored.tensors[name].dtype) for name in tables}
-    changes = _changes(base, names, steps, dtype, kinds)
+    changes = _changes(base, names, applied, dtype, kinds)
     if dtype is not None:
         fields |= {"torch_dtype": _TORCH[dtype], "dtype": _TORCH[dtype]}
     fields |= _vocabulary(stored, names, changes)
@@ -226,7 +231,7 @@ def _check_complete(base: BaseModel) -> None:
 def _changes(
     base: BaseModel,
     names: Places,
-    steps: Mapping[str, Sequence[Step]],
+    steps: Mapping[str, Sequence[Applied]],
     dtype: DType | None,
     decoded: Mapping[str, DType],
 ) -> dict[str, Change]:
@@ -255,10 +260,12 @@ def _sixteen_bits(base: BaseModel) -> DType:
     return DType.F16 if named == _TORCH[DType.F16] else DType.BF16
 
 
-def _checked_shape(source: LazyTensor, steps: Sequence[Step], role: str | None) -> tuple[int, ...]:
+def _checked_shape(
+    source: LazyTensor, steps: Sequence[Applied], role: str | None
+) -> tuple[int, ...]:
     """Return the shape to store: the base's, or that of a whole table with more rows."""
     for step in steps:
-        if isinstance(step, Product):
+        if isinstance(step, (Product, Ruled)):
             continue
         held = step.tensor.shape if isinstance(step, Replaced) else source.shape
         grown = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.keys import Role
 from adapterkit.loading import open_model
+from adapterkit.merging.combination import Combination
 from adapterkit.merging.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
 from adapterkit.merging.into.diffusion import MODEL as DIFFUSION
 from adapterkit.merging.into.diffusion import plan_diffusion, respelled, write_diffusion_base
@@ -21,10 +22,12 @@ from adapterkit.merging.into.gguf import MOST_ERROR, Allowed, check_rounding, ch
 from adapterkit.merging.into.journal import journalled, plan_hash
 from adapterkit.merging.into.reading import read_sources
 from adapterkit.merging.into.report import MergeIntoReport, TensorReport
+from adapterkit.merging.into.ruled import rule_of, settings_of, shares
 from adapterkit.merging.into.tokenizers import unplaced, with_tokenizer
 from adapterkit.merging.into.tying import check_choice
 from adapterkit.merging.into.writing import SEGMENT, write_files
 from adapterkit.merging.planning import Source
+from adapterkit.merging.registry import remark
 from adapterkit.output import Output
 from adapterkit.saving import stored_type
 from adapterkit.work import counter, threads
@@ -40,6 +43,11 @@ def merge_into(
     destination: Path | str,
     *,
     weights: Sequence[float] | None = None,
+    method: str | None = None,
+    density: float | None = None,
+    params: Mapping[str, float] | None = None,
+    seed: int | None = None,
+    normalize: bool = False,
     dtype: str | None = None,
     gguf_type: str | None = None,
     rounding: str | None = None,
@@ -67,7 +75,14 @@ def merge_into(
         sources: adapters, any formats.
         base: Hugging Face directory or GGUF file; of the same kind is the output.
         destination: directory, or .gguf file, to create.
-        weights: one for each adapter, 1 by default, used as they are.
+        weights: one for each adapter, 1 by default, used as they are; 1 / T by default for rules
+            that average.
+        method: a rule on entries (`ties`, `dare`, ...) that makes one update of those of all
+            adapters for each stored tensor, exactly; by default their weighted sum.
+        density: share of the entries that the rule keeps.
+        params: the rule's other numbers.
+        seed: of a random rule.
+        normalize: divide the weights by their sum.
         dtype: `f32`, `f16` or `bf16` for all tensors of a Hugging Face model.
         gguf_type: `keep`, `f32`, `f16`, `bf16` or `q8_0` for changed tensors of a GGUF model; by
             default those four are kept and all other types become q8_0. One of llama.cpp's
@@ -97,6 +112,8 @@ def merge_into(
         DestinationExistsError: if the destination exists.
         WriteError: if the output cannot be written.
     """
+    how = rule_of(method, density, params, seed)
+    weights = shares(weights, len(sources), how, normalize=normalize)
     check_choice(tied)
     check_type(gguf_type)
     check_rounding(rounding, gguf_type)
@@ -127,7 +144,7 @@ def merge_into(
     if opened.kind == "gguf":
         allow = Allowed(requantise=allow_requantise, weak=allow_weak)
         tensors, more = _merge_file(
-            adapters, opened, write, allow, kind=gguf_type, tied=tied, rounding=rounding
+            adapters, opened, write, allow, how, kind=gguf_type, tied=tied, rounding=rounding
         )
     elif opened.layout:
         adapters = respelled(adapters, opened)
@@ -135,9 +152,10 @@ def merge_into(
     else:
         stored = stored_type(dtype) if dtype else None
         tensors, more = _merge_directory(
-            adapters, opened, write, dtype=stored, tied=tied, decoded=decoded
+            adapters, opened, write, how, dtype=stored, tied=tied, decoded=decoded
         )
-    notes = (*notes, *_order(adapters), *more)
+    said = remark(method) if method else None
+    notes = (*([said] if said else []), *notes, *_order(adapters), *more)
     if dequantize and decoded is None:
         notes = (*notes, "the base is not quantised; dequantize changes nothing")
     report = _report(adapters, opened, destination, tensors, notes)
@@ -197,14 +215,15 @@ def _merge_directory(
     sources: Sequence[Source],
     base: BaseModel,
     write: _Write,
+    how: Combination | None,
     *,
     dtype: DType | None,
     tied: str | None,
     decoded: DecodedBase | None,
 ) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied, decoded=decoded)
+    plan = plan_checkpoint(sources, base, dtype=dtype, tied=tied, decoded=decoded, how=how)
     plan, said = with_tokenizer(plan, sources)
-    settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None}
+    settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None, **settings_of(how)}
     with write.output(sources, MODEL) as output:
         others = [plan.origin(path) for path in plan.others]
         key = plan_hash(sources, plan.spans, others, settings | {"segment": SEGMENT})
@@ -238,15 +257,16 @@ def _merge_file(
     base: BaseModel,
     write: _Write,
     allow: Allowed,
+    how: Combination | None,
     *,
     kind: str | None,
     tied: str | None,
     rounding: str | None,
 ) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_gguf(sources, base, kind=kind, tied=tied, rounding=rounding, allow=allow)
+    plan = plan_gguf(sources, base, kind=kind, tied=tied, rounding=rounding, allow=allow, how=how)
     file = plan.output(write.destination.name)
     settings = {"gguf_type": kind, "tied": tied, "segment": SEGMENT, "weak": allow.weak}
-    settings |= {"rounding": rounding}
+    settings |= {"rounding": rounding, **settings_of(how)}
     with write.output(sources) as output:
         key = plan_hash(sources, file.spans(), (), settings)
         count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)

@@ -14,6 +14,7 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merging.into.engine import EMBEDDING, OUTPUT, engine_steps
 from adapterkit.merging.into.inputs import drawn_inputs
 from adapterkit.merging.into.rounding import can_be_shaped, shaped_changes
+from adapterkit.merging.into.ruled import ruled
 from adapterkit.merging.into.steps import Change
 from adapterkit.merging.into.tying import Tying, as_spelled, resolved
 from adapterkit.merging.into.writing import OutputFile, Piece
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from adapterkit.architectures.mixtures import Mixture
     from adapterkit.base.model import BaseModel
     from adapterkit.containers.gguf import GGUFFile
-    from adapterkit.merging.into.steps import Shaping, Step
+    from adapterkit.merging.combination import Combination
+    from adapterkit.merging.into.steps import Applied, Shaping, Step
     from adapterkit.merging.planning import Source
 
 # What changed tensors may be stored as, the others being as they were.
@@ -115,6 +117,7 @@ def plan_gguf(
     tied: str | None,
     rounding: str | None,
     allow: Allowed,
+    how: Combination | None = None,
 ) -> EnginePlan:
     """Decide what every tensor gets and as which type it is stored.
 
@@ -129,13 +132,14 @@ def plan_gguf(
             steps.setdefault(name, []).extend(more)
     if base.tied:
         steps = resolved(steps, Tying(EMBEDDING, OUTPUT, stored=False), tied, sources)
-    tensors = _with_output(base.tensors, steps)
+    applied = ruled(steps, sources, how)
+    tensors = _with_output(base.tensors, applied)
     mixture = mixtures().get(kind or "")
     if mixture is None:
-        types = {name: _changed_type(tensors[name], kind) for name, each in steps.items() if each}
+        types = {name: _changed_type(tensors[name], kind) for name, each in applied.items() if each}
     else:
         types = _mixed_types(mixture, base, tensors, allow)
-    changes = _changes(tensors, steps, types, mixture)
+    changes = _changes(tensors, applied, types, mixture)
     notes: list[str] = []
     file = _first_file(base, notes)
     if kind == "keep" and not allow.weak:
@@ -155,7 +159,7 @@ def plan_gguf(
 
 
 def _with_output(
-    tensors: Mapping[str, LazyTensor], steps: Mapping[str, Sequence[Step]]
+    tensors: Mapping[str, LazyTensor], steps: Mapping[str, Sequence[Applied]]
 ) -> dict[str, LazyTensor]:
     """Return the base's tensors in its order, an output that is new after the embedding."""
     found: dict[str, LazyTensor] = {}
@@ -205,7 +209,7 @@ def _requantised(tensor: LazyTensor, dtype: DType) -> bool:
 
 def _changes(
     tensors: Mapping[str, LazyTensor],
-    steps: Mapping[str, Sequence[Step]],
+    steps: Mapping[str, Sequence[Applied]],
     types: Mapping[str, DType],
     mixture: Mixture | None,
 ) -> dict[str, Change]:

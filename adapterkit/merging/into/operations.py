@@ -8,13 +8,14 @@ import numpy as np
 
 from adapterkit.errors import FormatError
 from adapterkit.merging.into.rows import decoded, reader
-from adapterkit.merging.into.steps import Added, Product, Replaced, RowsReplaced
+from adapterkit.merging.into.ruled import Rules
+from adapterkit.merging.into.steps import Added, Product, Replaced, RowsReplaced, Ruled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.merging.into.rows import Place
-    from adapterkit.merging.into.steps import Magnitude, Step
+    from adapterkit.merging.into.steps import Applied, Magnitude, Step
     from adapterkit.tensor import LazyTensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -67,7 +68,7 @@ class Operation(Protocol):
         ...
 
 
-def operations(steps: Sequence[Step], tensor: Unmerged) -> list[Operation]:
+def operations(steps: Sequence[Applied], tensor: Unmerged) -> list[Operation]:
     """Open the steps; low-rank updates next to each other become one product.
 
     Raises:
@@ -90,6 +91,8 @@ def operations(steps: Sequence[Step], tensor: Unmerged) -> list[Operation]:
                 found.append(_Whole(step, tensor))
             case RowsReplaced():
                 found.append(_TokenRows(step, tensor.kind))
+            case Ruled():
+                found.append(Rules(step, tensor, _unscaled))
     return [*found, Sum(plain, tensor.kind)] if plain else found
 
 
@@ -213,6 +216,10 @@ class _TokenRows:
 
 def _unweighted(step: Product) -> Product:
     return Product(step.label, step.module, step.pair, 1.0, step.turned, step.magnitude)
+
+
+def _unscaled(step: Product) -> tuple[Array, Array]:
+    return _factors(_unweighted(step), np.dtype(np.float64))
 
 
 def _factors(step: Product, kind: np.dtype[Any]) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from adapterkit.dtype import DType
+from adapterkit.merging.combination import Combination
 from adapterkit.model import Update
 from adapterkit.tensor import LazyTensor
 
@@ -106,7 +107,43 @@ class RowsReplaced:
     weight: float
 
 
+@dataclass(frozen=True, slots=True)
+class Ruled:
+    """All low-rank updates of a tensor, made one by a rule on their entries.
+
+    Attributes:
+        products: each adapter's, None where it has none.
+        weights: each adapter's.
+        how: the rule and its numbers.
+    """
+
+    products: tuple[Product | None, ...]
+    weights: tuple[float, ...]
+    how: Combination
+
+    @property
+    def _first(self) -> Product:
+        return next(product for product in self.products if product is not None)
+
+    @property
+    def label(self) -> str:
+        """The first adapter that has one."""
+        return self._first.label
+
+    @property
+    def module(self) -> str:
+        """The adapted module."""
+        return self._first.module
+
+    @property
+    def pair(self) -> Update:
+        """The first of the updates."""
+        return self._first.pair
+
+
+# What an adapter does, and what becomes of it.
 Step = Product | Added | Replaced | RowsReplaced
+Applied = Step | Ruled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +179,7 @@ class Change:
 
     name: str
     source: LazyTensor
-    steps: tuple[Step, ...]
+    steps: tuple[Applied, ...]
     dtype: DType
     shape: tuple[int, ...]
     via: DType | None = None
