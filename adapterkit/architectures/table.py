@@ -11,7 +11,8 @@ rules), `inert` with `inert_build` (tensors that llama.cpp loads adapters for an
 A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the expert. Its fields:
 
     gguf      the tensor without `.weight`, or a list of tensors or tables {name, size, rows}
-    kind      linear (default), embedding, positions, experts (a 3-D parameter), norm, conv, tensor
+    kind      linear (default), embedding, positions, experts (a 3-D parameter), norm, conv, tensor,
+              header (llama.cpp keeps it there, one number for each layer, and has no tensor)
     rows      row order of llama.cpp, a call of a function in transforms.py
     cols      column order, likewise
     scale     factor that llama.cpp's weight carries and Hugging Face's does not

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from adapterkit.architectures import Sizes
-from adapterkit.architectures.mapping import in_tower
+from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.architectures.weights import model_to_engine
 from adapterkit.base import BaseModel, open_base
 from adapterkit.errors import BaseRequiredError
@@ -108,6 +108,8 @@ def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
     writer = gguf.GGUFWriter(path, base.architecture.gguf)
     for key, value in _hyperparameters(row, base).items():
         _add(writer, f"{base.architecture.gguf}.{key}", value)
+    for key, values in _learned(base).items():
+        _add(writer, key, values)
     # llama.cpp keeps vision and audio towers in another file.
     state = {name: tensor.numpy() for name, tensor in base.tensors.items() if not in_tower(name)}
     tensors = model_to_engine(base.architecture, base.sizes, state) | row.tensors
@@ -119,6 +121,16 @@ def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _learned(base: BaseModel) -> dict[str, list[float]]:
+    """Return the learned numbers that llama.cpp keeps in its header, one for each layer."""
+    learned: dict[str, list[float]] = {}
+    for name, tensor in sorted(base.tensors.items()):
+        match = find_rule(base.architecture, name)
+        if match and match.rule.kind == "header":
+            learned.setdefault(match.rule.targets[0].name, []).append(tensor.numpy().item())
+    return learned
 
 
 def _hyperparameters(row: FamilyRow, base: BaseModel) -> dict[str, Any]:
