@@ -28,6 +28,7 @@ from engine import (
 
 from adapterkit.architectures import families, load
 from adapterkit.containers.gguf import read_gguf
+from adapterkit.errors import BaseRequiredError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,10 @@ def test_base_and_adapter_agree_with_transformers_and_peft(name: str, tmp_path: 
     answer = engine_logprobs(base.gguf, prompts, [(tmp_path / "adapter.gguf", 1.0)])
     assert max_kl(adapted, answer) < base.tolerance, "adapter"
 
+    if base.row.config_only:
+        with pytest.raises(BaseRequiredError, match="give its full config"):
+            convert_adapter(tuned.path, base, tmp_path / "again.gguf", given="gguf")
+        return
     convert_adapter(tuned.path, base, tmp_path / "again.gguf", given="gguf")
     assert stored(tmp_path / "again.gguf") == stored(tmp_path / "adapter.gguf")
 

@@ -323,6 +323,8 @@ def _reordered(rule: WeightRule, sizes: Sizes, layer: int | None, pair: Update) 
         pair = factors.take_columns(pair, order)
     if rule.scale:
         pair = replace(pair, scale=pair.scale * sizes.number(rule.scale, layer))
+    if rule.row_scales:
+        pair = factors.scale_rows(pair, row_factors(rule, sizes, layer, pair.b.shape[-2], pair.module))
     return pair
 
 
@@ -337,6 +339,9 @@ def _unordered(rule: WeightRule, sizes: Sizes | None, layer: int | None, pair: U
         pair = factors.take_columns(pair, inverse(order))
     if rule.scale:
         pair = replace(pair, scale=pair.scale / sizes.number(rule.scale, layer))
+    if rule.row_scales:
+        given = row_factors(rule, sizes, layer, pair.b.shape[-2], pair.module)
+        pair = factors.scale_rows(pair, 1 / given)
     return pair
 
 
@@ -384,6 +389,24 @@ def row_order(call: Call, rows: int, sizes: Sizes, layer: int | None, module: st
             f"{rows} rows do not divide by {shown} of the base; is it the right base?",
             where=module,
         ) from None
+
+
+def row_factors(
+    rule: WeightRule, sizes: Sizes, layer: int | None, rows: int, module: str
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return what llama.cpp's weight carries in each row, (rows,).
+
+    Raises:
+        IncompatibleBaseError: if the stretches of the table are not these rows.
+    """
+    import numpy as np
+
+    heights = [sizes.value(height, layer) for height, _ in rule.row_scales]
+    if sum(heights) != rows:
+        raise IncompatibleBaseError(
+            f"has {rows} output rows, the base says {heights}", where=module
+        )
+    return np.repeat([sizes.number(factor, layer) for _, factor in rule.row_scales], heights)
 
 
 @lru_cache(maxsize=64)

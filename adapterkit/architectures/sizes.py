@@ -53,7 +53,7 @@ class Sizes:
         side: `hf` or `gguf`, the kind of `facts`.
         facts: raw keys: of config.json, or of the GGUF header without the architecture's prefix and
             with dots as double underscores. Lists hold one value per layer; what a nested config
-            holds is named outer__inner.
+            or list holds is named outer__inner, outer__0.
         path: what states them, for messages.
     """
 
@@ -161,11 +161,13 @@ class Sizes:
 
 
 def _stated(facts: Mapping[str, Any], name: str) -> Any:
-    """Return a fact, or one of a nested config, spelled outer__inner."""
+    """Return a fact, or one of a nested config or list, spelled outer__inner or outer__0."""
     if name in facts or "__" not in name:
         return facts.get(name)
     outer, inner = name.split("__", 1)
     nested = facts.get(outer)
+    if isinstance(nested, list) and inner.isdecimal():
+        return dict(enumerate(cast("list[Any]", nested))).get(int(inner))
     return _stated(cast("Mapping[str, Any]", nested), inner) if isinstance(nested, dict) else None
 
 

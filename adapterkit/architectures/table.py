@@ -16,6 +16,7 @@ A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the
     rows      row order of llama.cpp, a call of a function in transforms.py
     cols      column order, likewise
     scale     factor that llama.cpp's weight carries and Hugging Face's does not
+    row_scales  the same for stretches of rows, a list of [rows, factor] that covers them all
     add       constant that llama.cpp's vector carries (Gemma's norms)
     values    `minus_exp`: llama.cpp stores -exp(x)
     folded    the shape of llama.cpp's tensor, as expressions, where it counts axes otherwise
@@ -78,6 +79,7 @@ class WeightRule:
     rows: Call | None = None
     cols: Call | None = None
     scale: str | None = None
+    row_scales: tuple[tuple[str, str], ...] = ()
     add: float = 0.0
     squeezed: bool = False
     values: str | None = None
@@ -108,6 +110,7 @@ class WeightRule:
         """Whether applying the rule takes sizes of the base model."""
         calls = (self.rows, self.cols, *(target.rows for target in self.targets))
         sizes = (self.scale, self.per_head, *(target.size for target in self.targets))
+        calls = (*calls, *self.row_scales)
         return any(calls) or any(sizes)
 
 
@@ -367,6 +370,7 @@ def _rule(path: str, fields: Mapping[str, Any]) -> WeightRule:
         shape=tuple(known.pop("shape", ())),
         folded=tuple(known.pop("folded", ())),
         scale=_text_of(known.pop("scale", None)),
+        row_scales=tuple((rows, factor) for rows, factor in known.pop("row_scales", ())),
         alternative=_rule(path, {**_common(fields), **other}) if other else None,
         **calls,
         **known,

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.architectures.mapping import find_rule, row_order
+from adapterkit.architectures.mapping import find_rule, row_factors, row_order
 from adapterkit.architectures.table import WeightRule
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 
@@ -173,6 +173,9 @@ def _moved(place: _Place, sizes: Sizes, name: str, array: Array) -> list[tuple[s
         array = array.take(row_order(rule.cols, array.shape[-1], sizes, layer, name), -1)
     if rule.scale:
         array = array.astype("float32") * sizes.number(rule.scale, layer)
+    if rule.row_scales and not vector:
+        given = row_factors(rule, sizes, layer, array.shape[axis], name)
+        array = array.astype("float32") * given.astype("float32")[:, None]
     if rule.add and place.suffix != ".bias":
         array = array.astype("float32") + rule.add
     if rule.per_head:

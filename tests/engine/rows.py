@@ -26,6 +26,7 @@ class FamilyRow:
     lora: Mapping[str, Any]
     tensors: Mapping[str, Any]
     gelu: bool
+    config_only: bool
 
 
 def family_rows() -> tuple[str, ...]:
@@ -50,6 +51,7 @@ def family_row(name: str) -> FamilyRow:
         lora=row.pop("lora", {}),
         tensors=row.pop("tensors", {}),
         gelu=row.pop("gelu", False),
+        config_only=row.pop("config_only", False),
     )
     if row:
         raise ValueError(f"{name}.toml: unknown fields {sorted(row)}")
