@@ -28,7 +28,7 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 # Hyper-parameters that llama.cpp reads as float32, whole numbers or not; it aborts on other types.
-_REAL = re.compile(r"epsilon|freq_base|softcapping|scale|factor|theta|clamp|eps$|bias$|yarn")
+_REAL = re.compile(r"epsilon|freq_base|softcapping|scale|factor|theta|clamp|alpha$|eps$|bias$|yarn")
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 
