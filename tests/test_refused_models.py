@@ -44,7 +44,7 @@ def test_reason_is_given(config: dict[str, object], reason: str, tmp_path: Path)
         ({"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}, ""),
         ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, ""),
         ({"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}, ""),
-        ({"architectures": ["BitnetForCausalLM"], "model_type": "llama"}, ""),
+        ({"architectures": ["OrionForCausalLM"], "model_type": "llama"}, ""),
     ],
 )
 def test_class_decides(config: dict[str, object], family: str, tmp_path: Path) -> None:

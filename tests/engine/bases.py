@@ -111,7 +111,11 @@ def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
     for key, values in _learned(base).items():
         _add(writer, key, values)
     # llama.cpp keeps vision and audio towers in another file.
-    state = {name: tensor.numpy() for name, tensor in base.tensors.items() if not in_tower(name)}
+    state = {
+        name: tensor.numpy()
+        for name, tensor in base.tensors.items()
+        if not in_tower(name) and not (base.text_prefix and unknown(base, name))
+    }
     tensors = model_to_engine(base.architecture, base.sizes, state) | row.tensors
     vocabulary = tensors["token_embd.weight"].shape[0]
     _add_vocabulary(writer, vocabulary)
@@ -121,6 +125,13 @@ def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def unknown(base: BaseModel, name: str) -> bool:
+    """Whether no rule names a parameter: what a speech model has beside its text tower."""
+    return find_rule(base.architecture, name.rsplit(".", 1)[0]) is None and (
+        find_rule(base.architecture, name) is None
+    )
 
 
 def _learned(base: BaseModel) -> dict[str, list[float]]:

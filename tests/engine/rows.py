@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,7 +45,7 @@ def family_row(name: str) -> FamilyRow:
         family=row.pop("family", name),
         config_class=row.pop("config_class", f"{prefix}Config"),
         model_class=row.pop("model_class", f"{prefix}ForCausalLM"),
-        config=dict.fromkeys(row.pop("null", ())) | row.pop("config", {}),
+        config=_with_nulls(row.pop("config", {}), row.pop("null", ())),
         optional=common["config"],
         gguf=common["gguf"] | row.pop("gguf", {}),
         lora=row.pop("lora", {}),
@@ -56,3 +56,13 @@ def family_row(name: str) -> FamilyRow:
     if row:
         raise ValueError(f"{name}.toml: unknown fields {sorted(row)}")
     return made
+
+
+def _with_nulls(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    for name in names:
+        *outer, last = name.split(".")
+        inner = config
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = None
+    return config
