@@ -324,7 +324,9 @@ def _reordered(rule: WeightRule, sizes: Sizes, layer: int | None, pair: Update) 
     if rule.scale:
         pair = replace(pair, scale=pair.scale * sizes.number(rule.scale, layer))
     if rule.row_scales:
-        pair = factors.scale_rows(pair, row_factors(rule, sizes, layer, pair.b.shape[-2], pair.module))
+        pair = factors.scale_rows(
+            pair, row_factors(rule, sizes, layer, pair.b.shape[-2], pair.module)
+        )
     return pair
 
 

@@ -78,7 +78,8 @@ def weight_to_engine(
     place, expert = _place(architecture, name)
     if place.rule.kind == "header":
         raise UnsupportedError(
-            f"is no tensor of llama.cpp, which keeps it in the header ({place.names[0]})", where=name
+            f"is no tensor of llama.cpp, which keeps it in the header ({place.names[0]})",
+            where=name,
         )
     if expert is not None:
         raise UnsupportedError(
