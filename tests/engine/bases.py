@@ -107,14 +107,17 @@ def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
     """Write a Hugging Face model as a float32 GGUF with a dummy vocabulary."""
     writer = gguf.GGUFWriter(path, base.architecture.gguf)
     for key, value in _hyperparameters(row, base).items():
-        _add(writer, f"{base.architecture.gguf}.{key}", value)
+        whole = key.startswith("tokenizer.")
+        _add(writer, key if whole else f"{base.architecture.gguf}.{key}", value)
     for key, values in _learned(base).items():
         _add(writer, key, values)
     # llama.cpp keeps vision and audio towers in another file.
     state = {
         name: tensor.numpy()
         for name, tensor in base.tensors.items()
-        if not in_tower(name) and not (base.text_prefix and unknown(base, name))
+        if not in_tower(name)
+        and not re.search(row.dropped, name)
+        and not (base.text_prefix and unknown(base, name))
     }
     tensors = model_to_engine(base.architecture, base.sizes, state) | row.tensors
     vocabulary = tensors["token_embd.weight"].shape[0]

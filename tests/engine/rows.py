@@ -27,11 +27,14 @@ class FamilyRow:
     tensors: Mapping[str, Any]
     gelu: bool
     config_only: bool
+    encoder: bool
+    dropped: str
 
 
-def family_rows() -> tuple[str, ...]:
-    """Return the names of all rows, sorted."""
-    return tuple(sorted(path.stem for path in (_HERE / "families").glob("*.toml")))
+def family_rows(*, encoder: bool = False) -> tuple[str, ...]:
+    """Return the names of all rows of decoders, or of encoders, sorted."""
+    names = sorted(path.stem for path in (_HERE / "families").glob("*.toml"))
+    return tuple(name for name in names if family_row(name).encoder is encoder)
 
 
 @cache
@@ -52,6 +55,8 @@ def family_row(name: str) -> FamilyRow:
         tensors=row.pop("tensors", {}),
         gelu=row.pop("gelu", False),
         config_only=row.pop("config_only", False),
+        encoder=row.pop("encoder", False),
+        dropped=row.pop("dropped", "(?!)"),
     )
     if row:
         raise ValueError(f"{name}.toml: unknown fields {sorted(row)}")
