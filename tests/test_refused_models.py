@@ -40,11 +40,13 @@ def test_reason_is_given(config: dict[str, object], reason: str, tmp_path: Path)
         ({"architectures": ["LlamaModel"], "model_type": "llama"}, "llama"),
         ({"model_type": "llama"}, "llama"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "qwen3"),
-        # llama.cpp has other architectures for these two.
-        ({"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}, ""),
+        ({"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}, "gemma-embedding"),
+        ({"model_type": "gemma3_text"}, "gemma3"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "gemma-embedding"),
+        # llama.cpp has another architecture for this one.
         ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, ""),
         ({"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}, ""),
-        ({"architectures": ["OrionForCausalLM"], "model_type": "llama"}, ""),
+        ({"architectures": ["BaichuanM1ForCausalLM"], "model_type": "llama"}, ""),
     ],
 )
 def test_class_decides(config: dict[str, object], family: str, tmp_path: Path) -> None:
