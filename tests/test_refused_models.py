@@ -43,8 +43,7 @@ def test_reason_is_given(config: dict[str, object], reason: str, tmp_path: Path)
         ({"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}, "gemma-embedding"),
         ({"model_type": "gemma3_text"}, "gemma3"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "gemma-embedding"),
-        # llama.cpp has another architecture for this one.
-        ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, ""),
+        ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "t5encoder"),
         ({"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}, ""),
         ({"architectures": ["BaichuanM1ForCausalLM"], "model_type": "llama"}, ""),
     ],
