@@ -1,12 +1,12 @@
 """One model family as data: which Hugging Face parameter is which llama.cpp tensor, and how.
 
 A family file holds `title`, `gguf` (the name llama.cpp knows it by), `classes` and `model_types`
-(Hugging Face), `other_heads` (classes of the same trunk without a head, or with one that llama.cpp
-does not have), `tied` (whether the output shares the embedding when the config does not say),
-`verified` (`engine`, `dense` or `no`), optionally `select` (an expression over parameters that must
-be non-zero for this family to be meant, where several share a GGUF name), `include` (blocks of
-rules), `inert` with `inert_build` (tensors that llama.cpp loads adapters for and never applies),
-`[parameters]` and `[rules]`.
+(Hugging Face), `other_heads` (classes of the same trunk without a head, with one that llama.cpp does
+not have, or around it: multimodal ones of which it is the text tower), `tied` (whether the output
+shares the embedding when the config does not say), `verified` (`engine`, `dense` or `no`),
+optionally `select` (an expression over parameters that must be non-zero for this family to be
+meant, where several share a GGUF name), `include` (blocks of rules), `inert` with `inert_build`
+(tensors that llama.cpp loads adapters for and never applies), `[parameters]` and `[rules]`.
 
 A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the expert. Its fields:
 
@@ -140,7 +140,7 @@ class Architecture:
         title: as people call it.
         gguf: `general.architecture` of a GGUF file.
         classes: Hugging Face classes, the first is the one to write.
-        other_heads: classes of the same trunk without a head, or with one of their own.
+        other_heads: classes of the same trunk without a head, with one of their own, or around it.
         model_types: Hugging Face `model_type` values, of configs that name no class.
         tied: whether output and embedding share weights when the config does not say.
         verified: `engine` (logits equal in llama.cpp), `dense` (full weights), or `no`.

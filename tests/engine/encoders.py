@@ -17,7 +17,7 @@ Vectors = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def embeddings(model: Any, prompts: Sequence[Sequence[int]]) -> Vectors:
-    """Return the mean of the last hidden states of each prompt, at unit length, (prompts, hidden)."""
+    """Return the mean of each prompt's last hidden states, at unit length, (prompts, hidden)."""
     with torch.no_grad():
         states = [
             model(torch.tensor([list(prompt)])).last_hidden_state[0].double().mean(0).numpy()
