@@ -1,8 +1,8 @@
 """One model family as data: which Hugging Face parameter is which llama.cpp tensor, and how.
 
 A family file holds `title`, `gguf` (the name llama.cpp knows it by), `classes` and `model_types`
-(Hugging Face), `other_heads` (classes of the same trunk without a head, with one that llama.cpp does
-not have, or around it: multimodal ones of which it is the text tower), `tied` (whether the output
+(Hugging Face), `other_heads` (classes of the same trunk without a head, with one that llama.cpp
+lacks, or around it: multimodal ones of which it is the text tower), `tied` (whether the output
 shares the embedding when the config does not say), `verified` (`engine`, `dense` or `no`),
 optionally `select` (an expression over parameters that must be non-zero for this family to be
 meant, where several share a GGUF name), `include` (blocks of rules), `inert` with `inert_build`

@@ -30,8 +30,8 @@ Written by tests/conformance/engines_page.py from adapterkit/engines/*.toml, whi
 
 - **yes**: nothing in the engine's rules speaks against it.
 - **--for**: not as it stands; `adapterkit convert --for ENGINE` writes what it serves, exactly.
-- **refused**, **altered**, **partly applied**, **no effect**, ...: what becomes of the file; the hint
-  of `validate` says what to do, most often `merge --into`.
+- **refused**, **altered**, **partly applied**, **no effect**, ...: what becomes of the file; the
+  hint of `validate` says what to do, most often `merge --into`.
 - Whether an embedding or fused experts are served depends on the model as well; `validate` with
   `--base` asks for the one at hand.
 """
