@@ -6,26 +6,22 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import factors
 from adapterkit.architectures.fusion import fuse_for, split_fused
-from adapterkit.architectures.transforms import TRANSFORMS, inverse
+from adapterkit.architectures.rows import row_factors, row_order
+from adapterkit.architectures.transforms import inverse
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.model import Kind, Update
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    import numpy as np
-
-    from adapterkit.architectures.expressions import Call
     from adapterkit.architectures.sizes import Sizes
     from adapterkit.architectures.table import Architecture, Match, Target, WeightRule
-
-    Index = np.ndarray[Any, np.dtype[np.intp]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,48 +368,6 @@ def _split(match: Match, sizes: Sizes, pair: Update) -> list[Update]:
             part = factors.take_rows(part, order)
         parts.append(replace(part, module=_named(target.name, layer)))
     return parts
-
-
-def row_order(call: Call, rows: int, sizes: Sizes, layer: int | None, module: str) -> Index:
-    """Return the index map of a table's transform for this base.
-
-    Raises:
-        IncompatibleBaseError: if the rows do not divide as the base's heads demand.
-    """
-    arguments = tuple(int(sizes.value(text, layer)) for text in call.arguments)
-    try:
-        return _order(call.name, rows, arguments)
-    except (ValueError, ZeroDivisionError):
-        shown = ", ".join(
-            f"{text} = {value}" for text, value in zip(call.arguments, arguments, strict=True)
-        )
-        raise IncompatibleBaseError(
-            f"{rows} rows do not divide by {shown} of the base; is it the right base?",
-            where=module,
-        ) from None
-
-
-def row_factors(
-    rule: WeightRule, sizes: Sizes, layer: int | None, rows: int, module: str
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return what llama.cpp's weight carries in each row, (rows,).
-
-    Raises:
-        IncompatibleBaseError: if the stretches of the table are not these rows.
-    """
-    import numpy as np
-
-    heights = [sizes.value(height, layer) for height, _ in rule.row_scales]
-    if sum(heights) != rows:
-        raise IncompatibleBaseError(
-            f"has {rows} output rows, the base says {heights}", where=module
-        )
-    return np.repeat([sizes.number(factor, layer) for _, factor in rule.row_scales], heights)
-
-
-@lru_cache(maxsize=64)
-def _order(name: str, rows: int, arguments: tuple[int, ...]) -> Index:
-    return TRANSFORMS[name](rows, *arguments)
 
 
 def _named(pattern: str, layer: int | None, expert: int | None = None) -> str:

@@ -12,7 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.architectures.mapping import find_rule, row_factors, row_order
+from adapterkit.architectures.mapping import find_rule
+from adapterkit.architectures.rows import row_factors, row_order
 from adapterkit.architectures.table import WeightRule
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 
