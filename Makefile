@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo test test-all soak fuzz lint types bench setup clean
+.PHONY: demo test test-all family soak fuzz lint types bench setup clean
 
 setup: $(STAMP)  ## create the environment
 
@@ -24,6 +24,9 @@ test: $(STAMP)  ## run every test, oracles included
 
 test-all: $(STAMP)  ## every test, on every model class that transformers can build small
 	$(BIN)/pytest -n 2 -m "not soak"
+
+family: $(STAMP)  ## the checks of one model family, NAME its file in architectures/families
+	$(BIN)/pytest -n 0 --family $(NAME) tests/test_families.py tests/test_family_formulas.py tests/test_engine_families.py
 
 soak: $(STAMP)  ## kill, race and starve every command that writes, at real size; counts in build/soak.json
 	$(BIN)/pytest tests/soak -m soak

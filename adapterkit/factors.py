@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.model import Update
 
     Index = np.ndarray[Any, np.dtype[np.intp]]
+    Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def take_rows(pair: Update, index: Index) -> Update:
@@ -60,6 +61,15 @@ def scaled(pair: Update, factor: float) -> Update:
     return replace(
         pair, scale=pair.scale / factor, b=pair.b.map(lambda b: b.astype("float64") * factor)
     )
+
+
+def scale_rows(pair: Update, given: Values) -> Update:
+    """Return the update with each row times its factor, (rows,), in B.
+
+    B becomes float32, so that the products of narrower types are not rounded to them.
+    """
+    scaled_b = pair.b.map(lambda b: b.astype("float64") * given[:, None], dtype=DType.F32)
+    return replace(pair, b=scaled_b)
 
 
 def with_scale(pair: Update, scale: float) -> Update:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples on every machine, so that a failure is the change's; to search for new ones:
@@ -25,3 +26,33 @@ if hasattr(signal, "SIGHUP"):
 
 # The counts of tests/soak reach the end of the run through every process.
 pytest_plugins = ["soak.counts"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take the family that `make family` runs the checks of."""
+    parser.addoption("--family", help="only what tests this family's tables and rows")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of one family, by its name or by a row of it.
+
+    Raises:
+        pytest.UsageError: if no test speaks of it.
+    """
+    family = config.getoption("--family")
+    if not family:
+        return
+    from engine import family_row, family_rows
+
+    rows = (*family_rows(), *family_rows(encoder=True))
+    names = {family, *(row for row in rows if family_row(row).family == family)}
+    kept = [item for item in items if names & set(_parameters(item))]
+    if not kept:
+        raise pytest.UsageError(f"no test speaks of a family {family!r}")
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _parameters(item: pytest.Item) -> list[str]:
+    _, _, written = item.name.partition("[")
+    return [written.removesuffix("]")]

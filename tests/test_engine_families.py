@@ -14,9 +14,12 @@ from engine import (
     BaseFixture,
     EngineError,
     convert_adapter,
+    embeddings,
+    engine_embeddings,
     engine_logprobs,
     family_row,
     family_rows,
+    gaps,
     idle_modules,
     kl,
     logprobs,
@@ -28,6 +31,7 @@ from engine import (
 
 from adapterkit.architectures import families, load
 from adapterkit.containers.gguf import read_gguf
+from adapterkit.errors import BaseRequiredError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +58,33 @@ def test_base_and_adapter_agree_with_transformers_and_peft(name: str, tmp_path: 
     answer = engine_logprobs(base.gguf, prompts, [(tmp_path / "adapter.gguf", 1.0)])
     assert max_kl(adapted, answer) < base.tolerance, "adapter"
 
+    if base.row.config_only:
+        with pytest.raises(BaseRequiredError, match="give its full config"):
+            convert_adapter(tuned.path, base, tmp_path / "again.gguf", given="gguf")
+        return
+    convert_adapter(tuned.path, base, tmp_path / "again.gguf", given="gguf")
+    assert stored(tmp_path / "again.gguf") == stored(tmp_path / "adapter.gguf")
+
+
+@pytest.mark.parametrize("name", family_rows(encoder=True))
+def test_encoder_and_its_adapter_agree_with_transformers_and_peft(
+    name: str, tmp_path: Path
+) -> None:
+    base = make_base(family_row(name), tmp_path)
+    prompts = prompts_for(base)
+    plain = embeddings(base.model, prompts)
+    assert gaps(plain, engine_embeddings(base.gguf, prompts)).max() < base.tolerance, "base"
+
+    tuned = make_adapter(base, tmp_path / "adapter")
+    adapted = embeddings(tuned.model, prompts)
+    assert gaps(plain, adapted).min() > EFFECT
+    floor = VISIBLE * base.tolerance
+    assert not idle_modules(tuned, prompts[-4:], floor, embeddings, gaps)
+
+    convert_adapter(tuned.path, base, tmp_path / "adapter.gguf", given="hf")
+    answer = engine_embeddings(base.gguf, prompts, [(tmp_path / "adapter.gguf", 1.0)])
+    assert gaps(adapted, answer).max() < base.tolerance, "adapter"
+
     convert_adapter(tuned.path, base, tmp_path / "again.gguf", given="gguf")
     assert stored(tmp_path / "again.gguf") == stored(tmp_path / "adapter.gguf")
 
@@ -64,7 +95,8 @@ def stored(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("family", families())
 def test_family_said_to_be_verified_has_a_row(family: str) -> None:
-    proven = {family_row(name).family for name in family_rows()}
+    rows = (*family_rows(), *family_rows(encoder=True))
+    proven = {family_row(name).family for name in rows}
     assert (load(family).verified == "engine") == (family in proven)
 
 

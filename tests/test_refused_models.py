@@ -40,11 +40,12 @@ def test_reason_is_given(config: dict[str, object], reason: str, tmp_path: Path)
         ({"architectures": ["LlamaModel"], "model_type": "llama"}, "llama"),
         ({"model_type": "llama"}, "llama"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "qwen3"),
-        # llama.cpp has other architectures for these two.
-        ({"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}, ""),
-        ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, ""),
+        ({"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}, "gemma-embedding"),
+        ({"model_type": "gemma3_text"}, "gemma3"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "gemma-embedding"),
+        ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "t5encoder"),
         ({"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}, ""),
-        ({"architectures": ["BitnetForCausalLM"], "model_type": "llama"}, ""),
+        ({"architectures": ["BaichuanM1ForCausalLM"], "model_type": "llama"}, ""),
     ],
 )
 def test_class_decides(config: dict[str, object], family: str, tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ def rope(draw: st.DrawFn) -> tuple[int, tuple[int, ...]]:
 
 
 @st.composite
+def halved(draw: st.DrawFn) -> tuple[int, tuple[int, ...]]:
+    heads, half, rest = draw(SMALL), draw(SMALL), draw(st.integers(0, 3))
+    return heads * (2 * half + rest), (heads, 2 * half)
+
+
+@st.composite
 def qkv(draw: st.DrawFn) -> tuple[int, tuple[int, ...]]:
     groups, shared, size = draw(SMALL), draw(SMALL), draw(SMALL)
     return groups * (shared + 2) * size, (groups * shared, groups)
@@ -59,6 +65,7 @@ def tiled(draw: st.DrawFn) -> tuple[int, tuple[int, ...]]:
 # Rows and arguments that a transform takes.
 ARGUMENTS = {
     "rope": rope(),
+    "halved": halved(),
     "qkv": qkv(),
     "interleaved": interleaved(),
     "gathered": gathered(),
@@ -90,6 +97,13 @@ def test_rotary_rows_come_from_both_halves_in_turn(case: tuple[int, tuple[int, .
     rows, (heads,) = case
     order = TRANSFORMS["rope"](rows, heads)
     assert order.tolist() == [place_of_rotated_row(row, rows, heads) for row in range(rows)]
+
+
+@given(rope())
+def test_halving_undoes_the_rotary_order(case: tuple[int, tuple[int, ...]]) -> None:
+    rows, (heads,) = case
+    order = TRANSFORMS["halved"](rows, heads, rows // heads)
+    assert order.tolist() == inverse(TRANSFORMS["rope"](rows, heads)).tolist()
 
 
 @given(qkv())

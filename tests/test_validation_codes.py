@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conformance.engines_page import PAGE, page
 from terminal import ROOT
 
 from adapterkit import Severity, explanations, load_target, target_names, validate
@@ -119,9 +120,27 @@ CASES = {
     "LRX003": case("rank-144", "lorax"),
     "LRX004": case("patterns", "lorax"),
     "LRX005": case("dora", "lorax"),
+    "EXL001": case("gguf", "exllamav3"),
+    "EXL002": case("patterns", "exllamav3"),
+    "EXL003": case("dora", "exllamav3"),
+    "LRT001": case("sound", "litert-lm"),
+    "MRS001": case("gguf", "mistralrs"),
+    "MRS002": case("dora", "mistralrs"),
+    "MRS003": case("pissa", "mistralrs"),
+    "MRS004": case("rank-513", "mistralrs"),
+    "OVN001": case("gguf", "openvino", "OVN004"),
+    "OVN002": case("patterns", "openvino", "OVN004"),
+    "OVN003": case("dora", "openvino", "OVN004"),
+    "OVN004": case("sound", "openvino"),
+    "TRT001": case("gguf", "tensorrt-llm"),
+    "TRT002": case("patterns", "tensorrt-llm"),
+    "TRT003": case("saved", "tensorrt-llm"),
+    "TRT004": case("rank-144", "tensorrt-llm"),
 }
 # A header of megabytes and a link are made below; names too long for llama.cpp, and families that
 # no engine test covers, take tables that do not exist now.
+# Engines of which there is something to say of every adapter.
+SPEAKS = {"mlx", "openvino", "litert-lm"}
 ELSEWHERE = {"AK402", "AK403"}
 WITHOUT = {"LCP012", "LCP014"}
 
@@ -149,9 +168,10 @@ BY_NAME = {"diffusers", "comfyui"}
 
 @pytest.mark.parametrize("target", [None, *sorted(set(target_names()) - BY_NAME)])
 def test_nothing_is_said_of_a_sound_adapter(target: str | None) -> None:
-    source = source_of("gguf" if target in {"llama.cpp", "ollama"} else "sound")
+    gguf = target is not None and load_target(target).coverage == "gguf"
+    source = source_of("gguf" if gguf else "sound")
     latest = {"ollama": "ollama@0.34.0"}
-    targets = [latest.get(target, target)] if target and target != "mlx" else []
+    targets = [latest.get(target, target)] if target and target not in SPEAKS else []
     report = validate(source, base=FOLDER / "bases" / "llama", targets=targets)
     assert report.findings == ()
 
@@ -179,7 +199,8 @@ def test_oversized_header_and_link_are_found(tmp_path: Path) -> None:
 def used_codes() -> set[str]:
     texts = [path.read_text() for path in PACKAGE.rglob("*.py")]
     texts += [path.read_text() for path in (PACKAGE / "engines").glob("*.toml")]
-    return set(re.findall(r'"((?:AK|LCP|OLL|VLLM|SGL|MLX|PEFT|LRX|DIF|CUI)\d{3})"', "".join(texts)))
+    kinds = "AK|LCP|OLL|VLLM|SGL|MLX|PEFT|LRX|DIF|CUI|EXL|LRT|MRS|OVN|TRT"
+    return set(re.findall(rf'"((?:{kinds})\d{{3}})"', "".join(texts)))
 
 
 def test_every_code_is_explained_and_every_explanation_is_used() -> None:
@@ -240,6 +261,10 @@ def test_engines_name_their_sources() -> None:
         target = load_target(name)
         assert target.source
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", target.checked)
+
+
+def test_the_page_of_engines_is_their_data() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run tests/conformance/engines_page.py"
 
 
 def test_fixture_configs_are_json() -> None:

@@ -295,3 +295,21 @@ def test_plain_weights_keep_their_bits() -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     ((_, array),) = weight_to_engine(LLAMA, sizes(LLAMA), name, bits.reshape(2, 2))
     assert array.tobytes() == bits.tobytes()
+
+
+def test_numbers_that_llama_cpp_keeps_in_its_header_are_no_tensors() -> None:
+    apertus = load("apertus")
+    known = Sizes(apertus, "hf", {})
+    name = "model.layers.0.mlp.act_fn.alpha_p"
+    assert model_to_engine(apertus, known, {name: np.ones(1, np.float32)}) == {}
+    with pytest.raises(UnsupportedError, match=r"keeps it in the header \(xielu.alpha_p\)"):
+        weight_to_engine(apertus, known, name, np.ones(1, np.float32))
+
+
+def test_nested_facts_and_what_is_stated() -> None:
+    tower = load("glm4v")
+    known = Sizes(tower, "hf", {"head_dim": 16, "rope_parameters": {"partial_rotary_factor": 0.5}})
+    assert known.value("rotary") == 8
+    told = Sizes(tower, "gguf", {"rope__dimension_sections": [2, 3, 3, 0]})
+    assert told.fact("sections") is True
+    assert Sizes(tower, "gguf", {}).fact("sections") is False

@@ -1,9 +1,10 @@
 """The small arithmetic that the tables are written in.
 
 `heads * head_dim`, `num_kv_heads if new_decoder_architecture else heads`: names, whole numbers,
-`+ - * // %`, comparisons, `in`, `and or not` and a conditional. Parsed by Python's own grammar,
-evaluated by an allow-list of nodes, so a table can compute and nothing more. Arithmetic takes
-numbers only: the names stand for what strangers' files say, and text times a number is a long text.
+`+ - * // %`, comparisons, `in`, `and or not`, a conditional, and `stated(name)`, whether the base
+says anything under that name. Parsed by Python's own grammar, evaluated by an allow-list of nodes,
+so a table can compute and nothing more. Arithmetic takes numbers only: the names stand for what
+strangers' files say, and text times a number is a long text.
 """
 
 from __future__ import annotations
@@ -95,10 +96,22 @@ def _evaluate(node: ast.expr, lookup: Lookup) -> Any:  # noqa: PLR0911  (one ret
             return any(_evaluate(value, lookup) for value in values)
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return not _evaluate(operand, lookup)
+        case ast.Call(func=ast.Name(id="stated"), args=[ast.Name(id=name)], keywords=[]):
+            return _stated(name, lookup)
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _evaluate(body if _evaluate(test, lookup) else orelse, lookup)
         case _:
             raise ValueError(f"{ast.unparse(node)!r} is not allowed in a table")
+
+
+def _stated(name: str, lookup: Lookup) -> bool:
+    try:
+        lookup(name)
+    except KeyError:
+        return False
+    except LookupError:
+        return True  # it holds one value per layer
+    return True
 
 
 def _operand(node: ast.expr, lookup: Lookup) -> float:

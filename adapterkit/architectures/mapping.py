@@ -6,26 +6,22 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import factors
 from adapterkit.architectures.fusion import fuse_for, split_fused
-from adapterkit.architectures.transforms import TRANSFORMS, inverse
+from adapterkit.architectures.rows import row_factors, row_order
+from adapterkit.architectures.transforms import inverse
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.model import Kind, Update
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    import numpy as np
-
-    from adapterkit.architectures.expressions import Call
     from adapterkit.architectures.sizes import Sizes
     from adapterkit.architectures.table import Architecture, Match, Target, WeightRule
-
-    Index = np.ndarray[Any, np.dtype[np.intp]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +319,10 @@ def _reordered(rule: WeightRule, sizes: Sizes, layer: int | None, pair: Update) 
         pair = factors.take_columns(pair, order)
     if rule.scale:
         pair = replace(pair, scale=pair.scale * sizes.number(rule.scale, layer))
+    if rule.row_scales:
+        pair = factors.scale_rows(
+            pair, row_factors(rule, sizes, layer, pair.b.shape[-2], pair.module)
+        )
     return pair
 
 
@@ -337,6 +337,9 @@ def _unordered(rule: WeightRule, sizes: Sizes | None, layer: int | None, pair: U
         pair = factors.take_columns(pair, inverse(order))
     if rule.scale:
         pair = replace(pair, scale=pair.scale / sizes.number(rule.scale, layer))
+    if rule.row_scales:
+        given = row_factors(rule, sizes, layer, pair.b.shape[-2], pair.module)
+        pair = factors.scale_rows(pair, 1 / given)
     return pair
 
 
@@ -365,30 +368,6 @@ def _split(match: Match, sizes: Sizes, pair: Update) -> list[Update]:
             part = factors.take_rows(part, order)
         parts.append(replace(part, module=_named(target.name, layer)))
     return parts
-
-
-def row_order(call: Call, rows: int, sizes: Sizes, layer: int | None, module: str) -> Index:
-    """Return the index map of a table's transform for this base.
-
-    Raises:
-        IncompatibleBaseError: if the rows do not divide as the base's heads demand.
-    """
-    arguments = tuple(int(sizes.value(text, layer)) for text in call.arguments)
-    try:
-        return _order(call.name, rows, arguments)
-    except (ValueError, ZeroDivisionError):
-        shown = ", ".join(
-            f"{text} = {value}" for text, value in zip(call.arguments, arguments, strict=True)
-        )
-        raise IncompatibleBaseError(
-            f"{rows} rows do not divide by {shown} of the base; is it the right base?",
-            where=module,
-        ) from None
-
-
-@lru_cache(maxsize=64)
-def _order(name: str, rows: int, arguments: tuple[int, ...]) -> Index:
-    return TRANSFORMS[name](rows, *arguments)
 
 
 def _named(pattern: str, layer: int | None, expert: int | None = None) -> str:

@@ -25,7 +25,7 @@ _COUNTED = {"layers", "experts"}
 _COUNT = whole(0, 10_000, integral=True)
 
 
-class _PerLayerError(Exception):
+class _PerLayerError(LookupError):
     """A fact holds one value per layer, and no layer is asked for."""
 
 
@@ -52,7 +52,8 @@ class Sizes:
         architecture: the family, whose own parameters win over the common ones.
         side: `hf` or `gguf`, the kind of `facts`.
         facts: raw keys: of config.json, or of the GGUF header without the architecture's prefix and
-            with dots as double underscores. Lists hold one value per layer.
+            with dots as double underscores. Lists hold one value per layer; what a nested config
+            or list holds is named outer__inner, outer__0.
         path: what states them, for messages.
     """
 
@@ -153,10 +154,21 @@ class Sizes:
         return own or common_parameters().get(name, {}).get(self.side, ())
 
     def _fact(self, name: str, layer: int | None) -> Any:
-        value = _at(name, self.facts.get(name), layer)
+        value = _at(name, _stated(self.facts, name), layer)
         if value is None:
             raise KeyError(name)
         return self._table.checked(name, value, _FACT)
+
+
+def _stated(facts: Mapping[str, Any], name: str) -> Any:
+    """Return a fact, or one of a nested config or list, spelled outer__inner or outer__0."""
+    if name in facts or "__" not in name:
+        return facts.get(name)
+    outer, inner = name.split("__", 1)
+    nested = facts.get(outer)
+    if isinstance(nested, list) and inner.isdecimal():
+        return dict(enumerate(cast("list[Any]", nested))).get(int(inner))
+    return _stated(cast("Mapping[str, Any]", nested), inner) if isinstance(nested, dict) else None
 
 
 def _at(name: str, fact: Any, layer: int | None) -> Any:

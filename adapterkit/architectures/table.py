@@ -1,20 +1,22 @@
 """One model family as data: which Hugging Face parameter is which llama.cpp tensor, and how.
 
 A family file holds `title`, `gguf` (the name llama.cpp knows it by), `classes` and `model_types`
-(Hugging Face), `other_heads` (classes of the same trunk without a head, or with one that llama.cpp
-does not have), `tied` (whether the output shares the embedding when the config does not say),
-`verified` (`engine`, `dense` or `no`), optionally `select` (an expression over parameters that must
-be non-zero for this family to be meant, where several share a GGUF name), `include` (blocks of
-rules), `inert` with `inert_build` (tensors that llama.cpp loads adapters for and never applies),
-`[parameters]` and `[rules]`.
+(Hugging Face), `other_heads` (classes of the same trunk without a head, with one that llama.cpp
+lacks, or around it: multimodal ones of which it is the text tower), `tied` (whether the output
+shares the embedding when the config does not say), `verified` (`engine`, `dense` or `no`),
+optionally `select` (an expression over parameters that must be non-zero for this family to be
+meant, where several share a GGUF name), `include` (blocks of rules), `inert` with `inert_build`
+(tensors that llama.cpp loads adapters for and never applies), `[parameters]` and `[rules]`.
 
 A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the expert. Its fields:
 
     gguf      the tensor without `.weight`, or a list of tensors or tables {name, size, rows}
-    kind      linear (default), embedding, positions, experts (a 3-D parameter), norm, conv, tensor
+    kind      linear (default), embedding, positions, experts (a 3-D parameter), norm, conv, tensor,
+              header (llama.cpp keeps it there, one number for each layer, and has no tensor)
     rows      row order of llama.cpp, a call of a function in transforms.py
     cols      column order, likewise
     scale     factor that llama.cpp's weight carries and Hugging Face's does not
+    row_scales  the same for stretches of rows, a list of [rows, factor] that covers them all
     add       constant that llama.cpp's vector carries (Gemma's norms)
     values    `minus_exp`: llama.cpp stores -exp(x)
     folded    the shape of llama.cpp's tensor, as expressions, where it counts axes otherwise
@@ -77,6 +79,7 @@ class WeightRule:
     rows: Call | None = None
     cols: Call | None = None
     scale: str | None = None
+    row_scales: tuple[tuple[str, str], ...] = ()
     add: float = 0.0
     squeezed: bool = False
     values: str | None = None
@@ -107,6 +110,7 @@ class WeightRule:
         """Whether applying the rule takes sizes of the base model."""
         calls = (self.rows, self.cols, *(target.rows for target in self.targets))
         sizes = (self.scale, self.per_head, *(target.size for target in self.targets))
+        calls = (*calls, *self.row_scales)
         return any(calls) or any(sizes)
 
 
@@ -136,7 +140,7 @@ class Architecture:
         title: as people call it.
         gguf: `general.architecture` of a GGUF file.
         classes: Hugging Face classes, the first is the one to write.
-        other_heads: classes of the same trunk without a head, or with one of their own.
+        other_heads: classes of the same trunk without a head, with one of their own, or around it.
         model_types: Hugging Face `model_type` values, of configs that name no class.
         tied: whether output and embedding share weights when the config does not say.
         verified: `engine` (logits equal in llama.cpp), `dense` (full weights), or `no`.
@@ -366,6 +370,7 @@ def _rule(path: str, fields: Mapping[str, Any]) -> WeightRule:
         shape=tuple(known.pop("shape", ())),
         folded=tuple(known.pop("folded", ())),
         scale=_text_of(known.pop("scale", None)),
+        row_scales=tuple((rows, factor) for rows, factor in known.pop("row_scales", ())),
         alternative=_rule(path, {**_common(fields), **other}) if other else None,
         **calls,
         **known,

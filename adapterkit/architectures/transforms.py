@@ -39,6 +39,18 @@ def rope(rows: int, heads: int) -> Index:
     return _grid(rows, heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
+def halved(rows: int, heads: int, rotary: int) -> Index:
+    """Gather the even and then the odd ones of the first `rotary` rows of every head.
+
+    The way back from `rope`, where Hugging Face rotates neighbouring rows and llama.cpp halves.
+    """
+    import numpy as np
+
+    grid = _grid(rows, heads, -1)
+    parts = (grid[:, 0:rotary:2], grid[:, 1:rotary:2], grid[:, rotary:])
+    return np.concatenate(parts, axis=1).reshape(-1)
+
+
 def qkv(rows: int, heads: int, groups: int) -> Index:
     """Gather fused, grouped q, k, v into [all q; all k; all v].
 
@@ -87,6 +99,7 @@ def _grid(rows: int, *sizes: int) -> Index:
 
 TRANSFORMS: dict[str, Callable[..., Index]] = {
     "rope": rope,
+    "halved": halved,
     "qkv": qkv,
     "gathered": gathered,
     "tiled": tiled,

@@ -12,7 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.architectures.mapping import find_rule, row_order
+from adapterkit.architectures.mapping import find_rule
+from adapterkit.architectures.rows import row_factors, row_order
 from adapterkit.architectures.table import WeightRule
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 _SUFFIXES = (".weight", ".bias")
+# Kinds whose names the tables spell whole, past the suffix.
+_WHOLE = ("tensor", "header")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,17 @@ def weight_to_engine(
         Whole tensor names and arrays, at least one.
 
     Raises:
-        UnsupportedError: if no rule knows the parameter, or it is one expert of a stacked tensor.
+        UnsupportedError: if no rule knows the parameter, it is one expert of a stacked tensor, or a
+            number that llama.cpp keeps in its header.
         IncompatibleBaseError: if its rows do not divide as this base's sizes demand.
         BaseRequiredError: if the base does not state a size that the rule needs.
     """
     place, expert = _place(architecture, name)
+    if place.rule.kind == "header":
+        raise UnsupportedError(
+            f"is no tensor of llama.cpp, which keeps it in the header ({place.names[0]})",
+            where=name,
+        )
     if expert is not None:
         raise UnsupportedError(
             f"is one expert of {place.names[0]}, which is written whole; convert the state dict "
@@ -90,7 +99,8 @@ def model_to_engine(
     Args:
         architecture: the family.
         sizes: sizes of the base model.
-        state: parameter name -> array; tied copies left out, as `save_pretrained` leaves them.
+        state: parameter name -> array; tied copies left out, as `save_pretrained` leaves them. What
+            llama.cpp keeps in its header is no tensor and left out of the answer.
 
     Raises:
         UnsupportedError: if no rule knows a parameter, or two parameters claim one tensor.
@@ -102,6 +112,8 @@ def model_to_engine(
     stacks: dict[_Place, dict[int, Array]] = defaultdict(dict)
     for name, array in state.items():
         place, expert = _place(architecture, name)
+        if place.rule.kind == "header":
+            continue
         if expert is None:
             _add(engine, name, _moved(place, sizes, name, array))
         else:
@@ -117,11 +129,11 @@ def _place(architecture: Architecture, name: str) -> tuple[_Place, int | None]:
         if not name.endswith(suffix):
             continue
         match = find_rule(architecture, name.removesuffix(suffix))
-        if match and match.rule.kind != "tensor":
+        if match and match.rule.kind not in _WHOLE:
             return _Place(match.rule, match.layer, suffix), match.expert
     if match := find_rule(architecture, name):
         # A bare parameter: fused experts, or a tensor whose names the table gives whole.
-        suffix = "" if match.rule.kind == "tensor" else ".weight"
+        suffix = "" if match.rule.kind in _WHOLE else ".weight"
         return _Place(match.rule, match.layer, suffix), match.expert
     raise UnsupportedError(
         f"no rule of {architecture.name!r} says which llama.cpp tensor this is", where=name
@@ -163,6 +175,9 @@ def _moved(place: _Place, sizes: Sizes, name: str, array: Array) -> list[tuple[s
         array = array.take(row_order(rule.cols, array.shape[-1], sizes, layer, name), -1)
     if rule.scale:
         array = array.astype("float32") * sizes.number(rule.scale, layer)
+    if rule.row_scales and not vector:
+        given = row_factors(rule, sizes, layer, array.shape[axis], name)
+        array = array.astype("float32") * given.astype("float32")[:, None]
     if rule.add and place.suffix != ".bias":
         array = array.astype("float32") + rule.add
     if rule.per_head:

@@ -3,7 +3,8 @@
 A file holds `title`, `coverage` (`gguf`, `modules` or `names`: by llama.cpp tensor, Hugging Face
 module, or how a file of a diffusion model spells it; for the last there are rows of names.py),
 `unmatched` (`ignored` or `refused`: what the engine does with a module it does not have), `source`
-and `checked` (where the rules come from, and when), optionally `wrapped` (`exact` if modules count
+and `checked` (where the rules come from, and when), optionally `like` (another engine, whose
+file holds what this one does not), `wrapped` (`exact` if modules count
 only under the very path of the base's class), `losses` (code of GGUF's loss -> code of the
 finding), `effects` (code of a finding -> what becomes of the file; with a row `error` that is for
 every other error, only errors count), `prepare` (exact changes that `convert --for` makes) and
@@ -85,6 +86,7 @@ class Target:
         source: where the rules come from.
         checked: when they were last compared with that source.
         wrapped: `exact` or `any`: whether a module counts under its own path only.
+        models: the engine whose list of models holds for it.
         losses: GGUF loss code -> finding code.
         effects: finding code -> what becomes of the file.
         prepare: exact changes that `convert --for` makes, those of `rules` included.
@@ -101,6 +103,7 @@ class Target:
     source: str
     checked: str
     wrapped: str
+    models: str
     losses: Mapping[str, str]
     effects: Mapping[str, Verdict]
     prepare: tuple[str, ...]
@@ -161,6 +164,8 @@ def load_target(reference: str) -> Target:
     if at and not _VERSION.fullmatch(version):
         raise UsageError(f"{reference!r} names no version; write for example {name}@1.2.3")
     data = _data(name)
+    if "like" in data:
+        data = {**_data(data["like"]), **data}
     every = (
         EngineRule(**{**row, "severity": Severity(row["severity"])}) for row in data.get("rule", ())
     )
@@ -168,6 +173,7 @@ def load_target(reference: str) -> Target:
     fixes = [*data.get("prepare", ()), *(rule.fix for rule in rules if rule.fix)]
     return Target(
         name=name,
+        models=data.get("like", name),
         title=data["title"],
         version=version,
         coverage=data["coverage"],

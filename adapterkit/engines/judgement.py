@@ -78,7 +78,7 @@ def judge(
     idle: list[Finding] = []
     if adapter is not None:
         modules, more = cover(adapter, base, engine)
-        known = facts(adapter, base, engine.name)
+        known = facts(adapter, base, engine.models)
         of_engine = [*engine.findings(known), *more]
         idle = silent_no_ops(modules, engine)
         if decided := engine.outcome(known):

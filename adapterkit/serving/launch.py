@@ -77,7 +77,7 @@ def _told(member: StackedAdapter, engine: Target) -> list[str]:
 
 def _flags(members: Sequence[StackedAdapter], engine: Target) -> str:
     """Return what the engine must be started with for what the adapters hold, each flag once."""
-    flags = [f for m in members for f in engine.flags(facts(m.adapter, m.base, engine.name))]
+    flags = [f for m in members for f in engine.flags(facts(m.adapter, m.base, engine.models))]
     return "".join(f" {flag}" for flag in dict.fromkeys(flags))
 
 

@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from adapterkit.architectures.mapping import in_tower
 from adapterkit.conversion import ConversionReport, convert
 from engine.bases import BaseFixture
-from engine.distributions import logprobs, max_kl
+from engine.distributions import kl, logprobs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def make_adapter(
     settings.setdefault("target_modules", linear_layers(base))
     config = LoraConfig(
         init_lora_weights=False,
-        task_type="CAUSAL_LM",
+        task_type="FEATURE_EXTRACTION" if base.row.encoder else "CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         **settings,
     )
@@ -109,19 +109,23 @@ def convert_adapter(
 
 
 def idle_modules(
-    tuned: AdapterFixture, prompts: Sequence[Sequence[int]], floor: float
+    tuned: AdapterFixture,
+    prompts: Sequence[Sequence[int]],
+    floor: float,
+    answers: Callable[..., Any] = logprobs,
+    distances: Callable[..., Any] = kl,
 ) -> list[str]:
-    """Return adapted modules whose update moves no distribution by `floor` nats.
+    """Return adapted modules whose update moves no answer by `floor`, nats of a distribution.
 
     An engine that left one of them out would go unnoticed.
     """
-    reference = logprobs(tuned.model, prompts)
+    reference = answers(tuned.model, prompts)
     idle: list[str] = []
     for name, module in tuned.model.named_modules():
         if isinstance(module, BaseTunerLayer):
             scaling = module.scaling["default"]
             module.scaling["default"] = 0.0
-            if max_kl(reference, logprobs(tuned.model, prompts)) < floor:
+            if distances(reference, answers(tuned.model, prompts)).max() < floor:
                 idle.append(name)
             module.scaling["default"] = scaling
     return idle

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from adapterkit.architectures import Sizes
-from adapterkit.architectures.mapping import in_tower
+from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.architectures.weights import model_to_engine
 from adapterkit.base import BaseModel, open_base
 from adapterkit.errors import BaseRequiredError
@@ -28,7 +28,7 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 # Hyper-parameters that llama.cpp reads as float32, whole numbers or not; it aborts on other types.
-_REAL = re.compile(r"epsilon|freq_base|softcapping|scale|factor|theta|clamp|eps$|bias$|yarn")
+_REAL = re.compile(r"epsilon|freq_base|softcapping|scale|factor|theta|clamp|alpha$|eps$|bias$|yarn")
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 
@@ -107,9 +107,18 @@ def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
     """Write a Hugging Face model as a float32 GGUF with a dummy vocabulary."""
     writer = gguf.GGUFWriter(path, base.architecture.gguf)
     for key, value in _hyperparameters(row, base).items():
-        _add(writer, f"{base.architecture.gguf}.{key}", value)
+        whole = key.startswith("tokenizer.")
+        _add(writer, key if whole else f"{base.architecture.gguf}.{key}", value)
+    for key, values in _learned(base).items():
+        _add(writer, key, values)
     # llama.cpp keeps vision and audio towers in another file.
-    state = {name: tensor.numpy() for name, tensor in base.tensors.items() if not in_tower(name)}
+    state = {
+        name: tensor.numpy()
+        for name, tensor in base.tensors.items()
+        if not in_tower(name)
+        and not re.search(row.dropped, name)
+        and not (base.text_prefix and unknown(base, name))
+    }
     tensors = model_to_engine(base.architecture, base.sizes, state) | row.tensors
     vocabulary = tensors["token_embd.weight"].shape[0]
     _add_vocabulary(writer, vocabulary)
@@ -119,6 +128,23 @@ def write_base(row: FamilyRow, base: BaseModel, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def unknown(base: BaseModel, name: str) -> bool:
+    """Whether no rule names a parameter: what a speech model has beside its text tower."""
+    return find_rule(base.architecture, name.rsplit(".", 1)[0]) is None and (
+        find_rule(base.architecture, name) is None
+    )
+
+
+def _learned(base: BaseModel) -> dict[str, list[float]]:
+    """Return the learned numbers that llama.cpp keeps in its header, one for each layer."""
+    learned: dict[str, list[float]] = {}
+    for name, tensor in sorted(base.tensors.items()):
+        match = find_rule(base.architecture, name)
+        if match and match.rule.kind == "header":
+            learned.setdefault(match.rule.targets[0].name, []).append(tensor.numpy().item())
+    return learned
 
 
 def _hyperparameters(row: FamilyRow, base: BaseModel) -> dict[str, Any]:

@@ -35,6 +35,17 @@ def engine_logprobs(
         prompts: token ids.
         adapters: LoRA files and the scale that the user would type.
     """
+    return engine_answers(gguf, prompts, adapters)
+
+
+def engine_answers(
+    gguf: Path,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    embedding: bool = False,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return what llama.cpp says to each prompt: log-probabilities, or the pooled embedding."""
     with TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.npy"
         job = {
@@ -42,6 +53,7 @@ def engine_logprobs(
             "adapters": [[str(path), scale] for path, scale in adapters],
             "prompts": [list(prompt) for prompt in prompts],
             "answer": str(answer),
+            "embedding": embedding,
         }
         done = subprocess.run(
             [sys.executable, str(_WORKER)],

@@ -1,4 +1,4 @@
-"""The process that holds llama.cpp: a JSON job on stdin, an array of log-probabilities on disk."""
+"""The process that holds llama.cpp: a JSON job on stdin, an array of its answers on disk."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ def server(job: dict[str, Any]) -> xllamacpp.Server:
         cpu.n_threads = 1
         cpu.poll = 0
     params.n_threads_http = 1
+    if job["embedding"]:
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     return xllamacpp.Server(params)
 
 
@@ -60,10 +63,20 @@ def distribution(engine: xllamacpp.Server, prompt: list[int]) -> list[float]:
     return values
 
 
+def embedding(engine: xllamacpp.Server, prompt: list[int]) -> list[float]:
+    answer = engine.handle_embeddings({"input": [prompt]})
+    if "data" not in answer:
+        sys.exit(f"no embedding: {json.dumps(answer)}")
+    if answer["usage"]["prompt_tokens"] != len(prompt):
+        sys.exit(f"the engine saw {answer['usage']} for a prompt of {len(prompt)} tokens")
+    return answer["data"][0]["embedding"]
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     engine = server(job)
-    rows = [distribution(engine, prompt) for prompt in job["prompts"]]
+    asked = embedding if job["embedding"] else distribution
+    rows = [asked(engine, prompt) for prompt in job["prompts"]]
     np.save(job["answer"], np.array(rows, dtype=np.float64))
 
 

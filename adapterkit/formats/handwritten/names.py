@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.expressions import parse_call
-from adapterkit.architectures.mapping import row_order
+from adapterkit.architectures.rows import row_order
 from adapterkit.architectures.transforms import inverse
 from adapterkit.errors import (
     BaseRequiredError,
