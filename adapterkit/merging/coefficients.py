@@ -53,7 +53,7 @@ def nuslerp(gram: Array, weights: Array, parameters: Parameters) -> Array:
         return weights
     cosines = gram / np.outer(lengths, lengths)
     direction = _between(cosines, weights / weights.sum())
-    length = float(direction @ cosines @ direction) ** 0.5
+    length = max(float(direction @ cosines @ direction), 0.0) ** 0.5
     if length < _CANCELLED:
         return weights
     return direction / length * float(weights @ lengths) / lengths
