@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zipfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,6 +68,39 @@ def member(data: bytes, random: Random) -> bytes:
     return made.getvalue()
 
 
+def changed(name: str, data: bytes, random: Random) -> bytes:
+    """Change a file in the way of its kind, which its suffix tells; now and then as mere bytes."""
+    change = _BY_SUFFIX.get(name[name.rfind(".") :])
+    if change is None or random.random() < 0.15:
+        return damaged(data, random)
+    try:
+        return change(data, random)
+    except Exception:
+        return damaged(data, random)  # it was no sound file of its kind
+
+
+def text(data: bytes, random: Random) -> bytes:
+    """Change the document that a JSON file holds."""
+    return document(json.loads(data), random)
+
+
+def lines(data: bytes, random: Random) -> bytes:
+    """Change one line of a file of JSON lines."""
+    made = data.splitlines()
+    place = random.randrange(len(made))
+    made[place] = text(made[place], random)
+    return b"\n".join([*made, b""])
+
+
+def header(data: bytes, random: Random) -> bytes:
+    """Change the header of a safetensors file, whose length then is right; or its bytes."""
+    if random.random() < 0.4:
+        return damaged(data, random)
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    made = document(json.loads(data[8:end]), random)
+    return struct.pack("<Q", len(made)) + made + data[end:]
+
+
 def document(fields: Any, random: Random) -> bytes:
     """Put other values, keys and nesting into a JSON document."""
     made = json.loads(json.dumps(fields))
@@ -77,6 +111,8 @@ def document(fields: Any, random: Random) -> bytes:
 
 def _change(node: Any, random: Random) -> None:
     keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+    if isinstance(node, list) and node and random.random() < 0.2:
+        node.extend(copy.deepcopy(random.choice(node)) for _ in range(random.choice((1, 2, 50))))
     if not keys:
         return
     key = random.choice(keys)
@@ -88,3 +124,11 @@ def _change(node: Any, random: Random) -> None:
         node[str(random.choice(VALUES))] = node[key]
     else:
         node[key] = copy.deepcopy(random.choice(VALUES))
+
+
+_BY_SUFFIX: dict[str, Callable[[bytes, Random], bytes]] = {
+    ".json": text,
+    ".jsonl": lines,
+    ".safetensors": header,
+    **dict.fromkeys((".npz", ".pt", ".pth", ".bin"), member),
+}
