@@ -163,7 +163,7 @@ def test_every_command_has_a_usual_line() -> None:
 @pytest.mark.parametrize("command", USUAL)
 def test_the_usual_line_is_a_sound_one(command: str, files: Path, tmp_path: Path) -> None:
     """What is refused below is refused for what is put into it."""
-    written = {name: tmp_path / "out" for name in USUAL[command].keys() & WRITTEN}
+    written = dict.fromkeys(USUAL[command].keys() & WRITTEN, tmp_path / "out")
     name, out = next(iter(written.items()), ("", tmp_path))
     assert invoke(*line(command, name, str(out), files)).exit_code == 0
 
