@@ -349,3 +349,48 @@ def test_the_answer_is_right_or_refused_by_name(
     named = (*NAMES, str(bench.a), str(bench.tuned), str(bench.bank))
     assert any(name in result.stderr for name in named), result.stderr
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("alpha", [np.nan, np.inf, -np.inf])
+def test_no_command_takes_an_alpha_of_gguf_that_is_no_number(
+    alpha: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    bench = Bench(EDGES["plain"], folders["plain"], tmp_path / "out")
+    path = tmp_path / "a.gguf"
+    assert invoke("convert", bench.a, "-o", path, "--base", bench.base).exit_code == 0
+    data = path.read_bytes()
+    name = b"adapter.lora.alpha"
+    place = data.index(name) + len(name) + 4  # after the number of its type
+    path.write_bytes(data[:place] + np.float32(alpha).tobytes() + data[place + 4 :])
+    for line in (
+        ["inspect", path],
+        ["validate", path, "--base", bench.base, "--target", "llama.cpp"],
+        ["convert", path, "-o", bench.out, "--to", "peft", "--base", bench.base],
+        ["diff", path, path],
+        ["audit", path],
+        ["compress", path, "-o", bench.out, "--rank", "1"],
+        ["merge", path, "-o", bench.out],
+        ["merge", path, "--into", bench.base, "-o", bench.out],
+        ["stack", path, "--for", "llama.cpp"],
+        ["tinylora", "project", path, "--base", bench.base, "--size=4", "-o", bench.out],
+    ):
+        result = invoke(*line)
+        assert result.exit_code == 3, line
+        assert "alpha" in result.stderr
+    assert not bench.out.exists()
+
+
+@pytest.mark.parametrize("weight", ["1e308", "-1e308", "1e41", "1e-41", "5e-324", "nan", "inf"])
+@pytest.mark.parametrize("method", [spec.name for spec in adapterkit.merge_methods()])
+def test_a_weight_that_leaves_no_room_is_an_error_of_usage(
+    method: str, weight: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    bench = Bench(EDGES["plain"], folders["plain"], tmp_path / "out")
+    line = merging(bench.a, bench.a2, bench.out, method)
+    result = invoke(*line, f"--weights={weight},1")
+    assert result.exit_code == 2
+    assert "weight" in result.stderr
+    result = invoke("merge", bench.a, "--into", bench.base, "-o", bench.out, f"--weights={weight}")
+    assert result.exit_code == 2
+    assert "weight" in result.stderr
+    assert not bench.out.exists()
