@@ -192,9 +192,11 @@ def _stored(tensor: LazyTensor) -> np.ndarray[Any, Any]:
 
 def _widened(values: np.ndarray[Any, Any], dtype: DType, out: Array | None) -> Array:
     if dtype is not DType.BF16:
-        if out is None:
-            return np.asarray(values, dtype=np.float64)
-        out[...] = values
+        # A NaN that signals is one all the same.
+        with np.errstate(invalid="ignore"):
+            if out is None:
+                return np.asarray(values, dtype=np.float64)
+            out[...] = values
         return out
     # bf16 is the upper half of float32; through ml_dtypes the same takes four times as long.
     result = out if out is not None else np.empty(values.shape, np.float64)

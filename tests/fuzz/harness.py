@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def run(name: str, seed: int, seconds: float, count: int | None = None) -> dict[
     target = TARGETS[name]
     found: dict[str, Any] = {"target": name, "seed": seed, "inputs": 0, "read": 0, "findings": []}
     signal.signal(signal.SIGALRM, _stop)
+    warnings.simplefilter("error", RuntimeWarning)  # those of numpy
     begin, worst = time.monotonic(), 0.0
     with tempfile.TemporaryDirectory() as folder:
         room = Room(Path(folder))

@@ -19,6 +19,11 @@ VALUES: tuple[Any, ...] = (
     *("", "8" * 500, "\x1b[2J", "\ud800", "a\0b", "../../x", "(", "(a+)+$", ".*", "n" * 5000),
     *([], [[[]]], [1], ["a"], [{}], {}, {"a": [1]}, {"q_proj": "x"}, [[0, 2], [1, 3]]),
 )
+EDGES: dict[str, tuple[float, ...]] = {
+    "e": (0.0, -0.0, 65504.0, -65504.0, 6e-8, float("inf"), float("nan")),
+    "f": (0.0, -0.0, 3.4e38, -3.4e38, 1e-45, 1e20, 1e-20, 1e30, float("inf"), float("nan")),
+    "d": (0.0, -0.0, 1.7e308, -1.7e308, 5e-324, 1e160, 1e-160, float("inf"), float("nan")),
+}
 WORDS = (b"{", b"}", b"[", b",", b'"', b":", b"\0", b"\xff", b"PK\x03\x04", b"GGUF", b"\x93NUMPY")
 
 
@@ -97,8 +102,22 @@ def header(data: bytes, random: Random) -> bytes:
     if random.random() < 0.4:
         return damaged(data, random)
     end = 8 + struct.unpack("<Q", data[:8])[0]
+    if random.random() < 0.5:
+        return data[:end] + numbers(data[end:], random)
     made = document(json.loads(data[8:end]), random)
     return struct.pack("<Q", len(made)) + made + data[end:]
+
+
+def numbers(data: bytes, random: Random) -> bytes:
+    """Put numbers from the edges of their types into the data of tensors."""
+    made = bytearray(data)
+    width = random.choice("efd")
+    size = struct.calcsize(width)
+    for _ in range(random.choice((1, 1, 4, 64, 1024))):
+        if len(made) >= size:
+            place = random.randrange(len(made) // size) * size
+            struct.pack_into(f"<{width}", made, place, random.choice(EDGES[width]))
+    return bytes(made)
 
 
 def document(fields: Any, random: Random) -> bytes:

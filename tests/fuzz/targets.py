@@ -13,7 +13,18 @@ import numpy as np
 from number_edges import Edge, write_base, write_gguf_base
 
 import adapterkit
-from adapterkit import audit, inspect, merge_into, open_base, read, validate
+from adapterkit import (
+    audit,
+    convert,
+    diff,
+    extract,
+    inspect,
+    merge_files,
+    merge_into,
+    open_base,
+    read,
+    validate,
+)
 from adapterkit.auditing.reference_bank import read_bank
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.containers.npz import read_npz
@@ -24,7 +35,9 @@ from adapterkit.errors import AdapterKitError
 from adapterkit.merging.into.journal import Journal, Segment, Written, read_journal
 from adapterkit.merging.into.report import TensorReport
 from adapterkit.merging.recipe import read_recipe
+from adapterkit.projection import project_file
 from adapterkit.registry import formats
+from adapterkit.tinylora import TinySettings
 from fuzz import judges
 from fuzz.samples import FIXTURES, ROOT, Sample, by_format, found, kept
 
@@ -75,20 +88,36 @@ def raw(tensors: Any) -> dict[str, Any]:
 
 def adapter(path: Path) -> None:
     """Show, check and read an adapter; what one refuses, the others are still asked."""
-    refused: AdapterKitError | None = None
+    refused: list[AdapterKitError] = []
     for ask in (
         lambda: inspect(path),
         lambda: raw(read(path).tensors),
         lambda: raw(read(path, base=BASE).tensors),
         lambda: validate(path, base=BASE, targets=["peft", "llama.cpp"]),
         lambda: audit(path),
+        lambda: _converted(path),
     ):
         try:
             ask()
         except AdapterKitError as error:
-            refused = error
-    if refused:
-        raise refused
+            refused.append(error)
+    if len(refused) == _ASKED:
+        raise refused[0]
+
+
+_ASKED = 6
+
+
+def _converted(path: Path) -> None:
+    """Write the adapter in one format or the other, by chance of its own length."""
+    length = sum(each.stat().st_size for each in path.rglob("*")) if path.is_dir() else 0
+    spec = _WRITTEN[(length or path.stat().st_size) % len(_WRITTEN)]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        convert(path, out, to=spec.name, base=BASE, allow_lossy=True, unverified=True)
+
+
+_WRITTEN = [spec for spec in formats() if spec.writes]
 
 
 def made(make: Callable[[Path], object], given: str = "") -> Sample:
@@ -142,6 +171,37 @@ def into(path: Path) -> None:
     merge_into([path / "adapter"], path / "base", out, force=True)
 
 
+def _two(folder: Path) -> None:
+    for place in (1, 2):
+        Edge().write(folder / f"a{place}", place)
+    write_base(folder / "base", 32)
+    write_base(folder / "tuned", 32, add=Edge().deltas(1))
+
+
+def merged(path: Path) -> None:
+    """Merge two adapters by one method or the other, and hold one against the other."""
+    adapters = [path / "a1", path / "a2"]
+    size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    method = _METHODS[size % len(_METHODS)]
+    with tempfile.TemporaryDirectory() as folder:
+        merge_files(adapters, Path(folder, "out"), method=method)
+    diff(*adapters)
+
+
+def extracted(path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        extract(path / "base", path / "tuned", Path(folder, "out"), rank=2)
+
+
+def projected(path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TinySettings(projection_dim=4)
+        project_file(path / "a1", Path(folder, "out"), base=path / "base", settings=settings)
+
+
+_METHODS = [spec.name for spec in adapterkit.merge_methods()]
+
+
 def _bases() -> tuple[Sample, ...]:
     return found("*/*/config.json", "validation/bases/*/config.json")
 
@@ -183,6 +243,9 @@ TARGETS: dict[str, Target] = {
     "merge into": Target(
         (made(lambda x: _into(x, gguf=False)), made(lambda x: _into(x, gguf=True))), into
     ),
+    "merge": Target((made(_two),), merged),
+    "extract": Target((made(_two),), extracted),
+    "project": Target((made(_two),), projected),
     "index": Target(
         (
             Sample(
