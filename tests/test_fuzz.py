@@ -14,7 +14,7 @@ from fuzz.samples import KEPT, kept
 from fuzz.targets import TARGETS
 from terminal import ROOT
 
-INPUTS = 80
+INPUTS = 40
 SEEDS = [(target, name) for target in TARGETS for name in kept(target)]
 
 

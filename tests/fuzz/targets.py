@@ -195,7 +195,7 @@ def extracted(path: Path) -> None:
 
 def projected(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        settings = TinySettings(projection_dim=4)
+        settings = TinySettings(projection_dim=4, target_modules=("o_proj", "down_proj"))
         project_file(path / "a1", Path(folder, "out"), base=path / "base", settings=settings)
 
 
