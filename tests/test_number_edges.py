@@ -27,9 +27,10 @@ Array = np.ndarray[Any, Any]
 Deltas = dict[str, Array]
 # Where nothing is refused, but what no adapter of such a kind can become.
 SOUND = {"plain", "alpha -2", "one by one"}
+PLAIN = {"peft", "gguf", "mlx"}
 NEVER = {
     "convert peft q8_0",
-    *(f"convert {name} auto" for name in ("tinylora", "tinylora-pack", "tinylora-peft")),
+    *(f"convert {spec.name} auto" for spec in formats() if spec.name not in PLAIN),
 }
 # Relative to ΔW, by the stored type that was asked for.
 ROUNDING = {"auto": 2e-2, "f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-2}
