@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+_HUB = "hf:"
+
+
 @dataclass(frozen=True, slots=True)
 class Directory:
     """A kind of directory that is written, and what of an existing one belongs to it.
@@ -57,6 +60,9 @@ def check_destination(
     """
     if not str(destination) or "\0" in str(destination):
         raise UsageError("no path that could be created", path=str(destination) or "''")
+    if destination.parts[:1] == (_HUB,):
+        message = "is a reference to the hub; name a file or folder here, and upload it then"
+        raise UsageError(message, path=destination)
     try:
         mode = destination.lstat().st_mode
     except FileNotFoundError:

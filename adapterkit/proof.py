@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
 from adapterkit.keys import PARTNERS, Role
-from adapterkit.lowrank.differences import Difference, difference, norm
+from adapterkit.lowrank.differences import Difference, difference, silent
 from adapterkit.model.tying import one_spelling
 from adapterkit.tensor import same_bits
 from adapterkit.work import tracked
@@ -126,7 +126,7 @@ def _missing(mine: Iterable[object], theirs: Container[object]) -> list[str]:
 
 def _unshared(mine: Mapping[str, Update], theirs: Mapping[str, Update]) -> list[str]:
     """Return modules that the other lacks; a zero update is the same as none."""
-    return [module for module, pair in mine.items() if module not in theirs and norm(pair) != 0]
+    return [module for module, pair in mine.items() if module not in theirs and not silent(pair)]
 
 
 def _value_difference(first: LazyTensor, second: LazyTensor) -> Difference:

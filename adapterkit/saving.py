@@ -12,7 +12,7 @@ from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.keys import Role
-from adapterkit.lowrank.differences import norm
+from adapterkit.lowrank.differences import silent
 from adapterkit.model import AdapterTensorSet, BesideKind
 from adapterkit.notes import Loss
 from adapterkit.output import staged
@@ -260,7 +260,7 @@ def _silence(adapter: AdapterTensorSet) -> tuple[str, ...]:
     pairs = {key: pair for pair in adapter.pairs() for key in pair.keys}
     if any(key not in pairs and key.role is not Role.BASE_COPY for key in adapter.tensors):
         return ()
-    if not pairs or any(norm(pair) != 0 for pair in adapter.pairs()):
+    if not pairs or any(not silent(pair) for pair in adapter.pairs()):
         return ()
     return ("every update is zero: the adapter changes nothing; was it trained?",)
 

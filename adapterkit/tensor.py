@@ -180,13 +180,28 @@ class LazyTensor:
             dtype: the dtype to store; this tensor's (float32 if that is quantised) if omitted.
         """
         stored = dtype or (DType.F32 if self.dtype.quantised else self.dtype)
-        return LazyTensor(
-            stored, shape or self.shape, lambda: encode(transform(self.numpy()), stored)
-        )
+        return LazyTensor.computed(stored, shape or self.shape, lambda: transform(self.numpy()))
 
     def cast(self, dtype: DType) -> LazyTensor:
         """Return this tensor stored as `dtype`; itself when that changes nothing."""
         return self if dtype is self.dtype else self.map(lambda array: array, dtype=dtype)
+
+    @classmethod
+    def computed(
+        cls, dtype: DType, shape: tuple[int, ...], values: Callable[[], np.ndarray[Any, Any]]
+    ) -> LazyTensor:
+        """Return a tensor whose values are computed at every access, and stored as `dtype`.
+
+        What is not finite there is looked for before writing, by name; numpy says nothing.
+        """
+
+        def read() -> memoryview:
+            import numpy as np
+
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                return encode(values(), dtype)
+
+        return cls(dtype, shape, read)
 
     @classmethod
     def of(cls, array: np.ndarray[Any, Any], dtype: DType | None = None) -> LazyTensor:

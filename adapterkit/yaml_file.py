@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+_DEEPEST = 64
+
 
 def read_yaml_mapping(path: Path, *, largest: int) -> dict[str, Any]:
     """Return the mapping that a YAML file holds; its tags build nothing but plain data.
@@ -30,8 +32,15 @@ def read_yaml_mapping(path: Path, *, largest: int) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
         # A few aliases of aliases unfold to more than any memory holds, and no settings need any.
-        if any(isinstance(event, yaml.AliasEvent) for event in _events(text)):
-            raise FormatError("holds YAML aliases; write its values out", path=path)
+        depth = 0
+        for event in _events(text):
+            if isinstance(event, yaml.AliasEvent):
+                raise FormatError("holds YAML aliases; write its values out", path=path)
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            # The parser takes time with the square of it.
+            if depth > _DEEPEST:
+                raise FormatError(f"is nested deeper than {_DEEPEST} levels", path=path)
         twice = _twice(cast("Any", yaml).compose(text, Loader=yaml.SafeLoader))
         value: object = yaml.safe_load(text)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:

@@ -684,3 +684,47 @@ def test_a_header_length_that_looks_like_a_pickle_is_none(tmp_path: Path) -> Non
     assert path.read_bytes()[:2] == b"\x80\x02"
     assert detect(path).name == "handwritten"
     assert open_document(path).container == "safetensors"
+
+
+def _blocks(size: str) -> str:
+    return (
+        '[[blocks]]\nmatch = "(?P<module>.+)"\nslots = ["q"]\nnumbers = "metadata:k"\n'
+        f'sizes = {{q = "{size}"}}'
+    )
+
+
+HOSTILE_RULES = {
+    "width": '[weight]\nname = "{module:>8000000000}.weight"',
+    "nested width": '[weight]\nname = "{module:{module}}.weight"',
+    "attribute": '[weight]\nname = "{module}{module.__class__}"',
+    "conversion": '[weight]\nname = "{module!r}{module}"',
+    "no end": '[weight]\nname = "{module"',
+    "many holes": f'[weight]\nname = "{"{module}" * 5000}"',
+    "width of unless": '[[tensor]]\nmatch = "(?P<module>.+)B"\naxes = "out r"\n'
+    'unless = "{module:>8000000000}"',
+    "width of to": '[[rename]]\nmatch = "(?P<module>.+)"\nto = "{module:>8000000000}"',
+    "signs": _blocks("-" * 900 + "1"),
+    "many signs": _blocks("-" * 60_000 + "1"),
+    "brackets": _blocks("(" * 400 + "1" + ")" * 400),
+    "many brackets": _blocks("(" * 30_000 + "1" + ")" * 30_000),
+    "products": _blocks("*".join(["9007199254740992"] * 50)),
+    "digits": _blocks("9" * 900),
+    "NUL": _blocks("1\\u0000"),
+    "items": _blocks("a" + "[0]" * 300),
+    "text": _blocks("'a' * 8000000000"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_RULES)
+def test_a_rule_that_would_fill_memory_or_the_stack_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    sound = (
+        'title = "x"\ncontainers = ["safetensors"]\nscale = "1"\n',
+        '[[tensor]]\nmatch = "(?P<module>.+)A"\naxes = "r in"\n',
+    )
+    path.write_text("\n".join(sound))
+    load(str(path))
+    path.write_text(f"{sound[0]}{HOSTILE_RULES[name]}\n{sound[1]}")
+    with pytest.raises(FormatError) as caught:
+        load(str(path))
+    assert len(str(caught.value)) < 2000

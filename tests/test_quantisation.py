@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import gguf
 import numpy as np
 import pytest
@@ -54,3 +56,13 @@ def test_without_a_kernel_a_type_names_the_extra(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UnsupportedError, match=r"pip install 'adapterkit\[llama\]'"):
         check_encodable(DType.Q5_K)
     check_encodable(DType.Q8_0)
+
+
+def test_q8_k_is_decoded_as_ggml_does() -> None:
+    kernel = ggml._library().dequantize_row_q8_K
+    kernel.restype, kernel.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    blocks = np.random.default_rng(3).integers(0, 256, (4, 292), dtype=np.uint8)
+    blocks[:, :4] = np.array([[0.5], [-2e-3], [1e-42], [3e38]], np.float32).view(np.uint8)
+    want = np.empty((2, 512), np.float32)
+    kernel(blocks.ctypes.data, want.ctypes.data, want.size)
+    assert np.array_equal(dequantise(blocks.reshape(-1), DType.Q8_K, (2, 512)), want)

@@ -46,7 +46,7 @@ DEFECTS = {
     "copies-of-one-size": (FormatError, None, "copy more than the pickle holds"),
     "deeply-nested": (FormatError, ".".join("0" * 101), "nested deeper than 100 levels"),
     "deflated": (FormatError, RECORD, "is compressed; load the file in torch"),
-    "directory-place-lies": (FormatError, "archive/data.pkl", "lies before the file"),
+    "directory-place-lies": (FormatError, None, "end of the zip contradicts its directory"),
     "duplicate-key": (FormatError, None, "key sound is given twice"),
     "duplicate-member": (FormatError, RECORD, "two members of one name"),
     "empty-file": (TruncatedFileError, None, "the file is empty"),

@@ -21,6 +21,7 @@ from adapterkit.tables import shown
 Lookup = Callable[[str], Any]
 # Beyond this a float is no exact whole number any more, and nothing is that large.
 LARGEST = 1 << 53
+_LONGEST = 1000
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -50,7 +51,13 @@ class Call:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> ast.expr:
-    return ast.parse(text, mode="eval").body
+    if len(text) > _LONGEST:
+        raise ValueError(f"it has {len(text)} letters, the most is {_LONGEST}")
+    try:
+        return ast.parse(text, mode="eval").body
+    except (MemoryError, RecursionError):
+        # The parser's own stack is full.
+        raise ValueError("it is nested too deeply") from None
 
 
 def parse_call(text: str) -> Call:
@@ -80,9 +87,11 @@ def evaluate(text: str, lookup: Lookup) -> Any:
     return _evaluate(_parse(text), lookup)
 
 
-def _evaluate(node: ast.expr, lookup: Lookup) -> Any:  # noqa: PLR0911  (one return per node kind)
+def _evaluate(node: ast.expr, lookup: Lookup) -> Any:  # noqa: C901, PLR0911  (a case per node kind)
     match node:
-        case ast.Constant(value=int() | float() | str() as value):
+        case ast.Constant(value=str() as value):
+            return value
+        case ast.Constant(value=int() | float() as value) if abs(value) <= LARGEST:
             return value
         case ast.Name(id=name):
             return lookup(name)

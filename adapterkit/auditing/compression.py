@@ -17,7 +17,7 @@ from adapterkit.keys import Role
 from adapterkit.loading import load
 from adapterkit.lowrank.decomposition import EXACT_ZERO, decompose
 from adapterkit.lowrank.distances import distance, norm
-from adapterkit.lowrank.products import factors, stored, updates
+from adapterkit.lowrank.products import stored, unscaled, updates
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.proof import tolerance_for
 from adapterkit.work import in_threads
@@ -280,7 +280,7 @@ def truncated(pair: Update, rank: int, dtype: DType | None = None) -> Update:
     """
     if rank >= pair.rank:
         return pair
-    cut = [_cut(each, rank) for each in factors(pair)]
+    cut = [_cut(each, rank) for each in unscaled(pair)]
     a, b = (np.stack(parts) for parts in zip(*cut, strict=True))
     a_shape, b_shape = pair.factor_shapes(rank)
     return replace(

@@ -25,7 +25,7 @@ from adapterkit.auditing.interference import (
 from adapterkit.auditing.sketches import copies, sketched_gram
 from adapterkit.errors import UncheckableError
 from adapterkit.lowrank.decomposition import decompose
-from adapterkit.lowrank.products import Array, LowRank, expert, factors
+from adapterkit.lowrank.products import Array, LowRank, expert, unscaled
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _compare(group: dict[int, Update], wanted: set[tuple[int, int]]) -> list[_Co
 
 def _compare_alike(alike: dict[int, Update], wanted: set[tuple[int, int]]) -> list[_Compared]:
     found: list[_Compared] = []
-    for place, experts in enumerate(zip(*(factors(p) for p in alike.values()), strict=True)):
+    for place, experts in enumerate(zip(*(unscaled(p) for p in alike.values()), strict=True)):
         updates = {
             number: _update(each, pair.scale)
             for (number, pair), each in zip(alike.items(), experts, strict=True)
@@ -281,7 +281,7 @@ def _module(
     left, left_angles = _overlap(products.left[i, j])
     right, right_angles = _overlap(products.right[i, j])
     chance = [max(ranks) / size for size in (first.b.shape[0], first.a.shape[1])]
-    cosine = _clipped(inner / math.sqrt(first.energy * second.energy))
+    cosine = _clipped(inner / math.sqrt(first.energy) / math.sqrt(second.energy))
     task, relative = _task_interference(updates, products, [i, j])
     meeting = signs[i] * signs[j]
     decided = np.count_nonzero(meeting)

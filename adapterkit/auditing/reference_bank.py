@@ -25,7 +25,7 @@ from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.json_file import read_json_object
 from adapterkit.loading import load, open_model
 from adapterkit.lowrank.moments import kurtosis
-from adapterkit.lowrank.products import factors
+from adapterkit.lowrank.products import unscaled
 from adapterkit.lowrank.spectrum import spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.output import staged
@@ -79,7 +79,7 @@ def _measured(adapter: AdapterTensorSet) -> Member:
 
 def _statistics(pair: Update) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
-    for spectrum, each in zip(spectra(pair), factors(pair), strict=True):
+    for spectrum, each in zip(spectra(pair), unscaled(pair), strict=True):
         if not spectrum.largest:
             continue
         energy = spectrum.relative**2

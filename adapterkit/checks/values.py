@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.dtype import DType
+from adapterkit.errors import UncheckableError
 from adapterkit.lowrank.differences import all_finite, norm
 from adapterkit.tensor import LazyTensor
 from adapterkit.work import tracked
@@ -55,7 +56,11 @@ def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
         yield from broken
         if not broken:
             count += 1
-            size = _norm(pair, *grams)
+            try:
+                size = _norm(pair, *grams)
+            except UncheckableError as error:
+                yield Finding("AK203", Severity.WARNING, (pair.module,), error.message)
+                continue
             silent += [pair.module] if size == 0 else []
             yield from _sizes(pair, size, grams)
     yield from _silent(silent, count)
@@ -104,7 +109,8 @@ def _norm(pair: Update, a: Array, b: Array) -> float:
     import numpy as np
 
     bound = math.sqrt(_trace(a)) * math.sqrt(_trace(b)) * abs(pair.scale)
-    square = float(np.sum(a.astype(np.float64) * b))
+    with np.errstate(invalid="ignore"):
+        square = float(np.sum(a.astype(np.float64) * b))
     value = math.sqrt(max(square, 0.0)) * abs(pair.scale)
     if math.isfinite(bound) and value > _DOUBTFUL * bound:
         return value

@@ -180,7 +180,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 def _tensor_v2(arguments: tuple[object, ...]) -> PickledTensor:
     match arguments:
-        case (Storage() as storage, int(offset), size, stride, _, _, *rest) if len(rest) <= 1:
+        case (Storage() as storage, int(offset), size, stride, bool(), _, *rest) if len(rest) <= 1:
             kind = storage.kind
             shape, strides = _sizes(size), _sizes(stride)
             return PickledTensor(storage, kind.dtype, kind.name, offset, shape, strides, any(rest))
@@ -190,7 +190,7 @@ def _tensor_v2(arguments: tuple[object, ...]) -> PickledTensor:
 
 def _tensor_v3(arguments: tuple[object, ...]) -> PickledTensor:
     match arguments:
-        case (Storage() as storage, int(offset), size, stride, _, _, str(code), *rest) if (
+        case (Storage() as storage, int(offset), size, stride, bool(), _, str(code), *rest) if (
             len(rest) <= 1 and code in DTYPES
         ):
             shape, strides = _sizes(size), _sizes(stride)
@@ -201,7 +201,7 @@ def _tensor_v3(arguments: tuple[object, ...]) -> PickledTensor:
 
 def _parameter(arguments: tuple[object, ...]) -> PickledTensor:
     match arguments:
-        case (PickledTensor() as tensor, _, _) | (PickledTensor() as tensor, _, _, _):
+        case (PickledTensor() as tensor, bool(), _) | (PickledTensor() as tensor, bool(), _, _):
             return tensor
         case _:
             raise ValueError("_rebuild_parameter with other arguments than torch writes")

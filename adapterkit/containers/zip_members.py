@@ -25,9 +25,20 @@ MAX_DIRECTORY = 8 << 20
 _COMMENT = 1 << 17
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _MAGIC = b"PK\x03\x04"
+# The end of the directory: parts, entries, its size and place, and how long a comment follows.
+_END = struct.Struct("<4s4H2LH")
+_END_MAGIC = b"PK\x05\x06"
+# An entry of the directory, and in it the lengths of its name, extra fields and comment.
+_ENTRY, _LENGTHS_AT, _LENGTHS = 46, 28, struct.Struct("<3H")
+# Where the wide form of the end is, which stands between the directory and it; and that form.
+_LOCATOR = struct.Struct("<4sLQL")
+_LOCATOR_MAGIC = b"PK\x06\x07"
+_WIDE_END = struct.Struct("<4sQ2H2L4Q")
+_WIDE_MAGIC = b"PK\x06\x06"
 _ENCRYPTED = 0x1
 _SIZES_FOLLOW = 0x8
 _UTF8 = 0x800
+_DIRECTORY = 0x10
 _IN_EXTRA = 0xFFFFFFFF
 
 
@@ -71,7 +82,9 @@ def read_members(span: FileSlice) -> list[ZipMember]:
             another overlaps, or whose own header contradicts the directory.
     """
     with span.path.open("rb") as file:
-        infos = _directory(_Bounded(file, span), span.path)
+        bounded = _Bounded(file, span)
+        infos = _directory(bounded, span.path)
+        _check_end(bounded, len(infos), span.path, span.length)
         heads = [_head(file, info, span) for info in infos]
     found = [_member(info, head, span) for info, head in zip(infos, heads, strict=True)]
     end = span.offset
@@ -141,6 +154,56 @@ def _directory(file: _Bounded, path: Path) -> list[zipfile.ZipInfo]:
     return infos
 
 
+def _check_end(file: _Bounded, count: int, path: Path, size: int) -> None:
+    """Refuse an end that does not say where the directory is: `zipfile` guesses, others believe it.
+
+    Raises:
+        FormatError: if it names other parts, numbers or places than there are.
+    """
+    start = max(0, size - _END.size - _COMMENT // 2)
+    file.seek(start)
+    tail = file.read(size - start)
+    place = tail.rfind(_END_MAGIC)
+    if place < 0 or place + _END.size > len(tail):
+        raise TruncatedFileError("the end of the zip's directory is missing", path=path)
+    _, *numbers, comment = _END.unpack_from(tail, place)
+    whole = place + _END.size + comment == len(tail)
+    ends = start + place
+    wide = _wide_end(file, ends)
+    for small, large in zip(numbers, wide, strict=True) if wide else ():
+        whole = whole and small in {large, 0xFFFF, _IN_EXTRA}
+    part, first, here, entries, length, begin = wide or numbers
+    ends -= _LOCATOR.size + _WIDE_END.size if wide else 0
+    whole = whole and not part and not first and here == entries == count
+    if not whole or begin + length != ends or _entries_end(file, begin, count) != ends:
+        message = "the end of the zip contradicts its directory; download or copy the file again"
+        raise FormatError(message, path=path)
+
+
+def _entries_end(file: _Bounded, place: int, count: int) -> int:
+    """Return where the last of the directory's entries ends, by their own lengths."""
+    for _ in range(count):
+        file.seek(place + _LENGTHS_AT)
+        lengths = file.read(_LENGTHS.size)
+        place += _ENTRY + (sum(_LENGTHS.unpack(lengths)) if len(lengths) == _LENGTHS.size else 0)
+    return place
+
+
+def _wide_end(file: _Bounded, ends: int) -> tuple[int, ...] | None:
+    """Return the six numbers of the wide form, None if there is none before the end at `ends`."""
+    place = ends - _LOCATOR.size - _WIDE_END.size
+    if place < 0:
+        return None
+    file.seek(place)
+    data = file.read(_WIDE_END.size + _LOCATOR.size)
+    magic, part, begin, parts = _LOCATOR.unpack_from(data, _WIDE_END.size)
+    if magic != _LOCATOR_MAGIC:
+        return None
+    found, *_, here_part, first, here, entries, length, where = _WIDE_END.unpack_from(data)
+    sound = found == _WIDE_MAGIC and begin == place and not part and parts <= 1
+    return (here_part, first, here, entries, length, where) if sound else (-1,) * 6
+
+
 @dataclass(frozen=True, slots=True)
 class _Head:
     """The header that stands before a member's data."""
@@ -173,6 +236,8 @@ def _head(file: IO[bytes], info: zipfile.ZipInfo, span: FileSlice) -> _Head:
         raise FormatError("is encrypted", path=path, where=where)
     if info.volume:
         raise FormatError("lies in another file of a zip in parts", path=path, where=where)
+    if info.external_attr & _DIRECTORY and not info.is_dir():
+        raise FormatError("is marked as a directory", path=path, where=where)
     if info.header_offset < 0:
         raise FormatError("lies before the file", path=path, where=where)
     if max(info.header_offset, info.compress_size, info.file_size) > MAX_BYTES:

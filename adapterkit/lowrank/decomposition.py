@@ -119,8 +119,8 @@ def basis(tall: Array) -> tuple[Array, Array]:
 
 
 def _size(matrix: Array) -> float:
-    """Return a power of two near the largest entry, 1 for a zero matrix."""
-    return math.ldexp(1.0, math.frexp(float(np.abs(matrix).max(initial=0.0)))[1])
+    """Return a power of two near the largest entry; one half for a zero matrix."""
+    return math.ldexp(1.0, math.frexp(float(np.abs(matrix).max(initial=0.0)))[1] - 1)
 
 
 @dataclass(frozen=True, slots=True)

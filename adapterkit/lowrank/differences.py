@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.dtype import DType
+from adapterkit.errors import UncheckableError
 from adapterkit.tensor import same_bits
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def difference(first: Update, second: Update) -> Difference:
 
     Raises:
         ValueError: if the updates are of different kinds or shapes.
+        UncheckableError: if they differ, and float64 has no room for one of them.
     """
     if (first.kind, first.shape) != (second.kind, second.shape):
         shown = (f"{update.kind} {list(update.shape)}" for update in (first, second))
@@ -92,10 +94,22 @@ def _finite(tensor: LazyTensor) -> bool:
 
 
 def norm(pair: Update) -> float:
-    """Return ‖ΔW‖, Frobenius, scale included."""
+    """Return ‖ΔW‖, Frobenius, scale included.
+
+    Raises:
+        UncheckableError: if float64 has no room for it.
+    """
     from adapterkit.lowrank import distances, products
 
     return distances.norm(products.whole(pair))
+
+
+def silent(pair: Update) -> bool:
+    """Tell whether an update is zero; one that float64 has no room for is not."""
+    try:
+        return norm(pair) == 0
+    except UncheckableError:
+        return False
 
 
 def _over(apart: float, reference: float) -> float:

@@ -60,13 +60,17 @@ class Plane:
         return sum(_squared(block) for block in self.read()) ** 0.5
 
     def distance(self, update: LowRank) -> float:
-        """Return the Frobenius norm of the difference to an update, block by block."""
+        """Return the Frobenius norm of the difference to an update, block by block.
+
+        It is not finite for an update that is not.
+        """
         squared, row = 0.0, 0
         b, a = update.b, update.a
         for block in self.read():
-            if block.dtype != b.dtype:
-                b, a = b.astype(block.dtype), a.astype(block.dtype)
-            squared += _squared(block - b[row : row + len(block)] @ a)
+            with np.errstate(over="ignore", invalid="ignore"):
+                if block.dtype != b.dtype:
+                    b, a = b.astype(block.dtype), a.astype(block.dtype)
+                squared += _squared(block - b[row : row + len(block)] @ a)
             row += len(block)
         return squared**0.5
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapterkit.dtype import DType
+from adapterkit.errors import UncheckableError
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor, encode
 
@@ -24,6 +25,8 @@ Key: TypeAlias = tuple[int, int]
 
 # Squared norms between this and its inverse leave room for the products of two.
 SMALL = 1e-60
+# Factors and updates of such sizes leave float64 room for squares, sums and weights.
+_LEAST, _MOST = 1e-100, 1e100
 # Elements that are decoded at a time: both of their forms stay in the processor's cache.
 _CHUNK = 1 << 15
 
@@ -90,16 +93,63 @@ def factors(
         yield LowRank(wide_b, wide_a)
 
 
-def updates(pair: Update) -> Iterator[LowRank]:
-    """Yield the update of each matrix, scale included; experts one by one."""
+def unscaled(pair: Update) -> Iterator[LowRank]:
+    """Yield the factors of each matrix, the scale left out; experts one by one.
+
+    Raises:
+        UncheckableError: if float64 has no room for what is computed from them.
+    """
     for each in factors(pair):
+        yield _with_room(each, pair)
+
+
+def updates(pair: Update) -> Iterator[LowRank]:
+    """Yield the update of each matrix, scale included; experts one by one.
+
+    Raises:
+        UncheckableError: as `unscaled`.
+    """
+    for each in unscaled(pair):
         yield LowRank(each.b * pair.scale, each.a, pair.scale)
 
 
 def whole(pair: Update) -> LowRank:
-    """Return the updates of all matrices at once, as a stack; the scale included."""
-    b, a = pair.stacked(wide)
-    return LowRank(b * pair.scale, a, pair.scale)
+    """Return the updates of all matrices at once, as a stack; the scale included.
+
+    Raises:
+        UncheckableError: as `unscaled`.
+    """
+    stack = _with_room(LowRank(*pair.stacked(wide)), pair)
+    return LowRank(stack.b * pair.scale, stack.a, pair.scale)
+
+
+def _with_room(stored: LowRank, pair: Update) -> LowRank:
+    """Return factors as they are; zeros need no room, and what is not finite shows itself."""
+    sizes = [_size(stored.b), _size(stored.a), abs(pair.scale)]
+    if not all(sizes) or not all(map(math.isfinite, sizes)):
+        return stored
+    orders = [math.log10(size) for size in (*sizes[:2], 1.0)]
+    orders[2] = sum(map(math.log10, sizes))
+    least, most = math.log10(_LEAST), math.log10(_MOST)
+    if least < min(orders) and max(orders) < most:
+        return stored
+    b, a, whole = (f"1e{order:+.0f}" for order in orders)
+    message = (
+        f"B is of the order of {b}, A of {a} and the update of {whole}; what lies beyond "
+        f"{_LEAST:g} to {_MOST:g} leaves float64 no room to compute with"
+    )
+    raise UncheckableError(message, where=pair.module)
+
+
+def _size(matrix: Array) -> float:
+    """Return the norm, which one fast pass gives, or where its square is none the largest entry."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = float(np.vdot(matrix, matrix))
+    return math.sqrt(squared) if SMALL < squared < 1 / SMALL else _largest(matrix)
+
+
+def _largest(matrix: Array) -> float:
+    return float(max(matrix.max(initial=0.0), -matrix.min(initial=0.0)))
 
 
 def expert(pair: Update, place: int) -> int | None:
@@ -127,10 +177,10 @@ def unit(matrix: Array) -> tuple[Array, float]:
         squared = float(np.vdot(matrix, matrix))
     if SMALL < squared < 1 / SMALL:
         return matrix, 1.0
-    largest = float(max(matrix.max(initial=0.0), -matrix.min(initial=0.0)))
+    largest = _largest(matrix)
     if not math.isfinite(largest) or not largest:
         return matrix, largest
-    size = math.ldexp(1.0, math.frexp(largest)[1])
+    size = math.ldexp(1.0, math.frexp(largest)[1] - 1)
     return matrix / size, size
 
 
@@ -142,9 +192,11 @@ def _stored(tensor: LazyTensor) -> np.ndarray[Any, Any]:
 
 def _widened(values: np.ndarray[Any, Any], dtype: DType, out: Array | None) -> Array:
     if dtype is not DType.BF16:
-        if out is None:
-            return np.asarray(values, dtype=np.float64)
-        out[...] = values
+        # A NaN that signals is one all the same.
+        with np.errstate(invalid="ignore"):
+            if out is None:
+                return np.asarray(values, dtype=np.float64)
+            out[...] = values
         return out
     # bf16 is the upper half of float32; through ml_dtypes the same takes four times as long.
     result = out if out is not None else np.empty(values.shape, np.float64)

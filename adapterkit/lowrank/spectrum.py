@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapterkit.errors import FormatError
+from adapterkit.errors import FormatError, UncheckableError
 from adapterkit.lowrank.decomposition import triangles
 from adapterkit.lowrank.differences import all_finite
 from adapterkit.lowrank.products import Array, LowRank, expert, factors, unit
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # The σ₁ that rounding alone leaves where B·A vanishes exactly, over the norms of the factors.
 _ROUNDING = 8 * 2.0**-52
+# Thousands of squares of this have a sum.
+_LARGEST = 1e150
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def spectra(pair: Update) -> list[Spectrum]:
 
     Raises:
         FormatError: if a factor holds NaN or infinity.
+        UncheckableError: if σ₁ has no square in float64.
     """
     found = enumerate(factors(pair, _SCRATCH.array))
     return [_spectrum(each, pair, expert(pair, place)) for place, each in found]
@@ -93,12 +96,16 @@ def _spectrum(each: LowRank, pair: Update, number: int | None) -> Spectrum:
     core = r_b @ r_a.T
     values: Array = np.asarray(np.linalg.svd(core, compute_uv=False), dtype=np.float64)
     top = float(values[0])
+    largest = top * a_size * b_size * abs(pair.scale)
+    if not largest < _LARGEST:
+        message = f"σ₁ is of the order of {largest:.0e}; float64 has no room for its square"
+        raise UncheckableError(message, where=pair.module)
     # A zero update is one whose factors cancel to the last bit, not one that is merely small.
     zero = not pair.scale or not a_size or not b_size or top <= _ROUNDING * a_norm * b_norm
     relative = np.zeros_like(values) if zero else values / top
     return Spectrum(
         relative,
-        0.0 if zero else top * a_size * b_size * abs(pair.scale),
+        0.0 if zero else largest,
         np.zeros_like(b[:, 0]) if zero else _energies(a=r_a.T, b=b, axis=1),
         np.zeros_like(a[0]) if zero else _energies(a=a, b=r_b, axis=0),
         a_norm * a_size / (b_norm * b_size) if b_norm * b_size else None,

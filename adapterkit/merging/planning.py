@@ -44,6 +44,10 @@ _SHARED = {
 }
 
 
+# What updates of any size can be multiplied with.
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-40, 1e40
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One adapter of a merge.
@@ -118,7 +122,7 @@ def sources(
     nothing: Mapping[str, float] = {}
     patterns = module_weights or [nothing] * count
     found = tuple(
-        Source(_label(adapter, place), adapter, _number(weight, "weight"), _compiled(own))
+        Source(_label(adapter, place), adapter, checked_weight(weight), _compiled(own))
         for place, (adapter, weight, own) in enumerate(
             zip(adapters, weights, patterns, strict=True), start=1
         )
@@ -134,10 +138,18 @@ def _label(adapter: AdapterTensorSet, place: int) -> str:
     return str(adapter.provenance.path) if adapter.provenance else f"adapter {place}"
 
 
-def _number(value: float, what: str) -> float:
+def checked_weight(value: float, what: str = "weight") -> float:
+    """Return a weight that leaves float64 room for any update.
+
+    Raises:
+        UsageError: if it is not finite, too large or too small.
+    """
     number = float(value)
     if number - number != 0:
         raise UsageError(f"{what} {value!r} is not a finite number")
+    if number and not _LEAST_WEIGHT <= abs(number) <= _MOST_WEIGHT:
+        limits = f"{_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
+        raise UsageError(f"{what} {value!r} is beyond {limits}, and leaves float64 no room")
     return number
 
 
@@ -145,7 +157,7 @@ def _compiled(own: Mapping[str, float]) -> tuple[tuple[str, Expression, float], 
     """Take patterns as PEFT's rank_pattern reads them: the end of a module path."""
     allowance = Allowance()
     return tuple(
-        (text, ending(text, allowance), _number(weight, f"weight of {text!r}"))
+        (text, ending(text, allowance), checked_weight(weight, f"weight of {text!r}"))
         for text, weight in own.items()
     )
 

@@ -52,8 +52,6 @@ def dequantise(
         dtype: the quantised type of the rows.
         shape: logical shape; the last axis holds whole blocks.
 
-    Raises:
-        NotImplementedError: if nothing here decodes the type.
     """
     import numpy as np
 
@@ -64,8 +62,20 @@ def dequantise(
     import gguf
 
     rows = data.reshape(-1, dtype.nbytes(shape[-1:]))
-    decoded = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[dtype.value])
+    # What is not finite is looked for by name, before writing and when it is read back.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype is DType.Q8_K:
+            return _q8_k(rows.reshape(-1, dtype.block_bytes)).reshape(shape)
+        decoded = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[dtype.value])
     return np.ascontiguousarray(decoded, dtype=np.float32).reshape(shape)
+
+
+def _q8_k(blocks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Decode blocks of a float32 scale, 256 int8, and sums of these; the gguf package has none."""
+    import numpy as np
+
+    scales, numbers = blocks[:, :4].copy().view("<f4"), blocks[:, 4:260].view(np.int8)
+    return scales * numbers.astype(np.float32)
 
 
 def quantise(array: np.ndarray[Any, Any], dtype: DType) -> memoryview:
@@ -77,10 +87,12 @@ def quantise(array: np.ndarray[Any, Any], dtype: DType) -> memoryview:
     import numpy as np
 
     check_encodable(dtype)
-    values = np.ascontiguousarray(array, dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.ascontiguousarray(array, dtype=np.float32)
     if (packed := ggml.encoded(values, dtype)) is not None:
         return packed
     import gguf
 
-    found = gguf.quants.quantize(values, gguf.GGMLQuantizationType[dtype.value])
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = gguf.quants.quantize(values, gguf.GGMLQuantizationType[dtype.value])
     return np.ascontiguousarray(found).reshape(-1).view(np.uint8).data

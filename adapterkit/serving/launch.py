@@ -55,6 +55,12 @@ def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
     members = stack.list()
     if not members:
         raise UsageError("no adapter was given")
+    for member in members:
+        if not f"{member.name}{member.path}".isprintable():
+            message = (
+                "its name or path holds control characters, which steer a terminal or end a line"
+            )
+            raise UnsupportedError(f"{message}; rename it", path=member.path)
     target = load_target(_TARGETS.get(name, name) + at + version)
     warnings = [sentence for member in members for sentence in _told(member, target)]
     text, more = _LAUNCHES[name](members, _flags(members, target), stack.base)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.dtype import DType
 from adapterkit.keys import PARTNERS, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, Source, Update
-from adapterkit.tensor import LazyTensor, encode
+from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora.settings import TinySettings
 from adapterkit.tinylora.witness import Witness
 
@@ -165,12 +165,12 @@ def _factors(module: TinyModule, vector: LazyTensor) -> tuple[LazyTensor, LazyTe
 
     if module.embedding:
         return (
-            LazyTensor(dtype, (rank, rows), lambda: encode(split(1).T, dtype)),
-            LazyTensor(dtype, (columns, rank), lambda: encode(split(0).T, dtype)),
+            LazyTensor.computed(dtype, (rank, rows), lambda: split(1).T),
+            LazyTensor.computed(dtype, (columns, rank), lambda: split(0).T),
         )
     return (
-        LazyTensor(dtype, (rank, columns), lambda: encode(split(0), dtype)),
-        LazyTensor(dtype, (rows, rank), lambda: encode(split(1), dtype)),
+        LazyTensor.computed(dtype, (rank, columns), lambda: split(0)),
+        LazyTensor.computed(dtype, (rows, rank), lambda: split(1)),
     )
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
+from adapterkit.errors import UnsupportedError
 from adapterkit.model import Update
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora.adapter import TinyModule, middle, wide
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
 
@@ -92,8 +93,7 @@ def fit(adapter: AdapterTensorSet, modules: Iterable[TinyModule]) -> Fit:
         groups.setdefault(term.module.group, []).append(term)
     # The file holds float32, so the residual is that of the rounded numbers.
     tensors = {
-        group: LazyTensor.of(_solved(members).astype("float32"), DType.F32)
-        for group, members in groups.items()
+        group: LazyTensor.of(_rounded(members), DType.F32) for group, members in groups.items()
     }
     left = [_left(term, tensors[term.module.group]) for term in terms]
     total = sum(term.energy for term in terms)
@@ -148,7 +148,7 @@ def _target(pair: Update) -> LowRank:
     return update.turned if pair.embedding else update
 
 
-def _solved(terms: list[_Terms]) -> Array:
+def _solved(terms: Sequence[_Terms]) -> Array:
     import numpy as np
 
     gram = np.sum([term.gram for term in terms], axis=0)
@@ -157,6 +157,22 @@ def _solved(terms: list[_Terms]) -> Array:
     kept = values > _NULL * max(float(values[-1]), 0.0)
     basis = vectors[:, kept]
     return basis @ ((basis.T @ right_side) / values[kept])
+
+
+def _rounded(members: Sequence[_Terms]) -> Array:
+    """Return the vector of a group in float32.
+
+    Raises:
+        UnsupportedError: if it does not fit.
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        vector = _solved(members).astype(np.float32)
+    if not np.isfinite(vector).all():
+        message = "the coefficients that come nearest to its update do not fit F32"
+        raise UnsupportedError(message, where=members[0].module.name)
+    return vector
 
 
 def _left(term: _Terms, vector: LazyTensor) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import IncompatibleBaseError, UsageError
+from adapterkit.tables import printable
 from adapterkit.tinylora.groups import peft_group_count
 from adapterkit.tinylora.settings import TARGETS
 from adapterkit.tinylora.targets import target_modules
@@ -84,7 +85,8 @@ def plan(
         raise UsageError("the budget and every projection size must be at least 1")
     names = target_modules(base, targets)
     if not names:
-        raise IncompatibleBaseError(f"has no linear layer {' or '.join(targets)}", path=base.path)
+        wanted = " or ".join(map(printable, targets))
+        raise IncompatibleBaseError(f"has no linear layer {wanted}", path=base.path)
     kinds = Counter(name.rpartition(".")[2] for name in names)
     return PlanReport(
         base=str(base.path),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkit.dtype import DType
-from adapterkit.tensor import LazyTensor, encode
+from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ class Factors(NamedTuple):
 
 def computed(shape: tuple[int, ...], values: Callable[[], Array]) -> LazyTensor:
     """Return a float32 tensor of `shape` whose float64 values are computed at every access."""
-    return LazyTensor(DType.F32, shape, lambda: encode(values(), DType.F32))
+    return LazyTensor.computed(DType.F32, shape, values)
 
 
 def wide(tensor: LazyTensor) -> Array:

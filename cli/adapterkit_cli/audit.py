@@ -160,7 +160,7 @@ def _bank(
         return
     families = {name for member in written.members for name in member.families}
     size = rendering.count(len(written.members), "adapter")
-    rendering.emit(f"{file}: {size}, {len(families)} families of modules")
+    rendering.emit(f"{rendering.printable(file)}: {size}, {len(families)} families of modules")
 
 
 def _show(report: AuditReport) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zipfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ VALUES: tuple[Any, ...] = (
     *("", "8" * 500, "\x1b[2J", "\ud800", "a\0b", "../../x", "(", "(a+)+$", ".*", "n" * 5000),
     *([], [[[]]], [1], ["a"], [{}], {}, {"a": [1]}, {"q_proj": "x"}, [[0, 2], [1, 3]]),
 )
+EDGES: dict[str, tuple[float, ...]] = {
+    "e": (0.0, -0.0, 65504.0, -65504.0, 6e-8, float("inf"), float("nan")),
+    "f": (0.0, -0.0, 3.4e38, -3.4e38, 1e-45, 1e20, 1e-20, 1e30, float("inf"), float("nan")),
+    "d": (0.0, -0.0, 1.7e308, -1.7e308, 5e-324, 1e160, 1e-160, float("inf"), float("nan")),
+}
 WORDS = (b"{", b"}", b"[", b",", b'"', b":", b"\0", b"\xff", b"PK\x03\x04", b"GGUF", b"\x93NUMPY")
 
 
@@ -67,6 +73,53 @@ def member(data: bytes, random: Random) -> bytes:
     return made.getvalue()
 
 
+def changed(name: str, data: bytes, random: Random) -> bytes:
+    """Change a file in the way of its kind, which its suffix tells; now and then as mere bytes."""
+    change = _BY_SUFFIX.get(name[name.rfind(".") :])
+    if change is None or random.random() < 0.15:
+        return damaged(data, random)
+    try:
+        return change(data, random)
+    except Exception:
+        return damaged(data, random)  # it was no sound file of its kind
+
+
+def text(data: bytes, random: Random) -> bytes:
+    """Change the document that a JSON file holds."""
+    return document(json.loads(data), random)
+
+
+def lines(data: bytes, random: Random) -> bytes:
+    """Change one line of a file of JSON lines."""
+    made = data.splitlines()
+    place = random.randrange(len(made))
+    made[place] = text(made[place], random)
+    return b"\n".join([*made, b""])
+
+
+def header(data: bytes, random: Random) -> bytes:
+    """Change the header of a safetensors file, whose length then is right; or its bytes."""
+    if random.random() < 0.4:
+        return damaged(data, random)
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    if random.random() < 0.5:
+        return data[:end] + numbers(data[end:], random)
+    made = document(json.loads(data[8:end]), random)
+    return struct.pack("<Q", len(made)) + made + data[end:]
+
+
+def numbers(data: bytes, random: Random) -> bytes:
+    """Put numbers from the edges of their types into the data of tensors."""
+    made = bytearray(data)
+    width = random.choice("efd")
+    size = struct.calcsize(width)
+    for _ in range(random.choice((1, 1, 4, 64, 1024))):
+        if len(made) >= size:
+            place = random.randrange(len(made) // size) * size
+            struct.pack_into(f"<{width}", made, place, random.choice(EDGES[width]))
+    return bytes(made)
+
+
 def document(fields: Any, random: Random) -> bytes:
     """Put other values, keys and nesting into a JSON document."""
     made = json.loads(json.dumps(fields))
@@ -77,6 +130,8 @@ def document(fields: Any, random: Random) -> bytes:
 
 def _change(node: Any, random: Random) -> None:
     keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+    if isinstance(node, list) and node and random.random() < 0.2:
+        node.extend(copy.deepcopy(random.choice(node)) for _ in range(random.choice((1, 2, 50))))
     if not keys:
         return
     key = random.choice(keys)
@@ -88,3 +143,11 @@ def _change(node: Any, random: Random) -> None:
         node[str(random.choice(VALUES))] = node[key]
     else:
         node[key] = copy.deepcopy(random.choice(VALUES))
+
+
+_BY_SUFFIX: dict[str, Callable[[bytes, Random], bytes]] = {
+    ".json": text,
+    ".jsonl": lines,
+    ".safetensors": header,
+    **dict.fromkeys((".npz", ".pt", ".pth", ".bin"), member),
+}

@@ -81,12 +81,21 @@ def _family(
     return None, None
 
 
+# Of the float32 in which a file holds alpha; what is smaller loses digits.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+
+
 def common_alpha(pairs: Iterable[Update]) -> float:
     """Return the alpha that leaves most pairs untouched: the most common scale · rank.
 
-    A file without a pair that does anything gets 1: alpha 0 would mean scale 1 to llama.cpp.
+    A file without a pair that does anything gets 1: alpha 0 would mean scale 1 to llama.cpp. So
+    does one whose alphas float32 cannot hold.
     """
-    alphas = Counter(pair.scale * pair.rank for pair in pairs if pair.scale)
+    alphas = Counter(
+        pair.scale * pair.rank
+        for pair in pairs
+        if _SMALLEST <= abs(pair.scale * pair.rank) <= _LARGEST
+    )
     return alphas.most_common(1)[0][0] if alphas else 1.0
 
 

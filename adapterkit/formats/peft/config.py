@@ -47,6 +47,8 @@ _TAKEN: dict[str, Kind[Any]] = {
     "target_modules": _NAMES,
     "target_parameters": _NAMES,
     "modules_to_save": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
     "layers_to_transform": either(whole(0, 1 << 20), listed(whole(0, 1 << 20))),
     "layer_replication": listed(listed(whole(0, 1 << 20), 2, 2), 1 << 12),
     "init_lora_weights": either(FLAG, TEXT),

@@ -16,7 +16,7 @@ from adapterkit.containers.safetensors import read_safetensors, write_safetensor
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError, FormatError, UnsupportedError
 from adapterkit.notes import BaseReference, Provenance
-from adapterkit.tables import ANY_MAPPING, FLAG, TEXT, Table, number, whole
+from adapterkit.tables import ANY_MAPPING, FLAG, TEXT, Table, listed, number, shown, whole
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import writing
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule, neutral, wide
@@ -25,7 +25,7 @@ from adapterkit.tinylora.targets import weight_of
 from adapterkit.tinylora.witness import Witness, check_weight, parse_witness, testify
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from adapterkit.base import BaseModel
@@ -156,9 +156,21 @@ def _read(path: Path) -> tuple[TinyAdapter, Table]:
         vectors=vectors,
         form=document.get("form", TEXT, "carried"),
         settings=settings_from(stated, path) if stated else None,
-        config=document.optional("config", ANY_MAPPING) or {},
+        config=_config(document, {module.name for module in found}),
     )
     return tiny, document
+
+
+def _config(document: Table, modules: Collection[str]) -> Mapping[str, Any]:
+    """Return what its former format said of it; what writers take from there is checked here."""
+    config = document.table("config")
+    if config is None:
+        return {}
+    config.optional("metadata", ANY_MAPPING)
+    for name in config.optional("keys", listed(TEXT)) or ():
+        if name not in modules:
+            raise config.error("keys", f"{shown(name)} is no module of it")
+    return config.fields
 
 
 def _parsed(metadata: Mapping[str, str], path: Path) -> Table:

@@ -11,13 +11,14 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from adapterkit.errors import AdapterKitError, FormatError, UsageError
 from adapterkit.merging.into.report import NearestReport, TensorReport
-from adapterkit.storage import readable
+from adapterkit.storage import read_document, readable
+from adapterkit.tables import ANY_MAPPING, TEXT, Table, UnfitError, listed, number, whole
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -33,6 +34,11 @@ _VERSION = 3
 _SAMPLE = 1 << 12
 _EVERY = 1 << 20
 _SMALL = 1 << 24
+# Bytes of a journal: some hundred for each tensor of a base.
+_LARGEST = 1 << 30
+_COUNT = whole(0, (1 << 63) - 1)
+_REPORTS = listed(ANY_MAPPING)
+_WRITTEN = listed(listed(_COUNT, 3, 3))
 # Numbers of 8 bytes whose sum stands for them in a checksum.
 _BLOCK = 1 << 12
 
@@ -128,19 +134,14 @@ def read_journal(path: Path) -> tuple[str, Journal]:
         FormatError: if it is no journal.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_document(path, _LARGEST).decode("utf-8")
         whole = text[: text.rindex("\n") + 1] if "\n" in text else ""
-        first, *others = [cast("dict[str, Any]", json.loads(line)) for line in whole.splitlines()]
-        journal = Journal(path, dict(_segment(line) for line in others))
-        plan = str(first["plan"])
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+        first, *others = [
+            Table(ANY_MAPPING.read(json.loads(line)), path) for line in whole.split("\n")[:-1]
+        ]
+        journal = Journal(path, dict(map(_segment, others)))
+        plan = first.get("plan", TEXT)
+    except (ValueError, RecursionError, UnfitError, FormatError) as error:
         raise FormatError(
             "is no journal of a merge; repeat without --resume to begin anew", path=path
         ) from error
@@ -149,52 +150,39 @@ def read_journal(path: Path) -> tuple[str, Journal]:
     return plan, journal
 
 
-def _segment(line: Mapping[str, Any]) -> tuple[tuple[str, int], Segment]:
+def _segment(line: Table) -> tuple[tuple[str, int], Segment]:
     """Return a line of the journal by its place.
 
     Raises:
-        ValueError: if something in it is of another type.
+        FormatError: if something in it is of another type.
     """
     reports = [
         TensorReport(
-            tensor=_text(report["tensor"]),
-            modules=tuple(map(_text, report["modules"])),
-            stored=_text(report["stored"]),
-            dtype=_text(report["dtype"]),
-            relative_norm=_number(report["relative_norm"]),
-            survival=_number(report["survival"]),
-            rounding=_text(report["rounding"]),
-            noise=_number(report["noise"]),
-            direction_error=_number(report["direction_error"]),
-            nearest=_nearest(report["nearest"]),
+            tensor=report.get("tensor", TEXT),
+            modules=report.get("modules", listed(TEXT)),
+            stored=report.get("stored", TEXT),
+            dtype=report.get("dtype", TEXT),
+            relative_norm=report.optional("relative_norm", number()),
+            survival=report.optional("survival", number()),
+            rounding=report.get("rounding", TEXT),
+            noise=report.optional("noise", number()),
+            direction_error=report.optional("direction_error", number()),
+            nearest=_nearest(report),
         )
-        for report in line["reports"]
+        for report in (line.inner("reports", each) for each in line.get("reports", _REPORTS))
     ]
-    written = [Written(*map(_count, each)) for each in line["written"]]
-    return (_text(line["file"]), _count(line["segment"])), Segment(tuple(reports), tuple(written))
+    written = [Written(*each) for each in line.get("written", _WRITTEN)]
+    return (line.get("file", TEXT), line.get("segment", _COUNT)), Segment(
+        tuple(reports), tuple(written)
+    )
 
 
-def _nearest(value: Mapping[str, Any] | None) -> NearestReport | None:
+def _nearest(report: Table) -> NearestReport | None:
+    if (found := report.optional("nearest", ANY_MAPPING)) is None:
+        return None
+    fields = report.inner("nearest", found)
     names = ("survival", "noise", "direction_error")
-    return None if value is None else NearestReport(**{n: float(value[n]) for n in names})
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(value)  # noqa: TRY004  (the caller tells what is wrong)
-    return value
-
-
-def _number(value: object) -> float | None:
-    if value is not None and not isinstance(value, (int, float)):
-        raise ValueError(value)
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(value)
-    return value
+    return NearestReport(**{name: fields.get(name, number()) for name in names})
 
 
 def plan_hash(

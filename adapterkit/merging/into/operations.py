@@ -226,9 +226,11 @@ def _factors(step: Product, kind: np.dtype[Any]) -> tuple[Array, Array]:
     """Return (E, rows, r) and (E, r, columns) as stored, weight and scale in the first."""
     pair = step.pair
     b, a = pair.stacked(lambda tensor: _finite(tensor, step, np.dtype(np.float64)))
-    b = b * (pair.scale * step.weight)
-    left, right = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if step.turned else (b, a)
-    return np.ascontiguousarray(left, kind), np.ascontiguousarray(right, kind)
+    # What overflows here overflows the merged weight, which is refused by its name.
+    with np.errstate(over="ignore"):
+        b = b * (pair.scale * step.weight)
+        left, right = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if step.turned else (b, a)
+        return np.ascontiguousarray(left, kind), np.ascontiguousarray(right, kind)
 
 
 def _finite(tensor: LazyTensor, step: Step, kind: np.dtype[Any]) -> Array:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError, UsageError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import load_all
-from adapterkit.merging.planning import Source
+from adapterkit.merging.planning import Source, checked_weight
 from adapterkit.model.beside import lost_trained
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ def read_sources(
         raise UsageError("nothing to merge; name one adapter or more")
     if weights is not None and len(weights) != len(paths):
         raise UsageError(f"{len(paths)} adapters and {len(weights)} weights; give one for each")
-    for weight in weights or ():
-        if not abs(weight) < float("inf"):
-            raise UsageError(f"weight {weight!r} is not a finite number")
+    weights = list(map(checked_weight, weights or [1.0] * len(paths)))
     found: list[Source] = []
     said: list[str] = []
     loaded = load_all(
@@ -65,7 +63,7 @@ def read_sources(
         allow_lossy=allow_lossy,
         growing=growing,
     )
-    for each, weight in zip(loaded, weights or [1.0] * len(paths), strict=True):
+    for each, weight in zip(loaded, weights, strict=True):
         for setting, reason in _NO_UPDATE.items():
             if setting in each.adapter.settings:
                 raise UnsupportedError(f"{reason} ({setting})", path=each.label)
@@ -73,7 +71,7 @@ def read_sources(
         if (each.losses or lost) and not allow_lossy:
             raise LossyConversionError([*each.losses, *lost], path=each.label)
         said += [f"{each.label}: {loss.subject} is left out" for loss in lost]
-        source = Source(each.label, each.adapter, float(weight))
+        source = Source(each.label, each.adapter, weight)
         _check_halves(source)
         found.append(source)
     notes = (f"{each.label}: {note}" for each in loaded for note in each.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.architectures.expressions import evaluate, parse_call
@@ -24,7 +25,7 @@ from adapterkit.formats.handwritten.dialects.grammar import (
 from adapterkit.formats.handwritten.dialects.table import RuleTable
 from adapterkit.patterns import Allowance
 from adapterkit.storage import read_document
-from adapterkit.tables import FLAG, TEXT, either, listed, mapped, number, one_of, whole
+from adapterkit.tables import FLAG, TEXT, either, listed, mapped, number, one_of, shown, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -228,7 +229,7 @@ def _weight(table: RuleTable) -> WeightRule:
     for name in names:
         _checked(table, "name", _filled, name, ("module",))
         if "{module}" not in name:
-            raise table.error("name", f"{name!r} does not hold {{module}}")
+            raise table.error("name", f"{shown(name)} does not hold {{module}}")
     if axes not in {"out in", "either"}:
         raise table.error("axes", "is neither 'out in' nor 'either'")
     return WeightRule(names, axes)
@@ -284,11 +285,21 @@ def _checked(table: RuleTable, key: str, parse: Callable[..., _Parsed], *argumen
     try:
         return parse(*arguments)
     except _SENSELESS as error:
-        raise table.error(key, f"{arguments[0]!r} makes no sense here ({error})") from None
+        raise table.error(key, f"{shown(arguments[0])} makes no sense here ({error})") from None
 
 
 def _filled(template: str, groups: Iterable[str]) -> str:
-    return template.format_map(dict.fromkeys(groups, "0"))
+    """Return a text whose holes `{name}` are filled; a width would let a line fill any memory."""
+    holes = [hole for hole in Formatter().parse(template) if hole[1] is not None]
+    if len(holes) > _MOST_HOLES:
+        raise ValueError(f"{len(holes)} holes, the most is {_MOST_HOLES}")
+    filling = dict.fromkeys(groups, "0")
+    if odd := next((hole for hole in holes if hole[2] or hole[3] or hole[1] not in filling), None):
+        raise ValueError(f"the hole {odd[1]} is no group, or has a width or conversion")
+    return template.format_map(filling)
+
+
+_MOST_HOLES = 16
 
 
 def _any_size(name: str) -> int:
