@@ -244,6 +244,19 @@ def test_what_comfyui_does_not_look_for_is_ignored(
     assert (report.coverage[0].verdict is adapterkit.Verdict.APPLIED) is there
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_written_for_a_loader_is_loaded_whole(name: str, tmp_path: Path) -> None:
+    tensors, metadata = factors(name, alpha=0.7)
+    told = {"modelspec.architecture": TOLD.get(name, name)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata | told)
+    for loader in ("diffusers", "comfyui"):
+        path = tmp_path / f"{loader}.safetensors"
+        adapterkit.convert(tmp_path / "a.safetensors", path, to=loader)
+        (coverage,) = adapterkit.validate(path, targets=[loader]).coverage
+        whole = {module.outcome for module in coverage.modules} == {Outcome.APPLIED}
+        assert whole is ((name, loader) not in {("pixart", "diffusers"), ("sana", "comfyui")})
+
+
 # diffusers' converters -> the case above that goes through each, or why none does
 CONVERTERS = {
     "_maybe_map_sgm_blocks_to_diffusers": "sdxl",

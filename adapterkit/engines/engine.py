@@ -184,9 +184,10 @@ def load_target(reference: str) -> Target:
 
 
 def _name_rule(row: Mapping[str, Any]) -> NameRule:
-    lists = {key: tuple(value) for key, value in row.items() if isinstance(value, list)}
-    severity = Severity(row.get("severity", Severity.ERROR))
-    return NameRule(**{**row, **lists, "severity": severity})
+    fields: dict[str, Any] = {**row, "severity": Severity(row.get("severity", Severity.ERROR))}
+    for key in ("families", "prefixes", "pairs"):
+        fields[key] = tuple(row.get(key, ()))
+    return NameRule(**fields)
 
 
 @cache
