@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.checks.findings import Finding, Outcome, Severity
@@ -184,9 +184,11 @@ def load_target(reference: str) -> Target:
 
 
 def _name_rule(row: Mapping[str, Any]) -> NameRule:
-    fields: dict[str, Any] = {**row, "severity": Severity(row.get("severity", Severity.ERROR))}
-    for key in ("families", "prefixes", "pairs"):
-        fields[key] = tuple(row.get(key, ()))
+    fields: dict[str, Any] = {
+        key: tuple(cast("list[str]", value)) if isinstance(value, list) else value
+        for key, value in row.items()
+    }
+    fields["severity"] = Severity(row.get("severity", Severity.ERROR))
     return NameRule(**fields)
 
 

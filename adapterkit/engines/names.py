@@ -112,7 +112,7 @@ class _File:
         """Return the rule that decides on each module, and its message."""
         found: dict[str, tuple[NameRule, str]] = {}
         for module in self.modules:
-            known = self.shared | self.own(module)
+            known = self.shared | self.facts(module)
             rule = self._first((r for r in rules if not r.after), module, known)
             if rule is not None and rule.outcome == "applied":
                 rule = self._first((r for r in rules if r.after), module, known) or rule
@@ -168,8 +168,8 @@ class _File:
             "complete": self._complete(),
         }
 
-    def own(self, module: _Module) -> dict[str, Any]:
-        """What is true of a module: see `name_facts`."""
+    def facts(self, module: _Module) -> dict[str, Any]:
+        """Return the facts of one module, by name."""
         spelling, place, ends = module.spelling, module.place, module.spelling.ends
         row = place.site.row if place else None
         return {
@@ -268,4 +268,4 @@ def name_facts() -> dict[str, Any]:
     """
     empty = _File(models()[0], DiffusionSource((), {}))
     module = _Module("", Spelling("", "", "", "", flat=False, ends=()), None)
-    return empty.shared | empty.own(module)
+    return empty.shared | empty.facts(module)
