@@ -211,20 +211,138 @@ def test_products_are_written_out_as_two_factors(case: Any, tmp_path: Path) -> N
     assert adapterkit.convert(source, tmp_path / "p", to="peft").max_relative_error < 1e-6
 
 
+# end of a name -> what the message calls it
 FOREIGN = {
-    "on_input": np.array([1.0]),
-    "w_norm": drawn(8),
-    "oft_blocks": drawn(2, 4, 4),
-    "lora_C.weight": drawn(8, 2),
+    "on_input": r"\(IA\)³",
+    "w_norm": "norm",
+    "oft_blocks": "OFT",
+    "oft_R.weight": "OFT",
+    "a1.weight": "GLoRA",
+    "lambda_layer": "T-LoRA",
+    "lora_C.weight": "lora_C",
 }
 
 
+@pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("leaf", FOREIGN)
-def test_what_is_no_low_rank_update_is_refused_by_name(leaf: str, tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.safetensors", {**kohya({SD: (8, 8)}), f"{SD}.{leaf}": FOREIGN[leaf]})
-    with pytest.raises(UnsupportedError, match=leaf):
+def test_what_is_no_low_rank_update_is_refused_by_name(
+    leaf: str, *, beside: bool, tmp_path: Path
+) -> None:
+    tensors = kohya({SD: (8, 8)}) if beside or leaf == "lora_C.weight" else {}
+    path = saved(tmp_path / "a.safetensors", {**tensors, f"{SD}.{leaf}": drawn(4, 8)})
+    with pytest.raises(UnsupportedError, match=FOREIGN[leaf]):
         adapterkit.convert(path, tmp_path / "b", to="peft")
     assert not (tmp_path / "b").exists()
+
+
+FLUX_Q = "transformer.transformer_blocks.3.attn.to_q"
+SDXL_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+AB, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+# What a trainer writes -> the module that it means, and a module that tells its model.
+TRAINERS = {
+    "ai-toolkit Flux": (FLUX_Q, AB, False, FLUX_Q),
+    "ai-toolkit Wan": (
+        "diffusion_model.blocks.3.cross_attn.k_img",
+        AB,
+        False,
+        "transformer.blocks.3.attn2.add_k_proj",
+    ),
+    "ai-toolkit Qwen": (
+        "diffusion_model.transformer_blocks.3.img_mod.1",
+        AB,
+        False,
+        "transformer.transformer_blocks.3.img_mod.1",
+    ),
+    "musubi-tuner Wan": (
+        "lora_unet_blocks_3_self_attn_o",
+        DOWN_UP,
+        True,
+        "transformer.blocks.3.attn1.to_out.0",
+    ),
+    "musubi-tuner HunyuanVideo": (
+        "lora_unet_double_blocks_3_img_mlp_fc1",
+        DOWN_UP,
+        True,
+        "transformer.transformer_blocks.3.ff.net.0.proj",
+    ),
+    "musubi-tuner Qwen": (
+        "lora_unet_transformer_blocks_3_txt_mlp_net_0_proj",
+        DOWN_UP,
+        True,
+        "transformer.transformer_blocks.3.txt_mlp.net.0.proj",
+    ),
+    "Wan-Fun": (
+        "lora_unet__blocks_3_ffn_0",
+        DOWN_UP,
+        True,
+        "transformer.blocks.3.ffn.net.0.proj",
+    ),
+    "OneTrainer legacy": (
+        "lora_transformer_transformer_blocks_3_attn_add_q_proj",
+        DOWN_UP,
+        True,
+        "transformer.transformer_blocks.3.attn.add_q_proj",
+    ),
+    "OneTrainer T5": (
+        "lora_te3_encoder_block_3_layer_0_SelfAttention_q",
+        DOWN_UP,
+        True,
+        "text_encoder_2.encoder.block.3.layer.0.SelfAttention.q",
+    ),
+    "OneTrainer original": (
+        "layers.3.attention.to_q",
+        AB,
+        True,
+        "transformer.layers.3.attention.to_q",
+    ),
+    "SimpleTuner": (f"transformer.base_model.model.{FLUX_Q[12:]}", AB, False, FLUX_Q),
+    "SimpleTuner LyCORIS": (
+        f"lycoris_{SDXL_Q[5:].replace('.', '_')}",
+        DOWN_UP,
+        True,
+        SDXL_Q,
+    ),
+    "SimpleTuner ComfyUI": (
+        "diffusion_model.double_blocks.3.img_attn.proj",
+        AB,
+        True,
+        "transformer.transformer_blocks.3.attn.to_out.0",
+    ),
+    "DiffSynth": (
+        "blocks.3.self_attn.q",
+        ("lora_A.default.weight", "lora_B.default.weight"),
+        False,
+        "transformer.blocks.3.attn1.to_q",
+    ),
+    "PEFT": (f"base_model.model.{SDXL_Q}", AB, False, SDXL_Q),
+    "Z-Image": (
+        "diffusion_model.layers.3.attention.out",
+        DOWN_UP,
+        True,
+        "transformer.layers.3.attention.to_out.0",
+    ),
+}
+SAID = {
+    "OneTrainer T5": "flux-1-dev/lora",
+    "OneTrainer legacy": "flux-1-dev/lora",
+    "SimpleTuner LyCORIS": "stable-diffusion-xl-v1-base/lora",
+    "Z-Image": "zimage",
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_every_trainer_s_names_are_read(trainer: str, tmp_path: Path) -> None:
+    stem, ends, with_alpha, module = TRAINERS[trainer]
+    tensors: Tensors = {f"{stem}.{ends[0]}": drawn(4, 8), f"{stem}.{ends[1]}": drawn(8, 4)}
+    if with_alpha:
+        tensors[f"{stem}.alpha"] = np.array(2, "int64" if "musubi" in trainer else "float32")
+    metadata = {"modelspec.architecture": SAID[trainer]} if trainer in SAID else None
+    path = saved(tmp_path / "a.safetensors", tensors, metadata)
+    assert detect(path).name in SPELLINGS
+    adapter = read(path)
+    assert adapter.modules == (module,)
+    want = drawn(8, 4).astype("float64") @ drawn(4, 8).astype("float64")
+    assert close(dense(adapter)[module], want * (0.5 if with_alpha else 1))
 
 
 def test_updates_of_a_bias_or_norm_alone_are_refused_by_name(tmp_path: Path) -> None:
@@ -263,6 +381,20 @@ def test_a_model_without_a_table_is_looked_at_and_not_converted(tmp_path: Path) 
     with pytest.raises(UnsupportedError, match=r"lora_unet_zig_0_zag.*is no module of .*Wan"):
         adapterkit.convert(path, tmp_path / "p", to="peft")
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "model"), [(11520, 3840, "Z-Image"), (3840, 2304, "Lumina 2")]
+)
+def test_sizes_tell_models_whose_names_are_the_same(
+    rows: int, columns: int, model: str, tmp_path: Path
+) -> None:
+    modules = {"lora_unet_layers_0_attention_qkv": (rows, columns)}
+    modules |= {"lora_unet_layers_0_attention_out": (columns, columns)}
+    path = saved(tmp_path / "a.safetensors", kohya(modules))
+    assert adapterkit.inspect(path).architecture == model
+    heights = {len(update) for update in dense(read(path)).values()}
+    assert heights == ({3840} if model == "Z-Image" else {2304, 768})
 
 
 def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:

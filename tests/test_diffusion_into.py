@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from diffusion_files import kohya, saved, update
+from diffusion_files import drawn, kohya, saved, update
 from diffusion_models import FAMILIES, clip, converted
 from safetensors.torch import load_file, save_file
 from test_diffusion_diffusers import dense, factors
@@ -149,6 +149,27 @@ def test_a_convolution_of_size_1_is_a_linear_layer(axes: tuple[int, ...], tmp_pa
     before, after = (load_file(folder / stored) for folder in (base, tmp_path / "out"))
     change = (after[f"{module}.weight"] - before[f"{module}.weight"]).numpy()
     assert np.allclose(change.reshape(8, 8), update(tensors, stem).reshape(8, 8), atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_dora_goes_into_fused_attention(prefix: str, tmp_path: Path) -> None:
+    """W' = m V / ‖V‖ by row, with V = W + ΔW, of the parts of a fused weight together."""
+    place = "double_blocks.0.img_attn.qkv"
+    stem = f"lora_unet_{place.replace('.', '_')}"
+    weight = torch.randn(48, 16)
+    save_file({f"{prefix}{place}.weight": weight}, tmp_path / "base.safetensors")
+    tensors = kohya({stem: (48, 16)}, rank=2, alpha=1)
+    tensors[f"{stem}.dora_scale"] = np.abs(drawn(48, 1)) + 1
+    source = saved(tmp_path / "a.safetensors", tensors)
+    adapterkit.convert(source, tmp_path / "b.safetensors", to="diffusers")
+    for number, file in enumerate((source, tmp_path / "b.safetensors")):
+        out = tmp_path / f"{number}.safetensors"
+        adapterkit.merge_into([file], tmp_path / "base.safetensors", out)
+        moved = weight.double().numpy() + update(tensors, stem)
+        norms = np.linalg.norm(moved, axis=1, keepdims=True)
+        want = tensors[f"{stem}.dora_scale"] * moved / norms
+        got = load_file(out)[f"{prefix}{place}.weight"].numpy()
+        assert np.allclose(got, want, atol=1e-5)
 
 
 def test_an_existing_model_is_replaced_only_when_asked(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusion_models import FAMILIES, loaded
+from diffusers.loaders import lora_pipeline
+from diffusion_models import FAMILIES, loaded, small
 from safetensors.torch import load_file, save_file
 from test_diffusion_diffusers import dense, factors
 
@@ -239,3 +242,83 @@ def test_what_comfyui_does_not_look_for_is_ignored(
     outcomes = {module.outcome for module in report.targets[0].modules}
     assert outcomes == {Outcome.APPLIED if there else Outcome.IGNORED}
     assert (report.targets[0].verdict is adapterkit.Verdict.APPLIED) is there
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_written_for_a_loader_is_loaded_whole(name: str, tmp_path: Path) -> None:
+    tensors, metadata = factors(name, alpha=0.7)
+    told = {"modelspec.architecture": TOLD.get(name, name)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata | told)
+    for loader in ("diffusers", "comfyui"):
+        path = tmp_path / f"{loader}.safetensors"
+        adapterkit.convert(tmp_path / "a.safetensors", path, to=loader)
+        (coverage,) = adapterkit.validate(path, targets=[loader]).targets
+        whole = {module.outcome for module in coverage.modules} == {Outcome.APPLIED}
+        assert whole is ((name, loader) not in {("pixart", "diffusers"), ("sana", "comfyui")})
+
+
+# diffusers' converters -> the case above that goes through each, or why none does
+CONVERTERS = {
+    "_maybe_map_sgm_blocks_to_diffusers": "sdxl",
+    "_convert_non_diffusers_lora_to_diffusers": "sd",
+    "_convert_kohya_flux_lora_to_diffusers": "flux",
+    "_convert_kohya_flux2_lora_to_diffusers": "flux2",
+    "_convert_non_diffusers_flux2_lora_to_diffusers": "flux2",
+    "_convert_hunyuan_video_lora_to_diffusers": "hunyuan_video",
+    "_convert_musubi_wan_lora_to_diffusers": "wan",
+    "_convert_non_diffusers_wan_lora_to_diffusers": "wan",
+    "_convert_non_diffusers_hidream_lora_to_diffusers": "hidream",
+    "_convert_non_diffusers_ltxv_lora_to_diffusers": "ltx",
+    "_convert_non_diffusers_lumina2_lora_to_diffusers": "lumina2",
+    "_convert_non_diffusers_qwen_lora_to_diffusers": "qwen",
+    "_convert_non_diffusers_z_image_lora_to_diffusers": "z_image",
+}
+NO_CASE = {
+    "_convert_fal_kontext_lora_to_diffusers": "base_model. in a Flux file, which it raises on",
+    "_convert_bfl_flux_control_lora_to_diffusers": "replaces norms, which no LoRA file here holds",
+    "_convert_xlabs_flux_lora_to_diffusers": "qkv_lora1 of XLabs: not read, refused by name",
+    "_convert_non_diffusers_lokr_to_diffusers": "LoKr, judged by its formula",
+    "_convert_non_diffusers_flux2_lokr_to_diffusers": "LoKr, judged by its formula",
+    "_convert_lycoris_flux2_lokr_to_diffusers": "LoKr, judged by its formula",
+    "_convert_non_diffusers_ltx2_lora_to_diffusers": "a model without a table: LTX-2",
+    "_convert_non_diffusers_anima_lora_to_diffusers": "a model without a table: Anima",
+    "_convert_non_diffusers_ace_step_lora_to_diffusers": "a model without a table: ACE-Step",
+    "_convert_non_diffusers_flux3_lora_to_diffusers": "a model without a table: Flux.3",
+    "_convert_non_diffusers_krea2_lora_to_diffusers": "a model without a table: Krea 2",
+    "_convert_non_diffusers_ideogram4_lora_to_diffusers": "a model without a table: Ideogram 4",
+    "_convert_non_diffusers_minimax_h3_lora_to_diffusers": "a model without a table: MiniMax H3",
+}
+
+
+def test_every_converter_has_a_case_or_a_reason() -> None:
+    source = inspect.getsource(lora_pipeline)
+    called = set(re.findall(r"\b_(?:convert|maybe_map_sgm)_\w+(?=\()", source))
+    assert called == CONVERTERS.keys() | NO_CASE.keys()
+    assert set(CONVERTERS.values()) <= {name for name, _ in CASES}
+
+
+@pytest.mark.parametrize("name", sorted(set(CONVERTERS.values())))
+def test_a_case_goes_through_its_converters(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small()
+    called: set[str] = set()
+    wanted = {converter for converter, family in CONVERTERS.items() if family == name}
+    for converter in wanted:
+        original = getattr(lora_pipeline, converter)
+
+        def noted(*args: Any, known: Any = original, key: str = converter, **more: Any) -> Any:
+            called.add(key)
+            return known(*args, **more)
+
+        monkeypatch.setattr(lora_pipeline, converter, noted)
+    tensors, metadata = factors(name, alpha=0.7)
+    want = dense(tensors, 0.35)
+    for file in forms(
+        name, PARTS["some" if name == "sd" else "all"](tensors), metadata, tmp_path
+    ).values():
+        save_file({key: x.contiguous() for key, x in file.items()}, tmp_path / "form.safetensors")
+        right(name, tmp_path / "form.safetensors", want)
+        if called == wanted:
+            return
+    assert called == wanted

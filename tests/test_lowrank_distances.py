@@ -148,3 +148,21 @@ def test_stored_factors_are_read_as_they_are(dtype: DType) -> None:
         np.testing.assert_array_equal(each.b, b.numpy()[place].astype(np.float64) * 0.7)
         np.testing.assert_array_equal(each.a, a.numpy()[place].astype(np.float64))
         np.testing.assert_array_equal(each.a, whole(update).a[place])
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7])
+def test_a_scale_in_b_is_compared_without_a_decomposition(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusion LoRAs are written so, thousands of modules each: QR of all took minutes."""
+
+    def never(*_: object) -> float:
+        raise AssertionError
+
+    monkeypatch.setattr("adapterkit.lowrank.distances._orthogonal_norm", never)
+    pair = gaussian(3, rank=4)
+    a, b = (LazyTensor.of(x.astype(np.float32)) for x in (pair.a, pair.b))
+    folded = LazyTensor.of((b.numpy().astype(np.float64) * scale).astype(np.float32))
+    found = differences.difference(Update("m", a, b, scale), Update("m", a, folded, 1.0))
+    assert found.relative_error <= (0 if scale == 0.5 else 1e-7)
+    assert found.norm_ratio == pytest.approx(1)

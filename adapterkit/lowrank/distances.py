@@ -115,6 +115,8 @@ def _sum(first: LowRank, second: LowRank) -> _Sum:
 
 def _square(update: LowRank) -> _Sum:
     """Return ‖ΔW‖² and the sum of its terms' magnitudes; NaN where a square is no number."""
+    if not update.a.any() or not update.b.any():
+        return 0.0, 0.0
     left, right = _products(update, update)
     with np.errstate(all="ignore"):
         sizes = [float(np.trace(each, axis1=-2, axis2=-1).sum()) for each in (left, right)]

@@ -186,6 +186,16 @@ COMMANDS = (
         run=_to("tinylora"),
         suffix=".safetensors",
     ),
+    *(
+        Command(
+            name=f"to-{name}",
+            title=f"convert to {title}",
+            line=f"convert A --to {name} -o FILE",
+            run=_to(name),
+            suffix=".safetensors",
+        )
+        for name, title in (("kohya", "kohya"), ("diffusers", "diffusers"), ("comfyui", "ComfyUI"))
+    ),
     Command(name="merge", title="merge", line="merge A A --weights 0.5,0.5 -o DIR", run=_merge),
     Command(
         name="into-hf",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from adapterkit.containers.safetensors import read_safetensors
@@ -68,11 +69,21 @@ def is_comfyui(path: Path) -> bool:
 
 def _spelling(path: Path) -> str:
     """Return the spelling of most names; empty for a file that is none of a diffusion model."""
+    if not path.is_file():
+        return ""
+    stat = path.stat()
+    return _spelling_of(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4)
+def _spelling_of(path: Path, *version: int) -> str:
+    """Return the same of one state of a file: every spelling asks."""
+    del version
     try:
-        names = list(read_safetensors(path).tensors) if path.is_file() else []
+        names = list(read_safetensors(path).tensors)
     except AdapterKitError:
         return ""
-    keys = [key for key in map(parse, names) if key.known]
+    keys = [key for key in map(parse, names) if key.known or key.foreign]
     if not keys or not (_certain(keys) or _explained(keys)):
         return ""
     counts = {name: sum(key.spelling == name for key in keys) for name in _SPELLINGS}
@@ -85,12 +96,14 @@ def _spelling(path: Path) -> str:
 
 
 _SPELLINGS = ("kohya", "diffusers", "comfyui")
-_OWN = ("lora_unet_", "lora_te", "diffusion_model.", "text_encoders.", "unet.")
+_OWN = ("lora_unet_", "oft_unet_", "lora_te", "diffusion_model.", "text_encoders.", "unet.")
 
 
 def _certain(keys: list[Key]) -> bool:
     """Tell whether prefixes alone say so, of pairs that no other kind of file holds."""
-    return any(key.name.startswith(_OWN) and key.part in {"down", "up"} for key in keys)
+    return any(
+        key.name.startswith(_OWN) and (key.part in {"down", "up"} or key.foreign) for key in keys
+    )
 
 
 def _explained(keys: list[Key]) -> bool:

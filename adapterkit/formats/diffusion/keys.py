@@ -33,13 +33,28 @@ _LEAVES = {
     ".lora_B.bias": "scaled_bias",
     **{f".{name}": name for name in _PRODUCTS},
 }
-# Ends that are known, and of which no factors can be made.
-_FOREIGN = (
-    *(".w_norm", ".b_norm", ".reshape_weight", ".set_weight", ".on_input", ".oft_blocks"),
-    *(".oft_diag", ".oft_R.weight", ".rescale", ".lambda_layer", ".a1.weight", ".a2.weight"),
-    *(".b1.weight", ".b2.weight", ".bm.weight", ".lora_A.bias", ".scalar"),
-)
-_ENDS = sorted((*_LEAVES, *_FOREIGN), key=len, reverse=True)
+# Ends that are known, and of which no factors can be made -> what they are of.
+_OFT, _IA3 = "OFT", "(IA)³"
+FOREIGN = {
+    ".w_norm": "an update of a norm",
+    ".b_norm": "an update of a norm",
+    ".oft_blocks": _OFT,
+    ".oft_diag": _OFT,
+    ".oft_R.weight": _OFT,
+    ".rescale": _OFT,
+    ".on_input": _IA3,
+    ".a1.weight": "GLoRA",
+    ".a2.weight": "GLoRA",
+    ".b1.weight": "GLoRA",
+    ".b2.weight": "GLoRA",
+    ".bm.weight": "GLoRA",
+    ".lambda_layer": "T-LoRA",
+    ".reshape_weight": "a weight of another size",
+    ".set_weight": "a weight stored whole",
+    ".lora_A.bias": "a bias on A",
+    ".scalar": "LyCORIS before it was saved",
+}
+_ENDS = sorted((*_LEAVES, *FOREIGN), key=len, reverse=True)
 # Before 2024 diffusers kept the layers of an attention in its processor.
 _PROCESSOR = re.compile(
     r"^(?P<path>.+?)(?:\.processor)?\.(?P<layer>to_[qkv]|to_out|add_[qkv]_proj)_lora"
@@ -57,6 +72,7 @@ _PREFIXES = (
     ("lora_prior_unet_", "prior", "kohya"),
     ("lora_unet__", DENOISER, "kohya"),
     ("lora_unet_", DENOISER, "kohya"),
+    ("oft_unet_", DENOISER, "kohya"),
     ("lora_transformer_", DENOISER, "kohya"),
     ("lycoris_", DENOISER, "kohya"),
     ("lora_te1_", "te1", "kohya"),
@@ -111,6 +127,11 @@ class Key:
     def known(self) -> bool:
         """Whether the tensor is part of an update that is understood."""
         return self.part in _PARTS
+
+    @property
+    def foreign(self) -> str:
+        """What it is a part of where that is no low-rank update: its name, or empty."""
+        return FOREIGN.get(self.part, "")
 
 
 _PARTS = frozenset(_LEAVES.values())

@@ -11,6 +11,7 @@ from adapterkit.formats.diffusion.keys import DENOISER
 from adapterkit.formats.diffusion.patterns import underscored
 from adapterkit.formats.diffusion.table import Row
 from adapterkit.formats.diffusion.telling import Spelled, nearest, placed, title, told
+from adapterkit.model import PeftSource
 
 if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
@@ -86,11 +87,16 @@ def planned(adapter: AdapterTensorSet, spelling: str, *, base: BaseModel | None 
         options = [_destination(model, place, spelling) for model, place in places]
         if len({option.meaning for option in options}) == 1:
             destinations[module] = options[0]
-        elif spelling == "diffusers" and each.component not in {DENOISER, ""}:
+        elif spelling == "diffusers" and each.component != DENOISER and not _of_language(adapter):
             destinations[module] = Destination(module)
         else:
             misplaced[module] = _why(found, everything, each)
     return Plan(destinations, misplaced)
+
+
+def _of_language(adapter: AdapterTensorSet) -> bool:
+    """Tell whether PEFT trained it for a task of language: GPT-2 has a `transformer` too."""
+    return isinstance(adapter.source, PeftSource) and bool(adapter.source.config.get("task_type"))
 
 
 def _held(model: Model, modules: list[Spelled], base: BaseModel) -> bool:

@@ -100,12 +100,13 @@ def read_diffusion(path: Path, spelling: str) -> AdapterTensorSet:
 
 def _groups(tensors: Mapping[str, LazyTensor], path: Path) -> list[_Group]:
     keys = [parse(name) for name in tensors]
-    if strange := [key.name for key in keys if not key.known]:
+    if strange := sorted((key for key in keys if not key.known), key=lambda key: not key.foreign):
+        what = f"is of {strange[0].foreign}, " if strange[0].foreign else "is "
         raise UnsupportedError(
-            "is no part of a low-rank update of a weight; merge the file into its base where it "
-            f"was trained ({first_and_more(strange)})",
+            f"{what}no part of a low-rank update of a weight; merge the file into its base where "
+            f"it was trained ({first_and_more([key.name for key in strange])})",
             path=path,
-            where=strange[0],
+            where=strange[0].name,
         )
     parts: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
     first: dict[str, Key] = {}

@@ -21,6 +21,8 @@ from adapterkit.formats.diffusion.patterns import Index, filled, underscored
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Names whose places are kept: more than any file has, and no memory to speak of.
+_REMEMBERED = 1 << 14
 _FOLDER = Path(__file__).parent / "models"
 
 
@@ -91,6 +93,7 @@ class Names:
 
     def __init__(self, rows: tuple[Row, ...]) -> None:
         self.rows = rows
+        self._sites: dict[tuple[str, bool, bool], Site | None] = {}
         self._indexes: dict[tuple[bool, bool], Index[tuple[Row, int | None, bool]]] = {}
 
     def find(self, path: str, *, flat: bool) -> Site | None:
@@ -111,6 +114,14 @@ class Names:
         return self._found(path, flat, parts=True)
 
     def _found(self, path: str, flat: bool, *, parts: bool) -> Site | None:
+        asked = (path, flat, parts)
+        if asked not in self._sites:
+            if len(self._sites) > _REMEMBERED:
+                self._sites.clear()
+            self._sites[asked] = self._sought(path, flat, parts=parts)
+        return self._sites[asked]
+
+    def _sought(self, path: str, flat: bool, *, parts: bool) -> Site | None:
         index = self._indexes.get((flat, parts))
         if index is None:
             index = self._indexes[flat, parts] = Index(self._patterns(flat, parts=parts))

@@ -21,7 +21,7 @@ from adapterkit.formats.peft.experts import (
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS
 from adapterkit.formats.peft.keys import saved_name
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import Kind, PeftSource, spelled_out
+from adapterkit.model import DiffusionSource, Kind, PeftSource, spelled_out
 from adapterkit.model.beside import BesideKind, lost_copy
 from adapterkit.model.declared import undeclared
 from adapterkit.model.losses import lost_metadata
@@ -187,7 +187,8 @@ def _source(adapter: AdapterTensorSet) -> PeftSource:
 def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
     """Return the adapter_config.json for an adapter; a PEFT source's own settings are kept."""
     source: Mapping[str, Any] = _source(adapter).config
-    config = {**_DEFAULTS, "task_type": _task(base), **source, **_MEANING}
+    task = None if isinstance(adapter.source, DiffusionSource) else _task(base)
+    config = {**_DEFAULTS, "task_type": task, **source, **_MEANING}
     config.update(adapter.settings)
     ranks, scales = _ranks_and_scales(spelled_out(adapter))
     parameters = wrapped_parameters(adapter, base)
