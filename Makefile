@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo docs help test test-all soak fuzz lint types bench setup clean
+.PHONY: browser demo docs help test test-all soak fuzz lint types bench setup clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -26,7 +26,7 @@ test: $(STAMP)  ## run every test, oracles included
 	$(BIN)/pytest -n 2
 
 test-all: $(STAMP)  ## every test, on every model class that transformers can build small
-	$(BIN)/pytest -n 2 -m "not soak"
+	$(BIN)/pytest -n 2 -m "not soak and not browser"
 
 soak: $(STAMP)  ## kill, race and starve every command that writes, at real size; counts in build/soak.json
 	$(BIN)/pytest tests/soak -m soak
@@ -40,6 +40,9 @@ lint: $(STAMP)  ## formatting and lint
 
 types: $(STAMP)  ## strict type check
 	$(BIN)/basedpyright
+
+browser: $(STAMP)  ## the HTML pages in a real Chromium (Debian: apt-get install chromium)
+	$(BIN)/pytest tests/test_pages.py -m browser
 
 docs: $(STAMP)  ## the documentation as HTML in build/docs; a warning is an error
 	$(BIN)/python -m sphinx -qEW --keep-going -b html docs build/docs

@@ -58,6 +58,7 @@ _NAMES = {
     "model.sources": "GgufSource MlxSource PeftSource Source",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
+    "page": "write_page",
     "saving": "ProvenFile",
     "serving.launch": "ServingSettings serving_settings",
     "serving.stack": (
@@ -68,7 +69,7 @@ _NAMES = {
     "summary": "BesideEntry Summary inspect summarize",
     "tensor": "LazyTensor",
     "text": "Pen",
-    "validation": "ValidationReport validate",
+    "validation": "ValidationReport validate validation_page",
     "work": "watched",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
