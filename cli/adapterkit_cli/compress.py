@@ -79,9 +79,7 @@ def command(
     wishes = [name for name, value in given if value is not None]
     wishes += ["--" + name.replace("_", "-") for name in policies]
     if rank is None and not wishes:
-        raise click.UsageError(
-            "give one of --rank, --tol, --energy, --budget, ... to cut by"
-        )
+        raise click.UsageError("give one of --rank, --tol, --energy, --budget, ... to cut by")
     if len(wishes) > 1:
         raise click.UsageError(f"{' and '.join(wishes)} exclude each other")
     policy, threshold = next(iter(policies.items()), (None, None))
