@@ -305,7 +305,9 @@ def test_the_command_shows_it_and_json_has_the_names_that_others_use(tmp_path: P
     metrics = re.findall(r'<option value="(\d+)" data-log="([01])">(.*?)</option>', text)
     assert [int(place) for place, _, _ in metrics] == list(range(len(cells[0])))
     assert metrics[-5:][0][2] == "‖ΔW‖₂ / ‖W‖₂"
-    row = json.loads(invoke("audit", path, "--base", base, "--json").stdout)["base"]["weights"][0]
+    row = json.loads(invoke("audit", path, "--base", base, "--json").stdout)["results"][0]["base"][
+        "weights"
+    ][0]
     beside = [row[name] for name in ("udr", "udr_f", "amplification")]
     beside += [min(row["retention"]), row["intruder_dimensions"]]
     assert cells[0][-5:] == pytest.approx(beside, rel=1e-4)
