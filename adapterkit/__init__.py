@@ -61,6 +61,7 @@ _NAMES = {
     "model.sources": "DiffusionSource GgufSource MlxSource PeftSource Source Spelling",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
+    "page": "write_page",
     "registry": "FormatSpec",
     "saving": "ProvenFile",
     "serving.launch": "ServingSettings serving_settings",
@@ -72,7 +73,7 @@ _NAMES = {
     "summary": "BesideEntry Summary inspect summarize",
     "tensor": "LazyTensor",
     "text": "Pen",
-    "validation": "ValidationReport validate",
+    "validation": "ValidationReport validate validation_page",
     "work": "watched",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

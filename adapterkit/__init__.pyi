@@ -117,6 +117,7 @@ from adapterkit.notes import Loss as Loss
 from adapterkit.notes import Note as Note
 from adapterkit.notes import NoteKind as NoteKind
 from adapterkit.notes import Provenance as Provenance
+from adapterkit.page import write_page as write_page
 from adapterkit.registry import FormatSpec as FormatSpec
 from adapterkit.saving import ProvenFile as ProvenFile
 from adapterkit.serving.launch import ServingSettings as ServingSettings
@@ -138,6 +139,7 @@ from adapterkit.tensor import LazyTensor as LazyTensor
 from adapterkit.text import Pen as Pen
 from adapterkit.validation import ValidationReport as ValidationReport
 from adapterkit.validation import validate as validate
+from adapterkit.validation import validation_page as validation_page
 from adapterkit.work import watched as watched
 
 __version__: str

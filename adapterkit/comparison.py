@@ -12,6 +12,7 @@ from adapterkit.errors import UncheckableError
 from adapterkit.loading import Need, load_all
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.adapter import SETTINGS
+from adapterkit.page import natural, page, shown, table
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.protocol import Context
 from adapterkit.proof import Comparison, compare, tolerance_for
@@ -83,6 +84,35 @@ class DiffReport(Shown):
             {each.name: getattr(module, each.name) for each in fields(module)}
             for module in self.modules
         ]
+
+    def page(self) -> str:
+        """Return the comparison as one self-contained HTML page."""
+        verdict = "equal" if self.equal else "different"
+        rows = [
+            (
+                module.module,
+                (short(module.relative_error), module.relative_error),
+                (short(module.cosine), module.cosine),
+                (short(module.norm_ratio), module.norm_ratio),
+            )
+            for module in sorted(self.modules, key=lambda module: natural(module.module))
+        ]
+        causes = "".join(f"<li>{shown(cause)}</li>" for cause in self.diagnosis)
+        alone = "".join(
+            f"<h2>Only in {name}</h2><ul><li>{'<li>'.join(map(shown, names))}</ul>"
+            for name, names in (("A", self.only_in_a), ("B", self.only_in_b))
+            if names
+        )
+        kind = "good" if self.equal else ""
+        body = (
+            f"<h1>{shown(self.a)} and {shown(self.b)}</h1>"
+            f'<ul class="health"><li class="{kind}">{verdict}: largest relative error '
+            f"{short(self.max_relative_error)}, of which {self.tolerance:.3g} counts as equal</li>"
+            f"{causes}</ul><h2>Every module</h2>"
+            + table(("module", "relative error", "cosine", "norm ratio"), rows)
+            + alone
+        )
+        return page(f"Comparison: {self.a} and {self.b}", body)
 
 
 def _worst(report: DiffReport, pen: Pen) -> list[str]:
@@ -177,10 +207,10 @@ def _check_plain(first: AdapterTensorSet, second: AdapterTensorSet, comparison: 
 
 def _other_settings(first: AdapterTensorSet, second: AdapterTensorSet) -> Iterator[str]:
     """Say which settings differ; initialisations do so in their updates, or are refused."""
-    for field, shown in SETTINGS.items():
-        values = [adapter.settings.get(shown) for adapter in (first, second)]
+    for field, name in SETTINGS.items():
+        values = [adapter.settings.get(name) for adapter in (first, second)]
         if field != "initialisation" and values[0] != values[1]:
-            yield f"{shown} differs: {values[0] or 'none'} and {values[1] or 'none'}"
+            yield f"{name} differs: {values[0] or 'none'} and {values[1] or 'none'}"
 
 
 def _report(

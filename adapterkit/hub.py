@@ -95,7 +95,7 @@ def _download(reference: HubReference, patterns: tuple[str, ...]) -> Path:
         client = import_module("huggingface_hub")
     except ImportError:
         raise NotFoundError(
-            f"{hint}; pip install adapterkit[hub] to download it", path=reference.name
+            f"{hint}; pip install huggingface_hub to download it", path=reference.name
         ) from None
     if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
         raise NotFoundError(f"{hint}; HF_HUB_OFFLINE is set", path=reference.name)

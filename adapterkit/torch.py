@@ -57,7 +57,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError:
-        raise UnsupportedError("torch is not installed; pip install adapterkit[torch]") from None
+        raise UnsupportedError("torch is not installed; pip install torch") from None
     return torch
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from adapterkit.attempts import Attempt
 from adapterkit.base import BaseModel
 from adapterkit.checks.adapter import check
 from adapterkit.checks.findings import Finding, Severity, gathered, known_code
@@ -17,6 +18,7 @@ from adapterkit.engines.judgement import EngineCoverage, judge
 from adapterkit.errors import UsageError
 from adapterkit.loading import Source, open_model, recognise
 from adapterkit.model import AdapterTensorSet
+from adapterkit.page import Cell, page, shown, table
 from adapterkit.text import PLAIN, Pen, Shown, printable
 from adapterkit.text import count as counted
 
@@ -171,3 +173,55 @@ def validate(
         findings=tuple(sorted(kept, key=lambda finding: order.index(finding.severity))),
         targets=tuple(judged),
     )
+
+
+def validation_page(attempts: Sequence[Attempt[ValidationReport]]) -> str:
+    """Return what was found in any number of adapters as one self-contained HTML page.
+
+    Args:
+        attempts: what `for_each(validate, ...)` gave.
+    """
+    engines = list(
+        dict.fromkeys(e.reference for a in attempts if a.result for e in a.result.targets)
+    )
+    rows = [_overview(attempt, engines) for attempt in attempts]
+    header = ("adapter", "format", "errors", "warnings", "unchecked", *engines)
+    details = "".join(map(_details, attempts))
+    title = f"Validation of {counted(len(attempts), 'adapter')}"
+    return page(title, f"<h1>{title}</h1>{table(header, rows)}{details}")
+
+
+def _overview(attempt: Attempt[ValidationReport], engines: Sequence[str]) -> tuple[Cell, ...]:
+    report = attempt.result
+    if report is None:
+        return (attempt.source, "unreadable", *(("", None),) * 3, *("",) * len(engines))
+    verdicts = {engine.reference: str(engine.verdict or "unchecked") for engine in report.targets}
+    kinds = (report.count(kind) for kind in ("error", "warning", "unchecked"))
+    return (
+        attempt.source,
+        report.format or "",
+        *((str(number), float(number)) for number in kinds),
+        *(verdicts.get(engine, "") for engine in engines),
+    )
+
+
+_MARKS = {Severity.ERROR: "", Severity.NOTE: "good"}
+
+
+def _details(attempt: Attempt[ValidationReport]) -> str:
+    head = f"<h2>{shown(attempt.source)}</h2>"
+    if attempt.result is None:
+        return f'{head}<ul class="health"><li>{shown(attempt.message)}</li></ul>'
+    lines = "".join(
+        f'<li class="{_MARKS.get(finding.severity, "look")}">'
+        + "<br>".join(map(shown, _lines(finding, PLAIN)))
+        + "</li>"
+        for finding in attempt.result.findings
+    )
+    engines = "".join(
+        f"<li>{shown(_coverage(engine))}</li>"
+        for engine in attempt.result.targets
+        if engine.modules or engine.verdict
+    )
+    fine = '<li class="good">nothing found</li>'
+    return f'{head}<ul>{engines}</ul><ul class="health">{lines or fine}</ul>'

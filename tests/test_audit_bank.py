@@ -130,7 +130,7 @@ def test_a_bad_bank_is_exit_3_and_a_foreign_one_is_exit_5(folder: Path, tmp_path
         (tmp_path / "bad.json").write_text(json.dumps(content))
         with pytest.raises(FormatError):
             read_bank(tmp_path / "bad.json")
-        result = invoke("audit", folder / "odd", "--reference", tmp_path / "bad.json", "--json")
+        result = invoke("audit", folder / "odd", "--reference", tmp_path / "bad.json")
         assert (result.exit_code, result.stdout) == (3, "")
     other = written(adapter({"h.0.x": gaussian(8, 8, 2)}), tmp_path / "other")
     with pytest.raises(UncheckableError, match="of another base"):

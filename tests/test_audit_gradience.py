@@ -234,7 +234,7 @@ def test_what_is_no_adapter_has_no_advice(
 ) -> None:
     assert theirs[name].code == 0
     assert "suggested_r" in theirs[name].out.lower().replace(" rank (p90)", "_r")
-    result = invoke("audit", found[name], "--suggest", "--json")
+    result = invoke("audit", found[name], "--suggest")
     assert (result.exit_code, result.stdout) == (3, "")
 
 
@@ -333,7 +333,10 @@ def test_ninety_percent_of_the_energy_is_a_third_of_the_update_lost(
 def test_json_of_fifty_modules_parses(theirs: dict[str, Answer], found: dict[str, Path]) -> None:
     with pytest.raises(json.JSONDecodeError):
         json.loads(theirs["many"].out)
-    assert len(json.loads(invoke("audit", found["many"], "--json").stdout)["modules"]) == 50
+    assert (
+        len(json.loads(invoke("audit", found["many"], "--json").stdout)["results"][0]["modules"])
+        == 50
+    )
 
 
 def test_updates_that_share_outputs_only_do_not_agree(

@@ -332,3 +332,27 @@ def test_values_are_completed(words: str, wanted: str) -> None:
     *before, incomplete = words.split()
     found = ShellComplete(cli, {}, "adapterkit", "").get_completions(before, incomplete)
     assert wanted in [item.value for item in found]
+
+
+def test_a_bar_appears_once_work_takes_long_and_has_an_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from adapterkit_cli import progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("TERM", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress.watching("reading", "tensors"):
+        adapterkit.inspect(TINY)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "_PATIENCE", -1.0)
+    with progress.watching("reading", "tensors"):
+        adapterkit.inspect(TINY)
+    shown = capsys.readouterr().err
+    assert "reading" in shown
+    assert "12/12" in shown
+    monkeypatch.setenv("TERM", "dumb")
+    with progress.watching("reading", "tensors"):
+        adapterkit.inspect(TINY)
+    assert capsys.readouterr().err == ""

@@ -143,6 +143,6 @@ def test_what_cannot_be_made_is_refused_with_the_way_out(
     with pytest.raises(UsageError, match=r"unknown gguf type 'iq2_xs'; known: keep, .*q4_k_m"):
         merge_into([tmp_path / "adapter"], llama.gguf, target, gguf_type="iq2_xs")
     monkeypatch.setattr(ggml, "_quantiser", lambda: None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'adapterkit\[llama\]'"):
+    with pytest.raises(UnsupportedError, match=r"pip install xllamacpp"):
         merge_into([tmp_path / "adapter"], llama.gguf, target, gguf_type="q4_k_m")
     assert not target.exists()

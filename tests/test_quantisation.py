@@ -53,7 +53,7 @@ def test_what_needs_an_importance_matrix_never_reaches_the_kernel(dtype: DType) 
 
 def test_without_a_kernel_a_type_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml, "_quantiser", lambda: None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'adapterkit\[llama\]'"):
+    with pytest.raises(UnsupportedError, match=r"pip install xllamacpp"):
         check_encodable(DType.Q5_K)
     check_encodable(DType.Q8_0)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import math
 from typing import TYPE_CHECKING
+
+from adapterkit.page import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +29,6 @@ _COLD, _WARM = (33, 102, 172), (178, 24, 43)
 _FULL = 0.75
 _FLOOR = -5.0
 _LINES = 64
-
-
-def shown(text: str) -> str:
-    """Return text from a file as HTML text: escaped, control and direction marks as spaces."""
-    return html.escape("".join(c if c.isprintable() else " " for c in text), quote=True)
 
 
 def colour(share: float) -> str:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from adapterkit.auditing.charts import RAMP, bars, decay, shown, trade_off_chart
+from adapterkit.auditing.charts import RAMP, bars, decay, trade_off_chart
 from adapterkit.auditing.definitions import DEFINITIONS
 from adapterkit.auditing.html_base import base_section, reference_section
 from adapterkit.auditing.html_heat import heat_map
@@ -19,7 +19,7 @@ from adapterkit.auditing.plan import suggestion, trade_off
 from adapterkit.auditing.rank_plan import Suggestion
 from adapterkit.auditing.report import AdapterAudit, AuditReport, LayerShare, ModuleAudit
 from adapterkit.auditing.tables import facts, number
-from adapterkit.output import staged
+from adapterkit.page import copied, natural, page, scrolled, shown, write_page
 
 _COLUMNS = (
     ("rank", "rank"),
@@ -43,32 +43,28 @@ _COLUMNS = (
 # A page stays under a megabyte: whoever has more rows than this, or more adapters, wants the CSV.
 _ROWS = 1000
 _DETAILED = 3
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def html_page(report: AuditReport) -> str:
     """Return the whole page; it asks for nothing from anywhere, and its policy forbids it to."""
-    here = Path(__file__)
-    style = here.with_name("report.css").read_text(encoding="utf-8")
-    script = here.with_name("report.js").read_text(encoding="utf-8")
     names = [audited.source or "adapter" for audited in report.adapters]
     body = "".join(
         _title(audited, index, len(names))
         + _overview(audited, f"heat{index}")
-        + _details(audited, next(iter(report.suggestions[index : index + 1]), None), len(names))
+        + _details(
+            audited,
+            next(iter(report.suggestions[index : index + 1]), None),
+            len(names),
+            f"advice{index}",
+        )
         for index, audited in enumerate(report.adapters)
     )
     pairs = interference_section(report) if report.interference else ""
     words = "".join(f"<dt>{shown(w)}</dt><dd>{shown(text)}</dd>" for w, text in DEFINITIONS)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>Spectral audit: {shown(', '.join(names))}</title>"
-        f"<style>{style}</style></head><body>{pairs}{body}"
-        f'<h2>Definitions</h2><dl class="words">{words}</dl>'
-        f'<script id="ramp" type="application/json">{json.dumps(RAMP)}</script>'
-        f"<script>{script}</script></body></html>\n"
+    return page(
+        f"Spectral audit: {', '.join(names)}",
+        f'{pairs}{body}<h2>Definitions</h2><dl class="words">{words}</dl>',
+        data=f'<script id="ramp" type="application/json">{json.dumps(RAMP)}</script>',
     )
 
 
@@ -84,8 +80,7 @@ def write_html(report: AuditReport, path: Path | str, *, force: bool = False) ->
         DestinationExistsError: if there is something at the path and `force` is false.
         WriteError: if it cannot be written.
     """
-    with staged(Path(path), force=force) as staging:
-        staging.write_text(html_page(report), encoding="utf-8")
+    write_page(html_page(report), path, force=force)
 
 
 def _title(audited: AdapterAudit, index: int, count: int) -> str:
@@ -99,7 +94,7 @@ def _overview(audited: AdapterAudit, name: str) -> str:
     )
 
 
-def _details(audited: AdapterAudit, advice: Suggestion | None, count: int) -> str:
+def _details(audited: AdapterAudit, advice: Suggestion | None, count: int, name: str) -> str:
     if count > _DETAILED:
         return (
             f'<p class="soft">Spectra and every module are on pages of up to {_DETAILED} adapters, '
@@ -110,7 +105,7 @@ def _details(audited: AdapterAudit, advice: Suggestion | None, count: int) -> st
             _decays(audited),
             base_section(audited.base) if audited.base else "",
             reference_section(audited.reference) if audited.reference else "",
-            _trade_off(audited, advice or suggestion(audited)),
+            _trade_off(audited, advice or suggestion(audited), name),
             _table(audited),
         )
     )
@@ -186,7 +181,7 @@ def _layers(layers: Sequence[LayerShare]) -> str:
     )
 
 
-def _trade_off(audited: AdapterAudit, advice: Suggestion) -> str:
+def _trade_off(audited: AdapterAudit, advice: Suggestion, name: str) -> str:
     whole, plan = audited.summary.parameters, advice.plan
     greedy = [(point.parameters, point.relative_error) for point in trade_off(audited)]
     uniform = [(point.parameters, point.relative_error) for point in advice.uniform]
@@ -198,7 +193,7 @@ def _trade_off(audited: AdapterAudit, advice: Suggestion) -> str:
         ],
         whole,
     )
-    peft = "\n".join(map(shown, json.dumps(dict(plan.peft), indent=1).split("\n")))
+    peft = json.dumps(dict(plan.peft), indent=1)
     rows = "".join(
         f"<tr><td>{row.limit:.2g}</td><td>{row.parameters:,}</td>"
         f"<td>{row.parameters / whole:.0%}</td></tr>"
@@ -209,24 +204,25 @@ def _trade_off(audited: AdapterAudit, advice: Suggestion) -> str:
         '<p class="legend"><i></i>ranks by energy per parameter<i class="second"></i>one rank '
         "everywhere. The error is ‖ΔW - ΔW'‖ / ‖ΔW‖ of the whole update; keeping 90 % of the "
         f"energy is an error of 0.32.</p>{chart}"
-        '<div class="scroll"><table class="list"><thead><tr><th>error at most</th>'
+        '<div class="scroll" tabindex="0"><table class="list"><thead><tr><th>error at most</th>'
         f"<th>parameters</th><th>of now</th></tr></thead><tbody>{rows}</tbody></table></div>"
         f'<p class="soft">Advice ({shown(plan.policy)}), for PEFT:</p>'
-        f'<div class="scroll tall"><code>{peft}</code></div>'
+        f"{copied(peft, name)}"
     )
 
 
 def _table(audited: AdapterAudit) -> str:
+    modules = sorted(audited.modules, key=lambda module: natural(module.name))
     head = "".join(
         f'<th scope="col"><button type="button">{shown(label)}</button></th>'
         for label in ("module", *(label for label, _ in _COLUMNS))
     )
-    body = "".join(_row(module) for module in audited.modules[:_ROWS])
+    body = "".join(_row(module) for module in modules[:_ROWS])
     left = len(audited.modules) - _ROWS
     more = f'<p class="soft">{left:,} more rows: see --csv.</p>' if left > 0 else ""
-    return (
-        f'<h2>Every module</h2>{more}<div class="scroll tall"><table class="list sortable">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<h2>Every module</h2>{more}" + scrolled(
+        f'<table class="list sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
+        tall=True,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.auditing.charts import shown
 from adapterkit.auditing.tables import certain, number
+from adapterkit.page import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

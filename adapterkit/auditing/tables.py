@@ -182,7 +182,7 @@ def _escaped(text: str) -> str:
 
 def number(value: float | None) -> str:
     """Return a measured number in three digits, or a dash where there is none."""
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value:z.3g}"
 
 
 def span(ends: tuple[float, float]) -> str:

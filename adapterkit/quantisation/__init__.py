@@ -38,7 +38,7 @@ def check_encodable(dtype: DType) -> None:
         )
     if dtype not in _IN_PYTHON and not ggml.encodes(dtype):
         raise UnsupportedError(
-            f"{dtype} is quantised by llama.cpp's own kernels: pip install 'adapterkit[llama]'"
+            f"{dtype} is quantised by llama.cpp's own kernels: pip install xllamacpp"
         )
 
 

@@ -74,6 +74,6 @@ def _torch(size: int, rank: int) -> Any:
     except ImportError:
         raise UncheckableError(
             "the projections are not in the file and come from torch's random streams; "
-            "pip install 'adapterkit[torch]'"
+            "pip install torch"
         ) from None
     return torch

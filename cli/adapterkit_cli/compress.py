@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import click
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     help="Largest relative error of the whole update; 0 removes only what is no part of it.",
 )
 @click.option(
+    "--energy",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="E",
+    help="Smallest share of ‖ΔW‖² to keep, of the whole update: --tol √(1 - E).",
+)
+@click.option(
     "--budget",
     type=click.IntRange(min=1),
     metavar="PARAMS",
@@ -48,6 +55,7 @@ def command(
     destination: str,
     rank: int | None,
     tol: float | None,
+    energy: float | None,
     budget: int | None,
     to: str | None,
     base: str | None,
@@ -67,10 +75,11 @@ def command(
     resize_lora does, with --rank as a cap.
     """
     policies = {name: value for name, value in thresholds.items() if value is not None}
-    wishes = [name for name, value in (("--tol", tol), ("--budget", budget)) if value is not None]
+    given = (("--tol", tol), ("--energy", energy), ("--budget", budget))
+    wishes = [name for name, value in given if value is not None]
     wishes += ["--" + name.replace("_", "-") for name in policies]
     if rank is None and not wishes:
-        raise click.UsageError("give one of --rank, --tol, --budget, --sv-ratio, ... to cut by")
+        raise click.UsageError("give one of --rank, --tol, --energy, --budget, ... to cut by")
     if len(wishes) > 1:
         raise click.UsageError(f"{' and '.join(wishes)} exclude each other")
     policy, threshold = next(iter(policies.items()), (None, None))
@@ -82,7 +91,7 @@ def command(
             source,
             destination,
             rank=rank,
-            tol=tol,
+            tol=tol if energy is None else math.sqrt(1 - energy),
             budget=budget,
             policy=policy,
             threshold=threshold,

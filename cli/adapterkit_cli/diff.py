@@ -24,6 +24,8 @@ from adapterkit_cli.progress import watching
     metavar="X",
     help="Largest relative error that counts as equal; by default what the stored types explain.",
 )
+@options.html
+@options.force
 @options.as_json
 @click.pass_context
 def command(
@@ -35,7 +37,9 @@ def command(
     dialect: str | None,
     alpha: float | None,
     as_format: str | None,
+    html: str | None,
     *,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Compare the updates of two adapters; exit 1 if they differ.
@@ -55,6 +59,9 @@ def command(
             alpha=alpha,
             as_format=as_format,
         )
+    if html is not None:
+        adapterkit.write_page(report.page(), html, force=force)
+        rendering.remark("report", html)
     if as_json:
         rendering.emit_json(report)
     else:

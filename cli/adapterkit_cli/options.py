@@ -177,5 +177,8 @@ allow_lossy = click.option(
     "--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it."
 )
 force = click.option("--force", is_flag=True, help="Replace what is at the destination.")
+html = click.option(
+    "--html", metavar="FILE", type=PATH, help="Write the report as one self-contained page too."
+)
 # What every command takes that writes an adapter in a format of choice.
 writing = _all(to, outtype, force)

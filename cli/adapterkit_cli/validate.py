@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     help="Say what a code means and what to do, and stop.",
 )
 @options.jobs
+@options.html
+@options.force
 @manner.shape_option("sarif", "Print SARIF 2.1.0, for code scanning.")
 @options.as_results
 @click.pass_context
@@ -71,6 +73,9 @@ def command(
     ignore: tuple[str, ...],
     explain: str | None,
     jobs: int | None,
+    html: str | None,
+    *,
+    force: bool,
 ) -> None:
     """Say whether an adapter works: on a base, in an engine.
 
@@ -97,6 +102,9 @@ def command(
             alpha=alpha,
             as_format=as_format,
         )
+    if html is not None:
+        adapterkit.write_page(adapterkit.validation_page(attempts), html, force=force)
+        rendering.remark("report", html)
     if report := answers.single(attempts):
         rendering.emit(report.text(rendering.pen()))
         ctx.exit(report.code(fail_on))

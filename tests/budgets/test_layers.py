@@ -41,6 +41,7 @@ LAYERS = (
         "destination",
     },
     {"tensor", "output"},
+    {"page"},
     {"model", "json_file"},
     {"containers", "factors", "yaml_file", "patterns", "hub", "lowrank"},
     {"architectures"},

@@ -233,9 +233,9 @@ COMMANDS = (
     Command(
         name="project",
         title="tinylora project",
-        line="tinylora project A -o FILE",
+        line="tinylora project A -o DIR",
         run=_project,
-        suffix=".safetensors",
+        suffix="",
     ),
     Command(
         name="stack",

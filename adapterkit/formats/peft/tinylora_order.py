@@ -79,7 +79,7 @@ def find_order(
         "which coefficients belong to which module depends on the order of the base's modules, and "
         "the file does not tell; give the base model with --base, or save the adapter again with "
         "save_projection=True"
-        + ("" if streams.available() else "; pip install 'adapterkit[torch]' may do as well"),
+        + ("" if streams.available() else "; pip install torch may do as well"),
         path=path,
     )
 

@@ -62,9 +62,7 @@ def _save_state(tiny: TinyAdapter, path: Path) -> None:
     try:
         import torch
     except ImportError:
-        raise UncheckableError(
-            f"{STATE} is a file of torch.save; pip install 'adapterkit[torch]'"
-        ) from None
+        raise UncheckableError(f"{STATE} is a file of torch.save; pip install torch") from None
     groups = {module.name: module.group for module in tiny.modules}
     # The pack names a group's vector after the first module that it injected.
     first: dict[int, str] = {}

@@ -1,5 +1,6 @@
 "use strict";
-const stops = JSON.parse(document.getElementById("ramp").textContent);
+const ramp = document.getElementById("ramp");
+const stops = ramp ? JSON.parse(ramp.textContent) : [];
 
 const colour = (share) => {
   const place = Math.min(Math.max(share, 0), 1) * (stops.length - 1);
@@ -8,7 +9,7 @@ const colour = (share) => {
 };
 
 const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 105 ? "#000" : "#fff");
-const short = (value) => (value === null ? "" : String(Number(value.toPrecision(3))));
+const short = (value) => (value === null ? "" : String(Number(value.toPrecision(3)) || 0));
 
 function paint(select) {
   const heat = document.getElementById(select.dataset.heat);
@@ -61,3 +62,28 @@ for (const select of document.querySelectorAll("select[data-heat]")) {
 for (const button of document.querySelectorAll(".sortable thead button")) {
   button.addEventListener("click", () => sortBy(button));
 }
+
+// Where the clipboard is closed to a page, its text is selected for the user to copy.
+async function copy(button) {
+  const text = document.getElementById(button.dataset.copy);
+  try {
+    await navigator.clipboard.writeText(text.textContent);
+    button.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(text);
+    button.textContent = "Selected: copy with Ctrl-C";
+  }
+}
+
+function hint() {
+  for (const box of document.querySelectorAll(".scroll + .hint")) {
+    const scroll = box.previousElementSibling;
+    box.hidden = scroll.scrollWidth <= scroll.clientWidth;
+  }
+}
+
+for (const button of document.querySelectorAll("button.copy")) {
+  button.addEventListener("click", () => copy(button));
+}
+addEventListener("resize", hint);
+hint();
