@@ -75,6 +75,16 @@ from adapterkit.extraction.report import ExtractReport as ExtractReport
 from adapterkit.extraction.report import LeftOver as LeftOver
 from adapterkit.files import read as read
 from adapterkit.files import write as write
+from adapterkit.fingerprints import Fingerprint as Fingerprint
+from adapterkit.fingerprints import ModuleFingerprint as ModuleFingerprint
+from adapterkit.fleets.ledger import FleetRow as FleetRow
+from adapterkit.fleets.pages import write_fleet_tables as write_fleet_tables
+from adapterkit.fleets.running import FleetReport as FleetReport
+from adapterkit.fleets.running import run_fleet as run_fleet
+from adapterkit.fleets.similarity import Copy as Copy
+from adapterkit.fleets.similarity import LikelyMerge as LikelyMerge
+from adapterkit.fleets.similarity import SimilarityReport as SimilarityReport
+from adapterkit.fleets.similarity import find_similar as find_similar
 from adapterkit.keys import Role as Role
 from adapterkit.keys import TensorKey as TensorKey
 from adapterkit.merging.adapters import MergeResult as MergeResult

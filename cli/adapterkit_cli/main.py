@@ -23,6 +23,7 @@ COMMANDS = (
     "compress",
     "merge",
     "extract",
+    "fleet",
     "formats",
     "architectures",
     "targets",

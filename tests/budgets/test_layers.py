@@ -38,10 +38,11 @@ LAYERS = (
     {"tinylora", "tuners"},
     {"formats"},
     {"registry"},
-    {"proof", "loading"},
+    {"proof", "loading", "fingerprints"},
     {"saving", "checks", "diagnosis", "state_dict"},
     {"engines"},
     WORKSHOPS,
+    {"fleets"},  # does to many what the workshops do to one
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may be known of the terminal by the package that never uses it.
