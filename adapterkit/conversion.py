@@ -50,6 +50,7 @@ def convert(
     unverified: bool = False,
     allow_lossy: bool = False,
     force: bool = False,
+    proof: bool = True,
 ) -> ConversionReport:
     """Convert an adapter to another format, and prove on the written file that nothing changed.
 
@@ -69,6 +70,7 @@ def convert(
         unverified: allow families without a passing engine test.
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
+        proof: whether the file carries what it was made from and what it holds, for `verify`.
 
     Raises:
         FormatError: if the source is malformed or broken.
@@ -116,6 +118,7 @@ def convert(
         force=force,
         against=named.adapter,
         accept=accept,
+        proof=proof,
     )
     return ConversionReport(
         **vars(proven),

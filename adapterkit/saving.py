@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.base.fit import check_fit
+from adapterkit.certificates import certified
 from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
-from adapterkit.errors import LossyConversionError, UsageError
+from adapterkit.errors import LossyConversionError, ProofError, UsageError
 from adapterkit.keys import Role
 from adapterkit.lowrank.differences import norm
 from adapterkit.model import AdapterTensorSet, BesideKind
@@ -18,6 +19,7 @@ from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
 from adapterkit.registry import BUILTIN, spec
+from adapterkit.stamps import contents, stamp
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
@@ -170,6 +172,7 @@ def save(
     against: AdapterTensorSet | None = None,
     spared: Iterable[Path] = (),
     accept: Callable[[AdapterTensorSet], None] | None = None,
+    proof: bool = True,
 ) -> ProvenFile:
     """Write an adapter, read the file back, compare every update, and only then keep it.
 
@@ -182,6 +185,7 @@ def save(
         against: what the file must be equal to, where `adapter` is a changed form of it.
         spared: further files that the output is made from and must not replace.
         accept: raises if what was read back is not what was wanted.
+        proof: whether the file carries what it was made from and what it holds.
 
     Raises:
         FormatError: if a factor of the adapter is not finite.
@@ -198,6 +202,9 @@ def save(
         worst, error = prove(against or adapter, written, path=destination)
         if accept is not None:
             accept(written)
+        if proof:
+            made_from = _sources(against or adapter, spared)
+            _certify(staging, written, options, error, made_from, destination)
         return ProvenFile(
             destination=str(destination),
             format=target.name,
@@ -207,6 +214,26 @@ def save(
             max_relative_error=error,
             worst_module=worst,
         )
+
+
+def _certify(
+    staging: Path,
+    written: AdapterTensorSet,
+    options: Options,
+    error: float,
+    sources: list[Path],
+    destination: Path,
+) -> None:
+    """Have a file carry its certificate, and nothing else of it change by that."""
+    found = contents(staging)
+    stamp(staging, certified(written, found, options, error=error, sources=sources))
+    if contents(staging) != found:
+        raise ProofError("was changed by writing its proof into it", path=destination)
+
+
+def _sources(adapter: AdapterTensorSet, spared: Iterable[Path]) -> list[Path]:
+    own = [adapter.provenance.path] if adapter.provenance else []
+    return list(dict.fromkeys([*own, *spared]))
 
 
 def _beside(adapter: AdapterTensorSet, modules: set[str]) -> AdapterTensorSet:

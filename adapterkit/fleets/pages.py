@@ -8,16 +8,13 @@ import io
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapterkit.fleets.ledger import FleetRow
+from adapterkit.fleets.running import FleetReport
 from adapterkit.output import staged
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from adapterkit.fleets.ledger import FleetRow
-    from adapterkit.fleets.running import FleetReport
 
 _COLUMNS = ("path", "action", "state", "exit_code", "tries", "seconds", "headline")
 _SCALAR = (str, int, float, type(None))

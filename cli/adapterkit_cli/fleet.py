@@ -192,7 +192,8 @@ def _similar_text(report: SimilarityReport) -> str:
     lines = [
         (
             f"{rendering.count(report.adapters, 'adapter')}: {len(report.copies):,} copies in "
-            f"{len(report.clusters):,} clusters, {len(report.merges):,} merges"
+            f"{rendering.count(len(report.clusters), 'cluster')}, "
+            f"{rendering.count(len(report.merges), 'merge')}"
         )
     ]
     lines += [rendering.printable(_copy_line(copy)) for copy in report.copies]

@@ -21,6 +21,7 @@ WORKSHOPS = {
     "summary",
     "torch",
     "validation",
+    "verification",
 }
 # From the bottom up. A module imports from lower layers and from its own folder.
 LAYERS = (
@@ -34,11 +35,12 @@ LAYERS = (
     {"architectures"},
     {"dialects"},
     {"base"},
-    {"passes", "beside"},
+    {"passes", "beside", "stamps"},
     {"tinylora", "tuners"},
     {"formats"},
     {"registry"},
-    {"proof", "loading", "fingerprints"},
+    {"fingerprints"},
+    {"proof", "loading", "certificates"},
     {"saving", "checks", "diagnosis", "state_dict"},
     {"engines"},
     WORKSHOPS,
