@@ -72,6 +72,7 @@ _NAMES = {
     "summary": "BesideEntry Summary inspect summarize",
     "tensor": "LazyTensor",
     "validation": "ValidationReport validate",
+    "verification": "Change VerifyReport verify",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

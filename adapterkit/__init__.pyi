@@ -133,5 +133,8 @@ from adapterkit.summary import summarize as summarize
 from adapterkit.tensor import LazyTensor as LazyTensor
 from adapterkit.validation import ValidationReport as ValidationReport
 from adapterkit.validation import validate as validate
+from adapterkit.verification import Change as Change
+from adapterkit.verification import VerifyReport as VerifyReport
+from adapterkit.verification import verify as verify
 
 __version__: str

@@ -90,12 +90,13 @@ def fingerprinted(adapter: AdapterTensorSet) -> Fingerprint:
     squared = 0.0
     for pair in spelled_out(adapter).pairs():
         alone, energy = np.zeros_like(whole), 0.0
-        for names, update in _parts(pair):
-            with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):  # what is no number shows in the norm
+            for names, update in _parts(pair):
                 sketches = fingerprints.sketch(update)
-            alone += sketches.sum(axis=0)
-            whole += sum(fingerprints.pattern(n) * s for n, s in zip(names, sketches, strict=True))
-            energy += distances.norm(update) ** 2
+                alone += sketches.sum(axis=0)
+                for name, each in zip(names, sketches, strict=True):
+                    whole += fingerprints.pattern(name) * each
+                energy += distances.norm(update) ** 2
         if not math.isfinite(energy):
             raise FormatError("holds NaN or infinity, or overflows", where=pair.module)
         if energy:

@@ -1,14 +1,15 @@
 """Where a file carries what was written about it, and a short hash of everything else in it.
 
 The header of safetensors and GGUF has room for free text that loaders pass over; for every other
-file it is a small file in the same directory. Nothing is added to adapter_config.json: PEFT warns of
-fields that it does not know.
+file it is a small file in the same directory. Nothing is added to adapter_config.json: PEFT warns
+of fields that it does not know.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from adapterkit.json_file import read_json_object
 from adapterkit.storage import read_document, readable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from adapterkit.containers.gguf import GGUFValue
     from adapterkit.tensor import LazyTensor

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.moe_layout
 @options.unverified
 @options.allow_lossy
+@click.option("--no-proof", is_flag=True, help="Do not write a proof into DST for `verify`.")
 @options.as_json
 def command(
     source: str,
@@ -43,6 +44,7 @@ def command(
     unverified: bool,
     allow_lossy: bool,
     force: bool,
+    no_proof: bool,
     as_json: bool,
 ) -> None:
     """Write an adapter in another format, and prove it equal.
@@ -66,6 +68,7 @@ def command(
         unverified=unverified,
         allow_lossy=allow_lossy,
         force=force,
+        proof=not no_proof,
     )
     if as_json:
         rendering.emit_json(report)

@@ -18,6 +18,7 @@ COMMANDS = (
     "convert",
     "validate",
     "diff",
+    "verify",
     "stack",
     "audit",
     "compress",
