@@ -31,6 +31,7 @@ _NAMES = {
     "checks.findings": "CoveredModule Explanation Finding Outcome Severity explanations",
     "comparison": "DiffReport ModuleDifference diff",
     "conversion": "ConversionReport convert",
+    "doctor.examination": "Condition DoctorReport examine",
     "dtype": "DType",
     "engines.engine": "EngineRule Target load_target target_names",
     "engines.judgement": "EngineCoverage",

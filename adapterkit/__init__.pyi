@@ -46,6 +46,9 @@ from adapterkit.comparison import ModuleDifference as ModuleDifference
 from adapterkit.comparison import diff as diff
 from adapterkit.conversion import ConversionReport as ConversionReport
 from adapterkit.conversion import convert as convert
+from adapterkit.doctor.examination import Condition as Condition
+from adapterkit.doctor.examination import DoctorReport as DoctorReport
+from adapterkit.doctor.examination import examine as examine
 from adapterkit.dtype import DType as DType
 from adapterkit.engines.engine import EngineRule as EngineRule
 from adapterkit.engines.engine import Target as Target

@@ -7,7 +7,7 @@ the tokens told of p log(p/q), and that of the rest. It is never more than the t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeAlias
@@ -15,20 +15,16 @@ from typing import TypeAlias
 # Natural logarithms of probabilities by token: its number, or its text where numbers are not told.
 Distribution: TypeAlias = Mapping[int | str, float]
 
-# Strengths at which the expected effect is computed: the effect is far from linear in them.
-STRENGTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
+# Strengths at which the expected effect is computed: the effect is far from linear in them. Where
+# the first of them explain what is seen, the others are not needed.
+_NEAR = (0.0, 0.9, 1.0, 1.1)
+_FAR = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.25, 1.5, 2.0, 4.0)
+# What is explained: the share of the effect that may be left.
+_EXPLAINED = 0.01
 _TINY = 1e-12
 
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What a base and an adapter should answer to the prompts.
-
-    Attributes:
-        at: strength of the adapter -> a distribution for each prompt.
-    """
-
-    at: Mapping[float, Sequence[Distribution]]
+# What a base and an adapter of a strength should answer, a distribution for each prompt.
+Expected: TypeAlias = Callable[[float], Sequence[Distribution]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +76,19 @@ def measured(
     off: Sequence[Distribution], on: Sequence[Distribution], expected: Expected
 ) -> Measured:
     """Compare the answers without and with an adapter with what they should be."""
-    distances = {s: mean_divergence(on, answers) for s, answers in expected.at.items()}
+    known = {strength: expected(strength) for strength in _NEAR}
+    distances = {s: mean_divergence(on, answers) for s, answers in known.items()}
+    base = mean_divergence(off, known[0.0])
+    effect = mean_divergence(on, off)
+    if distances[1.0] > min(distances.values()) or distances[1.0] > 2 * base + _EXPLAINED * effect:
+        distances |= {s: mean_divergence(on, expected(s)) for s in _FAR}
     nearest = min(distances, key=lambda strength: distances[strength])
     count = min(map(len, on))
-    whole = [_first(each, count) for each in expected.at[1.0]]
+    with_it, without = ([_first(each, count) for each in known[s]] for s in (1.0, 0.0))
     return Measured(
-        base=mean_divergence(off, expected.at[0.0]),
-        effect=mean_divergence(on, off),
-        expected=mean_divergence(whole, expected.at[0.0]),
+        base=base,
+        effect=effect,
+        expected=mean_divergence(with_it, without),
         distance=distances[nearest],
         strength=_between(distances, nearest),
     )

@@ -58,6 +58,7 @@ class DoctorReport:
         condition: what is the matter; `alive` is all that can be said without a source and a base.
         strength: that of the adapter in effect, 1 as it was trained; None if that is not known.
         causes: what explains it, one sentence each.
+        notes: what else to know of this server, one sentence each.
         effect: divergence of the answers with the adapter from those without.
         expected_effect: what it should be; None without a source and a base.
         base_divergence: divergence of the answers without the adapter from those of the base.
@@ -74,6 +75,7 @@ class DoctorReport:
     condition: Condition
     strength: float | None
     causes: tuple[str, ...]
+    notes: tuple[str, ...]
     effect: float
     expected_effect: float | None
     base_divergence: float | None
@@ -85,7 +87,7 @@ class DoctorReport:
     @property
     def healthy(self) -> bool:
         """Whether nothing is known to be wrong."""
-        return self.condition in {Condition.RIGHT, Condition.ALIVE} and not self.causes
+        return self.condition in {Condition.RIGHT, Condition.ALIVE}
 
 
 def examine(
@@ -130,7 +132,7 @@ def examine(
     # What a server multiplies by is part of what its users get; asked off, it is asked at 1.
     scale = served.scale or 1.0
     off, on = ([server.ask(text, served, strength) for text in texts] for strength in (0.0, scale))
-    causes = list(_told_of_scales(server, served, texts, on))
+    notes = _told_of_scales(server, served, texts, on)
     found = Findings(Condition.ALIVE, effect=mean_divergence(on, off))
     if source is not None and base is not None:
         by_text = not all(isinstance(token, int) for token in on[0])
@@ -145,7 +147,8 @@ def examine(
         path=served.path,
         condition=found.condition,
         strength=found.strength,
-        causes=(*causes, *found.causes),
+        causes=found.causes,
+        notes=tuple(notes),
         effect=found.effect,
         expected_effect=found.numbers and found.numbers.expected,
         base_divergence=found.numbers and found.numbers.base,
@@ -174,7 +177,8 @@ def _against(
     on: Sequence[Distribution],
 ) -> Findings:
     """Compare the answers with what they should be."""
-    numbers = measured(off, on, known.expected(texts))
+    with known.expected(texts) as expected:
+        numbers = measured(off, on, expected)
     condition = judged(numbers)
     strength = numbers.strength if condition in {Condition.RIGHT, Condition.STRENGTH} else None
     causes: tuple[str, ...] = ()
@@ -207,23 +211,23 @@ def _told_of_scales(
     """Say what a llama-server's own scales and its prompt cache make of other people's requests."""
     if not isinstance(server, LlamaServer) or served.scale is None:
         return []
-    causes: list[str] = []
+    notes: list[str] = []
     if served.scale == 0:
-        causes.append(
+        notes.append(
             "the server's own scale for it is 0: only requests with a lora field get it "
             "(--lora-init-without-apply, or POST /lora-adapters without its id)"
         )
     elif served.scale != 1:
-        causes.append(f"the server's own scale for it is {served.scale:g} (--lora-scaled)")
+        notes.append(f"the server's own scale for it is {served.scale:g} (--lora-scaled)")
     few = texts[:_AGAIN]
     plain = [server.completion(text, None) for text in few]
     if served.scale and mean_divergence(plain, on[:_AGAIN]) > _DIFFERENT:
-        causes.append("requests that name no adapter get another mixture: others are loaded too")
+        notes.append("requests that name no adapter get another mixture: others are loaded too")
     nothing = [{"id": number, "scale": 0.0} for number in server.ids]
     cached: list[Distribution] = []
     for text in few:
         server.completion(text, nothing, cached=True)
         cached.append(server.completion(text, None, cached=True))
     if mean_divergence(cached, plain) > _DIFFERENT:
-        causes.append('the prompt cache gives answers of other scales: send "cache_prompt": false')
-    return causes
+        notes.append('the prompt cache gives answers of other scales: send "cache_prompt": false')
+    return notes

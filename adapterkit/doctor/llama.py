@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     Ask = Callable[[str, Mapping[int, float]], Distribution]
 
 # Tokens that are told of each distribution: what servers tell lies among them.
-_TOLD = 2048
+_TOLD = 512
 _CONTEXT = 1024
+# Of an end of text or half a character no probabilities are told, so a word is made to come; those
+# that are told are from before that.
+A_WORD = [[" the", 1e9]]
+_LONGEST = 500
 # Seconds to load a model, and to answer.
 _LOADING, _ANSWERING = 600, 120
 
@@ -42,7 +46,7 @@ def llama_cpp(base: Path, adapters: Sequence[Path], *, by_text: bool) -> Generat
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    job = str(base), [str(path) for path in adapters], threads()
+    job = str(base), [str(path) for path in adapters], max(threads() // 2, 1)
     process = context.Process(target=_serve, args=(theirs, *job), daemon=True)
     process.start()
     theirs.close()
@@ -83,28 +87,30 @@ def _serve(connection: Connection, base: str, adapters: list[str], count: int) -
     except ImportError:
         connection.send("llama.cpp is not installed; pip install 'adapterkit[llama]'")
         return
-    engine = _engine(xllamacpp, base, adapters, count)
-    connection.send([])
-    while True:
-        try:
-            prompt, strengths = connection.recv()
-        except EOFError:
-            return
-        question: dict[str, Any] = {
-            "prompt": prompt,
-            "n_predict": 1,
-            "n_probs": _TOLD,
-            "temperature": 0,
-            "cache_prompt": False,
-            "lora": [{"id": i, "scale": scale} for i, scale in enumerate(strengths)],
-        }
-        answer = engine.handle_completions(question)
-        try:
-            (token,) = answer["choices"][0]["logprobs"]["content"]
-            told = [(e["id"], e["token"], e["logprob"]) for e in token["top_logprobs"]]
-            connection.send(told)
-        except (KeyError, IndexError, TypeError, ValueError):
-            connection.send(f"llama.cpp gives no probabilities: {str(answer)[:500]}")
+    try:
+        engine = _engine(xllamacpp, base, adapters, count)
+        connection.send([])
+        while True:
+            connection.send(_answer(engine, *connection.recv()))
+    except EOFError:
+        return
+    except Exception as error:  # noqa: BLE001  (the engine's threads would keep the process)
+        connection.send(f"llama.cpp does not answer: {error!r}"[:_LONGEST])
+
+
+def _answer(engine: Any, prompt: str, strengths: list[float]) -> list[tuple[int, str, float]]:
+    question: dict[str, Any] = {
+        "prompt": prompt,
+        "n_predict": 1,
+        "n_probs": _TOLD,
+        "temperature": 0,
+        "cache_prompt": False,
+        "logit_bias": A_WORD,
+        "lora": [{"id": i, "scale": scale} for i, scale in enumerate(strengths)],
+    }
+    answer = engine.handle_completions(question)
+    (token,) = answer["choices"][0]["logprobs"]["content"]
+    return [(each["id"], each["token"], each["logprob"]) for each in token["top_logprobs"]]
 
 
 def _engine(library: Any, base: str, adapters: list[str], count: int) -> Any:
@@ -118,4 +124,5 @@ def _engine(library: Any, base: str, adapters: list[str], count: int) -> Any:
     params.cache_ram_mib = params.n_ctx_checkpoints = 0
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads = count
+        cpu.poll = 0  # threads that wait by spinning stop each other on a busy machine
     return library.Server(params)

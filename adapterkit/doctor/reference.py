@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.transforms import inverse, rope
-from adapterkit.doctor.distributions import STRENGTHS, Expected
 from adapterkit.doctor.llama import llama_cpp
 from adapterkit.factors import take_rows
 from adapterkit.loading import Need, load
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
     from adapterkit.base import BaseModel
-    from adapterkit.doctor.distributions import Distribution
+    from adapterkit.doctor.distributions import Distribution, Expected
     from adapterkit.doctor.llama import Ask
     from adapterkit.loading import Loaded
     from adapterkit.model import AdapterTensorSet, Update
@@ -44,8 +43,9 @@ class Reference:
         self._base = base
         self._by_text = by_text
 
-    def expected(self, prompts: Sequence[str]) -> Expected:
-        """Return what it answers at every strength.
+    @contextmanager
+    def expected(self, prompts: Sequence[str]) -> Generator[Expected]:
+        """Yield what it answers at a strength.
 
         Raises:
             UncheckableError: if the engine is not installed, or does not take the files.
@@ -53,7 +53,8 @@ class Reference:
         """
         if self._base.kind == "gguf":
             with self._engine([self._loaded.adapter]) as ask:
-                return Expected({s: [ask(p, {0: s}) for p in prompts] for s in STRENGTHS})
+                yield lambda strength: [ask(prompt, {0: strength}) for prompt in prompts]
+            return
         from adapterkit.doctor.transformers import transformers_model
 
         with TemporaryDirectory(prefix="adapterkit-") as folder:
@@ -61,7 +62,7 @@ class Reference:
             self._write(self._loaded.adapter, path, "peft")
             place = self._base.path if self._base.path.is_dir() else self._base.path.parent
             with transformers_model(place, path, by_text=self._by_text) as ask:
-                return Expected({s: [ask(p, s) for p in prompts] for s in STRENGTHS})
+                yield lambda strength: [ask(prompt, strength) for prompt in prompts]
 
     def mistaken(self, prompts: Sequence[str]) -> Mapping[str, Sequence[Distribution]]:
         """Return what the usual mistakes would answer, by what they are.

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from adapterkit.doctor.http import Client
+from adapterkit.doctor.llama import A_WORD
 from adapterkit.errors import UncheckableError, UsageError
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class LlamaServer:
             "n_probs": _MANY,
             "temperature": 0,
             "cache_prompt": cached,
+            "logit_bias": A_WORD,
             **({"lora": lora} if lora is not None else {}),
         }
         answer = self.client.post("/completion", question)

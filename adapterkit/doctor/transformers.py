@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Ask = Callable[[str, float], Distribution]
 
-_TOLD = 2048
+_TOLD = 512
 
 
 @contextmanager

@@ -20,6 +20,7 @@ COMMANDS = (
     "diff",
     "verify",
     "stack",
+    "doctor",
     "audit",
     "compress",
     "merge",

@@ -13,6 +13,7 @@ WORKSHOPS = {
     "auditing",
     "comparison",
     "conversion",
+    "doctor",
     "extraction",
     "files",
     "merging",
