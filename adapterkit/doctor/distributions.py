@@ -107,6 +107,8 @@ def _between(distances: Mapping[float, float], nearest: float) -> float:
         return nearest
     x0, x1, x2 = known[place - 1 : place + 2]
     y0, y1, y2 = (distances[x] for x in (x0, x1, x2))
+    if y1 <= _EXPLAINED * min(y0, y2):
+        return nearest
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     bend = (right - left) / (x2 - x0)
     if bend <= 0:

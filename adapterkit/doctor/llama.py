@@ -1,19 +1,21 @@
-"""llama.cpp itself in a process of its own, which says what a base and adapters answer."""
+"""llama.cpp itself on loopback, in a process of its own: what a base and adapters answer."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.doctor.http import Client
+from adapterkit.doctor.servers import llama_server
 from adapterkit.errors import UncheckableError
 from adapterkit.work import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from multiprocessing.connection import Connection
+    from pathlib import Path
 
     from adapterkit.doctor.distributions import Distribution
 
@@ -22,12 +24,9 @@ if TYPE_CHECKING:
 # Tokens that are told of each distribution: what servers tell lies among them.
 _TOLD = 512
 _CONTEXT = 1024
-# Of an end of text or half a character no probabilities are told, so a word is made to come; those
-# that are told are from before that.
-A_WORD = [[" the", 1e9]]
+# Seconds to load a model, and for all answers; and how many of those there may be.
+_LOADING, _ANSWERING, _MOST = 600, 3600, 100_000
 _LONGEST = 500
-# Seconds to load a model, and to answer.
-_LOADING, _ANSWERING = 600, 120
 
 
 @contextmanager
@@ -50,67 +49,43 @@ def llama_cpp(base: Path, adapters: Sequence[Path], *, by_text: bool) -> Generat
     process = context.Process(target=_serve, args=(theirs, *job), daemon=True)
     process.start()
     theirs.close()
-
-    def answered(seconds: float) -> Any:
-        try:
-            if ours.poll(seconds):
-                answer = ours.recv()
-                if not isinstance(answer, str):
-                    return answer
-                raise UncheckableError(answer, path=base)
-        except EOFError:
-            pass
-        message = "llama.cpp ended without an answer; does it take this base and this adapter?"
-        raise UncheckableError(message, path=base)
-
-    def ask(prompt: str, strengths: Mapping[int, float]) -> Distribution:
-        ours.send((prompt, [strengths.get(i, 0.0) for i in range(len(adapters))]))
-        entries: list[tuple[int, str, float]] = answered(_ANSWERING)
-        return {text if by_text else number: value for number, text, value in reversed(entries)}
-
     try:
-        answered(_LOADING)
-        yield ask
+        client = Client(_address(ours, base), most=_MOST, seconds=_ANSWERING)
+        server = llama_server(client, range(len(adapters)), told=_TOLD, by_text=by_text)
+        yield lambda prompt, strengths: server.completion(
+            prompt, [{"id": i, "scale": strengths.get(i, 0.0)} for i in server.ids]
+        )
     finally:
         process.kill()
         process.join()
         ours.close()
 
 
+def _address(ours: Connection, base: Path) -> str:
+    try:
+        address, problem = ours.recv() if ours.poll(_LOADING) else ("", "is not ready in time")
+    except EOFError:
+        address, problem = "", "ended; does it take this base and this adapter?"
+    if problem:
+        raise UncheckableError(f"llama.cpp {problem}", path=base)
+    return str(address)
+
+
 def _serve(connection: Connection, base: str, adapters: list[str], count: int) -> None:
-    """Answer until the other end is closed; runs in the engine's process."""
+    """Serve until the other end is closed; runs in the engine's process."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # it prints whatever it is told not to
         os.dup2(nowhere, stream)
     try:
         import xllamacpp
+
+        server = _engine(xllamacpp, base, adapters, count)
+        connection.send((server.listening_address, ""))
     except ImportError:
-        connection.send("llama.cpp is not installed; pip install 'adapterkit[llama]'")
-        return
-    try:
-        engine = _engine(xllamacpp, base, adapters, count)
-        connection.send([])
-        while True:
-            connection.send(_answer(engine, *connection.recv()))
-    except EOFError:
-        return
-    except Exception as error:  # noqa: BLE001  (the engine's threads would keep the process)
-        connection.send(f"llama.cpp does not answer: {error!r}"[:_LONGEST])
-
-
-def _answer(engine: Any, prompt: str, strengths: list[float]) -> list[tuple[int, str, float]]:
-    question: dict[str, Any] = {
-        "prompt": prompt,
-        "n_predict": 1,
-        "n_probs": _TOLD,
-        "temperature": 0,
-        "cache_prompt": False,
-        "logit_bias": A_WORD,
-        "lora": [{"id": i, "scale": scale} for i, scale in enumerate(strengths)],
-    }
-    answer = engine.handle_completions(question)
-    (token,) = answer["choices"][0]["logprobs"]["content"]
-    return [(each["id"], each["token"], each["logprob"]) for each in token["top_logprobs"]]
+        connection.send(("", "is not installed; pip install 'adapterkit[llama]'"))
+    except Exception as error:  # noqa: BLE001  (whatever it is, the other end must hear of it)
+        connection.send(("", f"does not start: {error!r}"[:_LONGEST]))
+    connection.poll(None)
 
 
 def _engine(library: Any, base: str, adapters: list[str], count: int) -> Any:
@@ -119,6 +94,7 @@ def _engine(library: Any, base: str, adapters: list[str], count: int) -> Any:
     params.lora_adapters = [library.CommonAdapterLoraInfo(path, 1.0) for path in adapters]
     params.n_ctx = params.n_batch = _CONTEXT
     params.n_parallel = 1
+    params.port = 0
     params.warmup = False
     params.verbosity = 0
     params.cache_ram_mib = params.n_ctx_checkpoints = 0

@@ -7,7 +7,6 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from adapterkit.doctor.http import Client
-from adapterkit.doctor.llama import A_WORD
 from adapterkit.errors import UncheckableError, UsageError
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
 # Tokens that are told of each distribution; the OpenAI servers give at most 20 unless configured.
 _MANY, _FEW = 64, 20
+_SURELY = 1e9
 _TOKEN_ID = "token_id:"  # noqa: S105  (a prefix of vLLM)
 
 
@@ -64,10 +64,22 @@ class LlamaServer:
     Scales are sent with each request: the server's own would change for everybody, and its prompt
     cache survives that, so that the old answer comes again. Nor is a cached prompt ever used. An
     empty `lora` means that the server's own scales apply, so every id is named.
+
+    Attributes:
+        client: its address.
+        ids: of all its adapters.
+        word: number of a token that is made to come: of an end of text or half a character no
+            probabilities are told. Those that are told are from before that.
+        told: how many tokens are told of a distribution.
+        by_text: whether tokens are told by their text, not by their number.
+        kind: what it is.
     """
 
     client: Client
     ids: tuple[int, ...]
+    word: int | None = None
+    told: int = _MANY
+    by_text: bool = False
     kind: str = "llama-server"
 
     def adapters(self) -> list[ServedAdapter]:
@@ -97,15 +109,26 @@ class LlamaServer:
         question: dict[str, Any] = {
             "prompt": prompt,
             "n_predict": 1,
-            "n_probs": _MANY,
+            "n_probs": self.told,
             "temperature": 0,
             "cache_prompt": cached,
-            "logit_bias": A_WORD,
+            **({"logit_bias": [[self.word, _SURELY]]} if self.word is not None else {}),
             **({"lora": lora} if lora is not None else {}),
         }
         answer = self.client.post("/completion", question)
         told = _at(answer, "completion_probabilities", 0, "top_logprobs")
-        return _distribution(((each["id"], each["logprob"]) for each in told or ()), self.client)
+        key = "token" if self.by_text else "id"
+        # Of tokens with one text the likeliest counts.
+        return _distribution(((e[key], e["logprob"]) for e in reversed(told or ())), self.client)
+
+
+def llama_server(
+    client: Client, ids: Iterable[int], *, told: int = _MANY, by_text: bool = False
+) -> LlamaServer:
+    """Return a llama-server whose adapters are known."""
+    tokens = _at(client.post("/tokenize", {"content": "a"}, optional=True), "tokens", -1)
+    word = tokens if isinstance(tokens, int) else None
+    return LlamaServer(client, tuple(ids), word, told, by_text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +222,8 @@ def connected(client: Client) -> Server:
     """
     adapters = client.get("/lora-adapters")
     if isinstance(adapters, list):
-        ids = tuple(int(each.name) for each in _llama_adapters(cast("Any", adapters)))
-        return LlamaServer(client, ids)
+        known = _llama_adapters(cast("Any", adapters))
+        return llama_server(client, (int(each.name) for each in known))
     if _at(client.get("/api/version"), "version"):
         return Ollama(client)
     models = _at(client.get("/v1/models"), "data")

@@ -58,7 +58,9 @@ def command(
     *,
     as_json: bool,
 ) -> None:
-    """Ask a running server whether an adapter does what it should; exit 1 if it does not.
+    """Ask a running server whether an adapter works.
+
+    Exit code 1 if it does not.
 
     URL is that of llama-server, vLLM, SGLang or Ollama. Each prompt is asked with the adapter and
     without, one token each; nothing on the server is changed, and no other address contacted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,10 +29,10 @@ _base = options.base
 
 @click.group("fleet")
 def command() -> None:
-    """Do one thing to any number of adapters, or find who is whose copy.
+    """Run over many adapters, or find copies among them.
 
     SRC is an adapter, a folder that is searched, a .txt file with one SRC in each line, or
-    `hub-cache`.
+    `hub-cache`. Both answer with one JSON object if given --json.
     """
 
 
@@ -127,7 +128,7 @@ def _run_text(report: FleetReport) -> str:
     states = f"{report.done:,} done, {report.refused:,} refused, {report.failed:,} failed"
     lines = [f"{report.action}: {count}, {report.looked_at:,} looked at now: {states}"]
     worst = [row for row in report.rows if row.state != "done" or row.exit_code]
-    rows = [(row.path, row.state, row.headline.split("\n")[0]) for row in worst[:_SHOWN]]
+    rows = [(_shown(row.path), row.state, row.headline.split("\n")[0]) for row in worst[:_SHOWN]]
     if rows:
         lines.append(rendering.columns(rows))
     if len(worst) > _SHOWN:
@@ -184,8 +185,14 @@ def similar(
         (report.unplaced, "rows in llama.cpp's order; give --base to compare with other formats"),
         (report.partial, "trained tensors beside the updates are not compared"),
     ):
-        rendering.remarks("note", (f"{name}: {told}" for name in names[:_SHOWN]))
-    rendering.remarks("unread", (f"{path}: {why}" for path, why in report.unread.items()))
+        rendering.remarks("note", (f"{_shown(name)}: {told}" for name in names[:_SHOWN]))
+    rendering.remarks("unread", (f"{_shown(path)}: {why}" for path, why in report.unread.items()))
+
+
+def _shown(path: str) -> str:
+    """Return a path as it is called from here, if it lies here."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _similar_text(report: SimilarityReport) -> str:
@@ -198,22 +205,23 @@ def _similar_text(report: SimilarityReport) -> str:
     ]
     lines += [rendering.printable(_copy_line(copy)) for copy in report.copies]
     lines += [rendering.printable(_merge_line(merge)) for merge in report.merges]
-    lines += [rendering.printable(f"{path} changes nothing") for path in report.untrained]
+    lines += [rendering.printable(f"{_shown(path)} changes nothing") for path in report.untrained]
     return "\n".join(lines)
 
 
 def _copy_line(copy: Copy) -> str:
     times = "" if abs(copy.ratio - 1) < 5e-4 else f"{copy.ratio:.4g} times "  # noqa: PLR2004
     apart = rendering.short(copy.distance) + ("" if copy.exact else " by its sketch")
-    subject = f"the update of {copy.path}" if copy.partial else copy.path
-    other = f"that of {copy.of}" if copy.partial else copy.of
+    path, of = _shown(copy.path), _shown(copy.of)
+    subject = f"the update of {path}" if copy.partial else path
+    other = f"that of {of}" if copy.partial else of
     return f"{subject} {_WORDS[copy.kind]} {times}{other} (distance {apart})"
 
 
 def _merge_line(merge: LikelyMerge) -> str:
     terms = " + ".join(
-        f"{weight:.3g} · {parent}"
+        f"{weight:.3g} · {_shown(parent)}"
         for weight, parent in zip(merge.weights, merge.parents, strict=True)
     )
     verb = "is" if merge.exact else "is close to"
-    return f"{merge.path} {verb} {terms} (residual {rendering.short(merge.residual)})"
+    return f"{_shown(merge.path)} {verb} {terms} (residual {rendering.short(merge.residual)})"

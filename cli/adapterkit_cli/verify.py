@@ -36,7 +36,9 @@ def command(
     *,
     as_json: bool,
 ) -> None:
-    """Check a file against the proof that it carries; exit 1 if something was changed.
+    """Check a file against the proof that it carries.
+
+    Exit code 1 if something was changed.
 
     The proof lies in the metadata of files that adapterkit wrote. It is no signature.
     """
