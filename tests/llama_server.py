@@ -62,8 +62,10 @@ def main() -> None:
     params.verbosity = 0
     params.port = 0
     params.endpoint_props = True
+    threads = job["settings"].pop("threads", 1)
     for cpu in (params.cpuparams, params.cpuparams_batch):
-        cpu.n_threads = job["settings"].pop("threads", 1) if cpu is params.cpuparams else 1
+        cpu.n_threads = threads
+        cpu.poll = 0
     for name, value in job["settings"].items():
         kind = {"flash_attn_type": "llama_flash_attn_type", "cache_type_k": "ggml_type"}.get(name)
         setattr(params, name, getattr(getattr(xllamacpp, kind), value) if kind else value)
