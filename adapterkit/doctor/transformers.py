@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -39,17 +38,15 @@ def transformers_model(base: Path, adapter: Path, *, by_text: bool) -> Generator
     except ImportError as error:
         message = f"{error.name} is not installed; pip install torch transformers peft"
         raise UncheckableError(message, path=base) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                base, dtype=torch.float32, local_files_only=True
-            )
-            model = peft.PeftModel.from_pretrained(model, adapter).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UncheckableError(f"transformers does not take it: {reason}", path=base) from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, local_files_only=True
+        )
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UncheckableError(f"transformers does not take it: {reason}", path=base) from error
     layers = [
         module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)
     ]
