@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.base.identity import BaseIdentity, identified
 from adapterkit.errors import FormatError
@@ -135,12 +135,12 @@ def read_certificate(document: str, path: Path) -> Certificate:
         FormatError: if it is malformed, or of a later version.
     """
     try:
-        fields = json.loads(document)
+        fields: Any = json.loads(document)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"its proof is not readable JSON ({error})", path=path) from None
     if not isinstance(fields, dict):
         raise FormatError("its proof is not a JSON object", path=path)
-    table = Table(fields, path, "proof")
+    table = Table(cast("dict[str, Any]", fields), path, "proof")
     if (schema := table.get("schema", whole(1, 1 << 20))) != _SCHEMA:
         raise FormatError(f"its proof is of version {schema}, known is {_SCHEMA}", path=path)
     hashes = mapped(text(64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
@@ -83,7 +83,7 @@ class Client:
                 data = answer.read(_MOST_BYTES + 1)
             if len(data) > _MOST_BYTES:
                 raise UncheckableError("answers with too much", path=self.url)
-            return cast("Any", json.loads(data))
+            return json.loads(data)
         except HTTPError as error:
             if optional:
                 return None

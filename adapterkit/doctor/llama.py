@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.doctor.http import Client
@@ -61,7 +62,7 @@ def llama_cpp(base: Path, adapters: Sequence[Path], *, by_text: bool) -> Generat
         ours.close()
 
 
-def _address(ours: Connection, base: Path) -> str:
+def _address(ours: Any, base: Path) -> str:
     try:
         address, problem = ours.recv() if ours.poll(_LOADING) else ("", "is not ready in time")
     except EOFError:
@@ -77,9 +78,7 @@ def _serve(connection: Connection, base: str, adapters: list[str], count: int) -
     for stream in (1, 2):  # it prints whatever it is told not to
         os.dup2(nowhere, stream)
     try:
-        import xllamacpp
-
-        server = _engine(xllamacpp, base, adapters, count)
+        server = _engine(import_module("xllamacpp"), base, adapters, count)
         connection.send((server.listening_address, ""))
     except ImportError:
         connection.send(("", "is not installed; pip install 'adapterkit[llama]'"))

@@ -41,8 +41,15 @@ class ServedAdapter:
 class Server(Protocol):
     """One kind of server."""
 
-    kind: str
-    client: Client
+    @property
+    def kind(self) -> str:
+        """What it is."""
+        ...
+
+    @property
+    def client(self) -> Client:
+        """Its address."""
+        ...
 
     def adapters(self) -> list[ServedAdapter]:
         """Return the adapters that it serves."""
@@ -140,7 +147,7 @@ class OpenAIServer:
 
     def adapters(self) -> list[ServedAdapter]:
         """Return the models that have another as their parent."""
-        models = _at(self.client.get("/v1/models"), "data") or []
+        models = _objects(self.client.get("/v1/models"), "data")
         bases = [str(each["id"]) for each in models if not each.get("parent")]
         return [
             ServedAdapter(
@@ -186,9 +193,9 @@ class Ollama:
     def adapters(self) -> list[ServedAdapter]:
         """Return the models whose modelfile names an adapter."""
         found: list[ServedAdapter] = []
-        for each in _at(self.client.get("/api/tags"), "models") or []:
-            shown = self.client.post("/api/show", {"model": each["name"]}, optional=True) or {}
-            lines = str(shown.get("modelfile") or "").splitlines()
+        for each in _objects(self.client.get("/api/tags"), "models"):
+            shown: Any = self.client.post("/api/show", {"model": each["name"]}, optional=True)
+            lines = str(_at(shown, "modelfile") or "").splitlines()
             adapter = _after("ADAPTER", lines)
             if adapter:
                 base = _at(shown, "details", "parent_model") or _after("FROM", lines)
@@ -226,9 +233,8 @@ def connected(client: Client) -> Server:
         return llama_server(client, (int(each.name) for each in known))
     if _at(client.get("/api/version"), "version"):
         return Ollama(client)
-    models = _at(client.get("/v1/models"), "data")
-    if isinstance(models, list):
-        owners = {str(each.get("owned_by")) for each in cast("list[dict[str, Any]]", models)}
+    if models := _objects(client.get("/v1/models"), "data"):
+        owners = {str(each.get("owned_by")) for each in models}
         if "sglang" in owners:
             return OpenAIServer(client, "sglang")
         return OpenAIServer(client, "vllm" if "vllm" in owners else "openai")
@@ -263,7 +269,7 @@ def _names(adapter: ServedAdapter) -> set[str]:
 def _llama_adapters(answer: Any) -> list[ServedAdapter]:
     return [
         ServedAdapter(str(each["id"]), str(each.get("path", "")), float(each.get("scale", 1.0)))
-        for each in answer or []
+        for each in _objects(answer)
     ]
 
 
@@ -289,6 +295,13 @@ def _at(value: Any, *way: str | int) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return value
+
+
+def _objects(value: Any, *way: str | int) -> list[dict[str, Any]]:
+    """Return the objects of a list at a place of a JSON answer; none if there is none."""
+    found = _at(value, *way)
+    items = cast("list[Any]", found) if isinstance(found, list) else []
+    return [cast("dict[str, Any]", each) for each in items if isinstance(each, dict)]
 
 
 def _distribution(told: Iterable[tuple[int | str, float]], client: Client) -> Distribution:

@@ -140,5 +140,15 @@ class Ledger:
         wanted = set(paths)
         for path, *rest, badness, result in self._base.execute(_ROWS, (action, options)):
             if path in wanted:
-                bad = math.inf if badness >= _INFINITE else badness
-                yield FleetRow(path, *rest, bad, json.loads(result))
+                action, state, exit_code, tries, seconds, headline = rest
+                yield FleetRow(
+                    path=path,
+                    action=action,
+                    state=state,
+                    exit_code=exit_code,
+                    tries=tries,
+                    seconds=seconds,
+                    headline=headline,
+                    badness=math.inf if badness >= _INFINITE else badness,
+                    result=json.loads(result),
+                )

@@ -117,16 +117,17 @@ def _pursued(chosen: Array, narrow: NDArray[np.float32], place: int) -> Sum | No
     """Return a row as a sum of two or more others; None if they do not explain it."""
     target = chosen[place]
     picked: list[int] = []
-    weights, rest = np.zeros(0), target
+    weights: Array = np.zeros(0)
+    rest: Array = target
     while len(picked) < _MOST_PARENTS and float(np.linalg.norm(rest)) > ROUNDED:
         gains = np.abs(narrow @ rest.astype(np.float32))
         gains[[place, *picked]] = 0
         picked.append(int(np.argmax(gains)))
-        weights = np.linalg.lstsq(chosen[picked].T, target, rcond=None)[0]
+        weights = _solved(chosen[picked], target)
         rest = target - weights @ chosen[picked]
     kept = [i for i, weight in enumerate(weights) if abs(weight) > _SMALL * np.abs(weights).max()]
     parents = [picked[i] for i in kept]
-    weights = np.linalg.lstsq(chosen[parents].T, target, rcond=None)[0]
+    weights = _solved(chosen[parents], target)
     residual = float(np.linalg.norm(target - weights @ chosen[parents]))
     if len(parents) < 2 or residual > _EXPLAINED:  # noqa: PLR2004  (a sum has two terms)
         return None
@@ -134,3 +135,8 @@ def _pursued(chosen: Array, narrow: NDArray[np.float32], place: int) -> Sum | No
     if residual > ROUNDED and float(cosines.max()) > _STAGES:
         return None
     return Sum(place, tuple(parents), tuple(map(float, weights)), residual)
+
+
+def _solved(rows: Array, target: Array) -> Array:
+    """Return the weights of rows whose sum is nearest to a target."""
+    return np.asarray(np.linalg.lstsq(rows.T, target, rcond=None)[0], dtype=np.float64)

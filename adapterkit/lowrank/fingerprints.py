@@ -79,4 +79,4 @@ def _drawn(place: tuple[str, ...], rows: int, columns: int) -> Array:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
     words = np.random.Philox(key=seed).random_raw(-(-rows * columns // 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=rows * columns)
-    return bits.reshape(rows, columns) * 2.0 - 1.0
+    return bits.reshape(rows, columns).astype(np.float64) * 2 - 1

@@ -120,7 +120,9 @@ def _told(action: str, given: dict[str, Any]) -> dict[str, Any]:
         names = {"targets": "target", "for_engine": "for"}
         option = names.get(others[0], others[0].replace("_", "-"))
         raise click.UsageError(f"--{option} says nothing to {action}")
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in told.items()}
+    if "targets" in told:
+        told["targets"] = list(told["targets"])
+    return told
 
 
 def _run_text(report: FleetReport) -> str:
