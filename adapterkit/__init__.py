@@ -33,6 +33,7 @@ _NAMES = {
     "comparison": "DiffReport ModuleDifference diff",
     "conversion": "ConversionReport convert convert_all",
     "destination": "Directory",
+    "doctor.examination": "Condition DoctorReport examine",
     "dtype": "DType",
     "engines.engine": "EngineRule NameRule Target load_target target_names",
     "engines.judgement": "EngineCoverage",
@@ -46,6 +47,11 @@ _NAMES = {
     "extraction.extraction": "extract",
     "extraction.report": "ExtractReport ExtractedModule LeftOver",
     "files": "read write",
+    "fingerprints": "Fingerprint ModuleFingerprint",
+    "fleets.ledger": "FleetRow",
+    "fleets.pages": "write_fleet_tables",
+    "fleets.running": "FleetReport run_fleet",
+    "fleets.similarity": "Copy LikelyMerge SimilarityReport find_similar",
     "formats.protocol": "Lister Options Reader Writer",
     "keys": "Role TensorKey",
     "merging.adapters": "MergeResult merge",
@@ -74,6 +80,7 @@ _NAMES = {
     "tensor": "LazyTensor",
     "text": "Pen",
     "validation": "ValidationReport validate validation_page",
+    "verification": "Change VerifyReport verify",
     "work": "watched",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -50,6 +50,9 @@ from adapterkit.conversion import ConversionReport as ConversionReport
 from adapterkit.conversion import convert as convert
 from adapterkit.conversion import convert_all as convert_all
 from adapterkit.destination import Directory as Directory
+from adapterkit.doctor.examination import Condition as Condition
+from adapterkit.doctor.examination import DoctorReport as DoctorReport
+from adapterkit.doctor.examination import examine as examine
 from adapterkit.dtype import DType as DType
 from adapterkit.engines.engine import EngineRule as EngineRule
 from adapterkit.engines.engine import NameRule as NameRule
@@ -80,6 +83,16 @@ from adapterkit.extraction.report import ExtractReport as ExtractReport
 from adapterkit.extraction.report import LeftOver as LeftOver
 from adapterkit.files import read as read
 from adapterkit.files import write as write
+from adapterkit.fingerprints import Fingerprint as Fingerprint
+from adapterkit.fingerprints import ModuleFingerprint as ModuleFingerprint
+from adapterkit.fleets.ledger import FleetRow as FleetRow
+from adapterkit.fleets.pages import write_fleet_tables as write_fleet_tables
+from adapterkit.fleets.running import FleetReport as FleetReport
+from adapterkit.fleets.running import run_fleet as run_fleet
+from adapterkit.fleets.similarity import Copy as Copy
+from adapterkit.fleets.similarity import LikelyMerge as LikelyMerge
+from adapterkit.fleets.similarity import SimilarityReport as SimilarityReport
+from adapterkit.fleets.similarity import find_similar as find_similar
 from adapterkit.formats.protocol import Lister as Lister
 from adapterkit.formats.protocol import Options as Options
 from adapterkit.formats.protocol import Reader as Reader
@@ -140,6 +153,9 @@ from adapterkit.text import Pen as Pen
 from adapterkit.validation import ValidationReport as ValidationReport
 from adapterkit.validation import validate as validate
 from adapterkit.validation import validation_page as validation_page
+from adapterkit.verification import Change as Change
+from adapterkit.verification import VerifyReport as VerifyReport
+from adapterkit.verification import verify as verify
 from adapterkit.work import watched as watched
 
 __version__: str

@@ -72,6 +72,7 @@ def convert(
     unverified: bool = False,
     allow_lossy: bool = False,
     force: bool = False,
+    proof: bool = True,
 ) -> ConversionReport:
     """Convert an adapter to another format, and prove on the written file that nothing changed.
 
@@ -91,6 +92,7 @@ def convert(
         unverified: allow families without a passing engine test.
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
+        proof: whether the file carries what it was made from and what it holds, for `verify`.
 
     Raises:
         FormatError: if the source is malformed or broken.
@@ -138,6 +140,7 @@ def convert(
         force=force,
         against=named.adapter,
         accept=accept,
+        proof=proof,
     )
     return ConversionReport(
         **vars(proven),

@@ -51,7 +51,7 @@ def parse(reference: str) -> HubReference | None:
 
 def cached(reference: HubReference) -> Iterator[Path]:
     """Yield the snapshots of a repository in the local cache, the newest known one first."""
-    folder = _cache() / f"models--{reference.name.replace('/', '--')}"
+    folder = cache_folder() / f"models--{reference.name.replace('/', '--')}"
     named = folder / "refs" / (reference.revision or "main")
     if named.is_file():
         yield folder / "snapshots" / named.read_text(encoding="utf-8").strip()
@@ -109,7 +109,7 @@ def _download(reference: HubReference, patterns: tuple[str, ...]) -> Path:
     return Path(found)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     if cache := os.environ.get("HF_HUB_CACHE"):
         return Path(cache)
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"

@@ -16,6 +16,7 @@ from adapterkit.beside import trained_names
 from adapterkit.destination import Directory
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
+from adapterkit.stamps import BESIDE
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class FormatSpec:
             return None
         files = tuple(dict.fromkeys(name for known in formats() for name in known.files))
         # What was trained with the adapter that was here before is not the new one's.
-        return Directory("adapter directory", marks=files, files=(*files, *trained_names()))
+        mine = (*files, *trained_names(), BESIDE)
+        return Directory("adapter directory", marks=files, files=mine)
 
     @property
     def reads(self) -> bool:

@@ -8,9 +8,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from adapterkit.base.fit import check_fit
+from adapterkit.certificates import certified
 from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
-from adapterkit.errors import LossyConversionError, UsageError
+from adapterkit.errors import LossyConversionError, ProofError, UsageError
 from adapterkit.keys import Role
 from adapterkit.lowrank.differences import silent
 from adapterkit.model import AdapterTensorSet, BesideKind
@@ -20,6 +21,7 @@ from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
 from adapterkit.registry import BUILTIN, by_suffix, formats, spec
+from adapterkit.stamps import contents, stamp
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
@@ -198,6 +200,7 @@ def save(
     against: AdapterTensorSet | None = None,
     spared: Iterable[Path] = (),
     accept: Callable[[AdapterTensorSet], None] | None = None,
+    proof: bool = True,
 ) -> ProvenFile:
     """Write an adapter, read the file back, compare every update, and only then keep it.
 
@@ -210,6 +213,7 @@ def save(
         against: what the file must be equal to, where `adapter` is a changed form of it.
         spared: further files that the output is made from and must not replace.
         accept: raises if what was read back is not what was wanted.
+        proof: whether the file carries what it was made from and what it holds.
 
     Raises:
         FormatError: if a factor of the adapter is not finite.
@@ -226,6 +230,9 @@ def save(
         worst, error = prove(against or adapter, written, path=destination)
         if accept is not None:
             accept(written)
+        if proof:
+            made_from = _sources(against or adapter, spared)
+            _certify(staging, written, options, error, made_from, destination)
         return ProvenFile(
             destination=str(destination),
             format=target.name,
@@ -235,6 +242,26 @@ def save(
             max_relative_error=error,
             worst_module=worst,
         )
+
+
+def _certify(
+    staging: Path,
+    written: AdapterTensorSet,
+    options: Options,
+    error: float,
+    sources: list[Path],
+    destination: Path,
+) -> None:
+    """Have a file carry its certificate, and nothing else of it change by that."""
+    found = contents(staging)
+    stamp(staging, certified(written, found, options, error=error, sources=sources))
+    if contents(staging) != found:
+        raise ProofError("was changed by writing its proof into it", path=destination)
+
+
+def _sources(adapter: AdapterTensorSet, spared: Iterable[Path]) -> list[Path]:
+    own = [adapter.provenance.path] if adapter.provenance else []
+    return list(dict.fromkeys([*own, *spared]))
 
 
 def _beside(adapter: AdapterTensorSet, modules: set[str]) -> AdapterTensorSet:

@@ -141,6 +141,7 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
         "unverified": True,
         "allow_lossy": True,
         "force": True,
+        "proof": True,
     }
     assert list(tmp_path.iterdir()) == []
 

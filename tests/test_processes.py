@@ -7,7 +7,8 @@ import hashlib
 import multiprocessing
 import pickle
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import transformers
+from pretend_servers import pretending, vllm
 
 import adapterkit
 from adapterkit.dtype import DType
@@ -91,6 +93,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(weights: Path, out: Path) -> dict[str, Any]:
     """What every public function returns."""
     adapter = adapterkit.read(TINY)
+    fleet = with_threads(adapterkit.run_fleet, "inspect", [TINY], out / "fleet")
     into = adapterkit.merge_into([TINY], weights, out / "merged")
     return {
         "audit": adapterkit.audit(TINY, TINY, suggest=True, base=weights),
@@ -99,7 +102,9 @@ def results(weights: Path, out: Path) -> dict[str, Any]:
         "compress_file": adapterkit.compress_file(TINY, out / "compressed", rank=2),
         "convert": adapterkit.convert(TINY, out / "x.gguf", base=BASE),
         "diff": adapterkit.diff(TINY, FIXTURES / "peft" / "tiny-weak"),
+        "examine": examined(),
         "extract": adapterkit.extract(weights, out / "merged", out / "extracted"),
+        "find_similar": with_threads(adapterkit.find_similar, [TINY]),
         "from_state_dict": adapterkit.from_state_dict(*adapterkit.to_state_dict(adapter)),
         "html_page": adapterkit.html_page(adapterkit.audit(TINY)),
         "inspect": adapterkit.inspect(TINY),
@@ -111,13 +116,16 @@ def results(weights: Path, out: Path) -> dict[str, Any]:
         "open_base": adapterkit.open_base(weights),
         "read": adapter,
         "read_recipe": adapterkit.read_recipe(recipe(out)),
+        "run_fleet": fleet,
         "serving_settings": adapterkit.serving_settings(stacked(), "vllm"),
         "suggest": adapterkit.suggest(adapterkit.audit(TINY).adapters[0], rank=2),
         "summarize": adapterkit.summarize(adapter),
         "target_names": adapterkit.target_names(),
         "to_state_dict": adapterkit.to_state_dict(adapter),
         "validate": adapterkit.validate(DORA, base=BASE, targets=("vllm", "llama.cpp")),
+        "verify": adapterkit.verify(out / "both"),
         "write": adapterkit.write(adapter, out / "written"),
+        "write_fleet_tables": adapterkit.write_fleet_tables(fleet, out / "fleet"),
         "write_html": adapterkit.write_html(adapterkit.audit(TINY), out / "page.html"),
         "write_page": adapterkit.write_page("<!doctype html>", out / "other.html"),
         "convert_all": adapterkit.convert_all([TINY], out / "all"),
@@ -126,6 +134,16 @@ def results(weights: Path, out: Path) -> dict[str, Any]:
             adapterkit.for_each(adapterkit.validate, [TINY])
         ),
     }
+
+
+def examined() -> adapterkit.DoctorReport:
+    with pretending(vllm) as url:
+        return adapterkit.examine(url)
+
+
+def with_threads(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return function(*arguments, executor=pool)
 
 
 def stacked() -> adapterkit.AdapterStack:

@@ -192,11 +192,11 @@ def test_embedding_is_turned(tmp_path: Path) -> None:
 
 
 def test_written_again_is_the_same_file(tmp_path: Path) -> None:
-    report = convert(SELF, tmp_path / "once.safetensors", to="tinylora")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("once", "twice")]
+    report = convert(SELF, paths[0], to="tinylora", proof=False)
     assert report.max_relative_error == 0
-    convert(tmp_path / "once.safetensors", tmp_path / "twice.safetensors", to="tinylora")
-    once, twice = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("once", "twice"))
-    assert once == twice
+    convert(paths[0], paths[1], to="tinylora", proof=False)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
     first, second = load_file(SELF), load_file(tmp_path / "once.safetensors")
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)

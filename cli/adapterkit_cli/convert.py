@@ -54,6 +54,7 @@ _STREAM = "-"
 @options.moe_layout
 @options.unverified
 @options.allow_lossy
+@click.option("--no-proof", is_flag=True, help="Do not write a proof into DST for `verify`.")
 @options.jobs
 @options.as_results
 @click.pass_context
@@ -63,6 +64,8 @@ def command(
     destination: str,
     base: str | None,
     jobs: int | None,
+    *,
+    no_proof: bool,
     **given: Any,
 ) -> None:
     """Write an adapter in another format, and prove it equal.
@@ -72,7 +75,7 @@ def command(
     """
     import adapterkit
 
-    given["base"] = base
+    given |= {"base": base, "proof": not no_proof}
     if destination == _STREAM:
         _stream(sources, given)
         return

@@ -13,6 +13,7 @@ WORKSHOPS = {
     "auditing",
     "comparison",
     "conversion",
+    "doctor",
     "extraction",
     "files",
     "merging",
@@ -22,6 +23,7 @@ WORKSHOPS = {
     "testing",
     "torch",
     "validation",
+    "verification",
 }
 # From the bottom up. A module imports from lower layers and from its own folder.
 LAYERS = (
@@ -46,14 +48,16 @@ LAYERS = (
     {"containers", "factors", "yaml_file", "patterns", "hub", "lowrank"},
     {"architectures"},
     {"base"},
-    {"passes", "beside"},
+    {"passes", "beside", "stamps"},
     {"tinylora", "tuners"},
     {"formats"},
     {"registry"},
-    {"proof", "loading"},
+    {"fingerprints"},
+    {"proof", "loading", "certificates"},
     {"attempts", "saving", "checks", "diagnosis", "state_dict"},
     {"engines"},
     WORKSHOPS,
+    {"fleets"},  # does to many what the workshops do to one
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What may be known of the terminal by the package that never uses it.

@@ -18,6 +18,7 @@ from adapterkit.factors import turned
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, GgufSource, Kind, Update
 from adapterkit.notes import BaseReference, Provenance
+from adapterkit.stamps import KEY as PROOF
 from adapterkit.tables import Table, listed, number, shown, text, whole
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ OWN_KEYS = {
     "adapter.type",
     "adapter.lora.alpha",
     "adapter.alora.invocation_tokens",
+    PROOF,
 }
 EMBEDDING = "token_embd"
 _TOKENS = listed(whole(0, 1 << 40), 1 << 16)

@@ -32,6 +32,7 @@ from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, MlxSource, Update
 from adapterkit.notes import BaseReference, Provenance
+from adapterkit.stamps import KEY as PROOF
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
             {CONFIG, weights_path.name, *_CHECKPOINTS},
             source.base,
         ),
-        source=MlxSource(dict(raw), dict(metadata)),
+        source=MlxSource(dict(raw), {k: v for k, v in metadata.items() if k != PROOF}),
         provenance=Provenance(path, "mlx", _notes(groups, pairs)),
     )
 

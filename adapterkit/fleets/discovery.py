@@ -1,0 +1,114 @@
+"""Find the adapters that a folder, a list or the hub cache holds, and tell one content by a key."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from adapterkit.errors import AdapterKitError, NotFoundError
+from adapterkit.hub import cache_folder, located
+from adapterkit.loading import recognise
+from adapterkit.storage import readable
+
+# What a user types for all that the hub cache holds.
+HUB_CACHE = "hub-cache"
+_CONFIG = "adapter_config.json"
+_LIST = ".txt"
+_GGUF = ".gguf"
+_FILES = {_GGUF, ".safetensors", ".npz", ".pt", ".bin"}
+# Words of an adapter's keys, which stand before the vocabulary of a GGUF model.
+_OF_ADAPTERS, _HEAD = b"adapter.", 1 << 16
+# What is looked at of a file: every one of so many bytes, at the start of each step.
+_SAMPLE, _STEP = 4096, 1 << 20
+
+
+def discover(sources: Iterable[Path | str]) -> list[Path]:
+    """Return the full path of every adapter that the sources mean, each once, in their order.
+
+    A source is an adapter, a hub id, a folder that is searched to its end, a `.txt` file with one
+    source in each line, or `hub-cache`. Whole models and what belongs to an adapter's directory are
+    passed over.
+
+    Raises:
+        NotFoundError: if there is nothing at a source.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        for path in _of(source):
+            found.setdefault(os.path.realpath(path), Path(os.path.abspath(path)))  # noqa: PTH100
+    return sorted(found.values())
+
+
+def _of(source: Path | str) -> Iterator[Path]:
+    if str(source) == HUB_CACHE:
+        for snapshot in sorted(cache_folder().glob("models--*/snapshots/*")):
+            yield from _within(snapshot)
+        return
+    path = located(source)
+    with readable(path):
+        if path.suffix == _LIST and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+        elif path.is_dir():
+            yield from _within(path)
+            return
+        elif path.exists():
+            yield path
+            return
+        else:
+            raise NotFoundError("no such file or directory", path=path)
+    for line in lines:
+        if line.strip():
+            yield from _of(line.strip())
+
+
+def _within(root: Path) -> Iterator[Path]:
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        here = Path(folder)
+        if _CONFIG in names:
+            yield here
+        elif "config.json" not in names:
+            files = [here / name for name in sorted(names) if Path(name).suffix in _FILES]
+            yield from (file for file in files if _is_adapter(file))
+        else:
+            yield from (here / name for name in sorted(names) if _is_gguf_adapter(here / name))
+
+
+def _is_gguf_adapter(file: Path) -> bool:
+    if file.suffix != _GGUF or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return _OF_ADAPTERS in opened.read(_HEAD)
+
+
+def _is_adapter(file: Path) -> bool:
+    if file.suffix == _GGUF:
+        return _is_gguf_adapter(file)
+    try:
+        recognise(file)
+    except AdapterKitError:
+        return False
+    return True
+
+
+def identity(path: Path) -> str:
+    """Return a key that changes when what lies at a path does; nearly nothing is read for it.
+
+    It is taken over the names, sizes and times of the files, and 4 KiB of each MiB of them.
+
+    Raises:
+        FormatError: if a file cannot be read.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    with readable(path):
+        files = [p for p in sorted(path.iterdir()) if p.is_file()] if path.is_dir() else [path]
+        for file in files:
+            known = file.stat()
+            whole.update(f"{file.name}\0{known.st_size}\0{known.st_mtime_ns}\0".encode())
+            with file.open("rb") as opened:
+                for start in range(0, known.st_size, _STEP):
+                    opened.seek(start)
+                    whole.update(opened.read(_SAMPLE))
+    return whole.hexdigest()

@@ -1,0 +1,181 @@
+"""Where a file carries what was written about it, and a short hash of everything else in it.
+
+The header of safetensors and GGUF has room for free text that loaders pass over; for every other
+file it is a small file in the same directory. Nothing is added to adapter_config.json: PEFT warns
+of fields that it does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.containers.gguf import GGUFArray, read_gguf, write_gguf
+from adapterkit.containers.safetensors import read_safetensors, write_safetensors
+from adapterkit.errors import AdapterKitError, FormatError
+from adapterkit.json_file import read_json_object
+from adapterkit.storage import read_document, readable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from adapterkit.containers.gguf import GGUFValue
+    from adapterkit.tensor import LazyTensor
+
+KEY = "adapterkit.proof"
+BESIDE = "adapterkit-proof.json"
+# Loaders read the whole header each time; a text that is longer is no proof.
+LONGEST = 1 << 16
+_BLOCK = 1 << 20
+_GGUF, _SAFETENSORS = b"GGUF", ".safetensors"
+# The weights of a directory, by format.
+_MAIN = ("adapter_model.safetensors", "adapters.safetensors")
+# What may be added to a directory without changing the adapter.
+_NOTES = {".md", ".txt", ".log"}
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a file or directory holds, apart from its stamp; hashes are 16 digits of a sha256.
+
+    Attributes:
+        tensors: hash of the type, shape and bytes of each tensor, by its stored name.
+        settings: hash of each key of the headers and of JSON files, and of every other file.
+    """
+
+    tensors: Mapping[str, str]
+    settings: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of all of them, sorted."""
+        lines = (f"{k}\0{v}\n" for each in (self.tensors, self.settings) for k, v in each.items())
+        return hashlib.sha256("".join(sorted(lines)).encode(errors="replace")).hexdigest()
+
+
+def stamp(path: Path, text: str) -> None:
+    """Write a text into the header of a file, or of a directory's weights, or beside them.
+
+    Args:
+        path: what nobody else uses yet.
+        text: at most `LONGEST` letters.
+    """
+    weights = _weights(path)
+    if weights is None:
+        (path / BESIDE).write_text(text + "\n", encoding="utf-8")
+        return
+    stamped = weights.with_name(f".{weights.name}.stamped")
+    if _is_gguf(weights):
+        gguf = read_gguf(weights)
+        metadata: dict[str, GGUFValue] = {**gguf.typed(), KEY: text}
+        write_gguf(stamped, metadata, gguf.tensors)
+    else:
+        file = read_safetensors(weights)
+        write_safetensors(stamped, file.tensors, {**file.metadata, KEY: text})
+    stamped.replace(weights)
+
+
+def stamped(path: Path) -> str | None:
+    """Return the text that a file or directory carries; None if there is none.
+
+    Raises:
+        FormatError: if the file cannot be read, or the text is no text or too long.
+    """
+    weights = _weights(path)
+    if weights is None:
+        beside = (path if path.is_dir() else path.parent) / BESIDE
+        return read_document(beside, LONGEST).decode(errors="replace") if beside.exists() else None
+    found = read_gguf(weights).metadata if _is_gguf(weights) else read_safetensors(weights).metadata
+    text: Any = found.get(KEY)
+    if text is not None and (not isinstance(text, str) or len(text) > LONGEST):
+        raise FormatError(f"{KEY} is no text of up to {LONGEST} letters", path=weights)
+    return text
+
+
+def contents(path: Path) -> Contents:
+    """Return the hashes of everything that a file or directory holds, its stamp aside.
+
+    Raises:
+        FormatError: if a file cannot be read.
+    """
+    tensors: dict[str, str] = {}
+    settings: dict[str, str] = {}
+    weights = _weights(path)
+    if weights is not None:
+        found, metadata = _opened(weights)
+        tensors = {name: _of_tensor(tensor) for name, tensor in found.items()}
+        settings = {key: _short(value) for key, value in metadata if key != KEY}
+    if path.is_dir():
+        with readable(path):
+            files = [p for p in sorted(path.rglob("*")) if p.is_file() and p != weights]
+        for file in files:
+            if file.name != BESIDE and file.suffix not in _NOTES:
+                settings |= _of_file(file, file.relative_to(path).as_posix())
+    return Contents(tensors, settings)
+
+
+def _opened(weights: Path) -> tuple[Mapping[str, LazyTensor], Iterator[tuple[str, bytes]]]:
+    if _is_gguf(weights):
+        gguf = read_gguf(weights)
+        return gguf.tensors, ((key, _of_value(value)) for key, value in gguf.typed().items())
+    file = read_safetensors(weights)
+    return file.tensors, ((key, text.encode()) for key, text in file.metadata.items())
+
+
+def _of_value(value: GGUFValue) -> bytes:
+    if isinstance(value, GGUFArray):
+        return f"{value.kind} {value.length} ".encode() + bytes(value.read())
+    return repr(value).encode(errors="replace")
+
+
+def _of_tensor(tensor: LazyTensor) -> str:
+    whole = hashlib.sha256(f"{tensor.dtype.value} {list(tensor.shape)} ".encode())
+    for block in tensor.blocks(_BLOCK):
+        whole.update(block.tobytes())
+    return whole.hexdigest()[:16]
+
+
+def _of_file(file: Path, name: str) -> dict[str, str]:
+    """Return a hash for each key of a JSON object, or one for any other file."""
+    if file.suffix == ".json":
+        try:
+            fields = read_json_object(file)
+        except AdapterKitError:
+            fields = {}
+        if fields:
+            return {
+                f"{name}: {key}": _short(json.dumps(value, sort_keys=True).encode())
+                for key, value in fields.items()
+            }
+    return {name: sha256(file)[:16]}
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal.
+
+    Raises:
+        FormatError: if it cannot be read.
+    """
+    with readable(file), file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _is_gguf(file: Path) -> bool:
+    with readable(file), file.open("rb") as opened:
+        return opened.read(len(_GGUF)) == _GGUF
+
+
+def _weights(path: Path) -> Path | None:
+    """Return the file whose header can carry a text; None if there is none."""
+    if not path.is_dir():
+        return path if _is_gguf(path) or path.suffix == _SAFETENSORS else None
+    with readable(path):
+        return next((path / name for name in _MAIN if (path / name).is_file()), None)

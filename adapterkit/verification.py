@@ -1,0 +1,294 @@
+"""Check a file against the proof that it carries, against its source, and against its base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.base.identity import identified
+from adapterkit.certificates import Certificate, mark, read_certificate, source_digest
+from adapterkit.diagnosis import diagnose
+from adapterkit.errors import FormatError, UncheckableError
+from adapterkit.fingerprints import fingerprinted
+from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
+from adapterkit.notes import first_and_more
+from adapterkit.proof import compare, tolerance_for
+from adapterkit.stamps import contents, stamped
+
+if TYPE_CHECKING:
+    from adapterkit.base import BaseModel
+    from adapterkit.fingerprints import ModuleFingerprint
+    from adapterkit.stamps import Contents
+
+# Sixteen numbers of float16 are right to this; storage in 8 to 16 bits moves them less than that.
+_SAME, _ROUNDED = 2e-3, 2e-2
+# Norms are computed alike from the same bytes.
+_EXACT = 1e-9
+_MOST = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that is not what it was when the file was written.
+
+    Attributes:
+        kind: `tensor`, `setting`, `scale`, `rounding`, `update`, `renamed`, `dropped`, `added`,
+            `source` or `base`.
+        where: the tensor, setting, module or file.
+        message: what is wrong with it.
+    """
+
+    kind: str
+    where: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What a file's own proof says of it.
+
+    Attributes:
+        path: the file or directory.
+        format: its format.
+        sound: whether everything is as it was, and agrees with what it was held against.
+        written_by: version of adapterkit that wrote it.
+        sources: sha256 of what it was made from, by name.
+        max_relative_error: largest error of a module when it was written.
+        tensors: how many there are.
+        modules: how many updates were compared with the proof.
+        changes: what is not as it was.
+        notes: what could not be compared, and what else is known.
+    """
+
+    path: str
+    format: str
+    sound: bool
+    written_by: str
+    sources: Mapping[str, str]
+    max_relative_error: float
+    tensors: int
+    modules: int
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+
+
+def verify(
+    file: Path | str,
+    *,
+    against: Path | str | None = None,
+    base: Path | str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
+) -> VerifyReport:
+    """Check an adapter that adapterkit wrote against the proof in its metadata.
+
+    The proof is no signature: who can change a file can write another proof into it.
+
+    Args:
+        file: adapter file or directory.
+        against: what it was made from, or should be equal to: every update is compared.
+        base: the base model; it must be the one that the file was written with.
+        dialect: key grammar of `against`, where its file cannot tell.
+        alpha: scale numerator of `against`, where its file does not hold it.
+        as_format: format of `file`, where its content does not tell.
+
+    Raises:
+        UncheckableError: if the file carries no proof.
+        FormatError: if a file or the proof cannot be read.
+    """
+    place = recognise(file, as_format=as_format)
+    document = stamped(place.path)
+    if document is None:
+        message = "carries no proof: it was not written by adapterkit, or saved again by another"
+        raise UncheckableError(message, path=place.path)
+    proof = read_certificate(document, place.path)
+    known = open_model(base)
+    found = contents(place.path)
+    notes: list[str] = []
+    changes = [*_stored(proof, found), *_updates(proof, place, known, notes)]
+    if against is not None:
+        changes += _source(proof, place, against, known, dialect, alpha, notes)
+    if known is not None:
+        changes += _base(proof, known, notes)
+    return VerifyReport(
+        path=str(place.path),
+        format=place.format.name,
+        sound=not changes,
+        written_by=proof.version,
+        sources=proof.sources,
+        max_relative_error=proof.max_relative_error,
+        tensors=len(found.tensors),
+        modules=len(proof.fingerprint.modules),
+        changes=tuple(changes),
+        notes=tuple(notes),
+    )
+
+
+def _stored(proof: Certificate, found: Contents) -> Iterator[Change]:
+    """Compare what is stored, to the bit."""
+    if found.digest == proof.digest:
+        return
+    if not proof.contents.tensors and not proof.contents.settings:
+        yield Change("tensor", "its bytes", "are not those that were written")
+        return
+    names = {mark(name): name for name in found.tensors}
+    tensors = {mark(name): digest for name, digest in found.tensors.items()}
+    for key, message in _unlike(proof.contents.tensors, tensors):
+        yield Change("tensor", names.get(key, "one"), message)
+    for key, message in _unlike(proof.contents.settings, found.settings):
+        yield Change("setting", key, message)
+
+
+def _unlike(written: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for key in {**now, **written}:
+        if key not in written:
+            yield key, "was not there when the file was written"
+        elif key not in now:
+            yield key, "was written and is not there"
+        elif written[key] != now[key]:
+            yield key, "is not what was written"
+
+
+def _updates(
+    proof: Certificate, place: Source, base: BaseModel | None, notes: list[str]
+) -> list[Change]:
+    """Compare what the file does, module by module, by norms and sketches."""
+    layout = proof.options.get("moe_layout")
+    try:
+        loaded = load(place, base=base, moe_layout=layout, need=Need.STORED)
+        found = fingerprinted(loaded.adapter)
+    except FormatError as error:
+        return [Change("update", error.where or str(place.path), error.message)]
+    if found.version != proof.fingerprint.version:
+        notes.append("its sketches are of another version and were not compared")
+        return []
+    # Rows in llama.cpp's order are not those of the proof, or the other way round.
+    turned = set(found.unplaced) ^ set(proof.fingerprint.unplaced)
+    if turned:
+        notes.append(
+            f"{first_and_more(sorted(turned))}: compared by bytes alone; give --base for its update"
+        )
+    known = {n: m for n, m in proof.fingerprint.modules.items() if n not in turned}
+    now = {n: m for n, m in found.modules.items() if n not in turned}
+    if not known:
+        return []
+    return [*_moved(known, now), *_altered(known, now)]
+
+
+def _moved(
+    known: Mapping[str, ModuleFingerprint], now: Mapping[str, ModuleFingerprint]
+) -> Iterator[Change]:
+    added = {name: now[name] for name in now if name not in known}
+    for name in [name for name in known if name not in now]:
+        twin = next((new for new, each in added.items() if _alike(known[name], each)), None)
+        if twin is None:
+            yield Change("dropped", name, "has no update any more")
+        else:
+            del added[twin]
+            yield Change("renamed", name, f"is {twin} now")
+    for name in added:
+        yield Change("added", name, "had no update when the file was written")
+
+
+def _alike(one: ModuleFingerprint, other: ModuleFingerprint) -> bool:
+    ratio, apart = _against(one, other)
+    return abs(ratio - 1) < _SAME and apart < _SAME
+
+
+def _against(one: ModuleFingerprint, other: ModuleFingerprint) -> tuple[float, float]:
+    """Return the ratio of the norms, negative for opposite updates, and the sketches' distance."""
+    import numpy as np
+
+    first, second = (np.frombuffer(each.sketch, "<f2").astype(float) for each in (one, other))
+    sign = -1 if float(first @ second) < 0 else 1
+    length = float(np.linalg.norm(first)) or 1.0
+    return sign * other.norm / one.norm, float(np.linalg.norm(second * sign - first)) / length
+
+
+def _altered(
+    known: Mapping[str, ModuleFingerprint], now: Mapping[str, ModuleFingerprint]
+) -> Iterator[Change]:
+    scaled: dict[str, list[str]] = {}
+    rounded: list[str] = []
+    for name in known:
+        if name not in now:
+            continue
+        ratio, apart = _against(known[name], now[name])
+        if apart < _SAME and abs(ratio - 1) > _SAME:
+            scaled.setdefault(f"{ratio:.4g}", []).append(name)
+        elif apart > _ROUNDED or abs(ratio - 1) > _ROUNDED:
+            message = f"is another update: {apart:.2g} of it differ, ‖ΔW‖ is {ratio:.3g} times"
+            yield Change("update", name, message)
+        elif apart > _SAME or abs(ratio - 1) > _EXACT:
+            rounded.append(name)
+    for ratio, names in scaled.items():
+        every = f"all {len(names)} modules" if len(names) == len(known) else first_and_more(names)
+        yield Change("scale", every, f"{ratio} times the update that was written")
+    if rounded:
+        yield Change("rounding", first_and_more(rounded), "differs as another dtype would explain")
+
+
+def _source(
+    proof: Certificate,
+    place: Source,
+    against: Path | str,
+    base: BaseModel | None,
+    dialect: str | None,
+    alpha: float | None,
+    notes: list[str],
+) -> Iterator[Change]:
+    """Compare every update with what the file was made from."""
+    origin = recognise(against, dialect=dialect)
+    digests = proof.sources.values()
+    if digests and source_digest(origin.path) not in digests:
+        notes.append(f"{origin.path} is not the file that it was made from, by its sha256")
+    one, other = load_all(
+        [origin, place], base=base, dialect=dialect, alpha=alpha, need=Need.FITTED
+    )
+    yield from _held_against(one, other, str(origin.path))
+
+
+def _held_against(one: Loaded, other: Loaded, name: str) -> Iterator[Change]:
+    first, second = one.adapter, other.adapter
+    if set(first.engine_layout) != set(second.engine_layout):
+        message = "is in llama.cpp's row order in one of the two; give --base"
+        raise UncheckableError(message, where=name)
+    found = compare(first, second)
+    stored = (tensor.dtype for each in (first, second) for tensor in each.tensors.values())
+    allowed = tolerance_for(stored)
+    far = [(k, d) for k, d in found.differences.items() if not d.relative_error <= allowed]
+    for module, difference in far[:_MOST]:
+        message = f"relative error {difference.relative_error:.3g} against {name}"
+        yield Change("source", module, message)
+    for module in found.only_in_first:
+        yield Change("source", module, f"is in {name} alone")
+    for module in found.only_in_second:
+        yield Change("source", module, f"is not in {name}")
+    if far:
+        for cause in diagnose(first, second, found, one.options):
+            yield Change("source", name, cause)
+
+
+def _base(proof: Certificate, base: BaseModel, notes: list[str]) -> Iterator[Change]:
+    known, now = proof.base, identified(base)
+    if known is None:
+        notes.append("it was written without a base model, so the base is not compared")
+    elif known.kind != now.kind:
+        forms = {"hf": "a Hugging Face model", "gguf": "a GGUF file"}
+        notes.append(
+            f"it was written with {forms.get(known.kind, known.kind)}, and {base.path} is "
+            f"{forms[now.kind]}: they are not compared"
+        )
+    elif known.config != now.config:
+        yield Change("base", str(base.path), f"is not {_called(known.name)}: its sizes differ")
+    elif known.weights and now.weights and known.weights != now.weights:
+        yield Change("base", str(base.path), f"is not {_called(known.name)}: its weights differ")
+    elif not (known.weights and now.weights):
+        notes.append("the base is compared by its configuration alone")
+
+
+def _called(name: str | None) -> str:
+    return f"the base that it was written with{f' ({name})' if name else ''}"
