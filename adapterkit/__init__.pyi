@@ -6,11 +6,6 @@ from adapterkit.auditing.base_report import BaseAudit as BaseAudit
 from adapterkit.auditing.base_report import BaseSummary as BaseSummary
 from adapterkit.auditing.base_report import NotCompared as NotCompared
 from adapterkit.auditing.base_report import WeightAudit as WeightAudit
-from adapterkit.auditing.compression import CompressedFile as CompressedFile
-from adapterkit.auditing.compression import CompressReport as CompressReport
-from adapterkit.auditing.compression import CompressResult as CompressResult
-from adapterkit.auditing.compression import compress as compress
-from adapterkit.auditing.compression import compress_file as compress_file
 from adapterkit.auditing.html import html_page as html_page
 from adapterkit.auditing.html import write_html as write_html
 from adapterkit.auditing.interference import Interference as Interference
@@ -19,10 +14,6 @@ from adapterkit.auditing.interference import ModuleInterference as ModuleInterfe
 from adapterkit.auditing.interference import PairInterference as PairInterference
 from adapterkit.auditing.measure import audit as audit
 from adapterkit.auditing.plan import suggest as suggest
-from adapterkit.auditing.rank_plan import Alternative as Alternative
-from adapterkit.auditing.rank_plan import ModuleRank as ModuleRank
-from adapterkit.auditing.rank_plan import RankPlan as RankPlan
-from adapterkit.auditing.rank_plan import Suggestion as Suggestion
 from adapterkit.auditing.reference_bank import Bank as Bank
 from adapterkit.auditing.reference_bank import Member as Member
 from adapterkit.auditing.reference_bank import bank as bank
@@ -46,6 +37,11 @@ from adapterkit.checks.findings import explanations as explanations
 from adapterkit.comparison import DiffReport as DiffReport
 from adapterkit.comparison import ModuleDifference as ModuleDifference
 from adapterkit.comparison import diff as diff
+from adapterkit.compression import CompressedFile as CompressedFile
+from adapterkit.compression import CompressReport as CompressReport
+from adapterkit.compression import CompressResult as CompressResult
+from adapterkit.compression import compress as compress
+from adapterkit.compression import compress_file as compress_file
 from adapterkit.conversion import ConversionReport as ConversionReport
 from adapterkit.conversion import convert as convert
 from adapterkit.conversion import convert_all as convert_all
@@ -99,6 +95,10 @@ from adapterkit.formats.protocol import Reader as Reader
 from adapterkit.formats.protocol import Writer as Writer
 from adapterkit.keys import Role as Role
 from adapterkit.keys import TensorKey as TensorKey
+from adapterkit.lowrank.rank_plan import Alternative as Alternative
+from adapterkit.lowrank.rank_plan import ModuleRank as ModuleRank
+from adapterkit.lowrank.rank_plan import RankPlan as RankPlan
+from adapterkit.lowrank.rank_plan import Suggestion as Suggestion
 from adapterkit.merging.adapters import MergeResult as MergeResult
 from adapterkit.merging.adapters import merge as merge
 from adapterkit.merging.aliases import MethodAlias as MethodAlias

@@ -19,9 +19,10 @@ from adapterkit import (
     UsageError,
     audit,
 )
-from adapterkit.auditing.metrics import energy_ranks, hoyer, quantile, top_share, truncation_errors
+from adapterkit.auditing.metrics import hoyer, quantile, top_share, truncation_errors
 from adapterkit.auditing.null_model import null_model
 from adapterkit.auditing.outliers import notable, robust_z
+from adapterkit.lowrank.spectrum import energy_ranks
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 

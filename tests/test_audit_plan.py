@@ -11,8 +11,8 @@ import pytest
 from audit_adapters import adapter, layered, planted
 
 from adapterkit import AdapterAudit, RankPlan, UsageError, audit, suggest
-from adapterkit.auditing.greedy import Candidate, within_budget, within_error
 from adapterkit.auditing.plan import trade_off
+from adapterkit.lowrank.greedy import Candidate, within_budget, within_error
 from adapterkit.model import Kind
 
 SPECTRA = {

@@ -16,9 +16,9 @@ from adapterkit.auditing.null_model import null_model
 from adapterkit.auditing.outliers import notable
 from adapterkit.auditing.places import short_names
 from adapterkit.auditing.plan import suggestion, trade_off
-from adapterkit.auditing.rank_plan import Suggestion
 from adapterkit.auditing.report import AdapterAudit, AuditReport, LayerShare, ModuleAudit
 from adapterkit.auditing.tables import facts, number
+from adapterkit.lowrank.rank_plan import Suggestion
 from adapterkit.page import copied, natural, page, scrolled, shown, write_page
 
 _COLUMNS = (

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.attempts import failure
 
 if TYPE_CHECKING:
-    from adapterkit.auditing.rank_plan import Suggestion
     from adapterkit.auditing.report import AdapterAudit, AuditReport
+    from adapterkit.lowrank.rank_plan import Suggestion
 
 
 def document(report: AuditReport) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from adapterkit.auditing.metrics import Shape, hoyer, shape_of, storage_epsilon,
 from adapterkit.auditing.null_model import null_model
 from adapterkit.auditing.outliers import with_scores
 from adapterkit.auditing.places import place_of
-from adapterkit.auditing.rank_plan import Suggestion
 from adapterkit.auditing.report import AdapterAudit, AuditReport, ModuleAudit, Unaudited
 from adapterkit.base import BaseModel
 from adapterkit.base.quantised import as_floats
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.keys import PARTNERS, Role, TensorKey
 from adapterkit.loading import Loaded, load_all, open_model
+from adapterkit.lowrank.rank_plan import Suggestion
 from adapterkit.lowrank.spectrum import Spectrum, spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.work import in_threads

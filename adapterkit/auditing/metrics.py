@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterkit.dtype import DType
+from adapterkit.lowrank.spectrum import energy_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from adapterkit.lowrank.products import Array
 
 ENERGY_LEVELS = (0.90, 0.95, 0.99)
 
 # A cumulated share that misses its level by rounding has reached it.
-_SLACK = 1e-12
 _TOP_ROWS = 8
 # Distance of 1 to the next number; of a block-quantised type, half a step of its largest value.
 _EPSILON = {
@@ -114,18 +114,6 @@ def shape_of(relative: Array, *, rank: int, size: tuple[int, int], epsilon: floa
         entropy=amplitude_entropy / math.log(rank) if rank > 1 else None,
         top1_energy=1 / total,
     )
-
-
-def energy_ranks(values: Array, levels: Sequence[float]) -> list[int]:
-    """Return the fewest leading directions that hold each of some shares of Σσ².
-
-    Args:
-        values: σ, or σ over any common factor, descending, not all zero.
-        levels: shares between 0 and 1.
-    """
-    share: Array = np.cumsum(values**2, dtype=np.float64)
-    total = float(share[-1])
-    return [int(share.searchsorted((level - _SLACK) * total)) + 1 for level in levels]
 
 
 def truncation_errors(values: Array) -> Array:

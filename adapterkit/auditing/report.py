@@ -8,8 +8,8 @@ from typing import Any
 from adapterkit.attempts import Attempt
 from adapterkit.auditing.base_report import BaseAudit
 from adapterkit.auditing.interference import Interference
-from adapterkit.auditing.rank_plan import RankPlan, Suggestion
 from adapterkit.auditing.reference_report import ReferenceAudit
+from adapterkit.lowrank.rank_plan import RankPlan, Suggestion
 from adapterkit.text import PLAIN, Pen, Shown
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from adapterkit.auditing.base_report import BaseAudit
     from adapterkit.auditing.interference import Interference
-    from adapterkit.auditing.rank_plan import Suggestion
+    from adapterkit.lowrank.rank_plan import Suggestion
 
 _MARKS = "\\`*_[]<>|#~&$:"
 

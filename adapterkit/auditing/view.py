@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from adapterkit.auditing.base_report import BaseAudit
     from adapterkit.auditing.interference import Interference
-    from adapterkit.auditing.rank_plan import Suggestion
     from adapterkit.auditing.reference_report import ReferenceAudit
     from adapterkit.auditing.report import AdapterAudit, AuditReport
+    from adapterkit.lowrank.rank_plan import Suggestion
 
 _LINES = 40
 _FAMILIES = 12

@@ -19,12 +19,16 @@ from adapterkit.lowrank.differences import all_finite
 from adapterkit.lowrank.products import Array, LowRank, expert, factors, unit
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from adapterkit.model import Update
 
 # The σ₁ that rounding alone leaves where B·A vanishes exactly, over the norms of the factors.
 _ROUNDING = 8 * 2.0**-52
 # Thousands of squares of this have a sum.
 _LARGEST = 1e150
+# A share is reached to rounding.
+_SLACK = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +129,15 @@ def not_finite(pair: Update) -> FormatError:
     factor = "A" if not all_finite(pair.a) else "B"
     message = f"factor {factor} holds NaN or infinity; this adapter is broken, a diverged run?"
     return FormatError(message, where=pair.module)
+
+
+def energy_ranks(values: Array, levels: Sequence[float]) -> list[int]:
+    """Return the fewest leading directions that hold each of some shares of Σσ².
+
+    Args:
+        values: σ, or σ over any common factor, descending, not all zero.
+        levels: shares between 0 and 1.
+    """
+    share: Array = np.cumsum(values**2, dtype=np.float64)
+    total = float(share[-1])
+    return [int(share.searchsorted((level - _SLACK) * total)) + 1 for level in levels]

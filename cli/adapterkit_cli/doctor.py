@@ -21,7 +21,13 @@ _SAID = {
 }
 
 
-@click.command("doctor")
+@click.command(
+    "doctor",
+    epilog=options.examples(
+        "adapterkit doctor http://127.0.0.1:8080",
+        "adapterkit doctor http://127.0.0.1:8080 --source my-adapter --base base.gguf",
+    ),
+)
 @click.argument("url", metavar="URL")
 @click.option(
     "--adapter", metavar="NAME|ID", help="Which of the server's adapters, if there are several."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,7 +26,13 @@ _dask = click.option("--dask", metavar="ADDRESS", help="Scheduler of a Dask clus
 _base = options.base
 
 
-@click.group("fleet")
+@click.group(
+    "fleet",
+    epilog=options.examples(
+        "adapterkit fleet run validate adapters/ -o results/",
+        "adapterkit fleet similar adapters/ -o prints/",
+    ),
+)
 def command() -> None:
     """Run over many adapters, or find copies among them.
 
@@ -36,7 +41,13 @@ def command() -> None:
     """
 
 
-@command.command("run")
+@command.command(
+    "run",
+    epilog=options.examples(
+        "adapterkit fleet run validate adapters/ -o results/",
+        "adapterkit fleet run convert list.txt -o gguf/ --base base/ --jobs 4",
+    ),
+)
 @click.argument("action", type=click.Choice(["validate", "audit", "convert", "inspect"]))
 @_sources
 @click.option(
@@ -138,7 +149,9 @@ def _run_text(report: FleetReport) -> str:
     return "\n".join(lines)
 
 
-@command.command("similar")
+@command.command(
+    "similar", epilog=options.examples("adapterkit fleet similar adapters/ -o prints/")
+)
 @_sources
 @_base
 @click.option(
@@ -193,6 +206,8 @@ def similar(
 
 def _shown(path: str) -> str:
     """Return a path as it is called from here, if it lies here."""
+    from pathlib import Path
+
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 _SHOWN = 20
 
 
-@click.command("verify")
+@click.command(
+    "verify",
+    epilog=options.examples(
+        "adapterkit verify my-adapter.gguf",
+        "adapterkit verify my-adapter.gguf --against my-adapter --base base/",
+    ),
+)
 @click.argument("file", metavar="FILE", type=options.PATH)
 @click.option(
     "--against",

@@ -100,7 +100,7 @@ def test_an_audit_imports_what_it_measures_with(tmp_path: Path) -> None:
     assert "adapterkit.auditing.measure" in modules
     assert not modules & TORCH
     charts = {name for name in modules if name.startswith("adapterkit.auditing.html")}
-    others = {"compression", "pairwise", "plan", "reference_bank", "against_base", "base_sites"}
+    others = {"pairwise", "plan", "reference_bank", "against_base", "base_sites"}
     assert not modules & (charts | {f"adapterkit.auditing.{name}" for name in others})
     assert not modules & {
         "adapterkit.conversion",

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 WORKSHOPS = {
     "auditing",
     "comparison",
+    "compression",
     "conversion",
     "doctor",
     "extraction",

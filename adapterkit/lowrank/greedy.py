@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapterkit.auditing.metrics import energy_ranks
 from adapterkit.errors import UsageError
 from adapterkit.lowrank.products import Array
+from adapterkit.lowrank.spectrum import energy_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from adapterkit.auditing.report import ModuleAudit
 
 _SLACK = 1e-12
 _ROUNDING = 2.0**-50
@@ -45,23 +43,6 @@ class Candidate:
     def energy(self) -> Array:
         """σ² summed over the experts, by direction."""
         return np.square(self.spectra).sum(axis=0)
-
-
-def candidates(modules: Sequence[ModuleAudit]) -> list[Candidate]:
-    """Return the modules to plan for, the experts of one together."""
-    groups: dict[str, list[ModuleAudit]] = {}
-    for module in modules:
-        groups.setdefault(module.module, []).append(module)
-    return [
-        Candidate(
-            name,
-            group[0].rank,
-            group[0].scale,
-            len(group) * sum(group[0].shape),
-            np.array([module.singular_values for module in group], dtype=np.float64),
-        )
-        for name, group in groups.items()
-    ]
 
 
 def greedy_order(wanted: Sequence[Candidate]) -> list[int]:

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapterkit.auditing.measure import audit_one
-from adapterkit.auditing.plan import suggest
-from adapterkit.auditing.rank_plan import ModuleRank, RankPlan
 from adapterkit.dtype import DType
-from adapterkit.errors import ProofError
+from adapterkit.errors import FormatError, ProofError, UncheckableError
 from adapterkit.keys import Role
 from adapterkit.loading import load
 from adapterkit.lowrank.decomposition import EXACT_ZERO, decompose
 from adapterkit.lowrank.distances import distance, norm
+from adapterkit.lowrank.greedy import Candidate
+from adapterkit.lowrank.planning import planned
 from adapterkit.lowrank.products import stored, unscaled, updates
+from adapterkit.lowrank.rank_plan import ModuleRank, RankPlan
+from adapterkit.lowrank.spectrum import spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.proof import tolerance_for
 from adapterkit.work import in_threads
@@ -148,14 +149,15 @@ def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> 
         ProofError: if the stored type cannot hold the new factors as precisely as predicted.
         UsageError: if the wishes contradict each other.
     """
-    audited, pairs, tol = audit_one(whole), list(whole.pairs()), wishes["tol"]
-    plan = suggest(audited, **wishes)
+    pairs, tol = list(whole.pairs()), wishes["tol"]
+    wanted = _candidates(pairs, whole)
+    plan = planned(wanted, **wishes)
     cut, measured = _cut_to(plan, pairs, dtype)
     if tol is not None and measured > max(tol * (1 + _SLACK), _ZERO):
         # What rounding takes is left out of what truncation may.
         rounding = max(measured**2 - plan.relative_error**2, 0.0)
         if rounding < tol**2:
-            plan = suggest(audited, **(wishes | {"tol": (tol**2 - rounding) ** 0.5}))
+            plan = planned(wanted, **(wishes | {"tol": (tol**2 - rounding) ** 0.5}))
             cut, measured = _cut_to(plan, pairs, dtype)
         _check_bound(tol, measured, rounding**0.5, whole)
     result = whole.updated(cut)
@@ -174,6 +176,25 @@ def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> 
             notes=tuple(_notes(whole)),
         ),
     )
+
+
+def _candidates(pairs: Sequence[Update], whole: AdapterTensorSet) -> list[Candidate]:
+    path = whole.provenance.path if whole.provenance else None
+    if not pairs:
+        message = "holds no low-rank factors to cut; `adapterkit inspect` shows what it holds"
+        raise UncheckableError(message, path=path)
+    try:
+        return in_threads(_candidate, pairs)
+    except FormatError as error:
+        if path is None or error.path is not None:
+            raise
+        raise FormatError(error.message, path=path, where=error.where) from None
+
+
+def _candidate(pair: Update) -> Candidate:
+    values = np.array([each.values for each in spectra(pair)], dtype=np.float64)
+    cost = pair.experts * sum(pair.matrix_shape)
+    return Candidate(pair.module, pair.rank, pair.scale, cost, values)
 
 
 def _cut_to(
