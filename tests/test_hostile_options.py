@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import pytest
+import torch  # noqa: F401  (an alarm in the middle of its import would break all that follow)
 from number_edges import Edge, write_base
 from terminal import TINY, invoke
 from test_cli_hostile import a_moment
