@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "architectures.sizes": "Sizes",
     "architectures.table": "Architecture",
+    "attempts": "Attempt for_each",
     "auditing.base_report": "BaseAudit BaseSummary NotCompared WeightAudit",
     "auditing.compression": "CompressReport CompressResult CompressedFile compress compress_file",
     "auditing.html": "html_page write_html",
@@ -30,7 +31,8 @@ _NAMES = {
     "base.opening": "open_base",
     "checks.findings": "CoveredModule Explanation Finding Outcome Severity explanations",
     "comparison": "DiffReport ModuleDifference diff",
-    "conversion": "ConversionReport convert",
+    "conversion": "ConversionReport convert convert_all",
+    "destination": "Directory",
     "dtype": "DType",
     "engines.engine": "EngineRule Target load_target target_names",
     "engines.judgement": "EngineCoverage",
@@ -44,11 +46,12 @@ _NAMES = {
     "extraction.extraction": "extract",
     "extraction.report": "ExtractReport ExtractedModule LeftOver",
     "files": "read write",
+    "formats.protocol": "Lister Options Reader Writer",
     "keys": "Role TensorKey",
     "merging.adapters": "MergeResult merge",
     "merging.files": "MergeFilesReport merge_files",
     "merging.into.entry": "merge_into",
-    "merging.into.report": "MergeIntoReport TensorReport",
+    "merging.into.report": "MergeIntoReport NearestReport TensorReport",
     "merging.recipe": "Recipe read_recipe",
     "merging.registry": "MethodSpec merge_methods",
     "merging.report": "MergeReport ModuleReport",
@@ -57,6 +60,7 @@ _NAMES = {
     "model.sources": "GgufSource MlxSource PeftSource Source",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
+    "registry": "FormatSpec",
     "saving": "ProvenFile",
     "serving.launch": "ServingSettings serving_settings",
     "serving.stack": (
@@ -66,7 +70,9 @@ _NAMES = {
     "state_dict": "from_state_dict to_state_dict",
     "summary": "BesideEntry Summary inspect summarize",
     "tensor": "LazyTensor",
+    "text": "Pen",
     "validation": "ValidationReport validate",
+    "work": "watched",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

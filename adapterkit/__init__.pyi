@@ -1,5 +1,7 @@
 from adapterkit.architectures.sizes import Sizes as Sizes
 from adapterkit.architectures.table import Architecture as Architecture
+from adapterkit.attempts import Attempt as Attempt
+from adapterkit.attempts import for_each as for_each
 from adapterkit.auditing.base_report import BaseAudit as BaseAudit
 from adapterkit.auditing.base_report import BaseSummary as BaseSummary
 from adapterkit.auditing.base_report import NotCompared as NotCompared
@@ -46,6 +48,8 @@ from adapterkit.comparison import ModuleDifference as ModuleDifference
 from adapterkit.comparison import diff as diff
 from adapterkit.conversion import ConversionReport as ConversionReport
 from adapterkit.conversion import convert as convert
+from adapterkit.conversion import convert_all as convert_all
+from adapterkit.destination import Directory as Directory
 from adapterkit.dtype import DType as DType
 from adapterkit.engines.engine import EngineRule as EngineRule
 from adapterkit.engines.engine import Target as Target
@@ -75,6 +79,10 @@ from adapterkit.extraction.report import ExtractReport as ExtractReport
 from adapterkit.extraction.report import LeftOver as LeftOver
 from adapterkit.files import read as read
 from adapterkit.files import write as write
+from adapterkit.formats.protocol import Lister as Lister
+from adapterkit.formats.protocol import Options as Options
+from adapterkit.formats.protocol import Reader as Reader
+from adapterkit.formats.protocol import Writer as Writer
 from adapterkit.keys import Role as Role
 from adapterkit.keys import TensorKey as TensorKey
 from adapterkit.merging.adapters import MergeResult as MergeResult
@@ -83,6 +91,7 @@ from adapterkit.merging.files import MergeFilesReport as MergeFilesReport
 from adapterkit.merging.files import merge_files as merge_files
 from adapterkit.merging.into.entry import merge_into as merge_into
 from adapterkit.merging.into.report import MergeIntoReport as MergeIntoReport
+from adapterkit.merging.into.report import NearestReport as NearestReport
 from adapterkit.merging.into.report import TensorReport as TensorReport
 from adapterkit.merging.recipe import Recipe as Recipe
 from adapterkit.merging.recipe import read_recipe as read_recipe
@@ -104,6 +113,7 @@ from adapterkit.notes import Loss as Loss
 from adapterkit.notes import Note as Note
 from adapterkit.notes import NoteKind as NoteKind
 from adapterkit.notes import Provenance as Provenance
+from adapterkit.registry import FormatSpec as FormatSpec
 from adapterkit.saving import ProvenFile as ProvenFile
 from adapterkit.serving.launch import ServingSettings as ServingSettings
 from adapterkit.serving.launch import serving_settings as serving_settings
@@ -121,7 +131,9 @@ from adapterkit.summary import Summary as Summary
 from adapterkit.summary import inspect as inspect
 from adapterkit.summary import summarize as summarize
 from adapterkit.tensor import LazyTensor as LazyTensor
+from adapterkit.text import Pen as Pen
 from adapterkit.validation import ValidationReport as ValidationReport
 from adapterkit.validation import validate as validate
+from adapterkit.work import watched as watched
 
 __version__: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import fnmatch
 import tomllib
 from dataclasses import dataclass
@@ -116,6 +115,8 @@ def _differs(path: Path, base: BaseModel | None) -> bool | None:
     own = base.path / path.name
     if not own.is_file():
         return True if base.has_tensors else None  # a lone config says nothing
+    import filecmp
+
     if filecmp.cmp(path, own, shallow=False):
         return False
     if path.suffix != ".json":

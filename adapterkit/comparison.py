@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import UncheckableError
@@ -14,6 +15,10 @@ from adapterkit.model.adapter import SETTINGS
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.protocol import Context
 from adapterkit.proof import Comparison, compare, tolerance_for
+from adapterkit.text import PLAIN, Pen, Shown, columns, count, printable, short
+
+# Modules that are listed unless all are asked for.
+_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +38,8 @@ class ModuleDifference:
     norm_ratio: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiffReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DiffReport(Shown):
     """Two adapters compared.
 
     Attributes:
@@ -60,10 +65,55 @@ class DiffReport:
     only_in_b: tuple[str, ...] = ()
     diagnosis: tuple[str, ...] = ()
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return the verdict, why, and the modules that differ most."""
+        modules = count(len(self.modules), "module")
+        verdict = "equal" if self.equal else "different"
+        error = short(self.max_relative_error)
+        lines = [f"{verdict}: {modules} compared, largest relative error {error}"]
+        lines += map(printable, self.diagnosis)
+        lines += [] if self.equal else _worst(self, pen)
+        for name, alone in (("A", self.only_in_a), ("B", self.only_in_b)):
+            lines += _shortened([f"only in {name}: {printable(each)}" for each in alone], pen)
+        return "\n".join(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each module."""
+        return [
+            {each.name: getattr(module, each.name) for each in fields(module)}
+            for module in self.modules
+        ]
+
+
+def _worst(report: DiffReport, pen: Pen) -> list[str]:
+    """Return a table of the modules that differ most; those that agree are left out."""
+    # NaN is no agreement either.
+    apart = [m for m in report.modules if not m.relative_error <= report.tolerance]
+    if not apart:
+        return []
+    rows = [
+        (
+            module.module,
+            short(module.relative_error),
+            "-" if module.cosine is None else f"{module.cosine:.6f}",
+            "-" if module.norm_ratio is None else f"{module.norm_ratio:.6g}",
+        )
+        for module in apart
+    ]
+    header = ("module", "relative error", "cosine", "norm ratio")
+    first, *lines = columns(rows, header=header, pen=pen).split("\n")
+    return ["", first, *_shortened(lines, pen)]
+
+
+def _shortened(lines: list[str], pen: Pen) -> list[str]:
+    shown = list(pen.shown(lines, _SHOWN))
+    more = len(lines) - len(shown)
+    return [*shown, f"and {more:,} more; --json or -v lists all"] if more else shown
+
 
 def diff(
-    a: Path | str,
-    b: Path | str,
+    a: AdapterTensorSet | Path | str,
+    b: AdapterTensorSet | Path | str,
     *,
     base: Path | str | None = None,
     tolerance: float | None = None,
@@ -74,8 +124,8 @@ def diff(
     """Compare two adapters module by module, from factors alone.
 
     Args:
-        a: the reference, any format.
-        b: the other, any format.
+        a: the reference, of any format, or one in memory.
+        b: the other.
         base: base model that both are for, where a format's row order or an initialisation that
             changed the base depends on it.
         tolerance: relative error that counts as equal; by default what rounding to the coarser of
@@ -101,7 +151,7 @@ def diff(
     allowed = tolerance_for(stored) if tolerance is None else tolerance
     settings = tuple(_other_settings(first, second))
     causes = diagnose(first, second, comparison, one.options)
-    return _report(str(a), str(b), comparison, allowed, settings, causes)
+    return _report(one.label, other.label, comparison, allowed, settings, causes)
 
 
 def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:

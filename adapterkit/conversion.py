@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from adapterkit.attempts import Attempt, for_each
+from adapterkit.base import BaseModel
+from adapterkit.errors import UsageError
 from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
 from adapterkit.passes.naming import NAMES
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
+from adapterkit.registry import BUILTIN, FormatSpec, spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+from adapterkit.text import PLAIN, Pen, Shown, count, printable, short, size
 
 if TYPE_CHECKING:
     from adapterkit.engines.engine import Target
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConversionReport(ProvenFile):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConversionReport(Shown, ProvenFile):
     """What a conversion did and how it was proven.
 
     Attributes:
@@ -34,14 +40,30 @@ class ConversionReport(ProvenFile):
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, and the proof."""
+        del pen
+        where = f"in all {self.modules:,} modules" if self.modules != 1 else "in the one module"
+        error = short(self.max_relative_error)
+        if self.max_relative_error and self.worst_module:
+            error += f" ({printable(self.worst_module)})"
+        facts = [
+            printable(self.destination),
+            self.format,
+            count(self.modules, "module"),
+            count(self.parameters, "parameter"),
+            size(self.bytes),
+        ]
+        return f"{'  '.join(facts)}\nproof: ΔW equal {where}, largest relative error {error}"
+
 
 def convert(
-    source: Path | str,
+    source: AdapterTensorSet | Path | str,
     destination: Path | str,
     *,
     to: str | None = None,
     for_engine: str | None = None,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     outtype: str = "auto",
     moe_layout: str | None = None,
     dialect: str | None = None,
@@ -54,7 +76,7 @@ def convert(
     """Convert an adapter to another format, and prove on the written file that nothing changed.
 
     Args:
-        source: adapter of any format that is read.
+        source: adapter of any format that is read, or one in memory.
         destination: file or directory to create.
         to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
         for_engine: an engine, `name` or `name@version`, whose format is written, with the exact
@@ -124,6 +146,57 @@ def convert(
         losses=ready.losses,
         notes=(*loaded.told, *map(str, (*named.notes, *changed.notes)), *ready.warnings, *told),
     )
+
+
+def convert_all(
+    sources: Sequence[Path | str],
+    folder: Path | str,
+    *,
+    to: str | None = None,
+    for_engine: str | None = None,
+    base: BaseModel | Path | str | None = None,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> tuple[Attempt[ConversionReport], ...]:
+    """Convert several adapters into one folder; one that fails ends nothing.
+
+    Args:
+        sources: adapters of any formats that are read.
+        folder: where each output goes, under the name of its source with the format's suffix.
+        to: name of the format; peft by default.
+        for_engine: an engine whose format is written, as for `convert`.
+        base: base model of all of them, opened once; None for what each names.
+        jobs: how many at a time; by default one for each processor, up to four.
+        progress: told how many of how many are done.
+        settings: what `convert` takes besides.
+
+    Raises:
+        UsageError: if two outputs would have one name, before anything is written.
+    """
+    name = to or (_engine(for_engine).format if for_engine else None) or BUILTIN[0].name
+    places = _places(sources, Path(folder), spec(name))
+
+    def one(source: Path | str, **given: Any) -> ConversionReport:
+        return convert(source, places[str(source)], to=name, for_engine=for_engine, **given)
+
+    return for_each(one, sources, base=base, jobs=jobs, progress=progress, **settings)
+
+
+def _places(sources: Sequence[Path | str], folder: Path, target: FormatSpec) -> dict[str, Path]:
+    """Return where each output goes: below the folder, as its source's directory or stem."""
+    suffix = "" if target.files else next(iter(target.suffixes), ".safetensors")
+    places: dict[str, Path] = {}
+    for source in sources:
+        path = Path(source)
+        name = path.stem if path.is_file() else path.resolve().name
+        if folder / (name + suffix) in places.values():
+            raise UsageError(
+                f"two outputs would be called {name + suffix}; convert one of them alone",
+                path=str(source),
+            )
+        places[str(source)] = folder / (name + suffix)
+    return places
 
 
 def _engine(reference: str) -> Target:

@@ -25,11 +25,15 @@ gives 5 to MemoryError as well: nothing is known to be wrong, and it could not b
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from adapterkit.notes import Loss
+
+# What the operating system has against writing only.
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class AdapterKitError(Exception):
@@ -63,6 +67,18 @@ def _on_one_line(name: str) -> str:
 def _restored(kind: type[AdapterKitError], arguments: tuple[Any, ...]) -> AdapterKitError:
     """Make an error without its constructor; pickle then sets the attributes."""
     return kind.__new__(kind, *arguments)
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Return the code that the command line gives an error; None for a bug."""
+    if isinstance(error, AdapterKitError):
+        return error.exit_code
+    if isinstance(error, MemoryError):
+        return UncheckableError.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        writing = error.errno in _OF_WRITING
+        return WriteError.exit_code if writing else FormatError.exit_code
+    return None
 
 
 class WriteError(AdapterKitError):

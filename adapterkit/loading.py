@@ -20,12 +20,13 @@ from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet, BesideKind
 from adapterkit.model.defects import check_structure
 from adapterkit.notes import Loss, Note
-from adapterkit.passes.protocol import Context, Passed
 from adapterkit.registry import FormatSpec, detect, spec
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from adapterkit.passes.protocol import Passed
 
 
 class Need(IntEnum):
@@ -176,7 +177,9 @@ def load_all(
         _prepared(
             replace(each, options=replace(each.options, base=known), given=base is not None),
             need,
-            Context(base=known, allow_lossy=allow_lossy, growing=growing),
+            base=known,
+            allow_lossy=allow_lossy,
+            growing=growing,
             any_vocabulary=any_vocabulary,
         )
         for each in readings
@@ -285,13 +288,13 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
         place = source
         try:
             with readable(source.path):
-                adapter = source.format.format.read(source.path, options)
+                adapter = source.format.read(source.path, options)
         except IncompatibleBaseError as error:
             if need > Need.STORED or options.base is None:
                 raise
             # What the file holds can be looked at all the same, where that takes no base.
             try:
-                adapter = source.format.format.read(source.path, replace(options, base=None))
+                adapter = source.format.read(source.path, replace(options, base=None))
             except UnsupportedError:
                 raise error from None
             misfit = error
@@ -338,11 +341,22 @@ def _model_at(folder: Path, name: str) -> Path | None:
     return found[0] if found else None
 
 
-def _prepared(loaded: Loaded, need: Need, context: Context, *, any_vocabulary: bool) -> Loaded:
+def _prepared(
+    loaded: Loaded,
+    need: Need,
+    *,
+    base: BaseModel | None,
+    allow_lossy: bool,
+    growing: bool,
+    any_vocabulary: bool,
+) -> Loaded:
     """Check and change a reading as far as it is needed."""
     if need < Need.SOUND:
         return loaded
+    from adapterkit.passes.protocol import Context
     from adapterkit.passes.registry import apply
+
+    context = Context(base=base, allow_lossy=allow_lossy, growing=growing)
 
     check_structure(loaded.adapter)
     if need is not Need.FITTED:  # targets name what the config denies among all else that they do

@@ -82,7 +82,7 @@ class Provenance:
 
     Attributes:
         path: file or directory.
-        format: name of the format, as `adapterkit formats` lists it.
+        format: name of the format, as `adapterkit list formats` lists it.
         notes: what the reader normalised on the way, one sentence each; those that a program may
             have to know are `Note`s.
     """

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
 from adapterkit.keys import PARTNERS, Role
-from adapterkit.lowrank.differences import Difference, difference, same_bits, silent
+from adapterkit.lowrank.differences import Difference, difference, silent
 from adapterkit.model.tying import one_spelling
+from adapterkit.tensor import same_bits
+from adapterkit.work import tracked
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -67,7 +69,7 @@ def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
     pairs2 = {pair.module: pair for pair in second.pairs()}
     differences = {
         module: _shaped_difference(pair, pairs2[module])
-        for module, pair in pairs1.items()
+        for module, pair in tracked(pairs1.items())
         if module in pairs2
     }
     files1, files2 = _files(first), _files(second)

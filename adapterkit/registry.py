@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adapterkit import strangers
@@ -16,10 +19,12 @@ from adapterkit.json_file import read_json_object
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable
+    from importlib.metadata import EntryPoint
 
-    from adapterkit.formats.protocol import Format
+    from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
 _GROUP = "adapterkit.formats"
 _CONFIG = "adapter_config.json"
@@ -40,16 +45,19 @@ class FormatSpec:
     Attributes:
         name: as `--to` takes it.
         title: as people call it.
-        target: `module:attribute` of the implementation.
-        reads: whether it can be read.
-        writes: whether it can be written.
-        cannot_hold: what is lost in it, for the table that `adapterkit formats` prints.
+        reader: the `Reader`, itself or as `module:name`, which is imported on first use; empty
+            where it cannot be read.
+        lister: the `Lister` of what it cannot hold; empty where it cannot be written.
+        writer: the `Writer`; empty where it cannot be written.
+        cannot_hold: what is lost in it, for the table that `adapterkit list formats` prints.
         magic: first bytes of its files, if they are distinctive.
         config_keys: keys of adapter_config.json of which one marks a directory as this format.
         config_match: fields of adapter_config.json and the values that mean this format, none
             given for any value; the first such match is preferred to any format's `config_keys`.
         probe: `module:function` that looks into a path that neither magic nor config keys told;
             takes the path, returns whether it is this format, and raises nothing for strangers.
+        own_files: whether the probe tells it by files that no other format has, so that a config
+            beside them says nothing else.
         suffixes: file suffixes that mean this format as a destination.
         files: names or patterns of the files of a format that is a directory; empty for a file.
         takes_dialect: whether its reader understands `--dialect`.
@@ -59,14 +67,15 @@ class FormatSpec:
 
     name: str
     title: str
-    target: str
-    reads: bool = True
-    writes: bool = True
+    reader: Reader | str = ""
+    lister: Lister | str = ""
+    writer: Writer | str = ""
     cannot_hold: str = ""
     magic: bytes = b""
     config_keys: tuple[str, ...] = ()
     config_match: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     probe: str = ""
+    own_files: bool = False
     suffixes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     takes_dialect: bool = False
@@ -82,21 +91,42 @@ class FormatSpec:
         return Directory("adapter directory", marks=files, files=(*files, *trained_names()))
 
     @property
-    def format(self) -> Format:
-        """The implementation, imported on first use."""
-        return _imported(self.target)
+    def reads(self) -> bool:
+        """Whether it can be read."""
+        return bool(self.reader)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it can be written."""
+        return bool(self.writer)
+
+    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+        """Read an adapter; what may be raised is the reader's."""
+        return _function(self.reader)(path, options)
+
+    def losses(self, adapter: AdapterTensorSet, options: Options) -> Sequence[Loss]:
+        """List everything of the adapter that this format cannot hold."""
+        return _function(self.lister)(adapter, options)
+
+    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+        """Write an adapter to a path where nothing is."""
+        _function(self.writer)(adapter, path, options)
 
 
-def _imported(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)
+def _function(reference: Callable[..., Any] | str) -> Callable[..., Any]:
+    if not isinstance(reference, str):
+        return reference
+    module, _, name = reference.partition(":")
+    return attrgetter(name)(import_module(module))
 
 
 BUILTIN = (
     FormatSpec(
         name="peft",
         title="PEFT LoRA directory",
-        target="adapterkit.formats.peft:FORMAT",
+        reader="adapterkit.formats.peft.reader:read_peft",
+        lister="adapterkit.formats.peft.writer:losses",
+        writer="adapterkit.formats.peft.writer:write_peft",
         cannot_hold="DoRA or lora_bias on some modules only",
         config_keys=("peft_type", "lora_alpha", "target_modules"),
         config_match={"peft_type": ("LORA",)},
@@ -112,7 +142,9 @@ BUILTIN = (
     FormatSpec(
         name="gguf",
         title="GGUF LoRA adapter (llama.cpp, Ollama)",
-        target="adapterkit.formats.gguf:FORMAT",
+        reader="adapterkit.formats.gguf.reader:read_adapter",
+        lister="adapterkit.formats.gguf.losses:losses",
+        writer="adapterkit.formats.gguf.writer:write_adapter",
         cannot_hold="DoRA, convolutions, biases, saved modules, token rows, embeddings and output "
         "of tied bases",
         magic=b"GGUF",
@@ -121,23 +153,29 @@ BUILTIN = (
     FormatSpec(
         name="tinylora",
         title="TinyLoRA, self-contained safetensors",
-        target="adapterkit.formats.tinylora:FORMAT",
+        reader="adapterkit.formats.tinylora.self_contained:read",
+        lister="adapterkit.formats.tinylora.self_contained:losses",
+        writer="adapterkit.formats.tinylora.self_contained:write",
         cannot_hold="any update that is no TinyLoRA, and tensors beside it",
-        probe="adapterkit.formats.tinylora:is_self_contained",
+        probe="adapterkit.formats.tinylora.self_contained:is_self_contained",
     ),
     FormatSpec(
         name="tinylora-pack",
         title="TinyLoRA checkpoint of the ANRGUSC pack (needs the base's weights)",
-        target="adapterkit.formats.tinylora_pack:FORMAT",
+        reader="adapterkit.formats.tinylora.pack:read",
+        lister="adapterkit.formats.tinylora.pack_writer:losses",
+        writer="adapterkit.formats.tinylora.pack_writer:write_pack",
         cannot_hold="anything but coefficients of its own projections; see `tinylora project`",
-        probe="adapterkit.formats.tinylora_pack:is_pack",
+        probe="adapterkit.formats.tinylora.pack:is_pack",
         files=("adapter_state.pt", "tinylora.json", "manifest.json", "COMPLETED"),
         takes_dialect=True,
     ),
     FormatSpec(
         name="tinylora-peft",
         title="PEFT TinyLoRA directory",
-        target="adapterkit.formats.peft_tinylora:FORMAT",
+        reader="adapterkit.formats.peft.tinylora_reader:read_peft_tinylora",
+        lister="adapterkit.formats.peft.tinylora:losses",
+        writer="adapterkit.formats.peft.tinylora:write",
         cannot_hold="any update that is no TinyLoRA; token rows",
         config_match={"peft_type": ("TINYLORA",)},
         files=("adapter_config.json", "adapter_model.safetensors"),
@@ -145,25 +183,66 @@ BUILTIN = (
     FormatSpec(
         name="mlx",
         title="MLX-LM adapter directory",
-        target="adapterkit.formats.mlx:FORMAT",
+        reader="adapterkit.formats.mlx.reader:read_mlx",
+        lister="adapterkit.formats.mlx.losses:losses",
+        writer="adapterkit.formats.mlx.writer:write_mlx",
         cannot_hold="DoRA on some modules only, convolutions, biases, saved modules, token rows",
         config_keys=("fine_tune_type", "lora_parameters"),
-        probe="adapterkit.formats.mlx:is_mlx",
+        probe="adapterkit.formats.mlx.probe:is_mlx",
         files=("adapter_config.json", "adapters.safetensors", "adapters.npz"),
+    ),
+    FormatSpec(
+        name="kohya",
+        title="Diffusion LoRA, kohya's names (sd-scripts, A1111)",
+        reader="adapterkit.formats.diffusion.format:KOHYA.read",
+        lister="adapterkit.formats.diffusion.format:KOHYA.losses",
+        writer="adapterkit.formats.diffusion.format:KOHYA.write",
+        cannot_hold="biases, saved modules, token rows, modules that no diffusion model has",
+        probe="adapterkit.formats.diffusion.format:is_kohya",
+    ),
+    FormatSpec(
+        name="diffusers",
+        title="Diffusion LoRA, diffusers' names",
+        reader="adapterkit.formats.diffusion.format:DIFFUSERS.read",
+        lister="adapterkit.formats.diffusion.format:DIFFUSERS.losses",
+        writer="adapterkit.formats.diffusion.format:DIFFUSERS.write",
+        cannot_hold="saved modules, token rows, modules that no diffusion model has",
+        probe="adapterkit.formats.diffusion.format:is_diffusers",
+    ),
+    FormatSpec(
+        name="comfyui",
+        title="Diffusion LoRA, ComfyUI's native names",
+        reader="adapterkit.formats.diffusion.format:COMFYUI.read",
+        lister="adapterkit.formats.diffusion.format:COMFYUI.losses",
+        writer="adapterkit.formats.diffusion.format:COMFYUI.write",
+        cannot_hold="saved modules, token rows, modules that no diffusion model has",
+        probe="adapterkit.formats.diffusion.format:is_comfyui",
     ),
     FormatSpec(
         name="lycoris",
         title="LyCORIS LoHa and LoKr",
-        target="adapterkit.formats.lycoris:FORMAT",
-        writes=False,
-        probe="adapterkit.formats.lycoris:is_lycoris",
+        reader="adapterkit.formats.lycoris.reader:read_lycoris",
+        probe="adapterkit.formats.lycoris.reader:is_lycoris",
+    ),
+    FormatSpec(
+        name="dcp",
+        title="PEFT LoRA in a sharded checkpoint of torch (DCP, FSDP)",
+        reader="adapterkit.formats.peft.sharded:read_dcp_adapter",
+        probe="adapterkit.formats.peft.sharded_files:is_dcp",
+        own_files=True,
+    ),
+    FormatSpec(
+        name="deepspeed",
+        title="PEFT LoRA in a checkpoint of DeepSpeed (ZeRO)",
+        reader="adapterkit.formats.peft.sharded:read_deepspeed_adapter",
+        probe="adapterkit.formats.peft.sharded_files:is_zero",
+        own_files=True,
     ),
     # After every format of one peft_type: this one answers for all others, reading or refusing.
     FormatSpec(
         name="peft-tuners",
         title="PEFT AdaLoRA, LoHa, LoKr, DeLoRA, MiSS, VeRA and VB-LoRA",
-        target="adapterkit.formats.peft_tuners:FORMAT",
-        writes=False,
+        reader="adapterkit.formats.peft.tuners:read_tuner",
         config_match={"peft_type": ()},
         files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     ),
@@ -171,9 +250,8 @@ BUILTIN = (
     FormatSpec(
         name="handwritten",
         title="Hand-written LoRA in .pt, .npz or .safetensors, by dialect",
-        target="adapterkit.formats.handwritten:FORMAT",
-        writes=False,
-        probe="adapterkit.formats.handwritten:probe",
+        reader="adapterkit.formats.handwritten.format:read",
+        probe="adapterkit.formats.handwritten.format:probe",
     ),
 )
 
@@ -184,7 +262,18 @@ def plugins(group: str) -> tuple[Any, ...]:
     # Looked up only when nothing built in answers: the import alone is slow.
     from importlib.metadata import entry_points
 
-    return tuple(entry.load() for entry in entry_points(group=group))
+    return tuple(_loaded(entry) for entry in entry_points(group=group))
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"the plug-in {entry.name!r} ({entry.value}) cannot be imported: {reason}; mend it, or "
+            "uninstall the package that brings it"
+        ) from error
 
 
 def named(what: str, name: str, builtin: Sequence[_Named], group: str) -> _Named:
@@ -226,10 +315,14 @@ def detect(path: Path) -> FormatSpec:
     """
     with readable(path):
         if not path.exists():
-            raise NotFoundError("no such file or directory", path=path)
+            raise NotFoundError(f"no such file or directory{_alike(path)}", path=path)
         if not path.is_file() and not path.is_dir():
             raise FormatError("is neither a file nor a directory", path=path)
-        found = _recognised(path, BUILTIN) or _recognised(path, plugins(_GROUP))
+        if path.is_file() and (left := strangers.of_training(path)):
+            raise UnknownFormatError(left, path=path)
+        found = _recognised(path, BUILTIN[:-1])
+        # What a plug-in knows is no hand-written file.
+        found = found or _recognised(path, (*plugins(_GROUP), BUILTIN[-1]))
         if found:
             return found
         stranger = strangers.named(path)
@@ -243,10 +336,32 @@ def detect(path: Path) -> FormatSpec:
     )
 
 
+def claims(known: FormatSpec, path: Path) -> bool:
+    """Tell whether a format takes a path for its own."""
+    return _recognised(path, (known,)) is known
+
+
+def by_suffix(suffix: str) -> FormatSpec | None:
+    """Return the format that a destination's suffix means, None if it means none."""
+    return next((known for known in BUILTIN if suffix in known.suffixes), None) or next(
+        (known for known in (plugins(_GROUP) if suffix else ()) if suffix in known.suffixes), None
+    )
+
+
+def _alike(path: Path) -> str:
+    """Return a question that names what lies beside a path that does not exist, if it is alike."""
+    folder = path.parent
+    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    found = get_close_matches(path.name, [name for name in names if not name.startswith(".")], n=1)
+    return f"; did you mean {folder / found[0]}?" if found else ""
+
+
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     start = _first_bytes(path)
     for known in specs:
         if known.magic and start.startswith(known.magic):
+            return known
+        if known.own_files and _function(known.probe)(path):
             return known
     config = _config(path)
     claims = [k for k in specs if k.config_match and _matches(config, k.config_match)]
@@ -254,7 +369,7 @@ def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     if claims:
         # Some programs write the fields of two formats, and the weights of one.
         return next((known for known in claims if _has_weights(path, known)), claims[0])
-    return next((known for known in specs if known.probe and _imported(known.probe)(path)), None)
+    return next((known for known in specs if known.probe and _function(known.probe)(path)), None)
 
 
 def _matches(config: Mapping[str, Any], wanted: Mapping[str, tuple[str, ...]]) -> bool:

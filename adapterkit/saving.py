@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from adapterkit.base.fit import check_fit
@@ -17,7 +19,7 @@ from adapterkit.output import staged
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
-from adapterkit.registry import BUILTIN, spec
+from adapterkit.registry import BUILTIN, by_suffix, formats, spec
 from adapterkit.storage import FileSlice
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ OUTTYPES = {
 }
 # Suffixes that several formats have.
 _SHARED_SUFFIXES = {".safetensors", ".npz", ".bin"}
+# What looks like the suffix of a file: `.ggf`, and not the `.5` or `.1-lora` of a model's name.
+_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,11}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +87,44 @@ def destination_format(path: Path, name: str | None, *, force: bool) -> FormatSp
     What stands in the way of writing there is said now, before long work is done for nothing.
 
     Raises:
-        UsageError: if the suffix says nothing and no name was given, or the format is read-only.
+        UsageError: if the suffix means no format and no name was given, if the two contradict each
+            other, or the format is read-only.
         DestinationExistsError: if there is something at the destination that is not to be replaced.
     """
-    if name:
-        chosen = spec(name)
-    else:
-        chosen = next((known for known in BUILTIN if path.suffix in known.suffixes), None)
-        chosen = chosen or (None if path.suffix in _SHARED_SUFFIXES else BUILTIN[0])
-    if chosen is None:
-        raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
+    chosen = _meant(path) if name is None else spec(name)
     if not chosen.writes:
         raise UsageError(f"format {chosen.name!r} can be read but not written")
+    if path.suffix not in chosen.suffixes and (other := by_suffix(path.suffix)):
+        raise UsageError(
+            f"{path.suffix} is for {other.name}, and {chosen.name} is "
+            f"{'a directory' if chosen.files else 'another file'}; name another destination"
+        )
+    if chosen.files and path.suffix in _SHARED_SUFFIXES and not path.is_dir():
+        raise UsageError(f"{chosen.name} is a directory, not a {path.suffix} file; name another")
     check_destination(path, force=force, directory=chosen.directory)
     return chosen
+
+
+def _meant(path: Path) -> FormatSpec:
+    """Return the format that a destination means by its name: a directory is peft.
+
+    What looks like the suffix of a file is no directory's name; `qwen2.5` has none.
+    """
+    if path.is_dir():
+        return BUILTIN[0]
+    if path.suffix in _SHARED_SUFFIXES:
+        raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
+    if chosen := by_suffix(path.suffix):
+        return chosen
+    if _SUFFIX.fullmatch(path.suffix):
+        suffixes = [suffix for known in formats() for suffix in known.suffixes]
+        close = get_close_matches(path.suffix, suffixes, n=1)
+        told = f"did you mean {path.with_suffix(close[0])}? " if close else ""
+        raise UsageError(
+            f"{path.name}: no format has the suffix {path.suffix}; {told}--to FORMAT says what to "
+            "write, and --to peft makes a directory of this name"
+        )
+    return BUILTIN[0]
 
 
 def stored_type(outtype: str) -> DType | None:
@@ -142,7 +170,7 @@ def admitted(
         raise LossyConversionError(passed, path=path)
     if options.base:
         check_fit(_beside(adapter, grown), options.base)
-    found = target.format.losses(adapter, options)
+    found = target.losses(adapter, options)
     losses = tuple(loss for loss in found if loss.blocks)
     if losses and not (allow_lossy and all(loss.droppable for loss in losses)):
         raise LossyConversionError(losses, path=path)
@@ -193,8 +221,8 @@ def save(
     reading = replace(options, like=adapter.modules, alpha=None, dialect=None)
     kept = {*spared, *_read_from(against or adapter, options)}
     with staged(destination, force=force, directory=target.directory, spared=kept) as staging:
-        target.format.write(adapter, staging, options)
-        written = target.format.read(staging, reading)
+        target.write(adapter, staging, options)
+        written = target.read(staging, reading)
         worst, error = prove(against or adapter, written, path=destination)
         if accept is not None:
             accept(written)

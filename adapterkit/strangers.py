@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,18 @@ def named(path: Path) -> str | None:
     for rule in _table()["file"]:
         if start[rule.get("offset", 0) :].startswith(bytes.fromhex(rule["bytes"])):
             return str(rule["what"])
+    return None
+
+
+def of_training(path: Path) -> str | None:
+    """Return one sentence on a file that a training run leaves beside its adapter, or None."""
+    table = _table()
+    for rule in table["named"]:
+        if any(fnmatch.fnmatchcase(path.name, name) for name in rule["names"]):
+            beside = (file for name in table["adapters"] for file in sorted(path.parent.glob(name)))
+            adapter = next(beside, None)
+            passed = f"pass {adapter}" if adapter else "pass the adapter that the run saved"
+            return f"{rule['what']}; {passed}"
     return None
 
 

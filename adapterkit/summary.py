@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from adapterkit.base import BaseModel
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.keys import Role
 from adapterkit.loading import Need, load
@@ -18,6 +19,8 @@ from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import problems
 from adapterkit.model.update import Kind
 from adapterkit.tensor import LazyTensor
+from adapterkit.text import PLAIN, Pen, Shown, sheet, size, spread
+from adapterkit.work import tracked
 
 _Value = TypeVar("_Value", bound=Hashable)
 
@@ -51,12 +54,12 @@ class BesideEntry:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Summary(Shown):
     """What an adapter is, without its values.
 
     Attributes:
-        path: file or directory it was read from; None for an adapter made in memory.
+        source: file or directory it was read from; None for an adapter made in memory.
         format: name of its format; None for an adapter made in memory.
         base_model: hub id or path of the model it was trained on, as recorded.
         architecture: GGUF architecture or Hugging Face class of that model, as recorded.
@@ -78,7 +81,7 @@ class Summary:
         problems: what makes the adapter unfit for any use, one sentence each.
     """
 
-    path: str | None
+    source: str | None
     format: str | None
     base_model: str | None
     architecture: str | None
@@ -97,11 +100,15 @@ class Summary:
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return a name and a value a line."""
+        return sheet(_entries(self), pen=pen)
+
 
 def inspect(
-    path: Path | str,
+    source: AdapterTensorSet | Path | str,
     *,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
@@ -109,7 +116,7 @@ def inspect(
     """Read an adapter of any format and summarise it; no tensor is decoded.
 
     Args:
-        path: file or directory.
+        source: file, directory or hub id; or an adapter.
         base: base model, for the few formats whose meaning depends on it; by default the one that
             the adapter names, if it is in the local hub cache.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
@@ -121,7 +128,7 @@ def inspect(
         UnsupportedError: if it is an adapter of a kind that has no neutral form.
     """
     loaded = load(
-        path, base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.STORED
+        source, base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.STORED
     )
     if loaded.misfit is not None and loaded.given:
         raise loaded.misfit
@@ -142,7 +149,7 @@ def summarize(adapter: AdapterTensorSet) -> Summary:
     source = adapter.provenance
     adapted = _adapted(adapter)
     return Summary(
-        path=str(source.path) if source else None,
+        source=str(source.path) if source else None,
         format=source.format if source else None,
         base_model=adapter.base.name,
         architecture=adapter.base.architecture,
@@ -163,6 +170,32 @@ def summarize(adapter: AdapterTensorSet) -> Summary:
     )
 
 
+def _entries(summary: Summary) -> list[tuple[str, str]]:
+    return [
+        ("source", summary.source or ""),
+        ("format", summary.format or ""),
+        ("base model", summary.base_model or ""),
+        ("architecture", summary.architecture or ""),
+        ("tuner", summary.tuner),
+        ("modules", f"{summary.modules:,}"),
+        ("targets", spread(summary.targets, summary.modules, always=True)),
+        ("rank", spread(summary.ranks, summary.modules)),
+        ("scale", spread(summary.scales, summary.modules)),
+        ("traits", ", ".join(summary.traits)),
+        ("replaced", ", ".join(summary.replaced)),
+        *(("beside", _beside(file)) for file in summary.beside),
+        ("parameters", f"{summary.parameters:,}"),
+        ("dtype", spread(summary.dtypes, sum(summary.dtypes.values()))),
+        ("size", size(summary.bytes)),
+        ("sha256", summary.sha256),
+        *(("problem", problem) for problem in summary.problems),
+    ]
+
+
+def _beside(file: BesideEntry) -> str:
+    return f"{file.name}: {file.what}, {size(file.bytes)}"
+
+
 def digest(adapter: AdapterTensorSet) -> str:
     """Return the sha256 of what the tensors hold, whatever file they came from.
 
@@ -181,7 +214,7 @@ def digest(adapter: AdapterTensorSet) -> str:
                 _sha256(tensor),
             )
         )
-        for key, tensor in adapter.tensors.items()
+        for key, tensor in tracked(adapter.tensors.items())
     )
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 

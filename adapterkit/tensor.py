@@ -225,3 +225,10 @@ def encode(array: np.ndarray[Any, Any], dtype: DType) -> memoryview:
             array = array.astype(target)
     # ml_dtypes arrays have no buffer format: the bytes go out through a uint8 view.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def same_bits(first: LazyTensor, second: LazyTensor) -> bool:
+    """Tell whether two tensors are stored alike, to the bit."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return bytes(first.tobytes()) == bytes(second.tobytes())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError
-from adapterkit.formats.peft_writer import as_peft
+from adapterkit.formats.peft.writer import as_peft
 from adapterkit.state_dict import from_state_dict as from_arrays
 from adapterkit.tensor import LazyTensor
 
@@ -25,7 +25,9 @@ def to_state_dict(adapter: AdapterTensorSet) -> tuple[dict[str, Any], dict[str, 
     return {name: to_tensor(tensor) for name, tensor in tensors.items()}, config
 
 
-def from_state_dict(state: Mapping[str, Any], config: Mapping[str, Any]) -> AdapterTensorSet:
+def from_state_dict(
+    state: Mapping[str, Any], config: Mapping[str, Any] | object
+) -> AdapterTensorSet:
     """Return the adapter that PEFT's torch tensors and a LoraConfig mean; the values are copied."""
     return from_arrays({name: from_tensor(x).numpy() for name, x in state.items()}, config)
 

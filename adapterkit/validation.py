@@ -3,51 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from adapterkit.base import BaseModel
 from adapterkit.checks.adapter import check
-from adapterkit.checks.findings import Finding, Severity, gathered
+from adapterkit.checks.findings import Finding, Severity, gathered, known_code
 from adapterkit.checks.reading import read_for_validation
 from adapterkit.checks.security import check_security
 from adapterkit.engines.engine import load_target
 from adapterkit.engines.judgement import EngineCoverage, judge
-from adapterkit.loading import open_model, recognise
+from adapterkit.errors import UsageError
+from adapterkit.loading import Source, open_model, recognise
+from adapterkit.model import AdapterTensorSet
+from adapterkit.text import PLAIN, Pen, Shown, printable
+from adapterkit.text import count as counted
+
+# What a gate may fail on -> the severities that do.
+_FAILING = {
+    "error": {Severity.ERROR},
+    "warning": {Severity.ERROR, Severity.WARNING},
+}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ValidationReport:
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class ValidationReport(Shown):
     """Everything that was found.
 
     Attributes:
-        path: what was read.
+        source: what was read; None for an adapter in memory.
         format: its format.
         base: the base model that it was held against, None if none was known.
         findings: errors first.
-        coverage: one entry for each engine asked for.
+        targets: one entry for each engine asked for.
     """
 
-    path: str
-    format: str
+    source: str | None
+    format: str | None
     base: str | None
     findings: tuple[Finding, ...]
-    coverage: tuple[EngineCoverage, ...]
+    targets: tuple[EngineCoverage, ...]
 
     @property
     def exit_code(self) -> int:
         """1 for an error, 5 where something could not be checked, else 0."""
+        return self.code()
+
+    def code(self, fail_on: str = "error") -> int:
+        """Return the exit code of a gate: 1 for an error, or for a warning where that fails too.
+
+        Raises:
+            UsageError: if `fail_on` is neither `error` nor `warning`.
+        """
+        if fail_on not in _FAILING:
+            raise UsageError(f"nothing fails on {fail_on!r}; known: {', '.join(_FAILING)}")
         severities = {finding.severity for finding in self.findings}
-        if Severity.ERROR in severities:
+        if severities & _FAILING[fail_on]:
             return 1
         return 5 if Severity.UNCHECKED in severities else 0
 
+    def count(self, severity: str) -> int:
+        """Return how many findings are of a severity."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+    @property
+    def counts(self) -> str:
+        """How many findings there are of each severity, in words."""
+        found = [(kind, self.count(kind)) for kind in ("error", "unchecked", "warning")]
+        said = (f"{n} unchecked" if k == "unchecked" else counted(n, k) for k, n in found if n)
+        return ", ".join(said) or "nothing found"
+
+    def lines(self, pen: Pen = PLAIN) -> list[str]:
+        """Return what each engine does with it, and every finding with what to do."""
+        told = [_coverage(engine) for engine in self.targets if engine.modules or engine.verdict]
+        for finding in self.findings:
+            if not (pen.brief and finding.severity is Severity.NOTE):
+                told += _lines(finding, pen)
+        return told
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was found, and the counts."""
+        return "\n".join([*self.lines(pen), self.counts])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each finding."""
+        return [{"source": self.source, **_fields(finding)} for finding in self.findings]
+
+
+def _fields(finding: Finding) -> dict[str, Any]:
+    return {each.name: getattr(finding, each.name) for each in fields(finding)}
+
+
+def _coverage(engine: EngineCoverage) -> str:
+    outcomes = list(dict.fromkeys(module.outcome for module in engine.modules))
+    every = counted(len(engine.modules), "module")
+    modules = f"of {every} " + ", ".join(f"{engine.count(each)} {each}" for each in outcomes)
+    if len(outcomes) == 1:
+        modules = f"{'all ' if len(engine.modules) > 1 else ''}{every} {outcomes[0]}"
+    return f"{engine.reference}: " + "; ".join(
+        filter(None, (f"{engine.verdict or ''}", modules if outcomes else ""))
+    )
+
+
+def _lines(finding: Finding, pen: Pen) -> list[str]:
+    names = ", ".join(finding.modules) if pen.whole else finding.where
+    engine = f" [{finding.engine}]" if finding.engine else ""
+    head = pen.severity(f"{finding.severity} {finding.code}")
+    line = head + printable(f"{engine} {f'{names}: ' if names else ''}{finding.message}")
+    return [line, f"  {printable(finding.hint)}"] if finding.hint else [line]
+
 
 def validate(
-    source: Path | str,
+    source: AdapterTensorSet | Path | str,
     *,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     targets: Sequence[str] = (),
     values: bool = True,
+    ignore: Sequence[str] = (),
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
@@ -55,39 +128,46 @@ def validate(
     """Check an adapter file alone, against a base and against engines.
 
     Args:
-        source: adapter of any format that is read.
+        source: adapter of any format that is read, or one in memory.
         base: Hugging Face directory, config.json, GGUF file or cached hub id; by default the model
             that the adapter names, if it is in the local hub cache.
         targets: engines, each `name` or `name@version`.
         values: whether to read the tensors; without, only headers are looked at.
+        ignore: codes whose findings are left out; what an engine does stays as it is.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
         as_format: name of the format to read it as, where its content does not tell.
 
     Raises:
         FormatError: if the source or the base cannot be read at all.
-        UsageError: if an engine is unknown.
+        UsageError: if an engine or a code is unknown.
     """
     engines = [load_target(reference) for reference in targets]
-    place = recognise(source, dialect=dialect, as_format=as_format)
+    ignored = {known_code(code) for code in ignore}
+    place = (
+        source
+        if isinstance(source, AdapterTensorSet)
+        else recognise(source, dialect=dialect, as_format=as_format)
+    )
     adapter, known, found = read_for_validation(
         place, base=open_model(base), dialect=dialect, alpha=alpha
     )
-    found += check_security(place.path)
+    if isinstance(place, Source):
+        found += check_security(place.path)
     if adapter is not None:
         found += check(adapter, known, values=values)
     every = list(found)
-    coverage: list[EngineCoverage] = []
+    judged: list[EngineCoverage] = []
     for engine in engines:
         covered, more = judge(adapter, known, engine, found)
         every += more
-        coverage.append(covered)
+        judged.append(covered)
     order = list(Severity)
-    ordered = sorted(gathered(every), key=lambda finding: order.index(finding.severity))
+    kept = (finding for finding in gathered(every) if finding.code not in ignored)
     return ValidationReport(
-        path=str(place.path),
-        format=place.format.name,
+        source=str(place.path) if isinstance(place, Source) else None,
+        format=place.format.name if isinstance(place, Source) else None,
         base=str(known.path) if known else None,
-        findings=tuple(ordered),
-        coverage=tuple(coverage),
+        findings=tuple(sorted(kept, key=lambda finding: order.index(finding.severity))),
+        targets=tuple(judged),
     )

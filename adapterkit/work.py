@@ -7,12 +7,13 @@ import math
 import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
     from types import TracebackType
 
 _Item = TypeVar("_Item")
@@ -25,6 +26,34 @@ MOST_THREADS = 4
 _MOMENT = 0.002
 # Seconds after which who waits looks again: systems differ in what wakes them.
 _LOOK = 1.0
+
+
+# Who is told how far the work is that goes on in this thread: done, and of how much.
+_WATCHER: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(progress: Callable[[int, int], None] | None) -> Generator[None]:
+    """Have what goes on in the block tell how far it is: steps done, and of how many.
+
+    A command is several stages, each with a number of its own; a smaller one begins the next.
+    """
+    token = _WATCHER.set(progress)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
+def tracked(items: Collection[_Item]) -> Iterator[_Item]:
+    """Yield the items of one stage, and tell who watches how many are done."""
+    watcher = _WATCHER.get()
+    for place, item in enumerate(items):
+        if watcher is not None:
+            watcher(place, len(items))
+        yield item
+    if watcher is not None:
+        watcher(len(items), len(items))
 
 
 def threads(wished: int | None = None) -> int:
@@ -41,11 +70,12 @@ def in_threads(
     waits is never begun. The function must therefore change nothing that others see.
     """
     if threads(workers) == 1:
-        return [function(item) for item in items]
+        return [function(item) for item in tracked(list(items))]
     crew = Crew(threads(workers))
     try:
         tasks = [crew.submit(function, item) for item in items]
-        crew.wait(tasks)
+        for task in tracked(tasks):
+            crew.wait([task])
         return [task.value for task in tasks]
     finally:
         crew.dismiss()

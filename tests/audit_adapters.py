@@ -86,5 +86,5 @@ def layered(
 
 def written(whole: AdapterTensorSet, path: Path, form: str = "peft") -> Path:
     """Write an adapter to disk and return where."""
-    spec(form).format.write(whole, path, Options())
+    spec(form).write(whole, path, Options())
     return path

@@ -78,10 +78,14 @@ def slerp(updates: Sequence[Array], weights: Sequence[float]) -> Array:
 
 
 def nuslerp(updates: Sequence[Array], weights: Sequence[float]) -> Array:
+    return slerp(updates, [weight / sum(weights) for weight in weights])
+
+
+def multislerp(updates: Sequence[Array], weights: Sequence[float]) -> Array:
     lengths = [float(np.linalg.norm(x)) for x in updates]
-    units = [x / length for x, length in zip(updates, lengths, strict=True)]
-    shares = np.array(weights) / sum(weights)
-    return slerp(units, list(shares)) * float(np.dot(weights, lengths))
+    shares = [weight / sum(weights) for weight in weights]
+    mean = weighted([x / n for x, n in zip(updates, lengths, strict=True)], shares)
+    return mean / np.linalg.norm(mean) * float(np.dot(shares, lengths))
 
 
 def karcher(updates: Sequence[Array], weights: Sequence[float]) -> Array:
@@ -112,12 +116,12 @@ def model_stock(updates: Sequence[Array], weights: Sequence[float]) -> Array:
         np.sum(x * y) / (np.linalg.norm(x) * np.linalg.norm(y))
         for x, y in itertools.combinations(updates, 2)
     ]
-    cosine = max(float(np.mean(cosines)), 0)
+    cosine = float(np.mean(cosines))
     return count * cosine / ((count - 1) * cosine + 1) * weighted(updates, weights)
 
 
 def trimmed(x: Array, density: float) -> Array:
-    kept = round(density * x.size)
+    kept = max(int(density * x.size), 1)
     order = np.argsort(-np.abs(x), axis=None)[:kept]
     mask = np.zeros(x.size, dtype=bool)
     mask[order] = True
@@ -125,7 +129,8 @@ def trimmed(x: Array, density: float) -> Array:
 
 
 def crumbs(x: Array, density: float, gamma: float) -> Array:
-    top, kept = round(gamma * x.size), round(density * x.size)
+    kept = int(density * x.size)
+    top = min(int(gamma * x.size), x.size - kept)
     order = np.argsort(-np.abs(x), axis=None)[top : top + kept]
     mask = np.zeros(x.size, dtype=bool)
     mask[order] = True
@@ -154,7 +159,10 @@ def knots(updates: Sequence[Array], weights: Sequence[float], density: float) ->
     return u @ elected([trimmed(part, density) for part in parts], weights)
 
 
-def core(updates: Sequence[Array], weights: Sequence[float], density: float) -> Array:
+def core(
+    updates: Sequence[Array], weights: Sequence[float], density: float, rule: Any = None
+) -> Array:
+    """Ties on cores, or another rule, in bases of balanced factors."""
     lefts, rights = [], []
     for update in updates:
         u, s, vt = np.linalg.svd(update, full_matrices=False)
@@ -166,14 +174,15 @@ def core(updates: Sequence[Array], weights: Sequence[float], density: float) -> 
     _, size, right = np.linalg.svd(np.concatenate(rights, axis=0), full_matrices=False)
     right = right[size > 1e-7 * size[0]]
     cores = [trimmed(left.T @ update @ right.T, density) for update in updates]
-    return left @ elected(cores, weights) @ right
+    return left @ (rule or elected)(cores, weights) @ right
 
 
 def tsv(updates: Sequence[Array], weights: Sequence[float]) -> Array:
     us, values, vs = [], [], []
+    room = min(updates[0].shape) // len(updates)
     for update, weight in zip(updates, weights, strict=True):
         u, s, vt = np.linalg.svd(update, full_matrices=False)
-        kept = s > 1e-7 * s[0]
+        kept = (s > 1e-7 * s[0]) & (np.arange(s.size) < room)
         us.append(u[:, kept])
         values.append(weight * s[kept])
         vs.append(vt[kept].T)

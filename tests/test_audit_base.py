@@ -26,6 +26,7 @@ from adapterkit.base import open_base
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UncheckableError, UsageError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.operators import Operator
 from adapterkit.lowrank.sketching import leading
 from adapterkit.tensor import LazyTensor
@@ -147,7 +148,7 @@ def test_experts_are_measured_one_by_one(bases: dict[str, BaseFixture], tmp_path
         assert report is not None
         assert len(report.weights) == len(old) > 1
         for number, row in enumerate(report.weights):
-            assert row.expert in {number, None}
+            assert row.expert == number
             assert row.update_frobenius_norm is not None
             check(row, old[number], new[number], 4)
 
@@ -259,6 +260,11 @@ def test_a_module_that_the_base_lacks_is_listed(tmp_path: Path) -> None:
     assert found is not None
     assert [each.module for each in found.not_compared] == [absent]
     assert len(found.weights) == 3
+    more = {TensorKey("lm_head.weight", Role.FULL): LazyTensor.of(np.ones((3, 3)))}
+    found = audit(adapter(layered(2), more=more), base=base).adapters[0].base
+    assert found is not None
+    assert [each.module for each in found.not_compared] == [absent, "lm_head.weight"]
+    assert "trained whole" in found.not_compared[1].reason
     other = model_of(tmp_path / "other", {"model.norm": np.ones((4, 4))})
     with pytest.raises(UncheckableError, match="nothing could be compared"):
         audit(adapter(layered(2)), base=other)
@@ -274,9 +280,10 @@ def test_a_base_that_is_not_the_right_one_is_named(tmp_path: Path) -> None:
     broken = model_of(tmp_path / "broken", weights)
     path = written(adapter(layered(2)), tmp_path / "a")
     result = invoke("audit", path, "--base", broken, "--json")
-    assert (result.exit_code, result.stdout) == (3, "")
-    assert name in result.stderr
-    assert "holds NaN or infinity" in result.stderr
+    assert result.exit_code == 3
+    said = json.loads(result.stdout)["results"][0]["error"]["message"]
+    assert name in said
+    assert "holds NaN or infinity" in said
     with pytest.raises(UsageError, match="needs the weights of a base"):
         audit(path, base=PEFT / "base", exact=True)
     assert invoke("audit", path, "--exact").exit_code == 2
@@ -285,7 +292,9 @@ def test_a_base_that_is_not_the_right_one_is_named(tmp_path: Path) -> None:
 def test_the_command_shows_it_and_json_has_the_names_that_others_use(tmp_path: Path) -> None:
     base = model_of(tmp_path / "base", small_weights())
     path = written(adapter(layered(2)), tmp_path / "a")
-    found = json.loads(invoke("audit", path, "--base", base, "--exact", "--json").stdout)["base"]
+    found = json.loads(invoke("audit", path, "--base", base, "--exact", "--json").stdout)[
+        "results"
+    ][0]["base"]
     names = "udr_median udr_p90 udr_max udr_mean fraction_udr_gt_0_1 fraction_udr_gt_0_3"
     assert {*names.split(), "sdi_median", "intruder_dimensions"} <= found["summary"].keys()
     assert found["method"] == "exact"
@@ -304,7 +313,9 @@ def test_the_command_shows_it_and_json_has_the_names_that_others_use(tmp_path: P
     metrics = re.findall(r'<option value="(\d+)" data-log="([01])">(.*?)</option>', text)
     assert [int(place) for place, _, _ in metrics] == list(range(len(cells[0])))
     assert metrics[-5:][0][2] == "‖ΔW‖₂ / ‖W‖₂"
-    row = json.loads(invoke("audit", path, "--base", base, "--json").stdout)["base"]["weights"][0]
+    row = json.loads(invoke("audit", path, "--base", base, "--json").stdout)["results"][0]["base"][
+        "weights"
+    ][0]
     beside = [row[name] for name in ("udr", "udr_f", "amplification")]
     beside += [min(row["retention"]), row["intruder_dimensions"]]
     assert cells[0][-5:] == pytest.approx(beside, rel=1e-4)

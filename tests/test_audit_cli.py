@@ -32,6 +32,12 @@ def answer(*arguments: str | Path) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+def only(*arguments: str | Path) -> dict[str, Any]:
+    """Return the result of the one adapter of an audit."""
+    (result,) = answer(*arguments)["results"]
+    return result
+
+
 def many(layers: int = 32) -> dict[str, tuple[Any, Any]]:
     """Return pairs of as many modules as an 8B llama has, small."""
     names = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj"
@@ -48,8 +54,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_json_holds_the_names_that_others_rely_on() -> None:
-    found = answer("audit", TINY)
-    assert next(iter(found.items())) == ("schema", 1)
+    assert next(iter(answer("audit", TINY).items())) == ("schema", 2)
+    found = only("audit", TINY)
     summary = "modules parameters stable_rank_mean stable_rank_median stable_rank_weighted_mean"
     more = "effective_rank_mean utilization_mean energy_rank_90_p50 energy_rank_90_p90"
     assert {*summary.split(), *more.split()} <= found["summary"].keys()
@@ -62,11 +68,11 @@ def test_json_holds_the_names_that_others_rely_on() -> None:
 
 
 def test_json_of_224_modules_is_one_object_with_null_for_what_is_not_there(large: Path) -> None:
-    found = answer("audit", large, "--suggest")
+    found = only("audit", large, "--suggest")
     assert len(found["modules"]) == 224
     assert found["suggestion"]["plan"]["peft"].keys() >= {"r", "rank_pattern", "alpha_pattern"}
     several = answer("audit", large, TINY, large)
-    assert [len(a["modules"]) for a in several["adapters"]] == [224, found_modules(TINY), 224]
+    assert [len(a["modules"]) for a in several["results"]] == [224, found_modules(TINY), 224]
     assert [p["cosine"] for p in several["interference"]["pairs"]] == [
         None,
         pytest.approx(1.0),
@@ -341,7 +347,7 @@ def test_every_format_is_measured_as_its_factors_say(
         told["alpha"] = float(told["alpha"])
     norms = {pair.module: norm(pair) for pair in read(path, **told).pairs()}
     found: dict[str, float] = dict.fromkeys(norms, 0.0)
-    for module in answer("audit", path, *more)["modules"]:
+    for module in only("audit", path, *more)["modules"]:
         found[module["module"]] += module["frobenius_norm"] ** 2
     assert norms
     for module, squared in found.items():
@@ -370,7 +376,13 @@ def test_bad_input_is_exit_3_and_no_number(
     more = ["-o", tmp_path / "out", "--rank", "1"] if command == "compress" else ["--suggest"]
     result = invoke(command, source, "--json", *more)
     assert result.exit_code == 3
-    assert result.stdout == ""
+    if command == "audit":
+        (told,) = json.loads(result.stdout)["results"]
+        assert told.keys() == {"source", "error"}
+        assert reason in told["error"]["message"]
+        assert told["error"]["exit"] == 3
+    else:
+        assert result.stdout == ""
     assert reason in result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -383,7 +395,7 @@ def test_a_file_that_was_cut_is_exit_3(form: str, share: float, tmp_path: Path) 
     file = path if path.is_file() else next(path.glob("*.safetensors"))
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * share)])
-    for more in (["--json"], ["--csv"], ["--suggest", "--markdown"]):
+    for more in (["--suggest"], ["--csv"], ["--suggest", "--markdown"]):
         result = invoke("audit", path, *more)
         assert (result.exit_code, result.stdout) == (3, "")
         assert file.name in result.stderr

@@ -11,6 +11,7 @@ import pytest
 from audit_adapters import adapter, layered, planted
 
 from adapterkit import AdapterAudit, RankPlan, UsageError, audit, suggest
+from adapterkit.auditing.greedy import Candidate, within_budget, within_error
 from adapterkit.auditing.plan import trade_off
 from adapterkit.model import Kind
 
@@ -188,3 +189,35 @@ def test_patterns_hit_their_own_module_only() -> None:
     assert (plan.peft["r"], plan.peft["lora_alpha"]) == (2, 3)
     assert plan.peft["alpha_pattern"] == {pattern: 1.5}
     assert plan.peft["use_rslora"] is False
+
+
+def _left(wanted: list[Candidate], ranks: Any) -> float:
+    return sum(float(c.energy[rank:].sum()) for c, rank in zip(wanted, ranks, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_are_the_best_there_are_or_near_them(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    wanted = [
+        Candidate(
+            str(place),
+            6,
+            1.0,
+            int(random.choice([64, 128, 160, 256, 640])),
+            np.sort(random.lognormal(0, 1, (1, 6)))[:, ::-1] * random.uniform(0.3, 2),
+        )
+        for place in range(4)
+    ]
+    every = list(itertools.product(range(1, 7), repeat=4))
+    costs = [sum(c.cost * rank for c, rank in zip(wanted, ranks, strict=True)) for ranks in every]
+    lefts = [_left(wanted, ranks) for ranks in every]
+    total = _left(wanted, [0] * 4)
+    for tol in (0.05, 0.1, 0.3):
+        best = min(c for c, left in zip(costs, lefts, strict=True) if left <= tol**2 * total)
+        ranks = within_error(wanted, tol)
+        assert _left(wanted, ranks) <= tol**2 * total * (1 + 1e-9)
+        assert sum(c.cost * rank for c, rank in zip(wanted, ranks, strict=True)) <= 1.05 * best
+    for share in (0.4, 0.6, 0.8):
+        budget = int(share * max(costs))
+        least = min(left for c, left in zip(costs, lefts, strict=True) if c <= budget)
+        assert _left(wanted, within_budget(wanted, budget)) <= least * (1 + 1e-9)

@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modelopt": (MODELOPT, r"quantised \(modelopt fp8\).*pass --dequantize"),
     "nf4": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        r"quantised \(bitsandbytes, 4 bits, nf4\).*16-bit original",
+        r"quantised \(bitsandbytes 4 bits\).*pass --dequantize",
     ),
     "int8": (
         {"quant_method": "bitsandbytes", "load_in_8bit": True},

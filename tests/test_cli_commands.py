@@ -13,6 +13,7 @@ import adapterkit
 from adapterkit.architectures import families
 from adapterkit.registry import formats
 from adapterkit_cli.main import COMMANDS
+from adapterkit_cli.tables import LISTINGS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,8 +25,14 @@ def answer(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
     assert result.exit_code == code, result.output
     assert result.stdout.count("\n") == 1
     value = json.loads(result.stdout)
-    assert next(iter(value.items())) == ("schema", 1)
+    assert next(iter(value.items())) == ("schema", 2)
     return value
+
+
+def only(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
+    """Return the one result of a command that takes any number of adapters."""
+    (result,) = answer(*arguments, code=code)["results"]
+    return result
 
 
 def test_version_is_the_packages() -> None:
@@ -46,7 +53,9 @@ def test_each_command_has_help_and_json(name: str) -> None:
     result = invoke(name, "-h")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: cli {name} ")
-    assert "--json" in result.stdout
+    assert "--json" in result.stdout or name == "tinylora"
+    assert re.search(rf"Examples:\n    adapterkit {name} ", result.stdout)
+    assert "--quiet" in result.stdout or name == "tinylora"
 
 
 @pytest.mark.parametrize("name", ["inspect", "convert", "diff"])
@@ -55,8 +64,10 @@ def test_a_command_is_a_function_of_the_library(name: str) -> None:
 
 
 def test_inspect_answers_with_the_keys_that_others_rely_on() -> None:
-    found = answer("inspect", TINY)
-    keys = "format base_model architecture tuner modules parameters ranks scales dtypes bytes"
+    found = only("inspect", TINY)
+    keys = (
+        "source format base_model architecture tuner modules parameters ranks scales dtypes bytes"
+    )
     assert {*keys.split(), "sha256", "targets"} <= found.keys()
     assert found["modules"] == 6
     assert found["ranks"] == {"4": 6}
@@ -73,7 +84,7 @@ def test_inspect_shows_what_is_broken_and_succeeds() -> None:
 
 def test_convert_reports_what_it_did(tmp_path: Path) -> None:
     target = tmp_path / "tiny.gguf"
-    found = answer("convert", TINY, "-o", target, "--base", BASE)
+    found = only("convert", TINY, "-o", target, "--base", BASE)
     assert (found["source"], found["destination"]) == (str(TINY), str(target))
     assert (found["modules"], found["parameters"]) == (6, 1536)
     assert (found["max_relative_error"], found["losses"]) == (0.0, [])
@@ -81,7 +92,7 @@ def test_convert_reports_what_it_did(tmp_path: Path) -> None:
 
 
 def test_convert_json_is_alone_on_stdout_when_there_are_notes(tmp_path: Path) -> None:
-    found = answer("convert", PEFT / "leaked-name", "-o", tmp_path / "clean")
+    found = only("convert", PEFT / "leaked-name", "-o", tmp_path / "clean")
     assert found["notes"] == ["12 tensor names: adapter name taken out of the tensor name"]
 
 
@@ -96,8 +107,8 @@ def test_convert_takes_the_names_of_llama_cpp(tmp_path: Path, output: str, base:
 def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
-    def convert(*paths: str, **options: Any) -> adapterkit.ConversionReport:
-        given.update(options, paths=paths)
+    def convert(source: str, **options: Any) -> adapterkit.ConversionReport:
+        given.update(options, source=source)
         return adapterkit.ConversionReport(
             source="a",
             destination="b",
@@ -118,9 +129,9 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
         "proof: ΔW equal in the one module, largest relative error 0.5 (only)"
     )
     assert given == {
-        "paths": ("a", "b"),
+        "source": "a",
+        "destination": "b",
         "to": "gguf",
-        "base": None,
         "outtype": "q8_0",
         "moe_layout": "fused",
         "for_engine": "sglang",
@@ -177,24 +188,32 @@ def test_diff_shows_the_ten_worst_of_many(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.exit_code == 1
     # m11 is within the tolerance.
     assert [line.split()[0] for line in lines[3:13]] == [f"m{place}" for place in range(10)]
-    assert lines[13] == "and 1 more; --json lists all"
+    assert lines[13] == "and 1 more; --json or -v lists all"
     assert lines[14] == "only in B: extra0"
-    assert lines[-1] == "and 2 more; --json lists all"
+    assert lines[-1] == "and 2 more; --json or -v lists all"
 
 
-def test_formats_lists_the_registry() -> None:
-    listed = answer("formats")["formats"]
-    assert [row["name"] for row in listed] == [spec.name for spec in formats()]
-    assert [row["cannot_hold"] for row in listed] == [spec.cannot_hold for spec in formats()]
-    rows = invoke("formats").stdout.splitlines()[1:]
-    assert [row.split()[0] for row in rows] == [spec.name for spec in formats()]
+@pytest.mark.parametrize("kind", LISTINGS)
+def test_each_kind_is_listed_with_its_names(kind: str) -> None:
+    listed = answer("list", kind)[kind]
+    rows = invoke("list", kind).stdout.splitlines()[1:]
+    assert len(rows) == len(listed) > 0
+    for row, known in zip(rows, listed, strict=True):
+        assert row.startswith(known.get("name") or known["code"])
+        assert known.get("title") or kind == "mixtures"
 
 
-def test_architectures_lists_every_family() -> None:
-    listed = answer("architectures")["architectures"]
-    assert [row["name"] for row in listed] == list(families())
-    assert all(row["verified"] in {"engine", "dense", "no"} for row in listed)
-    assert len(invoke("architectures").stdout.splitlines()) == 1 + len(listed)
+def test_lists_are_the_data_that_the_program_works_with() -> None:
+    assert [row["name"] for row in answer("list", "formats")["formats"]] == [
+        spec.name for spec in formats()
+    ]
+    assert [row["name"] for row in answer("list", "families")["families"]] == list(families())
+    methods = {row["name"]: row for row in answer("list", "methods")["methods"]}
+    assert list(methods) == [method.name for method in adapterkit.merge_methods()]
+    assert methods["ties"]["parameters"] == {"density": 0.2}
+    assert "density=0.2" in invoke("list", "methods").stdout
+    assert set(answer("list")["kinds"]) == set(LISTINGS)
+    assert invoke("list", "nothing").exit_code == 2
 
 
 def test_formats_are_completed_by_name() -> None:

@@ -33,7 +33,7 @@ def test_runs_as_a_module() -> None:
     process = start("inspect", TINY)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "")
-    assert out.startswith("path ")
+    assert out.startswith("source ")
 
 
 def test_one_request_that_comes_twice_ends_cleanly(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_handlers_are_put_back() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("formats",),
+        ("list", "formats"),
         ("inspect", str(TINY), "--json"),
         ("--help",),
         ("convert", "-h"),
@@ -220,7 +220,15 @@ def test_a_closed_pipe_is_quiet(arguments: tuple[str, ...]) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 @pytest.mark.parametrize(
     "arguments",
-    ["formats", "targets --json", "--help", "-h", "convert --help", "tinylora --help", "--version"],
+    [
+        "list formats",
+        "list engines --json",
+        "--help",
+        "-h",
+        "convert --help",
+        "tinylora --help",
+        "--version",
+    ],
 )
 @pytest.mark.parametrize("settings", [{}, {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}])
 def test_a_full_disk_behind_stdout_is_one_line(arguments: str, settings: dict[str, str]) -> None:
@@ -246,7 +254,7 @@ def test_a_full_disk_behind_completion_is_one_line(instruction: str) -> None:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_is_cut_is_an_error(unbuffered: str, tmp_path: Path) -> None:
     # The limit lets the first bytes through, as a disk does that fills up.
-    limited = f"ulimit -f 1; exec {sys.executable} -m adapterkit formats --json"
+    limited = f"ulimit -f 1; exec {sys.executable} -m adapterkit list families --json"
     with (tmp_path / "out").open("w") as out:
         done = subprocess.run(
             ["/bin/sh", "-c", limited],

@@ -33,7 +33,7 @@ def test_json_is_one_line_that_any_program_reads(capsys: pytest.CaptureFixture[s
     assert line.isascii()
     assert line.count("\n") == 1
     assert json.loads(line) == {
-        "schema": 1,
+        "schema": 2,
         "parts": [{"where": "a", "error": None}, {"where": "ü\ud800", "error": None}],
         "counts": {"2.0": 1},
         "dtype": "F16",

@@ -23,7 +23,8 @@ from adapterkit import (
 )
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.conversion import convert
-from adapterkit.formats.peft_reader import read_peft
+from adapterkit.formats.peft.reader import read_peft
+from adapterkit.formats.protocol import Options
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
@@ -115,6 +116,21 @@ def test_unused_rank_goes_without_a_loss() -> None:
     assert result.report.measured_error < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_tolerance_holds_for_what_is_stored(dtype: Any) -> None:
+    a, b = planted([1.0, 0.5, 0.25, 0.004], 30, 20)
+    twice = np.concatenate([a, a]).astype(dtype), np.concatenate([b, b], axis=1).astype(dtype)
+    whole = adapter({"x": twice, "y": planted([1.0, 0.5], 30, 20)})
+    with pytest.raises(ProofError, match=r"are rounded, a relative error of .*, and the tol is 0"):
+        compress(whole, tol=0)
+    for tol in (0.0035, 0.01, 0.1):
+        if dtype is np.float32 or tol > 0.005:
+            result = compress(whole, tol=tol)
+            assert error_between(whole, result.adapter) <= tol
+            assert result.report.measured_error <= tol
+            assert result.report.policy == f"relative error at most {tol:g}"
+
+
 def test_experts_embeddings_and_convolutions_keep_their_layout() -> None:
     random = np.random.default_rng(0)
     pairs = {
@@ -195,12 +211,12 @@ def test_a_file_of_any_format(suffix: str, tiny: Path, tmp_path: Path) -> None:
     assert done.format == ("gguf" if suffix else "peft")
     assert done.bytes < 2 * done.bytes_before
     assert done.max_relative_error < 1e-6
-    source = read_peft(tiny)
+    source = read_peft(tiny, Options())
     if suffix:
         back = tmp_path / "back"
         convert(destination, back, base=BASE)
         destination = back
-    found = read_peft(destination)
+    found = read_peft(destination, Options())
     assert {pair.rank for pair in found.pairs()} == {1}
     assert error_between(source, found) == pytest.approx(done.report.predicted_error, abs=1e-6)
 
@@ -227,8 +243,8 @@ def test_an_existing_file_stays_unless_forced(tiny: Path, tmp_path: Path) -> Non
     destination = written(adapter(layered(2)), tmp_path / "there")
     with pytest.raises(DestinationExistsError):
         compress_file(source, destination, rank=1)
-    assert len(read_peft(destination).scales) == 4
+    assert len(read_peft(destination, Options()).scales) == 4
     compress_file(source, destination, rank=1, force=True)
-    assert len(read_peft(destination).scales) == 2
+    assert len(read_peft(destination, Options()).scales) == 2
     with pytest.raises(UsageError, match="contradict"):
         compress_file(tiny, tmp_path / "new", rank=1, tol=0.1)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import adapterkit
-from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.errors import FormatError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -499,6 +499,8 @@ def test_nanogpt_lora(gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(2, 2)}}},
         "model_args": {"lora_rank": RANK, "lora_alpha": 3.0, "n_layer": 2},
         "iter_num": 5,
+        "best_val_loss": torch.tensor(2.5),
+        "scaler": {"scale": torch.ones(1)},
     }
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     with torch.no_grad():
@@ -509,6 +511,29 @@ def test_nanogpt_lora(gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
         assert float((plain - wanted).abs().max()) > 0.1
         got = in_peft(tmp_path / "ckpt.pt", gpt2, tmp_path / "peft")
         same(got(TOKENS).logits, wanted)
+
+
+def test_a_training_scripts_own_state_is_left_out_and_named(tmp_path: Path) -> None:
+    factors = {
+        f"base_model.model.model.layers.0.mlp.up_proj.lora_{half}.default.weight": tensor
+        for half, tensor in (("A", torch.randn(RANK, 16)), ("B", torch.randn(48, RANK)))
+    }
+    own = {
+        "best_val_loss": torch.tensor(2.5),
+        "iter_num": torch.tensor(5),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2, 2)}}},
+        "lr_scheduler": {"last": torch.zeros(1)},
+        "rng_state": torch.zeros(8, dtype=torch.uint8),
+    }
+    torch.save({"model": factors, **own}, tmp_path / "ckpt.pt")
+    adapter = adapterkit.read(tmp_path / "ckpt.pt", alpha=4)
+    assert len(adapter.tensors) == 2
+    assert adapter.provenance is not None
+    for name in own:
+        assert f"outside the adapter ({name})" in " ".join(adapter.provenance.notes)
+    torch.save({"model": factors, "other": {"surprise": torch.ones(2)}}, tmp_path / "ckpt.pt")
+    with pytest.raises(FormatError, match=r"other\.surprise: .*is not explained"):
+        adapterkit.read(tmp_path / "ckpt.pt", alpha=4, dialect="peft-weights")
 
 
 def test_a_magnitude_for_some_rows_of_a_fused_layer_is_refused(tmp_path: Path) -> None:

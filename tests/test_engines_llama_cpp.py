@@ -99,7 +99,7 @@ def fate(bench: Bench, path: Path) -> Verdict:
 
 def predicted(bench: Bench, path: Path) -> Verdict | None:
     report = validate(path, base=bench.base.gguf, targets=["llama.cpp"])
-    (engine,) = report.coverage
+    (engine,) = report.targets
     assert report.exit_code == (engine.verdict is not Verdict.APPLIED), report.findings
     return engine.verdict
 
@@ -111,8 +111,8 @@ def test_no_false_alarm_on_a_sound_adapter(name: str, tmp_path: Path) -> None:
     for base in (bench.base.gguf, bench.base.hf):
         report = validate(bench.adapter, base=base, targets=["llama.cpp"])
         assert report.findings == ()
-        assert report.coverage[0].verdict is Verdict.APPLIED
-        assert report.coverage[0].modules
+        assert report.targets[0].verdict is Verdict.APPLIED
+        assert report.targets[0].modules
     # The source of the conversion fits too, by its own names.
     report = validate(tmp_path / "peft", base=bench.base.gguf, targets=["llama.cpp", "peft"])
     assert {finding.code for finding in report.findings} == {"LCP001"}

@@ -181,5 +181,5 @@ def test_peft_does_what_was_predicted(
     report = validate(tmp_path, base=base.hf, targets=["peft"])
     expected = CASES[change]
     assert fate(base, tmp_path, full) is expected
-    assert report.coverage[0].verdict is expected, report.findings
+    assert report.targets[0].verdict is expected, report.findings
     assert report.exit_code == (expected is not Verdict.APPLIED)

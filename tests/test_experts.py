@@ -387,9 +387,16 @@ def test_experts_that_llama_cpp_adapts_wrongly_are_refused(tmp_path: Path) -> No
     # It scales what comes out of an expert of Gemma 4, and leaves out what the adapter adds.
     base = make_base(family_row("gemma4-moe"), tmp_path)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
-    make_adapter(base, tmp_path / "a", target_modules=["q_proj"], target_parameters=targets)
+    tuned = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], target_parameters=targets)
     with pytest.raises(LossyConversionError) as refused:
         convert_adapter(tmp_path / "a", base, tmp_path / "a.gguf")
     (loss,) = refused.value.losses
     assert loss.subject.startswith("model.layers.0.experts.down_proj and 1 more")
+    assert "per_expert_scale scales what an expert gives" in loss.message
     assert "merge it into the base" in loss.message
+    adapterkit.merge_into([tmp_path / "a"], base.hf, tmp_path / "merged")
+    merged = type(base.model).from_pretrained(
+        tmp_path / "merged", attn_implementation="eager", dtype=torch.float32
+    )
+    prompts = prompts_for(base)
+    assert max_kl(logprobs(tuned.model, prompts), logprobs(merged, prompts)) < 1e-9

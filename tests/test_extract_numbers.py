@@ -268,7 +268,7 @@ def test_the_terminal_says_what_json_says(tmp_path: Path) -> None:
     shown = invoke(*arguments, "-o", tmp_path / "out", "--json")
     assert (shown.exit_code, shown.stderr) == (0, "")
     document = json.loads(shown.stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["modules"][0]["rank"] == 2
     assert document["equal"] == 0
     refused = invoke("extract", "--base", base, "--tuned", base, "-o", tmp_path / "none")

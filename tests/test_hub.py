@@ -39,7 +39,7 @@ def test_a_cached_adapter_is_read(name: str, cache: Path) -> None:
     assert adapterkit.audit(name).summary.modules == 60
     assert adapterkit.compress_file(name, cache / "small", rank=2).report.parameters == 115_200
     assert adapterkit.merge_files([name, PIRATE], cache / "merged").modules == 60
-    assert adapterkit.validate(name).coverage is not None
+    assert adapterkit.validate(name).targets is not None
     stack = adapterkit.AdapterStack()
     assert stack.load(name, scale=0.5) == hub.located(name).stem
 

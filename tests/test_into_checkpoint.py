@@ -542,3 +542,6 @@ def test_lost_updates_are_reported(bases: dict[str, BaseFixture], tmp_path: Path
     norm = float(np.linalg.norm(update) / np.linalg.norm(old.numpy()))
     assert found.relative_norm == pytest.approx(norm, rel=1e-4)
     assert any("less than 95% of the update is left" in warning for warning in report.warnings)
+    apart = np.linalg.norm((new - old).numpy() - update) / np.linalg.norm(update)
+    assert found.noise == pytest.approx(apart, rel=1e-3)
+    assert report.max_noise == max(tensor.noise or 0.0 for tensor in report.tensors)

@@ -196,6 +196,28 @@ def test_four_types_are_kept_and_the_rest_is_the_base_s_bytes(
     assert report.untouched == len(old) - 2
 
 
+def test_noise_larger_than_the_update_is_told_though_the_update_survives(
+    bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    base = bases["llama"].gguf
+    trained(bases["llama"], tmp_path / "adapter", target_modules=["v_proj"])
+    weight, merged = 0.003, tmp_path / "merged.gguf"
+    report = merge_into([tmp_path / "adapter"], base, merged, weights=[weight], gguf_type="q8_0")
+    exact = tmp_path / "exact.gguf"
+    merge_into([tmp_path / "adapter"], base, exact, weights=[weight], gguf_type="f32")
+    for found in report.tensors:
+        old, new, wanted = (
+            read_gguf(path).tensors[found.tensor].numpy().astype(np.float64)
+            for path in (base, merged, exact)
+        )
+        noise = np.linalg.norm(new - wanted) / np.linalg.norm(wanted - old)
+        assert found.noise == pytest.approx(noise, rel=1e-3)
+        assert noise > 1
+    assert report.min_survival is not None
+    assert report.min_survival > 0.5
+    assert any("by more than the update does" in warning for warning in report.warnings)
+
+
 def test_low_bit_types_become_eight_bits_that_keep_the_update(
     bases: dict[str, BaseFixture], tmp_path: Path
 ) -> None:
@@ -208,7 +230,9 @@ def test_low_bit_types_become_eight_bits_that_keep_the_update(
     trained(bases["llama"], tmp_path / "adapter", target_modules="all-linear")
     small: dict[str, Any] = {"weights": [0.02]}
     kept = tmp_path / "kept.gguf"
-    with pytest.raises(UnsupportedError, match=r"as Q4_0 only \d+% of the update is left"):
+    with pytest.raises(
+        UnsupportedError, match=r"as Q4_0 rounding errors along the update are \d+% of it"
+    ):
         merge_into([tmp_path / "adapter"], base, kept, gguf_type="keep", **small)
     assert [path.name for path in tmp_path.iterdir() if "kept" in path.name] == []
     forced = merge_into(

@@ -72,8 +72,8 @@ class TestWeights:
         once = oracle.deltas(merge(pair, weights=[3.0, -1.0]).adapter)[Q]
         assert oracle.relative(once, 3 * x - y) < 1e-12
         result = merge(pair, weights=[3.0, -1.0], normalize=True)
-        assert oracle.relative(oracle.deltas(result.adapter)[Q], (3 * x - y) / 4) < 1e-12
-        assert result.report.modules[0].weights == (0.75, -0.25)
+        assert oracle.relative(oracle.deltas(result.adapter)[Q], (3 * x - y) / 2) < 1e-12
+        assert result.report.modules[0].weights == (1.5, -0.5)
 
     def test_a_pattern_gives_modules_their_own(self) -> None:
         pair = [plain(1), plain(2)]
@@ -307,7 +307,23 @@ class TestReport:
         assert module.retained_energy == pytest.approx(1 - module.predicted_error**2)
         assert f"{Q} {module.retained_energy:.0%} at rank 6" in report.warnings[-1]
         assert "knots or core" in report.warnings[-1]
-        assert not merge(pair, method="dare", density=0.2, space="core").report.warnings
+        assert not merge(pair, method="dare", density=0.2, space="core-balanced").report.warnings
+
+    @pytest.mark.parametrize("shape", [(60, 50), (300, 270), (270, 300)])
+    @pytest.mark.parametrize("bound", [{"tol": 0.15}, {"energy": 0.96}, {"tol": 0}])
+    def test_an_elementwise_rule_raises_the_rank_until_the_error_is_kept(
+        self, bound: dict[str, float], shape: tuple[int, int]
+    ) -> None:
+        pair = [plain(1, {Q: shape}), plain(2, {Q: shape})]
+        report = merge(pair, method="ties", density=0.3, **bound).report
+        allowed = bound.get("tol", 0.2)
+        assert report.max_measured_error <= max(allowed, 1e-12)
+        assert "modules need more than the sum of the ranks" in report.warnings[-1]
+        if allowed:
+            smaller = merge(
+                pair, method="ties", density=0.3, rank=report.modules[0].rank - 1
+            ).report
+            assert smaller.max_measured_error > allowed
 
     def test_it_holds_the_settings(self) -> None:
         report = merge([plain(1), plain(2)], method="della", density=0.6, seed=7).report

@@ -33,21 +33,25 @@ EXACT: dict[str, Dense] = {
     "karcher": oracle.karcher,
     "model-stock": oracle.model_stock,
     "knots": lambda x, w: oracle.knots(x, w, 0.6),
-    "core": lambda x, w: oracle.core(x, w, 0.6),
+    "multislerp": oracle.multislerp,
+    "core-balanced": lambda x, w: oracle.core(x, w, 0.6),
     "tsv": oracle.tsv,
-    "iso-c": oracle.iso_c,
+    "iso-c-core": oracle.iso_c,
     "ties": lambda x, w: oracle.elected([oracle.trimmed(y, 0.6) for y in x], w),
     "magnitude-prune": lambda x, w: oracle.weighted([oracle.trimmed(y, 0.6) for y in x], w),
     "breadcrumbs": lambda x, w: oracle.weighted([oracle.crumbs(y, 0.6, 0.05) for y in x], w),
 }
-RANDOM = {"dare", "dare-ties", "della"}
+RANDOM = {"dare", "dare-ties", "della", "della-linear"}
+# Held to the programs and papers that they come from, in test_merge_references.py.
+ELSEWHERE = {"linear-peft", "core", "iso-cts-core", "cart-core", "sce", "breadcrumbs-ties"}
 OPTIONS: dict[str, dict[str, Any]] = {
-    name: {"density": 0.6} for name in ("knots", "core", "ties", "magnitude-prune", "dare")
+    name: {"density": 0.6} for name in ("knots", "core-balanced", "ties", "magnitude-prune", "dare")
 }
 OPTIONS |= {
     "breadcrumbs": {"density": 0.6, "params": {"gamma": 0.05}},
     "dare-ties": {"density": 0.6},
     "della": {"density": 0.6, "params": {"epsilon": 0.2}},
+    "della-linear": {"density": 0.6, "params": {"epsilon": 0.2}},
 }
 
 
@@ -76,7 +80,7 @@ def dense_parts(parts: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def test_every_method_has_a_dense_definition_here() -> None:
-    assert {spec.name for spec in merge_methods()} == {*EXACT, *RANDOM, "linear-peft"}
+    assert {spec.name for spec in merge_methods()} == {*EXACT, *RANDOM, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -90,7 +94,9 @@ def test_equals_its_dense_definition(method: str) -> None:
     assert module.measured_error < 1e-7
 
 
-@pytest.mark.parametrize("method", ["karcher", "model-stock", "tsv", "knots", "core", "ties"])
+@pytest.mark.parametrize(
+    "method", ["karcher", "model-stock", "tsv", "knots", "core-balanced", "ties"]
+)
 def test_equals_its_dense_definition_for_three(method: str) -> None:
     parts = related(count=3)
     weights = [0.5, 0.3, 0.4]
@@ -99,7 +105,7 @@ def test_equals_its_dense_definition_for_three(method: str) -> None:
     assert oracle.relative(oracle.deltas(result.adapter)[M], wanted) < 1e-9
 
 
-@pytest.mark.parametrize("space", ["knots", "core"])
+@pytest.mark.parametrize("space", ["knots", "core-balanced"])
 @pytest.mark.parametrize("method", ["ties", "magnitude-prune"])
 def test_a_rule_in_another_space_is_applied_to_its_coordinates(method: str, space: str) -> None:
     parts = related()
@@ -112,17 +118,8 @@ def test_a_rule_in_another_space_is_applied_to_its_coordinates(method: str, spac
         seen = np.split(s[:, None] * vt, 2, axis=1)
         wanted = u @ combine([oracle.trimmed(x, 0.6) for x in seen], WEIGHTS)
     else:
-        wanted = {"ties": oracle.core(updates, WEIGHTS, 0.6)}.get(method)
-        if wanted is None:  # a sum of trimmed cores, by linearity of the way back
-            alone = [oracle.core([x, y], w, 0.6) for x, y, w in _one_by_one(updates)]
-            wanted = alone[0] + alone[1]
+        wanted = oracle.core(updates, WEIGHTS, 0.6, combine)
     assert oracle.relative(found, wanted) < 1e-9
-
-
-def _one_by_one(updates: Sequence[Any]) -> list[tuple[Any, Any, list[float]]]:
-    # With all other weights zero, the elected mean of one is its weighted self.
-    x, y = updates
-    return [(x, y, [WEIGHTS[0], 0.0]), (x, y, [0.0, WEIGHTS[1]])]
 
 
 @pytest.mark.parametrize("method", sorted(RANDOM))
@@ -130,11 +127,11 @@ def test_every_entry_is_one_that_some_mask_gives(method: str) -> None:
     parts = related()
     updates = dense_parts(parts)
     found = oracle.deltas(run(parts, WEIGHTS, method, seed=4).adapter)[M]
-    if method == "della":
+    if method.startswith("della"):
         chances = [oracle.keep_chances(x, 0.6, 0.2) for x in updates]
     else:
         chances = [np.full(SHAPE, 0.6)] * 2
-    combine = oracle.weighted if method == "dare" else oracle.elected
+    combine = oracle.weighted if method in {"dare", "della-linear"} else oracle.elected
     possible = {kept: combine(x, WEIGHTS) for kept, x in oracle.masked(updates, chances)}
     size = np.abs(found).max()
     hits = {kept: np.abs(found - value) < 1e-9 * size for kept, value in possible.items()}
@@ -183,11 +180,33 @@ def test_della_keeps_large_entries_more_often() -> None:
     assert share[-4:].mean() == pytest.approx(0.9 - 0.8 * 1.5 / 39, abs=0.03)
 
 
-def test_a_karcher_mean_of_two_is_nuslerp() -> None:
+def test_nuslerp_takes_weights_as_shares() -> None:
     parts = related()
-    karcher, nuslerp = (run(parts, WEIGHTS, name) for name in ("karcher", "nuslerp"))
-    found, wanted = (oracle.deltas(r.adapter)[M] for r in (karcher, nuslerp))
+    shares = [weight / sum(WEIGHTS) for weight in WEIGHTS]
+    found = oracle.deltas(run(parts, WEIGHTS, "nuslerp").adapter)[M]
+    wanted = oracle.deltas(run(parts, shares, "slerp").adapter)[M]
     assert oracle.relative(found, wanted) < 1e-12
+    even = oracle.deltas(run(parts, [0.0, 0.0], "nuslerp").adapter)[M]
+    assert oracle.relative(even, oracle.slerp(dense_parts(parts), [0.5, 0.5])) < 1e-12
+
+
+def test_directions_that_cancel_have_no_mean() -> None:
+    (b, a, s), _ = (part[M] for part in related())
+    signs = (1.0, 1.0, -2.0)
+    apart = [oracle.adapter({M: (sign * b, a, s)}) for sign in signs]
+    with pytest.raises(UnsupportedError, match=r"q_proj: the weighted directions cancel"):
+        merge(apart, weights=[0.25, 0.25, 0.5], method="multislerp")
+    pair = merge(apart[1:], weights=[0.5, 0.5], method="multislerp")
+    assert oracle.relative(oracle.deltas(pair.adapter)[M], -0.5 * s * b @ a) < 1e-12
+
+
+def test_model_stock_of_strangers_says_why_little_is_left() -> None:
+    adapters = [oracle.adapter(oracle.random_parts(seed, {M: (90, 80)})) for seed in (1, 2)]
+    report = merge(adapters, method="model-stock").report
+    share = sum(report.modules[0].coefficients or ()) / sum(report.modules[0].weights)
+    assert abs(share) < 0.1
+    assert f"{abs(share):.2%} in {M}: the updates there are unrelated" in report.warnings[0]
+    assert len(report.warnings) == 1
 
 
 def test_breadcrumbs_without_outliers_to_drop_keeps_the_rest() -> None:
@@ -211,15 +230,15 @@ def test_parallel_updates_are_added_on_the_straight_line() -> None:
         assert oracle.relative(oracle.deltas(result.adapter)[M], wanted) < 1e-6
 
 
-def test_iso_c_flattens_what_the_rank_keeps() -> None:
+def test_iso_c_core_flattens_what_the_rank_keeps() -> None:
     parts = related()
     adapters = [oracle.adapter(part) for part in parts]
-    result = merge(adapters, weights=WEIGHTS, method="iso-c", rank=3)
+    result = merge(adapters, weights=WEIGHTS, method="iso-c-core", rank=3)
     u, s, vt = np.linalg.svd(oracle.weighted(dense_parts(parts), WEIGHTS))
     wanted = s[:3].mean() * u[:, :3] @ vt[:3]
     assert oracle.relative(oracle.deltas(result.adapter)[M], wanted) < 1e-10
     with pytest.raises(UsageError, match="rank instead of tol"):
-        merge(adapters, method="iso-c", tol=0.1)
+        merge(adapters, method="iso-c-core", tol=0.1)
 
 
 def test_linear_peft_needs_equal_ranks() -> None:
@@ -231,7 +250,7 @@ def test_linear_peft_needs_equal_ranks() -> None:
     ("settings", "message"),
     [
         ({"method": "sum"}, "unknown method 'sum'; known: svd, linear"),
-        ({"space": "core"}, "svd looks at no entries"),
+        ({"space": "core"}, "svd is the same in every space"),
         ({"method": "ties", "space": "fourier"}, "unknown space 'fourier'"),
         ({"method": "ties", "density": 1.5}, "density is 1.5"),
         ({"method": "ties", "density": 0.0}, "density is 0"),

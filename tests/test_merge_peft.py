@@ -107,7 +107,7 @@ def read(path: Path) -> Any:
     from adapterkit.formats.protocol import Options
     from adapterkit.registry import detect
 
-    return detect(path).format.read(path, Options())
+    return detect(path).read(path, Options())
 
 
 @pytest.mark.parametrize(

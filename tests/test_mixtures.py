@@ -110,7 +110,7 @@ def test_k_types_can_be_kept_where_the_update_survives(
     assert {tensor.dtype for tensor in report.tensors} == {dtype.value}
     assert read_gguf(merged).tensors["blk.0.attn_v.weight"].dtype is dtype
     weak: dict[str, Any] = {"weights": [0.001], "gguf_type": "keep", "allow_weak": True}
-    with pytest.raises(UnsupportedError, match=rf"as {dtype} only \d+% of the update is left"):
+    with pytest.raises(UnsupportedError, match=rf"as {dtype} rounding errors along the update"):
         merge_into(
             [tmp_path / "adapter"], base, tmp_path / "weak.gguf", **{**weak, "allow_weak": False}
         )

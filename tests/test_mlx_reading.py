@@ -13,9 +13,9 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 import adapterkit
 from adapterkit.base import open_base
-from adapterkit.formats.mlx import is_mlx
-from adapterkit.formats.mlx_config import targeting
-from adapterkit.formats.mlx_reader import read_mlx
+from adapterkit.formats.mlx.config import targeting
+from adapterkit.formats.mlx.probe import is_mlx
+from adapterkit.formats.mlx.reader import read_mlx
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect

@@ -32,8 +32,8 @@ from transformers import (
 
 import adapterkit
 from adapterkit.base import open_base
-from adapterkit.formats.mlx_losses import losses
-from adapterkit.formats.peft_reader import read_peft
+from adapterkit.formats.mlx.losses import losses
+from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.protocol import Options
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def test_mlx_runs_the_model_that_peft_runs(
     plain = LlamaForCausalLM.from_pretrained(base)
     before = logits(plain)
     loaded = mlx_oracle.load(plain, tmp_path / "mlx")
-    assert set(loaded.adapted) == {pair.module for pair in read_peft(tmp_path / "peft").pairs()}
+    assert set(loaded.adapted) == {
+        pair.module for pair in read_peft(tmp_path / "peft", Options()).pairs()
+    }
     assert not loaded.idle
     assert document(tmp_path / "mlx")["num_layers"] == layers
     want = logits(model)
@@ -230,7 +232,7 @@ def test_training_arguments_of_an_mlx_source_are_kept(base: Path, tmp_path: Path
 def test_a_tied_embedding_is_adapted_once_and_applied_twice(tmp_path: Path) -> None:
     base = llama(tmp_path / "base", tied=True)
     model = tuned(base, tmp_path / "peft", r=4, target_modules=["embed_tokens", "q_proj"])
-    before = read_peft(tmp_path / "peft")
+    before = read_peft(tmp_path / "peft", Options())
     found = losses(before, Options(base=open_base(base)))
     assert [loss.code for loss in found if loss.blocks] == ["tied-embedding"]
     del model
@@ -353,7 +355,7 @@ def test_experts_one_by_one_become_switch_layers(mixtral: Path, tmp_path: Path) 
 
 def codes(folder: Path, base: Path | None, **options: Any) -> list[str]:
     known = open_base(base) if base else None
-    found = losses(read_peft(folder), Options(base=known, **options))
+    found = losses(read_peft(folder, Options()), Options(base=known, **options))
     return [loss.code for loss in found if loss.blocks]
 
 

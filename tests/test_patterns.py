@@ -233,7 +233,7 @@ def test_targets_that_were_not_evaluated_are_unchecked(tmp_path: Path, pattern: 
     report = validate(path, base=BASE, targets=["peft"])
     assert [finding.code for finding in report.findings] == ["AK118"]
     assert report.exit_code == 5
-    assert [(c.modules, c.verdict) for c in report.coverage] == [((), None)]
+    assert [(c.modules, c.verdict) for c in report.targets] == [((), None)]
 
 
 def test_an_expression_as_people_write_it_is_evaluated(tmp_path: Path) -> None:

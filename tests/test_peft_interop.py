@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapterkit.conversion import convert
-from adapterkit.formats.peft_config import LoraConfig as ReadConfig
-from adapterkit.formats.peft_reader import read_peft
+from adapterkit.formats.peft.config import LoraConfig as ReadConfig
+from adapterkit.formats.peft.reader import read_peft
+from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def test_what_peft_saves_comes_back_to_peft(variant: str, base: Path, tmp_path: 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_effective_updates_are_those_of_peft(variant: str, base: Path, tmp_path: Path) -> None:
     model = tuned(base, tmp_path, **VARIANTS[variant])
-    ours = dense(read_peft(tmp_path))
+    ours = dense(read_peft(tmp_path, Options()))
     checked = 0
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or VARIANTS[variant].get("use_dora"):
@@ -168,7 +169,10 @@ def test_overlapping_patterns_follow_the_file(base: Path, tmp_path: Path) -> Non
     )
     model, _ = loaded(base, tmp_path)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    assert read_peft(tmp_path).scales["model.layers.0.self_attn.q_proj"] == layer.scaling["default"]
+    assert (
+        read_peft(tmp_path, Options()).scales["model.layers.0.self_attn.q_proj"]
+        == layer.scaling["default"]
+    )
     assert layer.scaling["default"] == 16
 
 
@@ -215,11 +219,11 @@ def test_bin_and_safetensors_hold_the_same(base: Path, tmp_path: Path) -> None:
 
 def test_named_adapters_lie_in_sub_directories(base: Path, tmp_path: Path) -> None:
     tuned(base, tmp_path / "all" / "pirate", r=4, target_modules=["q_proj"])
-    found = read_peft(tmp_path / "all")
+    found = read_peft(tmp_path / "all", Options())
     assert found.provenance
     assert "sub-directory pirate" in found.provenance.notes[0]
     weights = tmp_path / "all" / "pirate" / "adapter_model.safetensors"
-    assert read_peft(weights).modules == found.modules
+    assert read_peft(weights, Options()).modules == found.modules
 
 
 def test_block_diagonal_factors_are_written_out(base: Path, tmp_path: Path) -> None:
@@ -258,7 +262,7 @@ def test_pooled_inputs_are_written_out(tmp_path: Path) -> None:
     x = torch.randn(5, 32)
     with torch.no_grad():
         expected = QALoraLinearVariant.forward(layer, "default", x, torch.zeros(5, 16))
-    update = dense(read_peft(tmp_path))["model.layers.0.self_attn.q_proj"]
+    update = dense(read_peft(tmp_path, Options()))["model.layers.0.self_attn.q_proj"]
     ours = x.double().numpy() @ update.T
     assert np.linalg.norm(ours - expected.numpy()) < 1e-6 * np.linalg.norm(ours)
 
@@ -273,6 +277,6 @@ def test_settings_that_are_no_weight_update_are_refused_by_name(name: str, tmp_p
 
 def test_base_copy_is_no_part_of_the_update(base: Path, tmp_path: Path) -> None:
     tuned(base, tmp_path, r=4, target_modules=["lm_head"])
-    adapter = read_peft(tmp_path)
+    adapter = read_peft(tmp_path, Options())
     assert TensorKey("lm_head", Role.BASE_COPY) in adapter.tensors
     assert [pair.module for pair in adapter.pairs()] == ["lm_head"]

@@ -24,7 +24,7 @@ from transformers import (
 
 import adapterkit
 from adapterkit.errors import AdapterKitError, BaseRequiredError, FormatError, NotFoundError
-from adapterkit.formats.peft_keys import KeyReader
+from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.keys import Role, TensorKey
 
 if TYPE_CHECKING:
@@ -293,3 +293,56 @@ def test_a_whole_state_dict_is_the_adapter_in_it(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for module, delta in found.items():
         np.testing.assert_allclose(delta, expected[module], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("enabled", [(True, False, True), (False, True, False), (True, True, True)])
+def test_slots_of_a_fused_layer_are_those_of_old_peft(
+    enabled: tuple[bool, ...], tmp_path: Path
+) -> None:
+    """MergedLinear of PEFT 0.2: a linear layer, a convolution in groups, and rows of zeros."""
+    count, rank, wide, high = sum(enabled), 3, 10, 7
+    down = torch.nn.Linear(wide, rank * count, bias=False)
+    up = torch.nn.Conv1d(rank * count, high * count, kernel_size=1, groups=count, bias=False)
+    name = "base_model.model.transformer.h.0.attn.c_attn"
+    save_file(
+        {
+            f"{name}.lora_A.weight": down.weight.detach().numpy(),
+            f"{name}.lora_B.weight": up.weight.detach().numpy(),
+        },
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 12,
+        "target_modules": ["c_attn"],
+        "enable_lora": list(enabled),
+        "merge_weights": False,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    x = torch.randn(5, wide)
+    with torch.no_grad():
+        rows = torch.tensor(enabled).repeat_interleave(high)
+        wanted = torch.zeros(5, high * len(enabled))
+        wanted[:, rows] = up(down(x).T).T * 12 / rank
+    adapterkit.convert(tmp_path, tmp_path / "out", to="peft")
+    assert "enable_lora" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    for path in (tmp_path, tmp_path / "out"):
+        (pair,) = adapterkit.read(path).pairs()
+        delta = pair.scale * pair.b.numpy() @ pair.a.numpy()
+        torch.testing.assert_close(x @ torch.tensor(delta).T, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_slots_that_the_factors_do_not_have_are_refused(tmp_path: Path) -> None:
+    name = "base_model.model.transformer.h.0.attn.c_attn"
+    save_file(
+        {
+            f"{name}.lora_A.weight": np.ones((6, 8), np.float32),
+            f"{name}.lora_B.weight": np.ones((8, 2, 1), np.float32),
+        },
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "enable_lora": [True, False, True]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="not those of 2 of 3 slots"):
+        adapterkit.read(tmp_path)

@@ -18,10 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import adapterkit
 from adapterkit.base import open_base
-from adapterkit.formats.lycoris import read_lycoris
-from adapterkit.formats.peft_tuners import read_tuner
-from adapterkit.formats.peft_tuners_refused import REFUSED
-from adapterkit.formats.peft_tuners_rules import RULES
+from adapterkit.formats.lycoris.reader import read_lycoris
+from adapterkit.formats.peft.tuners import read_tuner
+from adapterkit.formats.peft.tuners_refused import REFUSED
+from adapterkit.formats.peft.tuners_rules import RULES
+from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect
 
@@ -136,7 +137,7 @@ def test_update_is_the_one_that_peft_merges(
     path = tuned(kind, base, tmp_path, **settings)
     truth = merged(base, path)
     assert detect(path).name == "peft-tuners"
-    ours = dense(read_tuner(path, open_base(base)))
+    ours = dense(read_tuner(path, Options(base=open_base(base))))
     assert len(ours) == len(TARGETS) * 2
     for module, update in ours.items():
         assert relative(update, truth[f"{module}.weight"]) < 2e-7, module
@@ -191,7 +192,7 @@ def test_conv1d_weights_are_updated_turned(
         fan_in_fan_out=True,
     )
     truth = merged(tmp_path / "base", path, GPT2LMHeadModel)
-    ours = dense(read_tuner(path, open_base(tmp_path / "base")))
+    ours = dense(read_tuner(path, Options(base=open_base(tmp_path / "base"))))
     assert len(ours) == 2
     for module, update in ours.items():
         assert relative(update, truth[f"{module}.weight"].T) < 2e-7, module
@@ -218,7 +219,7 @@ def test_pruned_adalora_keeps_the_scale_that_it_was_trained_with(
         # PEFT takes modules that it pruned to rank 0 for shards that were not gathered.
         warnings.filterwarnings("ignore", ".*have invalid shape", UserWarning)
         model.save_pretrained(tmp_path)
-    adapter = read_tuner(tmp_path)
+    adapter = read_tuner(tmp_path, Options())
     with warnings.catch_warnings():
         # AdaLoRA's pattern names tensors, not modules; PEFT applies it all the same.
         warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
@@ -232,14 +233,14 @@ def test_pruned_adalora_keeps_the_scale_that_it_was_trained_with(
 
 
 def test_no_rank_is_larger_than_the_smaller_side(base: Path, tmp_path: Path) -> None:
-    adapter = read_tuner(tuned("LoHa", base, tmp_path, r=6, alpha=5))
+    adapter = read_tuner(tuned("LoHa", base, tmp_path, r=6, alpha=5), Options())
     sides = {pair.module: min(pair.shape) for pair in adapter.pairs()}
     assert {pair.module: pair.rank for pair in adapter.pairs()} == sides
 
 
 def test_trained_parameters_beside_the_factors_are_kept(base: Path, tmp_path: Path) -> None:
     path = tuned("LoHa", base, tmp_path / "tuner", r=2, modules_to_save=["lm_head"])
-    adapter = read_tuner(path)
+    adapter = read_tuner(path, Options())
     stored = load_file(path / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     kept = adapter.tensors[TensorKey("lm_head.weight", Role.FULL)]
     np.testing.assert_array_equal(kept.numpy(), stored.numpy())
@@ -253,13 +254,13 @@ def test_trained_parameters_beside_the_factors_are_kept(base: Path, tmp_path: Pa
 
 def test_bin_and_leaked_adapter_names_read_the_same(base: Path, tmp_path: Path) -> None:
     path = tuned("LoKr", base, tmp_path, r=2)
-    want = dense(read_tuner(path))
+    want = dense(read_tuner(path, Options()))
     stored = load_file(path / "adapter_model.safetensors")
     (path / "adapter_model.safetensors").unlink()
     torch.save(
         {f"module.{name}.default": x for name, x in stored.items()}, path / "adapter_model.bin"
     )
-    got = dense(read_tuner(path))
+    got = dense(read_tuner(path, Options()))
     assert got.keys() == want.keys()
     for module, update in got.items():
         np.testing.assert_array_equal(update, want[module])
@@ -269,9 +270,9 @@ def test_bin_and_leaked_adapter_names_read_the_same(base: Path, tmp_path: Path) 
 def test_files_without_module_sizes_ask_for_the_base(kind: str, base: Path, tmp_path: Path) -> None:
     path = tuned(kind, base, tmp_path, r=4)
     with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
-        read_tuner(path)
-    bare = dense(read_tuner(path, open_base(base / "config.json")))
-    full = dense(read_tuner(path, open_base(base)))
+        read_tuner(path, Options())
+    bare = dense(read_tuner(path, Options(base=open_base(base / "config.json"))))
+    full = dense(read_tuner(path, Options(base=open_base(base))))
     assert bare.keys() == full.keys()
     for module, update in bare.items():
         np.testing.assert_array_equal(update, full[module])
@@ -287,13 +288,13 @@ def test_vera_without_its_projections_is_refused(base: Path, tmp_path: Path) -> 
         warnings.filterwarnings("ignore", ".*save_projection.*", UserWarning)
         path = tuned("Vera", base, tmp_path, r=4, save_projection=False)
     with pytest.raises(adapterkit.UnsupportedError, match="save_projection"):
-        read_tuner(path, open_base(base))
+        read_tuner(path, Options(base=open_base(base)))
 
 
 def test_bat_is_refused_because_it_multiplies_the_base(base: Path, tmp_path: Path) -> None:
     path = tuned("Miss", base, tmp_path, r=4, init_weights="bat")
     with pytest.raises(adapterkit.UnsupportedError, match="bat"):
-        read_tuner(path, open_base(base))
+        read_tuner(path, Options(base=open_base(base)))
 
 
 @pytest.mark.parametrize(("kind", "leaf"), [("LoHa", "hada_t1"), ("LoKr", "lokr_t2")])
@@ -304,7 +305,7 @@ def test_convolutions_are_refused_by_name(kind: str, leaf: str, tmp_path: Path) 
     model = get_peft_model(plain, getattr(peft, f"{kind}Config")(**settings))
     model.save_pretrained(tmp_path)
     with pytest.raises(adapterkit.UnsupportedError, match=f"convolution \\({leaf}"):
-        read_tuner(tmp_path)
+        read_tuner(tmp_path, Options())
 
 
 def test_every_other_peft_type_is_refused_with_its_reason(tmp_path: Path) -> None:
@@ -335,7 +336,7 @@ def test_fixtures_are_read_with_nothing_but_a_config_beside_them() -> None:
     known = open_base(FIXTURES / "tuners" / "base" / "config.json")
     assert {kind.upper() for kind in RANKS} == RULES.keys()
     for name, rank in RANKS.items():
-        adapter = read_tuner(FIXTURES / "tuners" / name, known)
+        adapter = read_tuner(FIXTURES / "tuners" / name, Options(base=known))
         (pair,) = adapter.pairs()
         assert (pair.module, pair.rank) == ("model.layers.0.self_attn.q_proj", rank), name
         assert pair.shape == (8, 12)
@@ -345,8 +346,10 @@ def test_fixtures_are_read_with_nothing_but_a_config_beside_them() -> None:
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_lycoris_and_peft_mean_the_same_by_the_same_tensors(kind: str) -> None:
     known = open_base(FIXTURES / "tuners" / "base" / "config.json")
-    theirs = read_lycoris(FIXTURES / "tuners" / "lycoris" / f"{kind}.safetensors", known)
-    ours = read_tuner(FIXTURES / "tuners" / kind)
+    theirs = read_lycoris(
+        FIXTURES / "tuners" / "lycoris" / f"{kind}.safetensors", Options(base=known)
+    )
+    ours = read_tuner(FIXTURES / "tuners" / kind, Options())
     assert dense(theirs).keys() == dense(ours).keys()
     for module, update in dense(ours).items():
         np.testing.assert_array_equal(dense(theirs)[module], update)
@@ -382,7 +385,7 @@ def test_broken_files_are_refused_by_module(
         stored[name] = torch.ones(shape)
     save_file(stored, path / "adapter_model.safetensors")
     with pytest.raises(adapterkit.FormatError, match=message) as caught:
-        read_tuner(path)
+        read_tuner(path, Options())
     assert "model.layers.1.self_attn.q_proj" in str(caught.value)
 
 
@@ -390,7 +393,7 @@ def test_a_rank_that_the_config_contradicts_is_no_scale(base: Path, tmp_path: Pa
     path = tuned("LoHa", base, tmp_path, r=3)
     rewrite(path, r=4)
     with pytest.raises(adapterkit.FormatError, match="has rank 3, the config declares 4"):
-        read_tuner(path)
+        read_tuner(path, Options())
 
 
 def test_the_format_writes_nothing(base: Path, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import adapterkit
 from adapterkit.base import open_base
 from adapterkit.errors import UnsupportedError
-from adapterkit.formats.peft_reader import read_peft
-from adapterkit.formats.peft_writer import write_peft
+from adapterkit.formats.peft.reader import read_peft
+from adapterkit.formats.peft.writer import write_peft
+from adapterkit.formats.protocol import Options
 from adapterkit.passes.initialisation import undone
 from adapterkit.passes.protocol import Context
 from adapterkit.projection import project_file
@@ -141,7 +142,7 @@ def test_update_of_the_original_base_is_the_one_that_peft_merges(
     init: str, settings: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
     path = tuned(base, tmp_path, init, **settings)
-    truth, raw = merged(base, path), read_peft(path)
+    truth, raw = merged(base, path), read_peft(path, Options())
     plain = undone(raw, Context(base=open_base(base))).adapter
     ranks = {pair.module: pair.rank for pair in raw.pairs()}
     naive, ours = dense(raw), dense(plain)
@@ -161,8 +162,8 @@ def test_what_is_written_gives_peft_the_same_logits(
     init: str, dora: bool, base: Path, tmp_path: Path
 ) -> None:
     path = tuned(base, tmp_path / "pissa", init, use_dora=dora)
-    plain = undone(read_peft(path), Context(base=open_base(base))).adapter
-    write_peft(plain, tmp_path / "plain", base=open_base(base), dtype=None)
+    plain = undone(read_peft(path, Options()), Context(base=open_base(base))).adapter
+    write_peft(plain, tmp_path / "plain", Options(base=open_base(base)))
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
     want, got = logits(loaded(base, path)), logits(loaded(base, tmp_path / "plain"))
@@ -188,7 +189,9 @@ def test_pissa_on_conv1d_follows_the_turned_weight(tmp_path: Path) -> None:
         fan_in_fan_out=True,
     )
     truth = merged(tmp_path / "base", path, GPT2LMHeadModel)
-    ours = dense(undone(read_peft(path), Context(base=open_base(tmp_path / "base"))).adapter)
+    ours = dense(
+        undone(read_peft(path, Options()), Context(base=open_base(tmp_path / "base"))).adapter
+    )
     assert len(ours) == 4
     for module, update in ours.items():
         assert relative(update, truth[f"{module}.weight"].T) < 3e-6, module
@@ -209,7 +212,9 @@ def test_olora_on_a_square_conv1d_follows_the_stored_weight(tmp_path: Path) -> N
         fan_in_fan_out=True,
     )
     truth = merged(tmp_path / "base", path, GPT2LMHeadModel)
-    ours = dense(undone(read_peft(path), Context(base=open_base(tmp_path / "base"))).adapter)
+    ours = dense(
+        undone(read_peft(path, Options()), Context(base=open_base(tmp_path / "base"))).adapter
+    )
     ((module, update),) = ours.items()
     assert relative(update, truth[f"{module}.weight"].T) < 3e-6
 
@@ -218,7 +223,7 @@ def test_embeddings_keep_their_factors(base: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
         path = tuned(base, tmp_path, "pissa", target_modules=["embed_tokens", "q_proj"])
-    raw = read_peft(path)
+    raw = read_peft(path, Options())
     plain = undone(raw, Context(base=open_base(base))).adapter
     before = {pair.module: pair for pair in raw.pairs()}
     after = {pair.module: pair for pair in plain.pairs()}
@@ -233,7 +238,7 @@ def test_half_precision_factors_lose_nothing(base: Path, tmp_path: Path) -> None
     weights = path / "adapter_model.safetensors"
     halved = {name: x.to(torch.bfloat16) for name, x in load_file(weights).items()}
     save_file(halved, weights)
-    raw = read_peft(path)
+    raw = read_peft(path, Options())
     plain = undone(raw, Context(base=open_base(base))).adapter
     for old, new in zip(raw.pairs(), plain.pairs(), strict=True):
         np.testing.assert_array_equal(new.a.numpy()[:4], old.a.numpy().astype(np.float32))
@@ -244,8 +249,8 @@ def test_rounding_in_training_is_noted_where_it_shows(base: Path, tmp_path: Path
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     path = tuned(base, tmp_path / "pissa", "pissa")
-    clean = undone(read_peft(path), Context(base=open_base(base)))
-    rounded = undone(read_peft(path), Context(base=open_base(tmp_path / "base")))
+    clean = undone(read_peft(path, Options()), Context(base=open_base(base)))
+    rounded = undone(read_peft(path, Options()), Context(base=open_base(tmp_path / "base")))
     assert not any("BF16" in str(note) for note in clean.notes)
     assert any("rounded to BF16" in str(note) for note in rounded.notes)
 
@@ -264,7 +269,7 @@ def crowded(base: Path, folder: Path, gap: float) -> Path:
 def test_crowded_singular_values_are_noted_with_a_bound(base: Path, tmp_path: Path) -> None:
     near = crowded(base, tmp_path / "near", 3e-6)
     path = tuned(near, tmp_path / "pissa", "pissa", target_modules=["q_proj"])
-    done = undone(read_peft(path), Context(base=open_base(near)))
+    done = undone(read_peft(path, Options()), Context(base=open_base(near)))
     (note,) = [str(note) for note in done.notes if "may amount to" in str(note)]
     plain = done.adapter
     module, bound = note.split(":")[0], float(note.split("amount to ")[1].split(" ")[0])
@@ -277,7 +282,7 @@ def test_singular_values_that_agree_are_refused(base: Path, tmp_path: Path) -> N
     same = crowded(base, tmp_path / "same", 0)
     path = tuned(same, tmp_path / "pissa", "pissa", target_modules=["q_proj"])
     with pytest.raises(adapterkit.UnsupportedError, match="so close together") as caught:
-        undone(read_peft(path), Context(base=open_base(same)))
+        undone(read_peft(path, Options()), Context(base=open_base(same)))
     assert caught.value.where == "model.layers.0.self_attn.q_proj"
 
 
@@ -297,7 +302,7 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
     path = tuned(base, tmp_path, "gaussian")
     config = path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": init}))
-    raw = read_peft(path)
+    raw = read_peft(path, Options())
     if init == "olora_v2":
         raw = raw.replace(initialisation=init)
     with pytest.raises(adapterkit.UnsupportedError, match=reason) as caught:
@@ -308,12 +313,12 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
 def test_adapters_that_left_the_base_alone_come_back_as_they_are(
     base: Path, tmp_path: Path
 ) -> None:
-    raw = read_peft(tuned(base, tmp_path, "gaussian"))
+    raw = read_peft(tuned(base, tmp_path, "gaussian"), Options())
     assert undone(raw, Context(base=None)).adapter is raw
 
 
 def test_base_must_be_there_with_its_weights(base: Path, tmp_path: Path) -> None:
-    raw = read_peft(tuned(base, tmp_path, "pissa"))
+    raw = read_peft(tuned(base, tmp_path, "pissa"), Options())
     with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
         undone(raw, Context(base=None))
     (tmp_path / "bare").mkdir()
@@ -332,7 +337,7 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
         num_key_value_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
-    raw = read_peft(tuned(base, tmp_path / "pissa", "pissa"))
+    raw = read_peft(tuned(base, tmp_path / "pissa", "pissa"), Options())
     with pytest.raises(adapterkit.IncompatibleBaseError, match="the base has"):
         undone(raw, Context(base=open_base(tmp_path / "other")))
 
@@ -361,7 +366,7 @@ def test_merging_takes_it_back_where_the_base_is_given(base: Path, tmp_path: Pat
     report = adapterkit.merge_files(paths, target, base=base, weights=[0.7, -0.2])
     assert sum("taken back" in note for note in report.notes) == 2
     truths = merged(base, first), merged(base, second)
-    found = dense(read_peft(target))
+    found = dense(read_peft(target, Options()))
     assert len(found) == 2 * len(TARGETS)
     for module, update in found.items():
         name = f"{module}.weight"
@@ -389,7 +394,7 @@ def test_peft_keeps_it_as_it_is_without_a_base(base: Path, tmp_path: Path) -> No
 def pissa(base: Path, tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
     """Return a PiSSA adapter, and the update that it is of the original base."""
     path = tuned(base, tmp_path / "pissa", "pissa")
-    weights = {f"{module}.weight" for module in dense(read_peft(path))}
+    weights = {f"{module}.weight" for module in dense(read_peft(path, Options()))}
     return path, {
         n.removesuffix(".weight"): x for n, x in merged(base, path).items() if n in weights
     }

@@ -24,7 +24,11 @@ NAMES = sorted(set(adapterkit.__all__) - {"__version__"})
 # What numpy's own types are called where numpy is imported by those alone who use it.
 # A family of models: what its rows are made of is the grammar of adapterkit/architectures.
 TABLES = {"Architecture"}
-LATE = {"np": np, "Array": np.ndarray}
+# Hints of classes resolve with the public names.
+LATE: dict[str, Any] = {name: getattr(adapterkit, name) for name in NAMES} | {
+    "np": np,
+    "Array": np.ndarray,
+}
 
 
 def callables(name: str) -> dict[str, Any]:

@@ -63,13 +63,6 @@ def distributed(folder: Path) -> Path:
     return folder
 
 
-def deepspeed(folder: Path) -> Path:
-    (folder / "global_step1").mkdir()
-    (folder / "latest").write_text("global_step1")
-    torch.save({"module": STATE}, folder / "global_step1" / "mp_rank_00_model_states.pt")
-    return folder
-
-
 def runs(folder: Path) -> Path:
     shutil.copytree(PEFT / "tiny", folder / "run" / "checkpoint-5")
     return folder
@@ -102,8 +95,6 @@ STRANGERS: dict[str, Callable[[Path], Path]] = {
     "ggla": bytes_of(b"algg" + bytes(64)),
     "web page": bytes_of(b"<!DOCTYPE html><html></html>"),
     "pytorch_model_fsdp.bin": gathered,
-    "dcp_to_torch": distributed,
-    "zero_to_fp32": deepspeed,
     "run/checkpoint-5": runs,
     "adapterkit extract --base": whole_model,
     "control vector": control_vector,
@@ -130,3 +121,30 @@ def test_the_state_made_of_a_distributed_checkpoint_reads_as_advised(tmp_path: P
     (tmp_path / "dcp").mkdir()
     dcp_to_torch_save(distributed(tmp_path / "dcp"), tmp_path / "state.pt")
     assert convert(tmp_path / "state.pt", tmp_path / "p", to="peft", alpha=8).modules == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("optimizer.pt", "state of an optimizer"),
+        ("scheduler.pt", "learning rate schedule"),
+        ("rng_state_3.pth", "random generators"),
+        ("training_args.bin", "TrainingArguments"),
+        ("trainer_state.json", "log of a training run"),
+    ],
+)
+def test_what_a_trainer_leaves_is_named_with_the_adapter_to_pass(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    state = {"state": {0: {"exp_avg": torch.ones(4, 32)}}, "param_groups": []}
+    torch.save(state, tmp_path / name)
+    alone = invoke("inspect", tmp_path / name)
+    assert alone.exit_code == 3
+    assert what in alone.stderr
+    shutil.copytree(PEFT / "tiny", tmp_path, dirs_exist_ok=True)
+    beside = invoke("inspect", tmp_path / name)
+    assert beside.exit_code == 3
+    assert what in beside.stderr
+    adapter = tmp_path / "adapter_model.safetensors"
+    assert f"pass {adapter}" in beside.stderr
+    assert invoke("inspect", adapter).exit_code == 0

@@ -53,7 +53,7 @@ def test_magnitudes_make_it_a_dora() -> None:
 
 def test_an_adapter_made_in_memory_has_no_path() -> None:
     summary = summarize(adapter(("m", A, tensor(2, 3)), ("m", B, tensor(4, 2)), m=2.0))
-    assert (summary.path, summary.format) == (None, None)
+    assert (summary.source, summary.format) == (None, None)
     assert summary.scales == {2.0: 1}
 
 

@@ -79,6 +79,20 @@ def test_a_tied_update_is_merged_once(
     )
 
 
+def test_an_index_counts_the_parameters_that_are_there(tmp_path: Path) -> None:
+    write_base(tmp_path / "whole", tied=True)
+    base = tmp_path / "base"
+    load_model(tmp_path / "whole").save_pretrained(base, max_shard_size="20KB")
+    tuned(base, tmp_path / "adapter", **ONCE[next(iter(ONCE))])
+    merge_into([tmp_path / "adapter"], base, tmp_path / "merged", tied="untie")
+    load_model(tmp_path / "merged").save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    found, wanted = (
+        json.loads((tmp_path / name / "model.safetensors.index.json").read_text())["metadata"]
+        for name in ("merged", "again")
+    )
+    assert found["total_parameters"] == wanted["total_parameters"]
+
+
 def test_a_stored_copy_of_the_table_follows(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", tied=True)
     held = load_file(base / "model.safetensors")

@@ -26,7 +26,7 @@ from adapterkit.errors import (
     IncompatibleBaseError,
     UnsupportedError,
 )
-from adapterkit.formats import peft_tinylora
+from adapterkit.formats.peft import tinylora as peft_tinylora
 from adapterkit.formats.protocol import Options
 from adapterkit.registry import detect
 from adapterkit_cli.main import cli
@@ -136,7 +136,7 @@ def expected(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def assert_reads(path: Path, truth: dict[str, np.ndarray[Any, Any]]) -> None:
     spec = detect(path)
-    pairs = {pair.module: pair for pair in spec.format.read(path, Options()).pairs()}
+    pairs = {pair.module: pair for pair in spec.read(path, Options()).pairs()}
     assert pairs.keys() == truth.keys()
     for name, delta in truth.items():
         pair = pairs[name]
@@ -186,7 +186,7 @@ def test_embedding_is_turned(tmp_path: Path) -> None:
             fields["embedding"] = True
 
     path = rewritten(SELF, tmp_path / "table.safetensors", change)
-    adapter = detect(path).format.read(path, Options())
+    adapter = detect(path).read(path, Options())
     assert {pair.embedding for pair in adapter.pairs()} == {True}
     assert_reads(path, expected(SELF))
 
@@ -276,7 +276,7 @@ def test_plan_is_printed_for_every_mode() -> None:
     base = FIXTURES / "peft" / "base"
     done = run("plan", "--base", base, "--budget", 13, "--json")
     report = json.loads(done.stdout)
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["modules"] == 14
     assert {plan["mode"]: plan["parameters"] for plan in report["plans"]} == {
         "tiled": 12,

@@ -28,7 +28,7 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.formats.protocol import Options
-from adapterkit.formats.tinylora_pack import FORMAT
+from adapterkit.formats.tinylora.pack import read as read_pack
 from adapterkit.registry import detect
 from adapterkit.tinylora import TinySettings, streams
 from adapterkit.tinylora.inference import tie_groups
@@ -85,8 +85,8 @@ def state_settings(folder: Path, **settings: Any) -> Path:
 
 
 def read(path: Path, base: Path | None, **options: Any) -> AdapterTensorSet:
-    assert detect(path).format is FORMAT
-    return FORMAT.read(path, Options(base=open_base(base) if base else None, **options))
+    assert detect(path).name == "tinylora-pack"
+    return read_pack(path, Options(base=open_base(base) if base else None, **options))
 
 
 def worst(adapter: AdapterTensorSet, model: Injected) -> float:
@@ -153,7 +153,7 @@ def test_tiny_coefficients_survive_half_precision(
     model = inject(llama(), every, SETTINGS, spread=spread)
     folder = state_settings(model.save(tmp_path / "step"))
     convert(folder, tmp_path / "lora", base=base, outtype=outtype)
-    written = detect(tmp_path / "lora").format.read(tmp_path / "lora", Options())
+    written = detect(tmp_path / "lora").read(tmp_path / "lora", Options())
     assert worst(written, model) < {"f16": 5e-4, "bf16": 4e-3}[outtype]
 
 
@@ -340,9 +340,7 @@ def test_self_contained_form_goes_back_to_the_pack(base: Path, tmp_path: Path) -
     model = injected()
     source = state_settings(model.save(tmp_path / "step"))
     convert(source, tmp_path / "self.safetensors", to="tinylora", base=base)
-    adapter = detect(tmp_path / "self.safetensors").format.read(
-        tmp_path / "self.safetensors", Options()
-    )
+    adapter = detect(tmp_path / "self.safetensors").read(tmp_path / "self.safetensors", Options())
     assert worst(adapter, model) < EXACT
     report = convert(
         tmp_path / "self.safetensors", tmp_path / "pack", to="tinylora-pack", base=base
@@ -506,7 +504,7 @@ def test_projection_of_a_foreign_adapter_reports_what_is_lost(base: Path, tmp_pa
     }
     save_file(noise, path)
     report = project("lora", "pack", base, tmp_path)
-    source = detect(tmp_path / "lora").format.read(tmp_path / "lora", Options())
+    source = detect(tmp_path / "lora").read(tmp_path / "lora", Options())
     result = read(tmp_path / "pack", base)
     dense = [
         {p.module: p.b.numpy().astype(float) @ p.a.numpy().astype(float) for p in adapter.pairs()}

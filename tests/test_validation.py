@@ -125,7 +125,7 @@ def test_text_adapter_on_a_multimodal_base_is_a_silent_no_op(prefix: str, tmp_pa
     }
     write_safetensors(weights, tensors, {"format": "pt"})
     report = validate(source, base=CODES / "bases" / "multimodal", targets=["vllm"])
-    outcomes = {module.outcome for module in report.coverage[0].modules}
+    outcomes = {module.outcome for module in report.targets[0].modules}
     silent = prefix == "model."
     assert outcomes == {Outcome.IGNORED if silent else Outcome.APPLIED}
     assert ("AK501" in {finding.code for finding in report.findings}) is silent
@@ -195,16 +195,17 @@ def test_json_has_the_keys_that_others_rely_on(tmp_path: Path) -> None:
         "validate", tmp_path / "tiny.gguf", "--base", BASE, "--target", "llama.cpp", "--json"
     )
     content = json.loads(done.stdout)
-    assert content["schema"] == 1
-    assert content["findings"] == []
-    assert set(content["coverage"]) == {"applied", "ignored", "refused", "unmatched"}
-    assert len(content["coverage"]["applied"]) == 6
-    (engine,) = content["targets"]
-    assert engine["verdict"] == "applied"
+    assert content["schema"] == 2
+    (report,) = content["results"]
+    assert report["findings"] == []
+    (engine,) = report["targets"]
+    assert (engine["engine"], engine["verdict"]) == ("llama.cpp", "applied")
+    assert set(engine["coverage"]) == {"applied", "ignored", "refused", "unmatched"}
+    assert len(engine["coverage"]["applied"]) == 6
     assert engine["modules"][0]["tensor"].startswith("blk.")
     wide = invoke("validate", TINY, "--base", PEFT / "wider-base", "--json")
-    finding = json.loads(wide.stdout)["findings"][0]
-    assert {"code", "severity", "modules", "message", "hint"} <= finding.keys()
+    finding = json.loads(wide.stdout)["results"][0]["findings"][0]
+    assert {"code", "severity", "engine", "modules", "message", "hint"} <= finding.keys()
 
 
 def test_sarif_points_every_result_to_its_rule() -> None:
@@ -227,4 +228,4 @@ def test_same_report_from_every_format(tmp_path: Path) -> None:
         assert codes(BASE, tmp_path / name) == []
         assert set(codes(PEFT / "wider-base", tmp_path / name)) == {"AK304"}
     report = validate(tmp_path / "tiny.gguf", base=BASE, targets=["llama.cpp"])
-    assert report.coverage[0].verdict is Verdict.APPLIED
+    assert report.targets[0].verdict is Verdict.APPLIED

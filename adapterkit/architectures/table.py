@@ -292,7 +292,7 @@ def unlisted(names: tuple[str, ...]) -> Architecture:
     """
     shown = ", ".join(dict.fromkeys(names)) or "no architecture"
     reason = next(filter(None, map(refusal, names)), None)
-    missing = f"{shown} is not in the tables; `adapterkit architectures` lists what is"
+    missing = f"{shown} is not in the tables; `adapterkit list families` lists what is"
     return Architecture(
         name="",
         title=names[0] if names else "a model without a class",

@@ -96,9 +96,10 @@ def _site(site: Site, base: BaseModel, *, exact: bool) -> Iterator[WeightAudit]:
     _check_shape(site, base, size)
     for place, each in enumerate(updates(site.pair)):
         number = expert(site.pair, place)
+        shown = site.expert if number is None else number
         row = WeightAudit(
             modules=site.modules,
-            expert=number,
+            expert=shown,
             tensor=site.pair.module,
             shape=size,
             dtype=stored_type(site.stored).value,

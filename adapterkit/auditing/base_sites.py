@@ -21,12 +21,17 @@ from adapterkit.model import Kind, Update
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from adapterkit.base.model import BaseModel
     from adapterkit.model import AdapterTensorSet
 
 _TABLE, _OUTPUT = "token_embd", "output"
+_OTHERS = {
+    Role.FULL: "is a parameter that was trained whole, and no update",
+    Role.TOKEN_ROWS: "holds rows of tokens that were trained whole, and no update",
+    Role.LORA_BIAS: "has a bias beside its update",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class Site:
         stored: the weight.
         turned: whether it is stored as (in, out).
         magnitude: (out,) of DoRA, float64, in the base's row order.
+        expert: number of the expert whose weight it is, where the base holds each on its own.
     """
 
     modules: tuple[str, ...]
@@ -46,6 +52,7 @@ class Site:
     stored: LazyTensor
     turned: bool
     magnitude: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
+    expert: int | None = None
 
 
 def sites(adapter: AdapterTensorSet, base: BaseModel) -> tuple[list[Site], list[NotCompared]]:
@@ -64,7 +71,14 @@ def sites(adapter: AdapterTensorSet, base: BaseModel) -> tuple[list[Site], list[
             usable.append(_without_magnitude(site, magnitudes))
         except ValueError as error:
             missing += [NotCompared(module, str(error)) for module in site.modules]
-    return usable, missing
+    return usable, missing + _whole(adapter)
+
+
+def _whole(adapter: AdapterTensorSet) -> list[NotCompared]:
+    """Return what an adapter trained that is no update of a matrix."""
+    return [
+        NotCompared(key.module, _OTHERS[key.role]) for key in adapter.tensors if key.role in _OTHERS
+    ]
 
 
 def _with_magnitude(pair: Update, magnitude: LazyTensor | None) -> Update:
@@ -182,8 +196,21 @@ def _respelled(
         if stored is None:
             missing += _absent(origins, "is not in the base")
         else:
-            found.append(Site(origins, pair, stored, places.turned(pair, stored, adapter)))
+            turned = places.turned(pair, stored, adapter)
+            found.append(Site(origins, pair, stored, turned, expert=_number(pair, origins, pairs)))
     return found, missing
+
+
+def _number(pair: Update, origins: Sequence[str], adapted: Iterable[Update]) -> int | None:
+    """Return which expert of a fused update one matrix of the base is: a number that it gains."""
+    fused = {each.module for each in adapted if each.kind is Kind.EXPERTS}
+    if pair.kind is Kind.EXPERTS or not fused.intersection(origins):
+        return None
+    before, after = (
+        [int(part) for part in name.split(".") if part.isdecimal()]
+        for name in (origins[0], pair.module)
+    )
+    return after[len(before)] if len(after) > len(before) else None
 
 
 def _absent(modules: Iterable[str], reason: str) -> list[NotCompared]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from adapterkit.auditing.measure import audit_one
 from adapterkit.auditing.plan import suggest
-from adapterkit.auditing.rank_plan import ModuleRank
+from adapterkit.auditing.rank_plan import ModuleRank, RankPlan
 from adapterkit.dtype import DType
 from adapterkit.errors import ProofError
 from adapterkit.keys import Role
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
     from adapterkit.lowrank.products import Array, LowRank
     from adapterkit.tensor import LazyTensor
+
+
+# A bound is kept to rounding of float64, which is also what an error of 0 means.
+_SLACK, _ZERO = 1e-9, 1e-14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +118,8 @@ def compress(
     Args:
         adapter: an adapter in memory, or a file or directory of any format.
         rank: the largest rank of any module.
-        tol: largest relative Frobenius error of all updates together; 0.1 without any wish.
+        tol: largest relative Frobenius error of all updates together, rounding to the stored type
+            included; 0.1, of the truncation alone, without any wish.
         budget: largest number of parameters of all factors together.
         policy: `sv_ratio`, `sv_cumulative` or `sv_fro`, as kohya's resize_lora names them.
         threshold: the number that `policy` needs.
@@ -124,7 +129,8 @@ def compress(
 
     Raises:
         FormatError: if the adapter is malformed, unpaired or not finite.
-        ProofError: if the stored type cannot hold the new factors as precisely as predicted.
+        ProofError: if the stored type cannot hold the new factors as precisely as predicted, or as
+            `tol` asks.
         UsageError: if the wishes contradict each other.
         UnsupportedError: if B · A is no update of the original base, and that base is not at hand.
     """
@@ -142,18 +148,23 @@ def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> 
         ProofError: if the stored type cannot hold the new factors as precisely as predicted.
         UsageError: if the wishes contradict each other.
     """
-    plan = suggest(audit_one(whole), **wishes)
-    pairs = list(whole.pairs())
-    ranks = plan.ranks
-    cut = in_threads(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
+    audited, pairs, tol = audit_one(whole), list(whole.pairs()), wishes["tol"]
+    plan = suggest(audited, **wishes)
+    cut, measured = _cut_to(plan, pairs, dtype)
+    if tol is not None and measured > max(tol * (1 + _SLACK), _ZERO):
+        # What rounding takes is left out of what truncation may.
+        rounding = max(measured**2 - plan.relative_error**2, 0.0)
+        if rounding < tol**2:
+            plan = suggest(audited, **(wishes | {"tol": (tol**2 - rounding) ** 0.5}))
+            cut, measured = _cut_to(plan, pairs, dtype)
+        _check_bound(tol, measured, rounding**0.5, whole)
     result = whole.updated(cut)
-    measured = _apart(pairs, cut)
     changed = [new for old, new in zip(pairs, cut, strict=True) if new is not old]
     _check(plan.relative_error, measured, changed, whole)
     return CompressResult(
         result,
         CompressReport(
-            policy=plan.policy,
+            policy=plan.policy if tol is None else f"relative error at most {tol:g}",
             parameters_before=plan.parameters_before,
             parameters=plan.parameters,
             predicted_error=plan.relative_error,
@@ -165,8 +176,27 @@ def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> 
     )
 
 
+def _cut_to(
+    plan: RankPlan, pairs: Sequence[Update], dtype: DType | None
+) -> tuple[list[Update], float]:
+    """Return the updates at the planned ranks, and what all of them together are off by."""
+    ranks = plan.ranks
+    cut = in_threads(lambda pair: truncated(pair, ranks[pair.module], dtype), pairs)
+    return cut, _apart(pairs, cut)
+
+
+def _check_bound(tol: float, measured: float, rounding: float, whole: AdapterTensorSet) -> None:
+    if measured <= max(tol * (1 + _SLACK), _ZERO):
+        return
+    raise ProofError(
+        f"new factors in the stored type are rounded, a relative error of {rounding:.2g}, and the "
+        f"tol is {tol:g}; give a larger one, or try --outtype f32",
+        path=whole.provenance.path if whole.provenance else None,
+    )
+
+
 def compress_file(
-    source: Path | str,
+    source: AdapterTensorSet | Path | str,
     destination: Path | str,
     *,
     rank: int | None = None,
@@ -185,7 +215,7 @@ def compress_file(
     """Compress an adapter into a file of any format, proven as a conversion is.
 
     Args:
-        source: adapter of any format that is read.
+        source: adapter of any format that is read, or one in memory.
         destination: file or directory to create.
         rank: as `compress`, like the next four.
         tol: see above.

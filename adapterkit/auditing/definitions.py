@@ -17,7 +17,7 @@ a relative error of up to 32, 22 or 10 %.
 numerical rank, condition: How many σ are more than rounding of float64; σ₁ / σ_r, if all are.
 
 null ratio, grey band: Compared with random Gaussian factors of the same shapes. A ratio of 1 is
-chance, lower is structure.
+chance, to 1 %; lower is structure.
 
 rms, σ₁, ‖ΔW‖: Root mean square of the entries of ΔW, its spectral and its Frobenius norm.
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _SLACK = 1e-12
 _ROUNDING = 2.0**-50
+# How many exchanges are made, and from how many modules each is chosen.
+_EXCHANGES, _EXCHANGED = 16, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,56 @@ def within_budget(wanted: Sequence[Candidate], budget: int) -> list[int]:
             continue
         ranks[index] += 1
         spent += wanted[index].cost
+    return _exchanged(wanted, [each.energy for each in wanted], ranks, budget)
+
+
+def _exchanged(
+    wanted: Sequence[Candidate], energies: Sequence[Array], ranks: Sequence[int], budget: int
+) -> list[int]:
+    """Buy what a greedy plan could not afford, where what is given back for it holds less."""
+    best = list(ranks)
+    for _ in range(_EXCHANGES):
+        trials = [
+            _afforded(wanted, energies, _raised(best, index), budget, kept=index)
+            for index in _next_best(wanted, energies, best)
+        ]
+        closest = min(trials, key=lambda trial: _left(energies, trial), default=best)
+        if _left(energies, closest) >= _left(energies, best) * (1 - _SLACK):
+            break
+        best = closest
+    return best
+
+
+def _afforded(
+    wanted: Sequence[Candidate],
+    energies: Sequence[Array],
+    ranks: list[int],
+    budget: int,
+    kept: int,
+) -> list[int]:
+    """Give directions back, those that hold least for their cost, until the budget is kept."""
+    spare = budget - _cost(wanted, ranks)
+    while spare < 0:
+        last = [
+            (float(energies[index][ranks[index] - 1]) / min(each.cost, -spare), index)
+            for index, each in enumerate(wanted)
+            if index != kept and ranks[index] > 1
+        ]
+        if not last:
+            return [1] * len(wanted)
+        index = min(last)[1]
+        ranks[index] -= 1
+        spare += wanted[index].cost
+    for index in _next_best(wanted, energies, ranks):
+        if wanted[index].cost <= spare:
+            ranks[index] += 1
+            spare -= wanted[index].cost
     return ranks
+
+
+def _left(energies: Sequence[Array], ranks: Sequence[int]) -> float:
+    """Return the energy that ranks leave out."""
+    return math.fsum(float(e[rank:].sum()) for e, rank in zip(energies, ranks, strict=True))
 
 
 def within_error(
@@ -124,7 +175,70 @@ def within_error(
     count = next((step for step in range(len(steps) + 1) if left[step] <= allowed), len(steps))
     for index in steps[:count]:
         ranks[index] += 1
-    return ranks
+    return _without_spare(wanted, energies, ranks, allowed)
+
+
+def _without_spare(
+    wanted: Sequence[Candidate], energies: Sequence[Array], ranks: Sequence[int], allowed: float
+) -> list[int]:
+    """Give back what the last step of a greedy plan bought too much.
+
+    The costliest directions that the error can spare go first; then one direction more is bought
+    where that spares others that cost more together.
+    """
+    best = _given_back(wanted, energies, list(ranks), allowed)
+    for _ in range(_EXCHANGES):
+        trials = [
+            _given_back(wanted, energies, _raised(best, index), allowed, kept=index)
+            for index in _next_best(wanted, energies, best)
+        ]
+        cheapest = min(trials, key=lambda trial: _cost(wanted, trial), default=best)
+        if _cost(wanted, cheapest) >= _cost(wanted, best):
+            break
+        best = cheapest
+    return best
+
+
+def _next_best(
+    wanted: Sequence[Candidate], energies: Sequence[Array], ranks: Sequence[int]
+) -> list[int]:
+    """Return the modules whose next direction brings most for its cost."""
+    gains = [
+        (float(energies[index][ranks[index]]) / each.cost, index)
+        for index, each in enumerate(wanted)
+        if ranks[index] < len(energies[index])
+    ]
+    return [index for _, index in sorted(gains, reverse=True)[:_EXCHANGED]]
+
+
+def _given_back(
+    wanted: Sequence[Candidate],
+    energies: Sequence[Array],
+    ranks: list[int],
+    allowed: float,
+    kept: int | None = None,
+) -> list[int]:
+    left = _left(energies, ranks)
+    while True:
+        last = [float(each[rank - 1]) for each, rank in zip(energies, ranks, strict=True)]
+        spare = [
+            (each.cost, -last[index], index)
+            for index, each in enumerate(wanted)
+            if index != kept and ranks[index] > 1 and left + last[index] <= allowed
+        ]
+        if not spare:
+            return ranks
+        _, _, index = max(spare)
+        ranks[index] -= 1
+        left += last[index]
+
+
+def _raised(ranks: Sequence[int], index: int) -> list[int]:
+    return [rank + (place == index) for place, rank in enumerate(ranks)]
+
+
+def _cost(wanted: Sequence[Candidate], ranks: Sequence[int]) -> int:
+    return sum(each.cost * rank for each, rank in zip(wanted, ranks, strict=True))
 
 
 def by_policy(each: Candidate, policy: str, threshold: float) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adapterkit.attempts import Attempt, attempted
 from adapterkit.auditing.aggregate import families_of, layer_shares, summarise
 from adapterkit.auditing.interference import Interference
 from adapterkit.auditing.metrics import Shape, hoyer, shape_of, storage_epsilon, top_share
@@ -20,7 +21,7 @@ from adapterkit.base import BaseModel
 from adapterkit.base.quantised import as_floats
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.keys import PARTNERS, Role, TensorKey
-from adapterkit.loading import load_all, open_model
+from adapterkit.loading import Loaded, load_all, open_model
 from adapterkit.lowrank.spectrum import Spectrum, spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.work import in_threads
@@ -43,6 +44,8 @@ def audit(
     base: Path | str | None = None,
     exact: bool = False,
     reference: Path | str | None = None,
+    keep_going: bool = False,
+    jobs: int | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
@@ -61,6 +64,9 @@ def audit(
         exact: whether to find intruder dimensions by their definition, which takes hours for a
             large base.
         reference: bank of adapters to compare with, as `bank` writes it.
+        keep_going: whether one of several that cannot be audited is left out and listed instead of
+            ending it all.
+        jobs: modules at a time; by default one for each processor, up to four.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
         as_format: name of the format to read them as, where their content does not tell.
@@ -77,22 +83,61 @@ def audit(
     model = open_model(base)
     if exact and (model is None or not model.has_tensors):
         raise UsageError("the exact test needs the weights of a base")
-    ready = load_all(
-        adapters,
+    read = partial(
+        load_all,
         base=as_floats(model) if model is not None else None,
         dialect=dialect,
         alpha=alpha,
         as_format=as_format,
     )
-    loaded = [each.adapter for each in ready]
-    audits = tuple(_with_base(audit_one(each), each, model, exact=exact) for each in loaded)
-    if reference is not None:
-        audits = tuple(map(_with_reference, audits, loaded, repeat(reference)))
+
+    def measured(adapter: AdapterTensorSet) -> AdapterAudit:
+        audited = _with_base(audit_one(adapter, jobs), adapter, model, exact=exact)
+        return audited if reference is None else _with_reference(audited, adapter, reference)
+
+    if not keep_going:
+        loaded = [each.adapter for each in read(adapters)]
+        return _report([(each, measured(each)) for each in loaded], (), suggest, budget, tol)
+    sound, failed = _sound(adapters, read)
+    done: list[tuple[AdapterTensorSet, AdapterAudit]] = []
+    for name, adapter in sound:
+        attempt = attempted(name, measured, adapter)
+        done += [(adapter, attempt.result)] if attempt.result else []
+        failed += [] if attempt.result else [attempt]
+    return _report(done, failed, suggest, budget, tol)
+
+
+def _report(
+    done: Sequence[tuple[AdapterTensorSet, AdapterAudit]],
+    failed: Sequence[Attempt[AdapterAudit]],
+    suggest: bool,
+    budget: int | None,
+    tol: float | None,
+) -> AuditReport:
+    audits = tuple(audited for _, audited in done)
     return AuditReport(
         adapters=audits,
         suggestions=_suggestions(audits, budget, tol) if suggest else (),
-        interference=_interference(loaded, audits) if len(loaded) > 1 else None,
+        interference=_interference([a for a, _ in done], audits) if len(done) > 1 else None,
+        failed=tuple(failed),
     )
+
+
+def _sound(
+    adapters: Sequence[AdapterTensorSet | Path | str],
+    read: Callable[[Sequence[AdapterTensorSet | Path | str]], Sequence[Loaded]],
+) -> tuple[list[tuple[str, AdapterTensorSet]], list[Attempt[AdapterAudit]]]:
+    """Return the adapters that can be read, with their names, and why the others cannot."""
+    alone = [attempted(_label(each), read, [each]) for each in adapters]
+    kept = [each for each, attempt in zip(adapters, alone, strict=True) if attempt.error is None]
+    failed: list[Attempt[AdapterAudit]] = []
+    failed += [Attempt(a.source, error=a.error) for a in alone if a.error]
+    # Read together: what one of them names as its base serves all.
+    return [(_label(k), r.adapter) for k, r in zip(kept, read(kept), strict=True)], failed
+
+
+def _label(adapter: AdapterTensorSet | Path | str) -> str:
+    return "in memory" if isinstance(adapter, AdapterTensorSet) else str(adapter)
 
 
 def _suggestions(
@@ -131,7 +176,7 @@ def _with_base(
     return replace(audited, base=against_base(adapter, base, exact=exact))
 
 
-def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
+def audit_one(adapter: AdapterTensorSet, jobs: int | None = None) -> AdapterAudit:
     """Measure one adapter; tensors are read once, a few modules at a time.
 
     Raises:
@@ -149,7 +194,7 @@ def audit_one(adapter: AdapterTensorSet) -> AdapterAudit:
         return _measured(pair, low_rank_only=pair.module in magnitudes)
 
     try:
-        rows = [row for group in in_threads(measured, pairs) for row in group]
+        rows = [row for group in in_threads(measured, pairs, jobs) for row in group]
     except FormatError as error:
         if path is None or error.path is not None:
             raise

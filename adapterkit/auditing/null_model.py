@@ -13,10 +13,11 @@ import numpy as np
 
 from adapterkit.lowrank.products import Array
 
-_DRAWS = 48
-# Draws for large ranks, where single ones cost much and vary little.
-_WORK = 1536
-_FEWEST = 4
+_BATCH = 48
+# The mean is drawn for until its standard error is this share of it ...
+_ERROR = 3e-3
+# ... or so many products of r³ were spent, where large ranks of small matrices vary most.
+_WORK, _FEWEST = 3e7, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +40,28 @@ class NullModel:
 
 @functools.lru_cache(maxsize=256)
 def null_model(out: int, inputs: int, rank: int) -> NullModel:
-    """Return what random factors B (out, r) and A (r, in) give; the draws are always the same."""
+    """Return what random factors B (out, r) and A (r, in) give; the draws are always the same.
+
+    The mean stable rank is right to 1 %, to 0.6 % (two standard errors) up to rank 32.
+    """
     random = np.random.default_rng((out, inputs, rank))
-    draws = min(max(_WORK // rank, _FEWEST), _DRAWS)
-    cores = [_triangle(random, out, rank) @ _triangle(random, inputs, rank).T for _ in range(draws)]
-    values = np.linalg.svd(np.stack(cores), compute_uv=False)
-    relative = values / values[:, :1]
-    return NullModel(float((relative**2).sum(axis=1).mean()), relative)
+    most = max(int(_WORK / rank**3), _FEWEST)
+    relative = np.empty((0, min(rank, out, inputs)))
+    while True:
+        count = min(_BATCH, most - len(relative))
+        left, right = (_triangles(random, count, side, rank) for side in (out, inputs))
+        values = np.linalg.svd(left @ right.swapaxes(1, 2), compute_uv=False)
+        relative = np.concatenate([relative, values / values[:, :1]])
+        ranks = np.square(relative).sum(axis=1)
+        error = float(ranks.std()) / len(ranks) ** 0.5
+        if error <= _ERROR * ranks.mean() or len(relative) >= most:
+            return NullModel(float(ranks.mean()), relative)
 
 
-def _triangle(random: np.random.Generator, count: int, rank: int) -> Array:
-    """Return R (min(n, r), r) of a Gaussian (n, r)."""
+def _triangles(random: np.random.Generator, draws: int, count: int, rank: int) -> Array:
+    """Return R (draws, min(n, r), r) of Gaussian (n, r)."""
     rows = min(count, rank)
-    drawn = np.triu(random.standard_normal((rows, rank)), 1)
-    degrees = count - np.arange(rows)
-    drawn[np.arange(rows), np.arange(rows)] = np.sqrt(random.chisquare(degrees))
+    drawn = np.triu(random.standard_normal((draws, rows, rank)), 1)
+    diagonal = np.arange(rows)
+    drawn[:, diagonal, diagonal] = np.sqrt(random.chisquare(count - diagonal, (draws, rows)))
     return drawn

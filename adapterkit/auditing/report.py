@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+from adapterkit.attempts import Attempt
 from adapterkit.auditing.base_report import BaseAudit
 from adapterkit.auditing.interference import Interference
 from adapterkit.auditing.rank_plan import RankPlan, Suggestion
 from adapterkit.auditing.reference_report import ReferenceAudit
+from adapterkit.text import PLAIN, Pen, Shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,19 +281,21 @@ class AdapterAudit:
     reference: ReferenceAudit | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class AuditReport(Shown):
     """The answer of `audit`.
 
     Attributes:
         adapters: every adapter that was given, in order.
         suggestions: rank advice for each adapter, if it was asked for; else empty.
         interference: every adapter against every other; None for a single one.
+        failed: those that could not be audited, with `keep_going`.
     """
 
     adapters: tuple[AdapterAudit, ...]
     suggestions: tuple[Suggestion, ...] = ()
     interference: Interference | None = None
+    failed: tuple[Attempt[AdapterAudit], ...] = ()
 
     @property
     def summary(self) -> AuditSummary:
@@ -306,3 +311,17 @@ class AuditReport:
     def plans(self) -> tuple[RankPlan, ...]:
         """The suggested rank plan of each adapter."""
         return tuple(each.plan for each in self.suggestions)
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return the whole view of one adapter, or one line for each of several."""
+        from adapterkit.auditing.view import view
+
+        return view(self, pen)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each matrix of each adapter."""
+        return [
+            {"adapter": audited.source, **{f.name: getattr(module, f.name) for f in fields(module)}}
+            for audited in self.adapters
+            for module in audited.modules
+        ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from adapterkit.auditing.places import short_names
 from adapterkit.auditing.report import AdapterAudit, AuditReport, FamilyAudit, ModuleAudit
+from adapterkit.spreadsheet import csv_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from adapterkit.auditing.interference import Interference
     from adapterkit.auditing.rank_plan import Suggestion
 
-_FORMULA = ("=", "+", "-", "@")
 _MARKS = "\\`*_[]<>|#~&$:"
 
 
@@ -28,24 +26,13 @@ def csv_table(report: AuditReport) -> str:
     are separated by spaces. What cannot be printed is written as an escape, and text that a
     spreadsheet would take for a formula has an apostrophe before it.
     """
-    text = io.StringIO()
     names = [field.name for field in fields(ModuleAudit)]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["adapter", *names])
-    for audited in report.adapters:
-        for module in audited.modules:
-            cells = [audited.source, *(getattr(module, name) for name in names)]
-            writer.writerow(map(_cell, cells))
-    return text.getvalue()
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, tuple):
-        return " ".join(map(repr, value))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    if not isinstance(value, str):
-        return "" if value is None else value
-    flat = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-    return f"'{flat}" if flat.lstrip().startswith(_FORMULA) else flat
+    rows = (
+        (audited.source, *(getattr(module, name) for name in names))
+        for audited in report.adapters
+        for module in audited.modules
+    )
+    return csv_text(["adapter", *names], rows)
 
 
 def markdown(report: AuditReport) -> str:

@@ -122,7 +122,8 @@ def _absent(pair: Update, match: Match, weights: Places) -> Misfit | None:
 
     Experts have several spellings in checkpoints, and a tied output is in none.
     """
-    exempt = match.rule.layout or match.rule.kind == "experts" or match.layer is None
+    experts = pair.kind is Kind.EXPERTS or match.rule.kind == "experts"
+    exempt = match.rule.layout or experts or match.layer is None
     if exempt or weights.names_place(pair.module) is not False:
         return None
     return Misfit(pair.module, "the base's checkpoint has no such module", "missing")

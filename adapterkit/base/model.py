@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.architectures import Architecture, Sizes
 from adapterkit.tables import TEXT, Table
 from adapterkit.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from adapterkit.architectures import Architecture, Sizes  # noqa: TC004  (slow to import)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class BaseModel:
     @property
     def sizes(self) -> Sizes:
         """Sizes of this model in the tables' words."""
+        from adapterkit.architectures import Sizes
+
         return Sizes(self.architecture, self.kind, self.facts, self.path)
 
     @property

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import hub
-from adapterkit.architectures import Sizes, find, unlisted
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
 from adapterkit.json_file import read_json_object
@@ -125,6 +124,8 @@ def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]
 
     The class decides: a model_type says what a model is only where no class is named.
     """
+    from adapterkit.architectures import find, unlisted
+
     fields = Table(config, path)
     named: list[str] = []
     for source in [fields, *filter(None, (_tower(fields, key) for key in _TEXT_TOWERS))]:
@@ -152,6 +153,8 @@ def _selected(
 
     Those of which the facts do not tell come last.
     """
+    from adapterkit.architectures import Sizes
+
     held = {a: a.select and Sizes(a, side, facts, path).fact(a.select) for a in found}
     special = tuple(a for a in found if a.select and held[a])
     plain = tuple(a for a in found if not a.select)
@@ -203,6 +206,7 @@ def weight_map(folder: Path) -> dict[str, Path]:
 
 
 def _open_gguf(path: Path) -> BaseModel:
+    from adapterkit.architectures import find
     from adapterkit.containers.gguf import read_gguf
 
     file = read_gguf(path)
@@ -214,7 +218,7 @@ def _open_gguf(path: Path) -> BaseModel:
     found = tuple(a for a in find(name) if a.gguf == name)
     if not found:
         raise UnknownArchitectureError(
-            f"architecture {name!r} is not in the tables; `adapterkit architectures` lists what is",
+            f"architecture {name!r} is not in the tables; `adapterkit list families` lists what is",
             path=path,
         )
     tensors = {**file.tensors, **_other_shards(path, file.metadata, name)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from adapterkit.base.coded import coded, companions
 from adapterkit.base.decoding import PackedRows, ScaledRows, stored_type
 from adapterkit.base.model import BaseModel
 from adapterkit.base.schemes import FIELDS, Scheme, quantisation
@@ -54,7 +55,7 @@ def decoded(base: BaseModel, scheme: Scheme) -> DecodedBase:
         UnsupportedError: if something is stored in a way that the scheme does not have.
     """
     taken = dict(_pairs(base, scheme))
-    used = {name for values, scales in taken.values() for name in (values, scales)}
+    used = {name for parts in taken.values() for name in parts}
     left = tuple(
         name
         for name in base.tensors
@@ -65,7 +66,11 @@ def decoded(base: BaseModel, scheme: Scheme) -> DecodedBase:
         parameter = name.removesuffix(scheme.values)
         if parameter in taken and taken[parameter][0] == name:
             pair = tensor, base.tensors[taken[parameter][1]]
-            tensors[parameter] = _decoded(parameter, *pair, scheme, base)
+            tensors[parameter] = (
+                coded(parameter, base.tensors, base.path)
+                if scheme.coded
+                else _decoded(parameter, *pair, scheme, base)
+            )
         elif name not in used and name not in left:
             _check_plain(name, tensor, scheme, base)
             tensors[name] = tensor
@@ -90,8 +95,8 @@ def as_floats(base: BaseModel) -> BaseModel:
     return decoded(base, scheme).base if isinstance(scheme, Scheme) else base
 
 
-def _pairs(base: BaseModel, scheme: Scheme) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield every quantised parameter with the names of its values and scales."""
+def _pairs(base: BaseModel, scheme: Scheme) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield every quantised parameter with the names of its values, scales and further parts."""
     for name, tensor in base.tensors.items():
         if not name.endswith(scheme.values):
             continue
@@ -107,7 +112,8 @@ def _pairs(base: BaseModel, scheme: Scheme) -> Iterator[tuple[str, tuple[str, st
                     path=base.path,
                     where=name,
                 )
-            yield parameter, (name, scales[0])
+            others = companions(parameter, base.tensors) if scheme.coded else ()
+            yield parameter, tuple(dict.fromkeys((name, scales[0], *others)))
 
 
 def _check_plain(name: str, tensor: LazyTensor, scheme: Scheme, base: BaseModel) -> None:

@@ -41,6 +41,7 @@ class Scheme:
     scales: tuple[str, ...]
     types: tuple[DType, ...]
     packed: bool = False
+    coded: bool = False
     blocks: tuple[str, ...] = ()
     default: tuple[int, int] | None = None
     matrices: bool = False

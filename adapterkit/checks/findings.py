@@ -5,10 +5,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
 
+from adapterkit.errors import UsageError
 from adapterkit.notes import first_and_more
 
 
@@ -31,7 +33,7 @@ class Finding:
         modules: modules or tensors concerned; empty for the whole adapter.
         message: what is the case, with the values.
         hint: what to do; empty where the message says it.
-        target: engine that it is about; empty for all.
+        engine: engine that it is about; empty for all.
         fix: name of an exact fix that `convert --for` applies; empty without one.
     """
 
@@ -40,7 +42,7 @@ class Finding:
     modules: tuple[str, ...]
     message: str
     hint: str = ""
-    target: str = ""
+    engine: str = ""
     fix: str = ""
 
     @property
@@ -97,6 +99,20 @@ class Explanation:
     meaning: str
     matters: str
     action: str
+
+
+def known_code(code: str) -> str:
+    """Return a code as it is written, in whatever case it is given.
+
+    Raises:
+        UsageError: if there is none; the message names those that look like it, or all.
+    """
+    known = explanations()
+    if code.upper() in known:
+        return code.upper()
+    close = get_close_matches(code.upper(), known)
+    told = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    raise UsageError(f"unknown code {code!r}; {told}")
 
 
 @cache

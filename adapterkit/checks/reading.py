@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.gguf_file import check_gguf_file
 from adapterkit.errors import FormatError, UnsafePickleError
-from adapterkit.loading import Need, load
+from adapterkit.loading import Need, Source, load
 
 if TYPE_CHECKING:
     from adapterkit.base import BaseModel
-    from adapterkit.loading import Source
     from adapterkit.model import AdapterTensorSet
 
 
 def read_for_validation(
-    source: Source,
+    source: Source | AdapterTensorSet,
     *,
     base: BaseModel | None = None,
     dialect: str | None = None,
@@ -29,7 +28,9 @@ def read_for_validation(
     Raises:
         FormatError: if the file is malformed in a way that no finding describes.
     """
-    found = list(check_gguf_file(source.path)) if source.format.name == "gguf" else []
+    found: list[Finding] = []
+    if isinstance(source, Source) and source.format.name == "gguf":
+        found += check_gguf_file(source.path)
     try:
         loaded = load(source, base=base, dialect=dialect, alpha=alpha, need=Need.STORED)
     except UnsafePickleError as error:

@@ -14,6 +14,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import UncheckableError
 from adapterkit.lowrank.differences import all_finite, norm
 from adapterkit.tensor import LazyTensor
+from adapterkit.work import tracked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
     for key, tensor in adapter.tensors.items():
         if key not in paired and tensor.dtype.floating and tensor.size and not all_finite(tensor):
             yield _not_finite(str(key))
-    for pair in adapter.pairs():
+    for pair in tracked(list(adapter.pairs())):
         if not _numeric(pair):
             continue
         # One factor in memory after the other: the second takes the place of the first.

@@ -143,7 +143,7 @@ def _members(path: Path, size: int) -> list[_Member]:
     with path.open("rb") as file:
         if file.read(len(_LOCAL_MAGIC)) != _LOCAL_MAGIC:
             raise FormatError("is not a zip of numpy.savez, or holds no arrays", path=path)
-    members = read_members(path, size)
+    members = read_members(FileSlice(path, 0, size))
     for member in members:
         if not member.name.endswith(_SUFFIX):
             raise member.error("is no .npy array: this is no file of numpy.savez")

@@ -26,6 +26,48 @@ class Constructor:
     build: Callable[[tuple[object, ...]], object]
 
 
+@dataclass(frozen=True, slots=True)
+class RecordClass:
+    """A class whose objects a pickle may hold; none is made of it but a `Record`.
+
+    Attributes:
+        name: its last part.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A name that a pickle may not name, and what it says of the file that it does.
+
+    Attributes:
+        reason: what the file is, and what to do.
+    """
+
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What a pickle says of an object: inert, and equal to itself alone.
+
+    Attributes:
+        kind: name of its class.
+        arguments: what it was made with.
+        state: what was then set of it, most often its fields by name; None if nothing was.
+    """
+
+    kind: str
+    arguments: tuple[object, ...]
+    state: object = None
+
+    @property
+    def plain(self) -> object:
+        """What is known of it: its state, or what it was made with where it has none."""
+        return self.arguments if self.state is None else self.state
+
+
 def checked_key(value: Any) -> object:
     """Return a value that is quick to hash, as a key of a dict or a member of a set.
 
@@ -33,8 +75,10 @@ def checked_key(value: Any) -> object:
     chosen to collide.
 
     Raises:
-        ValueError: for anything but a scalar, or a tuple of scalars.
+        ValueError: for anything but a scalar, a record, or a tuple of scalars.
     """
+    if type(value) is Record:
+        return value
     items = cast("tuple[Any, ...]", value if type(value) is tuple else (value,))
     for item in items:
         if type(item) not in _SCALARS:

@@ -11,9 +11,17 @@ from __future__ import annotations
 import io
 import pickletools
 from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from adapterkit.containers.pickle_names import PLAIN_NAMES, Constructor, checked_key
+from adapterkit.containers.pickle_names import (
+    PLAIN_NAMES,
+    Constructor,
+    Record,
+    RecordClass,
+    Refused,
+    checked_key,
+)
 from adapterkit.errors import FormatError, UnsafePickleError
 
 if TYPE_CHECKING:
@@ -31,12 +39,28 @@ RESAVE = (
 _HIGHEST_PROTOCOL = 5
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The most that a pickle may hold.
+
+    Attributes:
+        opcodes: steps of the machine.
+        containers: dicts, lists, sets and records.
+        advice: what to do about a pickle that is refused.
+    """
+
+    opcodes: int
+    containers: int = MAX_CONTAINERS
+    advice: str = RESAVE
+
+
 def read_pickle(
     data: bytes,
     *,
     names: Mapping[tuple[str, str], object],
     persistent: Callable[[object], object],
     path: Path,
+    bounds: Bounds | None = None,
 ) -> object:
     """Return the object that a pickle describes, made of plain containers and of what `names` give.
 
@@ -47,18 +71,21 @@ def read_pickle(
         names: (module, name) -> the object to put in its place, beside those of `PLAIN_NAMES`.
         persistent: makes an object of a persistent id; raises ValueError if it makes no sense.
         path: the file that messages name.
+        bounds: the most that it may hold, if it is not what `torch.save` writes.
 
     Raises:
         UnsafePickleError: if the pickle names or calls anything else.
         FormatError: if it is malformed, too long, or uses an opcode that `torch.save` does not.
     """
+    bounds = bounds or Bounds(MAX_OPCODES)
     if len(data) > MAX_PICKLE:
         raise FormatError(
-            f"its pickle has {len(data)} bytes, the most is {MAX_PICKLE}; {RESAVE}", path=path
+            f"its pickle has {len(data)} bytes, the most is {MAX_PICKLE}; {bounds.advice}",
+            path=path,
         )
-    machine = _Machine(data, {**PLAIN_NAMES, **names}, persistent, path)
+    machine = _Machine(data, {**PLAIN_NAMES, **names}, persistent, path, bounds)
     stream = io.BytesIO(data)
-    for _ in range(MAX_OPCODES):
+    for _ in range(bounds.opcodes):
         position = stream.tell()
         try:
             if machine.step(stream):
@@ -67,7 +94,9 @@ def read_pickle(
             raise FormatError(
                 f"its pickle is malformed at byte {position}: {error}", path=path
             ) from error
-    raise FormatError(f"its pickle has more than {MAX_OPCODES} opcodes; {RESAVE}", path=path)
+    raise FormatError(
+        f"its pickle has more than {bounds.opcodes} opcodes; {bounds.advice}", path=path
+    )
 
 
 def _argument(opcode: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
@@ -86,6 +115,7 @@ class _Machine:
     """The stack, the marks and the memo of one pickle."""
 
     __slots__ = (
+        "_bounds",
         "_budget",
         "_containers",
         "_marks",
@@ -102,7 +132,9 @@ class _Machine:
         names: Mapping[tuple[str, str], object],
         persistent: Callable[[object], object],
         path: Path,
+        bounds: Bounds,
     ) -> None:
+        self._bounds = bounds
         self._names = names
         self._persistent = persistent
         self._path = path
@@ -173,11 +205,21 @@ class _Machine:
     def load_persistent(self, _: None) -> None:
         self._stack.append(self._persistent(self._pop()))
 
+    def make_record(self, _: None) -> None:
+        arguments, kind = self._pop(), self._pop()
+        if not isinstance(kind, RecordClass):
+            self._unsafe("makes an object with NEWOBJ")
+        if type(arguments) is not tuple:
+            raise ValueError("NEWOBJ without a tuple of arguments")
+        self.push_container(Record(kind.name, cast("tuple[object, ...]", arguments)))
+
     def set_state(self, _: None) -> None:
-        # `state_dict()` hangs its `_metadata` (module versions) on the OrderedDict as an attribute.
-        self._pop()
-        if type(self._top()) is not dict:
-            self._unsafe(f"sets the state of {_shown(self._top())}")
+        state, target = self._pop(), self._top()
+        if isinstance(target, Record) and target.state is None:
+            target.state = state
+        elif type(target) is not dict:
+            # `state_dict()` hangs its `_metadata` (module versions) on the OrderedDict.
+            self._unsafe(f"sets the state of {_shown(target)}")
 
     def set_item(self, _: None) -> None:
         value, key = self._pop(), self._pop()
@@ -224,8 +266,9 @@ class _Machine:
     def push_container(self, value: object) -> None:
         """Push an empty container that will be filled, or not."""
         self._containers += 1
-        if self._containers > MAX_CONTAINERS:
-            raise ValueError(f"it has more than {MAX_CONTAINERS} dicts, lists and sets; {RESAVE}")
+        if self._containers > self._bounds.containers:
+            most, advice = self._bounds.containers, self._bounds.advice
+            raise ValueError(f"it has more than {most} dicts, lists and sets; {advice}")
         self._stack.append(value)
 
     def remember(self, index: int) -> None:
@@ -247,21 +290,23 @@ class _Machine:
         pass
 
     def _ask(self, module: str, name: str) -> None:
-        try:
-            self._stack.append(self._names[module, name])
-        except KeyError:
+        found = self._names.get((module, name))
+        if isinstance(found, Refused):
+            raise FormatError(found.reason, path=self._path)
+        if found is None:
             self._unsafe(f"asks for {_printable(f'{module}.{name}')}")
+        self._stack.append(found)
 
     def _refuse(self, opcode: str, stream: io.BytesIO) -> None:
         if opcode == "INST":
             self._unsafe(f"asks for {_printable('.'.join(_read_name(stream)))}")
-        if opcode in {"OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}:
+        if opcode in {"OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}:
             self._unsafe(f"makes an object with {opcode}")
         raise ValueError(f"opcode {opcode} is none that torch.save writes")
 
     def _unsafe(self, what: str) -> NoReturn:
         raise UnsafePickleError(
-            f"its pickle {what}; nothing was executed; {RESAVE}", path=self._path
+            f"its pickle {what}; nothing was executed; {self._bounds.advice}", path=self._path
         )
 
     def _top(self) -> object:
@@ -306,7 +351,8 @@ def _extend(target: object, items: list[object]) -> None:
 
 
 def _shown(value: object) -> str:
-    return value.name if isinstance(value, Constructor) else f"a {type(value).__name__}"
+    named = isinstance(value, (Constructor, RecordClass))
+    return value.name if named else f"a {type(value).__name__}"
 
 
 def _printable(text: str) -> str:
@@ -343,6 +389,7 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "GLOBAL": _Machine.ignore,
     "STACK_GLOBAL": _Machine.ask_for_stacked,
     "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.make_record,
     "BUILD": _Machine.set_state,
     "BINPERSID": _Machine.load_persistent,
     "SETITEM": _Machine.set_item,

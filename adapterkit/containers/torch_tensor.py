@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.containers.opening import MAX_BYTES, check_shape
-from adapterkit.containers.pickle_names import Constructor
+from adapterkit.containers.pickle_names import Constructor, Refused
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
 from adapterkit.storage import FileSlice
@@ -191,10 +191,10 @@ def _tensor_v2(arguments: tuple[object, ...]) -> PickledTensor:
 def _tensor_v3(arguments: tuple[object, ...]) -> PickledTensor:
     match arguments:
         case (Storage() as storage, int(offset), size, stride, bool(), _, str(code), *rest) if (
-            len(rest) <= 1 and code in _DTYPES
+            len(rest) <= 1 and code in DTYPES
         ):
             shape, strides = _sizes(size), _sizes(stride)
-            return PickledTensor(storage, _DTYPES[code], code, offset, shape, strides, any(rest))
+            return PickledTensor(storage, DTYPES[code], code, offset, shape, strides, any(rest))
         case _:
             raise ValueError("_rebuild_tensor_v3 with other arguments than torch writes")
 
@@ -235,7 +235,7 @@ def _device(arguments: tuple[object, ...]) -> str:
 
 
 _LONGEST_DEVICE = 32
-_DTYPES: Mapping[str, DType | None] = {
+DTYPES: Mapping[str, DType | None] = {
     "torch.float64": DType.F64,
     "torch.float32": DType.F32,
     "torch.float16": DType.F16,
@@ -280,15 +280,22 @@ _REBUILD = {
     "_rebuild_parameter": _parameter,
     "_rebuild_parameter_with_state": _parameter,
 }
+_DISTRIBUTED = Refused(
+    "holds one rank's part of distributed tensors (DTensor, ShardedTensor); gather them in "
+    "training (full_tensor()), or pass what torch.distributed.checkpoint saved of all ranks"
+)
 TORCH_NAMES: Mapping[tuple[str, str], object] = {
     **{("torch", kind.name): kind for kind in _STORAGES},
     ("torch.storage", "UntypedStorage"): StorageType("UntypedStorage", None, 1),
     # A dtype stands for itself as text: a pickle that writes the text gains nothing by it.
-    **{("torch", code.removeprefix("torch.")): code for code in _DTYPES},
+    **{("torch", code.removeprefix("torch.")): code for code in DTYPES},
     **{("torch._utils", name): Constructor(name, build) for name, build in _REBUILD.items()},
     ("torch._tensor", "_rebuild_from_type_v2"): Constructor("_rebuild_from_type_v2", _from_type),
     ("torch", "Tensor"): TensorClass("torch.Tensor"),
     ("torch.nn.parameter", "Parameter"): TensorClass("torch.nn.Parameter"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _DISTRIBUTED,
+    ("torch.distributed.tensor", "DTensor"): _DISTRIBUTED,
+    ("torch.distributed._shard.sharded_tensor.api", "ShardedTensor"): _DISTRIBUTED,
     ("torch", "Size"): Constructor("torch.Size", _size),
     ("torch", "device"): Constructor("torch.device", _device),
 }

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.containers.opening import MAX_NAME, file_size
+from adapterkit.containers.pickle_names import Record
 from adapterkit.containers.pickle_reader import RESAVE, read_pickle
 from adapterkit.containers.torch_tensor import TORCH_NAMES, PickledTensor, Storage, StorageType
 from adapterkit.containers.zip_members import read_members
@@ -45,7 +46,8 @@ class TorchFile:
         path: the file.
         root: the saved object, made of dict (for OrderedDict too), list, tuple, set, frozenset,
             str, bytes, int, float, bool, None and LazyTensor. A dtype is text, `torch.bfloat16`,
-            so is a device, `cuda:0`; a torch.Size is a tuple, a bytearray bytes.
+            so is a device, `cuda:0`; a torch.Size is a tuple, a bytearray bytes, an object whose
+            class the caller named the dict of its fields.
     """
 
     path: Path
@@ -64,8 +66,18 @@ class TorchFile:
         )
 
 
-def read_torch_zip(path: Path) -> TorchFile:
+def read_torch_zip(
+    path: Path,
+    *,
+    names: Mapping[tuple[str, str], object] = MappingProxyType({}),
+    span: FileSlice | None = None,
+) -> TorchFile:
     """Read what `torch.save` wrote; a name outside the allow-list is refused, never imported.
+
+    Args:
+        path: the file.
+        names: what the pickle may name beside torch's own, as `read_pickle` takes it.
+        span: the range of the file that is the zip, where it is not all of it.
 
     Raises:
         NotFoundError: if there is no file.
@@ -77,12 +89,12 @@ def read_torch_zip(path: Path) -> TorchFile:
     """
     size = file_size(path)
     with readable(path):
-        members = _members(path, size)
+        members = _members(span or FileSlice(path, 0, size))
         data = members[_PICKLE.removeprefix("/")]()
         _check_byteorder(members, path)
     raw = read_pickle(
         data,
-        names=TORCH_NAMES,
+        names={**TORCH_NAMES, **names},
         persistent=lambda identifier: _storage(identifier, members, path),
         path=path,
     )
@@ -130,11 +142,11 @@ def _items(node: Any) -> Iterable[tuple[Any, Any]]:
     return enumerate(cast("list[Any]", node)) if type(node) in {list, tuple} else ()
 
 
-def _members(path: Path, size: int) -> dict[str, FileSlice]:
+def _members(span: FileSlice) -> dict[str, FileSlice]:
     """Return the members by their names after `archive/`, as ranges that do not overlap."""
-    with path.open("rb") as file:
-        _check_magic(file.read(32), path)
-    members = read_members(path, size)
+    path = span.path
+    _check_magic(FileSlice(path, span.offset, min(span.length, 32))(), path)
+    members = read_members(span)
     for member in members:
         if not member.stored:
             raise member.error(
@@ -257,6 +269,9 @@ class _Tree:
     def _convert_new(self, node: Any, trail: tuple[object, ...]) -> tuple[object, int]:
         if isinstance(node, PickledTensor):
             return node.resolve(_name(trail)), 1
+        if type(node) is Record:
+            plain, count = self.convert(node.plain, trail)
+            return plain, 1 + count
         if type(node) in {set, frozenset}:
             # Its members are scalars and tuples of scalars already.
             return node, 1 + len(node)

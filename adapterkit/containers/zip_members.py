@@ -6,6 +6,7 @@ a zip in which the two differ is another one to each program that reads it: it i
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -69,26 +70,26 @@ class ZipMember:
         return FormatError(message, path=self.data.path, where=self.name)
 
 
-def read_members(path: Path, size: int) -> list[ZipMember]:
+def read_members(span: FileSlice) -> list[ZipMember]:
     """Return every member in the order of the directory; no two share a byte.
 
     Args:
-        path: a file that begins with a member.
-        size: its bytes.
+        span: a range of a file that begins with a member, most often all of it.
 
     Raises:
         TruncatedFileError: if the directory, or the data of a member, is not whole.
         FormatError: if there are too many members, two of one name, one that is encrypted, that
             another overlaps, or whose own header contradicts the directory.
     """
-    with path.open("rb") as file:
-        infos = _directory(file, path)
-        _check_end(file, len(infos), path, size)
-        heads = [_head(file, info, path) for info in infos]
-    found = [_member(info, head, path, size) for info, head in zip(infos, heads, strict=True)]
-    end = 0
+    with span.path.open("rb") as file:
+        bounded = _Bounded(file, span)
+        infos = _directory(bounded, span.path)
+        _check_end(bounded, len(infos), span.path, span.length)
+        heads = [_head(file, info, span) for info in infos]
+    found = [_member(info, head, span) for info, head in zip(infos, heads, strict=True)]
+    end = span.offset
     for place in sorted(range(len(infos)), key=lambda place: infos[place].header_offset):
-        if infos[place].header_offset < end:
+        if span.offset + infos[place].header_offset < end:
             raise found[place].error("overlaps the member before it")
         end = found[place].data.offset + found[place].data.length
     for info, head, member in zip(infos, heads, found, strict=True):
@@ -99,23 +100,33 @@ def read_members(path: Path, size: int) -> list[ZipMember]:
 
 
 class _Bounded:
-    """A file that gives at most `MAX_DIRECTORY` bytes at once: `zipfile` asks for what it says."""
+    """A range of a file that gives at most `MAX_DIRECTORY` bytes at once, as `zipfile` asks."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], span: FileSlice) -> None:
         self._file = file
-        self.seek = file.seek
-        self.tell = file.tell
+        self._begin, self._end = span.offset, span.offset + span.length
+        file.seek(span.offset)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: self._begin, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._end}
+        if start[whence] + offset < self._begin:
+            raise OSError("a place before the zip")
+        return self._file.seek(start[whence] + offset) - self._begin
+
+    def tell(self) -> int:
+        return self._file.tell() - self._begin
 
     def read(self, length: int = -1) -> bytes:
         if length > MAX_DIRECTORY:
             raise ValueError(f"it has {length} bytes, the most is {MAX_DIRECTORY}")
         # Without a length zipfile reads up to the end, from where a comment of 64 KiB may begin.
-        return self._file.read(length if length >= 0 else _COMMENT)
+        wanted = length if length >= 0 else _COMMENT
+        return self._file.read(max(0, min(wanted, self._end - self._file.tell())))
 
 
-def _directory(file: IO[bytes], path: Path) -> list[zipfile.ZipInfo]:
+def _directory(file: _Bounded, path: Path) -> list[zipfile.ZipInfo]:
     try:
-        with zipfile.ZipFile(cast("Any", _Bounded(file))) as archive:
+        with zipfile.ZipFile(cast("Any", file)) as archive:
             infos = archive.infolist()
     except (
         zipfile.BadZipFile,
@@ -143,7 +154,7 @@ def _directory(file: IO[bytes], path: Path) -> list[zipfile.ZipInfo]:
     return infos
 
 
-def _check_end(file: IO[bytes], count: int, path: Path, size: int) -> None:
+def _check_end(file: _Bounded, count: int, path: Path, size: int) -> None:
     """Refuse an end that does not say where the directory is: `zipfile` guesses, others believe it.
 
     Raises:
@@ -169,7 +180,7 @@ def _check_end(file: IO[bytes], count: int, path: Path, size: int) -> None:
         raise FormatError(message, path=path)
 
 
-def _entries_end(file: IO[bytes], place: int, count: int) -> int:
+def _entries_end(file: _Bounded, place: int, count: int) -> int:
     """Return where the last of the directory's entries ends, by their own lengths."""
     for _ in range(count):
         file.seek(place + _LENGTHS_AT)
@@ -178,7 +189,7 @@ def _entries_end(file: IO[bytes], place: int, count: int) -> int:
     return place
 
 
-def _wide_end(file: IO[bytes], ends: int) -> tuple[int, ...] | None:
+def _wide_end(file: _Bounded, ends: int) -> tuple[int, ...] | None:
     """Return the six numbers of the wide form, None if there is none before the end at `ends`."""
     place = ends - _LOCATOR.size - _WIDE_END.size
     if place < 0:
@@ -219,8 +230,8 @@ class _Head:
         return same and sizes and self.crc == info.CRC
 
 
-def _head(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> _Head:
-    where = info.filename
+def _head(file: IO[bytes], info: zipfile.ZipInfo, span: FileSlice) -> _Head:
+    path, where = span.path, info.filename
     if info.flag_bits & _ENCRYPTED:
         raise FormatError("is encrypted", path=path, where=where)
     if info.volume:
@@ -231,22 +242,24 @@ def _head(file: IO[bytes], info: zipfile.ZipInfo, path: Path) -> _Head:
         raise FormatError("lies before the file", path=path, where=where)
     if max(info.header_offset, info.compress_size, info.file_size) > MAX_BYTES:
         raise FormatError("has a place or size that no file has", path=path, where=where)
-    file.seek(info.header_offset)
+    begin = span.offset + info.header_offset
+    file.seek(begin)
     header = file.read(_LOCAL_HEADER.size)
     if len(header) < _LOCAL_HEADER.size or not header.startswith(_MAGIC):
         raise FormatError("has no local header", path=path, where=where)
     _, _, flags, method, _, _, crc, packed, size, name, extra = _LOCAL_HEADER.unpack(header)
-    end = info.header_offset + _LOCAL_HEADER.size + name + extra
+    end = begin + _LOCAL_HEADER.size + name + extra
     return _Head(file.read(name), flags, method, crc, packed, size, end)
 
 
-def _member(info: zipfile.ZipInfo, head: _Head, path: Path, size: int) -> ZipMember:
-    if head.end + info.compress_size > size:
+def _member(info: zipfile.ZipInfo, head: _Head, span: FileSlice) -> ZipMember:
+    end = span.offset + span.length
+    if head.end + info.compress_size > end:
         raise TruncatedFileError(
-            f"its data ends at byte {head.end + info.compress_size}, the file at {size}; "
+            f"its data ends at byte {head.end + info.compress_size}, the file at {end}; "
             "download or copy it again",
-            path=path,
+            path=span.path,
             where=info.filename,
         )
-    data = FileSlice(path, head.end, info.compress_size)
+    data = FileSlice(span.path, head.end, info.compress_size)
     return ZipMember(info.filename, data, info.file_size, info.CRC, info.compress_type)

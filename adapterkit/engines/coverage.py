@@ -11,8 +11,8 @@ from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
 from adapterkit.checks.fitting import other_architecture
 from adapterkit.checks.structure import outside_targets
 from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
-from adapterkit.formats.gguf_engine import engine_adapter
-from adapterkit.formats.gguf_losses import losses
+from adapterkit.formats.gguf.engine import engine_adapter
+from adapterkit.formats.gguf.losses import losses
 from adapterkit.formats.protocol import Options
 from adapterkit.model.defects import problems
 
@@ -57,7 +57,7 @@ def _by_tensor(
     except UnsupportedError as error:
         return [], [
             Finding(
-                "AK305", Severity.UNCHECKED, named(error.where), error.message, target=target.name
+                "AK305", Severity.UNCHECKED, named(error.where), error.message, engine=target.name
             )
         ]
     tensors = {module: name for name, modules in engine.sources.items() for module in modules}
@@ -96,7 +96,7 @@ def _finding(loss: Loss, target: Target) -> Finding:
     blocks = loss.blocks and loss.code != "unverified"
     severity = Severity.ERROR if blocks else Severity.WARNING
     return Finding(
-        target.losses[loss.code], severity, named(loss.subject), loss.message, target=target.name
+        target.losses[loss.code], severity, named(loss.subject), loss.message, engine=target.name
     )
 
 
@@ -161,7 +161,7 @@ def silent_no_ops(covered: Sequence[CoveredModule], target: Target) -> list[Find
                     Severity.ERROR,
                     tuple(m.module for m in modules),
                     message,
-                    target=target.name,
+                    engine=target.name,
                 )
             )
     return found

@@ -27,14 +27,29 @@ class EngineCoverage:
     """What one engine does with every module.
 
     Attributes:
-        target: the engine, `name` or `name@version`.
+        engine: its name.
+        version: the version asked for; empty for the newest that the rules know.
         modules: one entry for each pair; empty if no base is known.
         verdict: what becomes of the file as a whole; None where something could not be looked at.
     """
 
-    target: str
+    engine: str
+    version: str
     modules: tuple[CoveredModule, ...]
     verdict: Verdict | None = None
+
+    @property
+    def reference(self) -> str:
+        """The engine as it was asked for: `name` or `name@version`."""
+        return self.engine + (f"@{self.version}" if self.version else "")
+
+    @property
+    def coverage(self) -> dict[str, tuple[str, ...]]:
+        """The modules by outcome; an outcome that none has is empty."""
+        return {
+            str(outcome): tuple(m.module for m in self.modules if m.outcome is outcome)
+            for outcome in Outcome
+        }
 
     def count(self, outcome: Outcome) -> int:
         """Return how many modules end that way."""
@@ -77,11 +92,10 @@ def judge(
             else module
             for module in modules
         ]
-    reference = engine.name + (f"@{engine.version}" if engine.version else "")
-    return EngineCoverage(target=reference, modules=tuple(modules), verdict=fate), [
-        *of_engine,
-        *idle,
-    ]
+    judged = EngineCoverage(
+        engine=engine.name, version=engine.version, modules=tuple(modules), verdict=fate
+    )
+    return judged, [*of_engine, *idle]
 
 
 def check_served(
@@ -97,7 +111,7 @@ def check_served(
     errors = [
         each
         for each in (*found, *more)
-        if each.severity is Severity.ERROR and each.target in {"", engine.name}
+        if each.severity is Severity.ERROR and each.engine in {"", engine.name}
     ]
     if coverage.verdict in FAILED:
         reasons = first_and_more(

@@ -54,7 +54,7 @@ def verdict(
         mine.append(Verdict.NOTHING if passed == len(modules) else Verdict.PARTLY)
     fate = min(mine, key=list(Verdict).index, default=Verdict.APPLIED if modules else None)
     unchecked = any(
-        f.severity is Severity.UNCHECKED and f.target in {"", engine.name} for f in findings
+        f.severity is Severity.UNCHECKED and f.engine in {"", engine.name} for f in findings
     )
     # What was not looked at may still be refused; what is refused stays so.
     certain = fate in {*_STOPPED, Verdict.GARBAGE}
@@ -71,5 +71,5 @@ def _fates(findings: Iterable[Finding], engine: Target) -> list[tuple[Finding, V
     return [
         (finding, fate)
         for finding in findings
-        if finding.target in {"", engine.name} and (fate := engine.fate(finding))
+        if finding.engine in {"", engine.name} and (fate := engine.fate(finding))
     ]

@@ -36,7 +36,7 @@ def fitting(
     pairs, names = _named(outcomes, base, options.moe_layout)
     reasons = {
         key.module: loss.message
-        for loss in target.format.losses(_adapter(pairs, base), options)
+        for loss in target.losses(_adapter(pairs, base), options)
         if loss.code in _TABLES
         for key in loss.drops
     }

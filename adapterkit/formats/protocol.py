@@ -1,4 +1,4 @@
-"""What every format implements: read, say what it cannot hold, write."""
+"""What a format is made of: functions that read, that list what it cannot hold, that write."""
 
 from __future__ import annotations
 
@@ -40,17 +40,25 @@ class Options:
     alpha: float | None = None
 
 
-class Format(Protocol):
-    """Reads and writes one format."""
+class Reader(Protocol):
+    """Reads a format."""
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+    def __call__(self, path: Path, options: Options, /) -> AdapterTensorSet:
         """Read headers now and data later; raise FormatError for malformed files."""
         ...
 
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> Sequence[Loss]:
-        """List everything of the adapter that this format cannot hold; reads no tensor data."""
+
+class Lister(Protocol):
+    """Lists what a format cannot hold."""
+
+    def __call__(self, adapter: AdapterTensorSet, options: Options, /) -> Sequence[Loss]:
+        """List everything of the adapter that would be lost; read no tensor data."""
         ...
 
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+
+class Writer(Protocol):
+    """Writes a format."""
+
+    def __call__(self, adapter: AdapterTensorSet, path: Path, options: Options, /) -> None:
         """Write a file or directory at `path`, which does not exist; the caller moves it."""
         ...

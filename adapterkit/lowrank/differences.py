@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.dtype import DType
 from adapterkit.errors import UncheckableError
+from adapterkit.tensor import same_bits
 
 if TYPE_CHECKING:
     from adapterkit.model import Update
@@ -32,13 +33,6 @@ class Difference:
     relative_error: float
     cosine: float | None
     norm_ratio: float | None
-
-
-def same_bits(first: LazyTensor, second: LazyTensor) -> bool:
-    """Tell whether two tensors are stored alike, to the bit."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return bytes(first.tobytes()) == bytes(second.tobytes())
 
 
 def difference(first: Update, second: Update) -> Difference:

@@ -16,6 +16,7 @@ import numpy as np
 
 from adapterkit.lowrank.decomposition import Decomposition
 from adapterkit.lowrank.products import Array, LowRank
+from adapterkit.lowrank.ranks import within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,6 +174,29 @@ def compressed(
     identity = np.eye(int(kept.sum()))
     update = LowRank(u[:, kept], vt[kept])
     return Decomposition(update, identity, values[kept], identity, squared**0.5)
+
+
+def compressed_within(
+    plane: Plane, tolerance: float, start: Array, key: Key, *, floor: float = 0.0
+) -> Decomposition:
+    """Return as much of the decomposition of a plane as leaves a relative error up to a tolerance.
+
+    Ranks are tried from that of `start`, each twice the last, with the directions found so far.
+
+    Args:
+        plane: (rows, columns).
+        tolerance: ‖M - M_k‖ / ‖M‖, Frobenius; at 0 everything is wanted.
+        start: as `compressed`, like the next two.
+        key: see above.
+        floor: see above.
+    """
+    whole = min(plane.shape)
+    rank = min(max(len(start), 1), whole) if tolerance else whole
+    while True:
+        found = compressed(plane, rank, start, key, floor=floor)
+        if rank == whole or within(tolerance, [found]) is not None:
+            return found
+        rank, start = min(2 * rank, whole), found.vectors[1]
 
 
 def _randomised(

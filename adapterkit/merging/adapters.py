@@ -17,7 +17,7 @@ from adapterkit.merging.beside import Beside, bias_keys, merge_beside
 from adapterkit.merging.combination import Combination, check
 from adapterkit.merging.modules import MergedModule, Settings, merge_module
 from adapterkit.merging.planning import ModulePlan, Source
-from adapterkit.merging.registry import SPACES, Kind, MethodSpec
+from adapterkit.merging.registry import SPACES, Kind, MethodSpec, remark
 from adapterkit.merging.registry import method as find_method
 from adapterkit.merging.report import MergeReport, ModuleReport
 from adapterkit.model import AdapterTensorSet
@@ -26,6 +26,8 @@ from adapterkit.model.tying import one_spelling
 from adapterkit.work import in_threads
 
 _ENERGY = 0.9
+# Shares of a mean below which little of it is left.
+_LITTLE = 0.1
 # Planes from here on are merged one after the other: each holds up to 64 MB.
 _LARGE = 1 << 22
 
@@ -74,16 +76,18 @@ def merge(
             1 / T each for methods that average, where Σw is the strength of the result.
         method: name of a row in `adapterkit.merge_methods()`.
         rank: rank of every module; by default the rank of what the method asks for, so that nothing
-            is lost (for elementwise rules in the delta space, which no small rank holds, Σ rᵢ).
-            `auto` goes with `tol` or `energy`.
-        tol: largest relative Frobenius error of a module, from which the rank follows.
+            is lost (for elementwise rules in the delta space, which no small rank holds, Σ rᵢ
+            unless `tol` or `energy` ask for more). `auto` goes with `tol` or `energy`.
+        tol: largest relative Frobenius error of a module, from which the rank follows, up to the
+            smaller side of the matrix.
         energy: smallest share of ‖ΔW‖² that is kept, likewise; the same as tol = √(1 - energy).
         density: share of the entries that a rule keeps.
         params: the method's other numbers, by the names in its row.
         seed: of the random rules; 0 by default. Masks depend on seed, module and adapter alone.
-        space: where an elementwise rule is applied: `delta` (entries of ΔW), `knots` or `core`,
-            whose results have a small rank.
-        normalize: divide the weights of each module by the sum of their magnitudes.
+        space: where an elementwise rule is applied: `delta` (entries of ΔW), `knots`, `core` or
+            `core-balanced`, whose results have a small rank. `core` is that of the factors as they
+            are stored, and depends on their basis. Methods on singular vectors take it too.
+        normalize: divide the weights of each module by their sum.
         module_weights: for each adapter, patterns of module paths with their own weights, read as
             PEFT reads `rank_pattern`.
         missing: `zero` or `error`, for modules that not all adapters have.
@@ -108,8 +112,9 @@ def merge(
         space=_space(spec, space),
         seed=_seed(spec, seed),
         rank=rule.rank,
+        tolerance=None if tol is None and energy is None else rule.tolerance,
     )
-    check(how, rule.tolerance)
+    check(how)
     planning.check(found, any_base=any_base)
     planned = planning.plans(found, missing=missing)
     settings = Settings(how, rule, normalize, dtype, _alpha(planned, how))
@@ -119,7 +124,7 @@ def merge(
     keys = bias_keys(found, list(scales))
     beside = merge_beside(found, spec, scales, keys, dtype)
     adapter = _assembled(found, merged, beside).replace(tied=tied)
-    notes = planning.absences(planned, found)
+    notes = [*filter(None, [remark(method)]), *planning.absences(planned, found)]
     return MergeResult(adapter, _report(found, how, merged, beside, notes, normalize=normalize))
 
 
@@ -203,7 +208,7 @@ def _report(
         seed=how.seed if how.spec.random else None,
         weights=tuple(source.weight for source in found),
         normalized=normalize,
-        basis_dependent=how.spec.basis_dependent,
+        basis_dependent=how.basis_dependent,
         modules=modules,
         beside=beside.how,
         max_predicted_error=max((m.predicted_error for m in modules), default=0.0),
@@ -213,11 +218,33 @@ def _report(
     )
 
 
+def _shrunk(how: Combination, modules: Sequence[ModuleReport]) -> list[str]:
+    """Say where a mean of updates that have little in common leaves little of them."""
+    sums = [
+        (abs(sum(module.coefficients) / sum(module.weights)), module.module)
+        for module in modules
+        if how.spec.mean and not how.spec.directed and module.coefficients and sum(module.weights)
+    ]
+    little = [each for each in sums if each[0] < _LITTLE]
+    if not little:
+        return []
+    share, module = min(little)
+    said = (
+        f"{how.spec.name} leaves less than {_LITTLE:.0%} of the mean in {len(little)} of "
+        f"{len(modules)} modules, {share:.2%} in {module}: the updates there are unrelated or "
+        "oppose each other; linear, ties or karcher do not shrink them"
+    )
+    return [said]
+
+
 def _warnings(how: Combination, modules: Sequence[ModuleReport]) -> list[str]:
     found: list[str] = []
-    if how.spec.basis_dependent:
-        found.append(f"{how.spec.name} depends on the basis of the factors; linear does not")
-    if zero := sum(not module.norm for module in modules):
+    if how.basis_dependent:
+        other = "core-balanced" if how.spec.kind is Kind.ELEMENTWISE else "linear"
+        found.append(f"{how.spec.name} depends on the basis of the factors; {other} does not")
+    shrunk = _shrunk(how, modules)
+    found += shrunk
+    if zero := sum(not module.norm for module in modules if not shrunk):
         found.append(
             f"{zero} of {len(modules)} modules are zero: their weighted updates cancel, or none "
             "was trained"
@@ -227,9 +254,17 @@ def _warnings(how: Combination, modules: Sequence[ModuleReport]) -> list[str]:
         worst = min(weak, key=lambda module: module.retained_energy)
         advice = "raise the rank"
         if how.spec.kind is Kind.ELEMENTWISE and how.space == "delta":
-            advice = "use --space knots or core, raise the rank, or merge --into a base"
+            advice = "use --space knots or core-balanced, raise the rank, or merge --into a base"
         found.append(
             f"{len(weak)} of {len(modules)} modules keep less than {_ENERGY:.0%} of their energy, "
             f"{worst.module} {worst.retained_energy:.0%} at rank {worst.rank}; {advice}"
+        )
+    asked = how.dense and how.tolerance is not None
+    if grown := [module for module in modules if asked and module.rank > sum(module.ranks)]:
+        most = max(grown, key=lambda module: module.rank)
+        found.append(
+            f"{len(grown)} of {len(modules)} modules need more than the sum of the ranks to stay "
+            f"within the error that was asked for, {most.module} rank {most.rank}; "
+            f"{how.spec.name} has no small rank"
         )
     return found

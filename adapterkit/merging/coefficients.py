@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adapterkit.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -23,6 +25,8 @@ _STEPS = 200
 _STILL = 1e-14
 # A mean this short, against unit vectors, points nowhere: the directions cancel.
 _CANCELLED = 1e-9
+# Sums this small are taken for 0, as mergekit does.
+_NO_TOTAL = 1e-6
 
 
 def linear(gram: Array, weights: Array, parameters: Parameters) -> Array:
@@ -46,17 +50,41 @@ def slerp(gram: Array, weights: Array, parameters: Parameters) -> Array:
 
 
 def nuslerp(gram: Array, weights: Array, parameters: Parameters) -> Array:
-    """The direction is the slerp of the two directions, the norm the weighted mean of the norms."""
+    """mergekit's: slerp at t = w₂ / (w₁ + w₂), whatever w₁ + w₂ is; t = ½ where that is 0.
+
+    A missing update is at a right angle to the other, parallel ones are met on the straight line.
+    """
     del parameters
+    total = float(weights.sum())
+    shares = weights / total if abs(total) >= _NO_TOTAL else np.full(2, 0.5)
     lengths = np.sqrt(np.diag(gram))
-    if not lengths.all() or not weights.sum():
-        return weights
-    cosines = gram / np.outer(lengths, lengths)
-    direction = _between(cosines, weights / weights.sum())
-    length = max(float(direction @ cosines @ direction), 0.0) ** 0.5
-    if length < _CANCELLED:
-        return weights
-    return direction / length * float(weights @ lengths) / lengths
+    lengths = np.where(lengths > 0, lengths, 1.0)
+    return _between(gram / np.outer(lengths, lengths), shares)
+
+
+def multislerp(gram: Array, weights: Array, parameters: Parameters) -> Array:
+    """mergekit's: the direction of the weighted mean of the directions, with the mean norm.
+
+    Its detour through the tangent space at that mean adds nothing: the mean of the tangents is 0.
+    Weights are shares. Of two whose directions cancel, the straight line is taken.
+
+    Raises:
+        UnsupportedError: if the directions of more than two cancel, or the weights sum to 0.
+    """
+    del parameters
+    total = float(weights.sum())
+    if abs(total) < _NO_TOTAL:
+        raise UnsupportedError("the weights sum to 0, and multislerp divides by their sum")
+    shares = weights / total
+    lengths = np.sqrt(np.diag(gram))
+    inverse = 1 / np.where(lengths > 0, lengths, 1.0)
+    mean = shares * inverse
+    length = max(float(mean @ gram @ mean), 0.0) ** 0.5
+    if length >= _CANCELLED:
+        return mean / length * float(shares @ lengths)
+    if weights.size == 2 or not lengths.any():  # noqa: PLR2004  (a pair)
+        return shares
+    raise UnsupportedError("the weighted directions cancel and have no mean; use other weights")
 
 
 def _between(cosines: Array, shares: Array) -> Array:
@@ -111,8 +139,9 @@ def _step(mean: Array, cosines: Array, shares: Array) -> tuple[Array, float]:
 def model_stock(gram: Array, weights: Array, parameters: Parameters) -> Array:
     """The mean is shrunk by T cos θ / ((T - 1) cos θ + 1) (Jang et al. 2024, "Model Stock").
 
-    cos θ is the mean cosine of all pairs, and no less than 0; T counts the updates that are there.
-    One alone is kept.
+    cos θ is the mean cosine of all pairs, as mergekit has it: of updates that oppose each other the
+    result points away from their mean, and where the quotient has no value it is 0. T counts the
+    updates that are there: a module that one adapter alone has is kept.
     """
     del parameters
     lengths = np.sqrt(np.diag(gram))
@@ -121,5 +150,6 @@ def model_stock(gram: Array, weights: Array, parameters: Parameters) -> Array:
     if count < 2:  # noqa: PLR2004  (no pair)
         return weights
     cosines = gram[np.ix_(there, there)] / np.outer(lengths[there], lengths[there])
-    cosine = max(float(cosines.sum() - np.trace(cosines)) / (count * (count - 1)), 0.0)
-    return weights * (count * cosine / ((count - 1) * cosine + 1))
+    cosine = float(cosines.sum() - np.trace(cosines)) / (count * (count - 1))
+    below = (count - 1) * cosine + 1
+    return weights * (count * cosine / below if abs(below) >= _NO_TOTAL else 0.0)

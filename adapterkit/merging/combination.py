@@ -14,15 +14,15 @@ from adapterkit.errors import UsageError
 from adapterkit.lowrank.decomposition import EXACT_ZERO, Decomposition, decompose
 from adapterkit.lowrank.distances import distance, gram, norm
 from adapterkit.lowrank.operators import Plane
-from adapterkit.lowrank.products import LowRank, stacked
+from adapterkit.lowrank.products import Array, LowRank, stacked
 from adapterkit.lowrank.ranks import predicted_error
-from adapterkit.lowrank.sketching import compressed
+from adapterkit.lowrank.sketching import compressed, compressed_within
 from adapterkit.merging import subspaces
 from adapterkit.merging.elementwise import merged
 from adapterkit.merging.registry import Kind, MethodSpec
 
 if TYPE_CHECKING:
-    from adapterkit.lowrank.products import Array, Key
+    from adapterkit.lowrank.products import Key
 
 _ACCURATE = 1e-8
 
@@ -34,9 +34,11 @@ class Combination:
     Attributes:
         spec: the method.
         parameters: its numbers, defaults filled in.
-        space: of an elementwise rule.
+        space: where the method is applied; None and `delta` for the updates themselves.
         seed: of a random one.
         rank: how much of a result without a small rank is wanted; None for Σ rᵢ.
+        tolerance: relative error of such a result, whose rank grows until it is kept; None if
+            none was asked for.
     """
 
     spec: MethodSpec
@@ -44,11 +46,18 @@ class Combination:
     space: str | None
     seed: int
     rank: int | None
+    tolerance: float | None = None
 
     @property
     def dense(self) -> bool:
         """Whether the result has no small rank, so that an adapter can only approximate it."""
         return self.spec.kind is Kind.ELEMENTWISE and self.space == "delta"
+
+    @property
+    def basis_dependent(self) -> bool:
+        """Whether (B · G⁻¹, G · A), the same update, gives another result."""
+        rule = self.spec.kind is Kind.ELEMENTWISE
+        return self.space == "core" if rule else self.spec.basis_dependent
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +67,12 @@ class Outcome:
     Attributes:
         exact: the result itself, factored or dense.
         spectrum: its leading singular values; None where factors are to be stored as they are.
+        coefficients: (T,), where it is Σ aᵢ ΔWᵢ with a's of the method's own.
     """
 
     exact: LowRank | Plane
     spectrum: Decomposition | None
+    coefficients: Array | None = None
 
     @property
     def norm(self) -> float:
@@ -112,9 +123,12 @@ def combine(
     if spec.kind is Kind.COEFFICIENTS:
         # A plain sum asks for no inner product, and they are a third of its work.
         inner = np.zeros((len(updates),) * 2) if spec.sums else gram(updates)
-        exact = stacked(updates, list(spec.function(inner, weights, how.parameters)))
-    else:
-        exact = spec.function(updates, weights, {**how.parameters, "rank": how.rank})
+        coefficients = np.asarray(spec.function(inner, weights, how.parameters))
+        exact = stacked(updates, list(coefficients))
+        return Outcome(exact, decompose(exact, EXACT_ZERO), coefficients)
+    numbers = {**how.parameters, "rank": how.rank}
+    space = _space(updates, how)
+    exact = space.back(spec.function(space.updates, weights, numbers))
     if spec.kind is Kind.STACK:
         return Outcome(exact, None)
     return Outcome(exact, decompose(exact, EXACT_ZERO))
@@ -129,13 +143,22 @@ def _elementwise(
         whole = merged(updates, weights, rule, how.parameters, keys)
         total = sum(update.rank for update in updates)
         start = np.concatenate([update.a for update in updates])
+        key = _key(how, place, -1)
+        if how.tolerance is not None:
+            return Outcome(whole, compressed_within(whole, how.tolerance, start, key))
         rank = min(how.rank or total, *whole.shape)
-        return Outcome(whole, compressed(whole, rank, start, _key(how, place, -1)))
-    make = {"knots": subspaces.knots_space, "core": subspaces.core_space}[how.space or ""]
-    space = make(updates)
+        return Outcome(whole, compressed(whole, rank, start, key))
+    space = _space(updates, how)
     small = merged(space.updates, weights, rule, how.parameters, keys).dense()
     exact = space.back(LowRank(np.eye(len(small)), small))
     return Outcome(exact, decompose(exact, EXACT_ZERO))
+
+
+def _space(updates: Sequence[LowRank], how: Combination) -> subspaces.Space:
+    """Return the updates in the space that was asked for; as they are where none was."""
+    if how.space in {None, "delta"}:
+        return subspaces.Space(tuple(updates), lambda merged: merged)
+    return subspaces.SPACES[how.space or ""](updates)
 
 
 def _keys(
@@ -174,19 +197,24 @@ def _key(how: Combination, place: tuple[str, int], adapter: int) -> Key:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def check(how: Combination, tolerance: float) -> None:
+def check(how: Combination) -> None:
     """Refuse settings that a method cannot follow.
 
     Raises:
         UsageError: names the setting.
     """
     spec = how.spec
-    if spec.kind is not Kind.ELEMENTWISE and how.space is not None:
-        raise UsageError(f"{spec.name} looks at no entries; space is for elementwise rules")
+    factors = spec.kind in {Kind.FACTORS, Kind.FLAT} and not spec.basis_dependent
+    spaced = factors or spec.kind is Kind.ELEMENTWISE
+    if how.space is not None and not spaced:
+        raise UsageError(f"{spec.name} is the same in every space; leave out the space")
     density = how.parameters.get("density")
     if density is not None and not 0 < density <= 1:
         raise UsageError(f"density is {density:g}, not a share above 0 and up to 1")
-    if spec.name == "iso-c" and tolerance:
-        raise UsageError("iso-c makes all singular values equal; give a rank instead of tol")
-    if spec.kind is Kind.STACK and (how.rank is not None or tolerance):
+    if spec.kind is Kind.FLAT and how.tolerance:
+        raise UsageError(f"{spec.name} makes all singular values equal; give a rank instead of tol")
+    common = how.parameters.get("common")
+    if common is not None and not 0 <= common <= 1:
+        raise UsageError(f"common is {common:g}, not a share from 0 to 1")
+    if spec.kind is Kind.STACK and (how.rank is not None or how.tolerance):
         raise UsageError(f"{spec.name} keeps every rank; use svd to choose one")

@@ -7,7 +7,7 @@ a whole. What a pruner needs to know of all entries, it learns in passes of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,6 +24,8 @@ Parameters: TypeAlias = Mapping[str, float | None]
 Filter: TypeAlias = Callable[[Array], Array]
 # Starts a pass from the top row; called again for every pass.
 Start: TypeAlias = Callable[[], Filter]
+# Blocks of all updates, pruned together.
+Selection: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
 
 # Entries of a block: 2 MB of float64, what stays in the cache between its uses.
 BLOCK = 1 << 18
@@ -41,16 +43,24 @@ class Rule:
         pruner: `f(update, parameters, key)` returns a function that starts a pass; that returns one
             that takes the next rows of the update and returns them pruned.
         combine: takes the pruned blocks of all updates and the weights, returns the merged block.
+        selection: `f(updates, parameters)` returns a function of the blocks of all updates, which
+            are pruned together before each is pruned alone; None where nothing is.
+        weigh: `f(blocks, weights)` returns other weights, from all pruned blocks of all updates.
     """
 
     pruner: Callable[[LowRank, Parameters, Key], Start]
     combine: Callable[[Sequence[Array], Array], Array]
+    selection: Callable[[Sequence[LowRank], Parameters], Selection] | None = None
+    weigh: Callable[[Iterable[Sequence[Array]], Array], Array] | None = None
 
 
-def blocks(update: LowRank) -> Iterator[Array]:
-    """Yield the rows of B · A from top to bottom, `BLOCK` entries (or one row) at a time."""
+def blocks(update: LowRank, height: int | None = None) -> Iterator[Array]:
+    """Yield the rows of B · A from top to bottom, `BLOCK` entries (or one row) at a time.
+
+    With `height`, so many rows at a time.
+    """
     rows, columns = update.shape
-    height = max(BLOCK // max(columns, 1), 1)
+    height = height or max(BLOCK // max(columns, 1), 1)
     for start in range(0, rows, height):
         yield update.b[start : start + height] @ update.a
 
@@ -63,15 +73,29 @@ def merged(
     keys: Sequence[Key],
 ) -> Plane:
     """Return the plane that an elementwise rule makes of updates of one shape."""
+    return planned(updates, weights, rule, parameters, keys).held()
+
+
+def planned(
+    updates: Sequence[LowRank],
+    weights: Array,
+    rule: Rule,
+    parameters: Parameters,
+    keys: Sequence[Key],
+    height: int | None = None,
+) -> Plane:
+    """Return the plane of `merged`, computed anew in every pass, `height` rows at a time."""
     starts = [rule.pruner(u, parameters, key) for u, key in zip(updates, keys, strict=True)]
+    select = rule.selection(updates, parameters) if rule.selection else None
 
-    def read() -> Iterator[Array]:
+    def pruned() -> Iterator[Sequence[Array]]:
         filters = [start() for start in starts]
-        for rows in zip(*(blocks(update) for update in updates), strict=True):
-            pruned = [keep(block) for keep, block in zip(filters, rows, strict=True)]
-            yield rule.combine(pruned, weights)
+        for rows in zip(*(blocks(update, height) for update in updates), strict=True):
+            chosen = select(rows) if select else rows
+            yield [keep(block) for keep, block in zip(filters, chosen, strict=True)]
 
-    return Plane(updates[0].shape, read).held()
+    shares = rule.weigh(pruned(), weights) if rule.weigh else weights
+    return Plane(updates[0].shape, lambda: (rule.combine(each, shares) for each in pruned()))
 
 
 def weighted_sum(pruned: Sequence[Array], weights: Array) -> Array:
@@ -91,10 +115,24 @@ def elected_mean(pruned: Sequence[Array], weights: Array) -> Array:
     Entries that cancel elect no sign and become 0.
     """
     weighted = [weight * block for weight, block in zip(weights, pruned, strict=True)]
-    votes = sum(weighted[1:], weighted[0])
-    # A sum of opposites is rounding, whose sign is chance.
-    cast = sum((np.abs(block) for block in weighted[1:]), np.abs(weighted[0]))
-    sign = np.where(np.abs(votes) > _TIE * cast, votes, 0.0)
+    return _agreeing_mean(weighted, weights, weighted)
+
+
+def elected_sum(pruned: Sequence[Array], weights: Array) -> Array:
+    """Σ wᵢxᵢ of the entries whose sign wins, as mergekit has it where it does not normalise."""
+    weighted = [weight * block for weight, block in zip(weights, pruned, strict=True)]
+    sign = _elected(weighted)
+    return sum((np.where(x * sign > 0, x, 0.0) for x in weighted), np.zeros_like(weighted[0]))
+
+
+def erased_mean(pruned: Sequence[Array], weights: Array) -> Array:
+    """`elected_mean` with one vote for each update, whatever its weight (SCE)."""
+    weighted = [weight * block for weight, block in zip(weights, pruned, strict=True)]
+    return _agreeing_mean(weighted, weights, pruned)
+
+
+def _agreeing_mean(weighted: Sequence[Array], weights: Array, votes: Sequence[Array]) -> Array:
+    sign = _elected(votes)
     total = np.zeros_like(weighted[0])
     shares = np.zeros_like(weighted[0])
     for block, weight in zip(weighted, weights, strict=True):
@@ -105,23 +143,32 @@ def elected_mean(pruned: Sequence[Array], weights: Array) -> Array:
     return total * (float(np.abs(weights).sum()) / shares)
 
 
+def _elected(votes: Sequence[Array]) -> Array:
+    """Return numbers of the sign that wins, 0 where none does."""
+    elected = sum(votes[1:], votes[0])
+    # A sum of opposites is rounding, whose sign is chance.
+    cast = sum((np.abs(block) for block in votes[1:]), np.abs(votes[0]))
+    return np.where(np.abs(elected) > _TIE * cast, elected, 0.0)
+
+
 def largest(update: LowRank, parameters: Parameters, key: Key) -> Start:
     """Keep the `density` largest entries by magnitude; all of several equal ones at the limit."""
     del key
     size = math.prod(update.shape)
-    limit = nth_largest(update, round(_density(parameters) * size))
+    limit = nth_largest(update, _kept(parameters, size))
     return lambda: lambda block: np.where(np.abs(block) >= limit, block, 0.0)
 
 
 def without_outliers(update: LowRank, parameters: Parameters, key: Key) -> Start:
     """Drop the `gamma` largest entries and the smallest, so that `density` of all are left.
 
-    Davari and Belilovsky (2024), "Model breadcrumbs".
+    Davari and Belilovsky (2024), "Model breadcrumbs". As in mergekit, fewer of the largest are
+    dropped where `density` and `gamma` together are more than all.
     """
     del key
     size = math.prod(update.shape)
-    top = round((parameters.get("gamma") or 0.0) * size)
-    kept = min(round(_density(parameters) * size), size - top)
+    kept = int(_density(parameters) * size)
+    top = min(int((parameters.get("gamma") or 0.0) * size), size - kept)
     upper = nth_largest(update, top)
     lower = nth_largest(update, top + kept)
 
@@ -130,6 +177,45 @@ def without_outliers(update: LowRank, parameters: Parameters, key: Key) -> Start
         return np.where((magnitude >= lower) & (magnitude < upper), block, 0.0)
 
     return lambda: keep
+
+
+def whole(update: LowRank, parameters: Parameters, key: Key) -> Start:
+    """Keep everything."""
+    del update, parameters, key
+    return lambda: lambda block: block
+
+
+def of_most_variance(updates: Sequence[LowRank], parameters: Parameters) -> Selection:
+    """Keep, in all updates, the `density` of the entries in which they differ most.
+
+    Wan et al. (2024), "FuseChat", SCE; the share is of the entries whose variance is not 0.
+    """
+    density = _density(parameters)
+    if density >= 1:
+        return lambda rows: rows
+
+    def variances() -> Iterator[Array]:
+        for rows in zip(*(blocks(update) for update in updates), strict=True):
+            yield np.var(rows, axis=0)
+
+    there = sum(int(np.count_nonzero(block)) for block in variances())
+    limit = nth_largest_of(variances, math.prod(updates[0].shape), int(there * density))
+
+    def select(rows: Sequence[Array]) -> Sequence[Array]:
+        chosen = np.var(rows, axis=0) >= limit
+        return [np.where(chosen, block, 0.0) for block in rows]
+
+    return select
+
+
+def by_energy(pruned: Iterable[Sequence[Array]], weights: Array) -> Array:
+    """Return weights in proportion to Σx² of what each update keeps; their sum stays (SCE)."""
+    squares = np.zeros(len(weights))
+    for rows in pruned:
+        squares += [float(np.vdot(block, block)) for block in rows]
+    shares = weights * squares
+    total = float(shares.sum())
+    return shares / total * float(weights.sum()) if total else weights
 
 
 def at_random(update: LowRank, parameters: Parameters, key: Key) -> Start:
@@ -175,6 +261,11 @@ def at_random_by_rank(update: LowRank, parameters: Parameters, key: Key) -> Star
     return start
 
 
+def _kept(parameters: Parameters, size: int) -> int:
+    """Return how many entries a density keeps: cut off as mergekit and PEFT do, one at least."""
+    return max(int(_density(parameters) * size), 1)
+
+
 def _density(parameters: Parameters) -> float:
     value = parameters.get("density")
     return 1.0 if value is None else value
@@ -186,20 +277,25 @@ def _generator(key: Key) -> np.random.Generator:
 
 
 def nth_largest(update: LowRank, place: int) -> float:
-    """Return the magnitude at a place, counted from 1 at the largest, of all entries of B · A.
+    """Return the magnitude at a place, counted from 1 at the largest, of all entries of B · A."""
+    return nth_largest_of(lambda: blocks(update), math.prod(update.shape), place)
+
+
+def nth_largest_of(read: Callable[[], Iterator[Array]], size: int, place: int) -> float:
+    """Return the magnitude at a place, counted from 1 at the largest, of all of `size` entries.
 
     Place 0 gives infinity. Exact: digits of 16 bits of the float64 pattern are counted, from the
     top, until the candidates that share them are few enough to sort.
     """
     if place <= 0:
         return math.inf
-    if place >= math.prod(update.shape):
+    if place >= size:
         return 0.0
-    prefix, shift, candidates = 0, 64, math.prod(update.shape)
+    prefix, shift, candidates = 0, 64, size
     while candidates > _SORTABLE and shift:
         shift -= _DIGIT
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
-        for bits in _patterns(update, prefix, shift + _DIGIT):
+        for bits in _patterns(read, prefix, shift + _DIGIT):
             digits = (bits >> shift) & ((1 << _DIGIT) - 1)
             counts += np.bincount(digits, minlength=counts.size)
         above = counts[::-1].cumsum()[::-1]
@@ -209,13 +305,15 @@ def nth_largest(update: LowRank, place: int) -> float:
         prefix = (prefix << _DIGIT) | digit
     if not shift:
         return float(np.array(prefix, dtype=np.int64).view(np.float64))
-    found = np.concatenate(list(_patterns(update, prefix, shift))).view(np.float64)
+    found = np.concatenate(list(_patterns(read, prefix, shift))).view(np.float64)
     return float(np.partition(found, found.size - place)[found.size - place])
 
 
-def _patterns(update: LowRank, prefix: int, shift: int) -> Iterator[NDArray[np.int64]]:
+def _patterns(
+    read: Callable[[], Iterator[Array]], prefix: int, shift: int
+) -> Iterator[NDArray[np.int64]]:
     """Yield the bits of all magnitudes that start with a prefix; they order as the numbers do."""
-    for block in blocks(update):
+    for block in read():
         bits = np.abs(block).reshape(-1).view(np.int64)
         yield bits if shift >= 64 else bits[(bits >> shift) == prefix]  # noqa: PLR2004  (all bits)
 
@@ -224,5 +322,8 @@ TIES = Rule(largest, elected_mean)
 DARE = Rule(at_random, weighted_sum)
 DARE_TIES = Rule(at_random, elected_mean)
 DELLA = Rule(at_random_by_rank, elected_mean)
+DELLA_LINEAR = Rule(at_random_by_rank, weighted_sum)
 BREADCRUMBS = Rule(without_outliers, weighted_sum)
+BREADCRUMBS_TIES = Rule(without_outliers, elected_sum)
+SCE = Rule(whole, erased_mean, of_most_variance, by_energy)
 MAGNITUDE_PRUNE = Rule(largest, weighted_sum)

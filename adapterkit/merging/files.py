@@ -12,6 +12,7 @@ from adapterkit.errors import UsageError
 from adapterkit.loading import load_all
 from adapterkit.merging.adapters import merge
 from adapterkit.merging.report import MergeReport
+from adapterkit.model import AdapterTensorSet
 from adapterkit.model.beside import lost_trained
 from adapterkit.notes import Loss
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
@@ -37,7 +38,7 @@ class MergeFilesReport(ProvenFile):
 
 
 def merge_files(
-    sources: Sequence[Path | str],
+    sources: Sequence[AdapterTensorSet | Path | str],
     destination: Path | str,
     *,
     to: str | None = None,
@@ -55,7 +56,7 @@ def merge_files(
     """Merge adapters of any formats into one of any format, with the proof that `convert` gives.
 
     Args:
-        sources: adapters, any formats.
+        sources: adapters of any formats, or in memory.
         destination: file or directory to create.
         to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
         base: the base model, where names, row orders or initial factors depend on it.
@@ -101,7 +102,7 @@ def merge_files(
     proven = save(ready.adapter, destination, target, options, force=force, spared=read)
     return MergeFilesReport(
         **vars(proven),
-        sources=tuple(str(source) for source in sources),
+        sources=tuple(each.label for each in loaded),
         merge=result.report,
         losses=ready.losses,
         notes=(

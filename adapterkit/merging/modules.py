@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterkit.dtype import DType
-from adapterkit.errors import UnsupportedError
+from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.lowrank.decomposition import EXACT_ZERO, NUMERICAL_ZERO
 from adapterkit.lowrank.products import nothing, stored, wide
 from adapterkit.lowrank.ranks import RankRule
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from adapterkit.merging.planning import ModulePlan
 
 
+# A sum of weights below this share of their magnitudes is rounding of 0.
+_NO_SUM = 1e-12
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What holds for all modules of a merge.
@@ -32,7 +36,7 @@ class Settings:
     Attributes:
         how: the method.
         ranks: how the rank is chosen.
-        normalize: whether weights are divided by the sum of their magnitudes.
+        normalize: whether weights are divided by their sum.
         dtype: stored type; None for the widest of the sources'.
         alpha: scale · rank of every merged module, so that a file needs one alpha.
     """
@@ -84,8 +88,15 @@ def merge_module(plan: ModulePlan, *, settings: Settings, labels: Sequence[str])
 
 def _weights(plan: ModulePlan, *, normalize: bool) -> Array:
     weights = np.array(plan.weights)
-    total = float(np.abs(weights).sum())
-    return weights / total if normalize and total else weights
+    if not normalize:
+        return weights
+    total = float(weights.sum())
+    if abs(total) <= _NO_SUM * float(np.abs(weights).sum()):
+        raise UsageError(
+            f"the weights of {plan.module} sum to 0, and normalize divides by their sum; "
+            "leave it out"
+        )
+    return weights / total
 
 
 def _stored(
@@ -94,7 +105,10 @@ def _stored(
     spectra = [outcome.spectrum for outcome in outcomes if outcome.spectrum is not None]
     # A rank that was asked for is the rank of all modules: engines that know one rank only can
     # serve the result, and zeros fill what a module does not have.
-    limit = plan.rank if settings.ranks.rank is None else settings.alpha
+    limit = settings.alpha
+    if settings.ranks.rank is None:
+        dense = settings.how.dense and settings.how.tolerance is not None
+        limit = plan.largest_rank(dense=dense)
     zero = EXACT_ZERO if _kind(plan, settings.dtype) is DType.F64 else NUMERICAL_ZERO
     rank = settings.ranks.choose(spectra, limit, zero) if spectra else plan.rank
     scale = settings.alpha / rank
@@ -160,6 +174,7 @@ def _report(
     return ModuleReport(
         module=plan.module,
         weights=tuple(float(weight) for weight in weights),
+        coefficients=_coefficients(outcomes),
         ranks=tuple(0 if pair is None else pair.rank for pair in plan.pairs),
         rank=pair.rank,
         norm=norm,
@@ -167,6 +182,11 @@ def _report(
         measured_error=measured,
         retained_energy=1 - predicted**2,
     )
+
+
+def _coefficients(outcomes: Sequence[Outcome]) -> tuple[float, ...] | None:
+    found = [outcome.coefficients for outcome in outcomes if outcome.coefficients is not None]
+    return tuple(np.mean(found, axis=0).tolist()) if found else None
 
 
 def _measured(outcomes: Sequence[Outcome], pair: Update) -> float:

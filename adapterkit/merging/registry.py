@@ -1,10 +1,11 @@
 """The merge methods, as data: what each is, what it takes, and where its function lives.
 
-Four kinds of pure functions on one module, told apart by `Kind`; every update is a `LowRank`:
+Five kinds of pure functions on one module, told apart by `Kind`; every update is a `LowRank`:
 
 - COEFFICIENTS: `f(gram, weights, parameters) -> (T,)`, the result is Σ aᵢ ΔWᵢ; `gram` (T, T) holds
   the inner products ⟨ΔWᵢ, ΔWⱼ⟩.
 - FACTORS: `f(updates, weights, parameters) -> LowRank`.
+- FLAT: like FACTORS, and all singular values of the result are equal, so that none can be left out.
 - STACK: like FACTORS, and the result is stored as it is, without another decomposition.
 - ELEMENTWISE: an `adapterkit.merging.elementwise.Rule`, applied to the entries of every update.
 """
@@ -17,10 +18,11 @@ from enum import StrEnum
 from importlib import import_module
 from typing import Any
 
+from adapterkit.merging.aliases import alias
 from adapterkit.registry import named, plugins
 
 _GROUP = "adapterkit.merge_methods"
-SPACES = ("delta", "knots", "core")
+SPACES = ("delta", "knots", "core", "core-balanced")
 _HERE = "adapterkit.merging"
 
 
@@ -29,6 +31,7 @@ class Kind(StrEnum):
 
     COEFFICIENTS = "coefficients"
     FACTORS = "factors"
+    FLAT = "flat"
     STACK = "stack"
     ELEMENTWISE = "elementwise"
 
@@ -42,10 +45,12 @@ class MethodSpec:
         title: what it does, in one line.
         kind: what its function returns.
         target: `module:attribute` of the function or rule.
+        source: the paper or program whose meaning it has.
         parameters: its own numbers with their defaults; None where there is none.
         space: where an elementwise rule is applied unless told otherwise.
         mean: whether it averages: weights are then shares, 1 / T each by default, and their sum is
             the strength of the result. Otherwise it sums, and weights are 1 by default.
+        shares: whether weights count against each other only, so that their sum is no strength.
         sums: whether the result is Σ wᵢ ΔWᵢ, so that vectors beside the factors can be summed too.
         directed: whether it walks between updates, so that weights must not be negative.
         adapters: smallest and largest number of adapters; None for no limit.
@@ -57,14 +62,23 @@ class MethodSpec:
     title: str
     kind: Kind
     target: str
+    source: str = ""
     parameters: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
     space: str | None = None
     mean: bool = False
+    shares: bool = False
     sums: bool = False
     directed: bool = False
     adapters: tuple[int, int | None] = (1, None)
     random: bool = False
     basis_dependent: bool = False
+
+    @property
+    def exact(self) -> str:
+        """What holds its result without a loss."""
+        if self.kind is Kind.ELEMENTWISE and self.space == "delta":
+            return "a base (--into); an adapter comes near it, or with --space knots or core"
+        return "an adapter of rank Σr"
 
     @property
     def function(self) -> Any:
@@ -73,20 +87,40 @@ class MethodSpec:
         return getattr(import_module(module), attribute)
 
 
-def _sum(name: str, title: str) -> MethodSpec:
+_ILHARCO = "Ilharco et al. 2023, arXiv 2212.04089"
+_TIES = "Yadav et al. 2023, arXiv 2306.01708"
+_DARE = "Yu et al. 2024, arXiv 2311.03099"
+_DELLA = "Deep et al. 2024, arXiv 2406.11617"
+_BREADCRUMBS = "Davari and Belilovsky 2024, arXiv 2312.06795"
+_KNOTS = "Stoica et al. 2024, arXiv 2410.19735"
+_CORE = "Panariello et al. 2025, arXiv 2509.17786"
+_ISO = "Marczak et al. 2025, arXiv 2502.04959"
+
+
+def _sum(name: str, title: str, source: str) -> MethodSpec:
     target = f"{_HERE}.coefficients:linear"
-    return MethodSpec(name=name, title=title, kind=Kind.COEFFICIENTS, target=target, sums=True)
+    return MethodSpec(
+        name=name, title=title, kind=Kind.COEFFICIENTS, target=target, source=source, sums=True
+    )
 
 
 def _average(
-    name: str, title: str, *, directed: bool = False, adapters: tuple[int, int | None] = (1, None)
+    name: str,
+    title: str,
+    source: str,
+    *,
+    shares: bool = False,
+    directed: bool = False,
+    adapters: tuple[int, int | None] = (1, None),
 ) -> MethodSpec:
     return MethodSpec(
         name=name,
         title=title,
         kind=Kind.COEFFICIENTS,
         target=f"{_HERE}.coefficients:{name.replace('-', '_')}",
+        source=source,
         mean=True,
+        shares=shares,
         directed=directed,
         adapters=adapters,
     )
@@ -95,6 +129,7 @@ def _average(
 def _rule(
     name: str,
     title: str,
+    source: str,
     parameters: Mapping[str, float | None],
     *,
     rule: str = "",
@@ -105,8 +140,10 @@ def _rule(
     return MethodSpec(
         name=name,
         title=title,
+        basis_dependent=space == "core",
         kind=Kind.ELEMENTWISE,
         target=f"{_HERE}.elementwise:{(rule or name).upper().replace('-', '_')}",
+        source=source,
         parameters=parameters,
         space=space,
         mean=mean,
@@ -117,40 +154,77 @@ def _rule(
 def _factors(
     name: str,
     title: str,
+    source: str,
     parameters: Mapping[str, float | None] | None = None,
     *,
-    stacks: bool = False,
+    kind: Kind = Kind.FACTORS,
+    mean: bool = False,
     basis_dependent: bool = False,
 ) -> MethodSpec:
     return MethodSpec(
         name=name,
         title=title,
-        kind=Kind.STACK if stacks else Kind.FACTORS,
+        kind=kind,
         target=f"{_HERE}.subspaces:{name.replace('-', '_')}",
+        source=source,
         parameters=parameters or {},
-        sums=stacks,
+        mean=mean,
+        sums=kind is Kind.STACK,
         basis_dependent=basis_dependent,
     )
 
 
 BUILTIN = (
-    _sum("svd", "the weighted sum in its singular basis; --rank keeps the best part of it"),
-    _sum("linear", "the weighted sum of the updates, the same as svd"),
-    _sum("task-arithmetic", "the weighted sum, by its other name"),
-    _factors("cat", "the weighted sum with all factors side by side", stacks=True),
-    _average("slerp", "along the great circle between two updates", directed=True, adapters=(2, 2)),
-    _average(
-        "nuslerp", "slerp of the directions, mean of the norms", directed=True, adapters=(2, 2)
+    _sum(
+        "svd",
+        "the weighted sum in its singular basis; --rank keeps the best part of it",
+        "Eckart and Young 1936",
     ),
-    _average("karcher", "the mean direction on the sphere, mean of the norms", directed=True),
+    _sum("linear", "the weighted sum of the updates, the same as svd", _ILHARCO),
+    _sum("task-arithmetic", "the weighted sum, by its other name", _ILHARCO),
+    _factors("cat", "the weighted sum with all factors side by side", "PEFT", kind=Kind.STACK),
     _average(
-        "model-stock", "the mean, shrunk by how far the updates are apart", adapters=(2, None)
+        "slerp",
+        "along the great circle between two updates; the weights' sum is the strength",
+        "Shoemake 1985",
+        directed=True,
+        adapters=(2, 2),
     ),
-    _rule("ties", "trim, elect signs, mean of those that agree", {"density": 0.2}, mean=True),
-    _rule("dare", "drop entries at random, rescale, sum", {"density": 0.5}, random=True),
+    _average(
+        "nuslerp",
+        "slerp with weights that are shares, whatever their sum",
+        "mergekit 0.1.5",
+        shares=True,
+        directed=True,
+        adapters=(2, 2),
+    ),
+    _average(
+        "multislerp",
+        "the weighted mean direction, weighted mean of the norms; weights are shares",
+        "mergekit 0.1.5",
+        shares=True,
+        directed=True,
+    ),
+    _average(
+        "karcher",
+        "the mean direction on the sphere, mean of the norms",
+        "Karcher 1977",
+        directed=True,
+    ),
+    _average(
+        "model-stock",
+        "the mean, shrunk by how far the updates are apart: unrelated ones leave next to nothing",
+        "Jang et al. 2024, arXiv 2403.19522",
+        adapters=(2, None),
+    ),
+    _rule(
+        "ties", "trim, elect signs, mean of those that agree", _TIES, {"density": 0.2}, mean=True
+    ),
+    _rule("dare", "drop entries at random, rescale, sum", _DARE, {"density": 0.5}, random=True),
     _rule(
         "dare-ties",
         "drop at random, rescale, elect signs, mean of those that agree",
+        _DARE,
         {"density": 0.5},
         mean=True,
         random=True,
@@ -158,19 +232,42 @@ BUILTIN = (
     _rule(
         "della",
         "drop small entries more often, rescale, elect signs, mean of those that agree",
+        _DELLA,
         {"density": 0.5, "epsilon": 0.1},
         mean=True,
         random=True,
     ),
     _rule(
+        "della-linear",
+        "drop small entries more often, rescale, sum",
+        _DELLA,
+        {"density": 0.5, "epsilon": 0.1},
+        random=True,
+    ),
+    _rule(
         "breadcrumbs",
         "drop the smallest and the very largest entries, sum",
+        _BREADCRUMBS,
         {"density": 0.9, "gamma": 0.01},
     ),
-    _rule("magnitude-prune", "keep the largest entries, sum", {"density": 0.5}),
+    _rule(
+        "breadcrumbs-ties",
+        "drop the smallest and the very largest entries, elect signs, sum of those that agree",
+        "mergekit 0.1.5",
+        {"density": 0.9, "gamma": 0.01},
+    ),
+    _rule("magnitude-prune", "keep the largest entries, sum", "PEFT", {"density": 0.5}),
+    _rule(
+        "sce",
+        "keep where updates differ most, weigh by energy, elect signs, mean of those that agree",
+        "Wan et al. 2024, arXiv 2408.07990",
+        {"density": 1.0},
+        mean=True,
+    ),
     _rule(
         "knots",
         "ties in the common right-singular space",
+        _KNOTS,
         {"density": 1.0},
         mean=True,
         rule="ties",
@@ -178,17 +275,52 @@ BUILTIN = (
     ),
     _rule(
         "core",
-        "ties on the cores in common bases",
+        "ties on the cores in common bases of the factors as they are stored",
+        _CORE,
         {"density": 1.0},
         mean=True,
         rule="ties",
         space="core",
     ),
-    _factors("tsv", "all singular vectors made orthogonal, then summed", {"density": 1.0}),
-    _factors("iso-c", "the weighted sum with all singular values made equal"),
+    _rule(
+        "core-balanced",
+        "core in bases that do not depend on how the factors are stored",
+        f"adapterkit, after {_CORE}",
+        {"density": 1.0},
+        mean=True,
+        rule="ties",
+        space="core-balanced",
+    ),
+    _factors(
+        "tsv",
+        "all singular vectors made orthogonal, then summed",
+        "Gargiulo et al. 2025, arXiv 2412.00081",
+        {"density": 1.0},
+    ),
+    _factors(
+        "iso-c-core",
+        "the weighted sum with all singular values made equal, in core space",
+        f"{_ISO}, as in {_CORE}",
+        kind=Kind.FLAT,
+    ),
+    _factors(
+        "iso-cts-core",
+        "iso-c-core of the sum's leading directions and of each update's own",
+        f"{_ISO}, as in {_CORE}",
+        {"common": 0.8},
+        kind=Kind.FLAT,
+    ),
+    _factors(
+        "cart-core",
+        "the mean, and the leading directions of what each is apart from it, in core space",
+        f"Choi et al. 2024, arXiv 2412.12153, as in {_CORE}",
+        {"density": 0.04, "coefficient": 1.0},
+        mean=True,
+    ),
     _factors(
         "linear-peft",
         "PEFT's linear: A and B summed apart, with cross terms; not the weighted sum",
+        "PEFT 0.21",
         basis_dependent=True,
     ),
 )
@@ -200,9 +332,20 @@ def merge_methods() -> tuple[MethodSpec, ...]:
 
 
 def method(name: str) -> MethodSpec:
-    """Return the method of a name.
+    """Return the method of a name, or of what another program calls it.
 
     Raises:
         UsageError: if there is none; the message lists all.
     """
+    known = {spec.name for spec in merge_methods()}
+    if name not in known and (found := alias(name)):
+        name = found.method
+    elif name not in known and name.replace("_", "-") in known:
+        name = name.replace("_", "-")
     return named("method", name, BUILTIN, _GROUP)
+
+
+def remark(name: str) -> str | None:
+    """Return what is not the same as in the program whose name of a method this is."""
+    found = None if name in {spec.name for spec in merge_methods()} else alias(name)
+    return f"{name} is {found.method} here: {found.remark}" if found and found.remark else None

@@ -13,6 +13,8 @@ class ModuleReport:
     Attributes:
         module: Hugging Face path.
         weights: weight of each adapter, as it was used here.
+        coefficients: what a method that makes Σ aᵢ ΔWᵢ made of them, of experts the mean; None for
+            other methods.
         ranks: rank of each adapter's update, 0 where it has none.
         rank: rank of the result.
         norm: ‖ΔW‖, Frobenius, of what the method asks for, before any truncation.
@@ -24,6 +26,7 @@ class ModuleReport:
 
     module: str
     weights: tuple[float, ...]
+    coefficients: tuple[float, ...] | None
     ranks: tuple[int, ...]
     rank: int
     norm: float
@@ -39,11 +42,12 @@ class MergeReport:
     Attributes:
         adapters: what was merged, by path or place.
         method: name of the method.
-        space: where an elementwise rule was applied, `delta`, `knots` or `core`; None for others.
+        space: where the method was applied, `delta`, `knots`, `core` or `core-balanced`; None for
+            one that was not told.
         parameters: the method's own numbers, defaults included.
         seed: of the random methods; None for others.
         weights: weight of each adapter, before patterns for single modules.
-        normalized: whether weights were divided by the sum of their magnitudes.
+        normalized: whether weights were divided by their sum.
         basis_dependent: whether another basis of the same updates would give another result.
         modules: every merged module.
         beside: tensors that are no factors, and how they were merged.

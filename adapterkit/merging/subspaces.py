@@ -66,16 +66,18 @@ def tsv(updates: Sequence[LowRank], weights: Array, parameters: Parameters) -> L
     """Singular vectors of all updates, made orthogonal, carry their own singular values.
 
     Gargiulo et al. (2025), "Task Singular Vectors", TSV-M: U⊥ Σ V⊥ᵀ, where U⊥ is the orthogonal
-    matrix nearest to [U₁ … U_T]. `density` is the share of each update's vectors that is kept.
-    Vectors that depend on others, as those of a duplicate, share their direction.
+    matrix nearest to [U₁ … U_T]. `density` is the share of each update's vectors that is kept, and
+    no update keeps more than its T-th part of the smaller side. Vectors that depend on others, as
+    those of a duplicate, share their direction.
     """
     density = parameters.get("density") or 1.0
+    room = max(min(updates[0].shape) // len(updates), 1)
     lefts: list[Array] = []
     rights: list[Array] = []
     values: list[Array] = []
     for update, weight in zip(updates, weights, strict=True):
         spectrum = decompose(update)
-        kept = math.ceil(density * spectrum.values.size)
+        kept = min(max(int(density * spectrum.values.size), 1), room)
         u, vt = spectrum.vectors
         lefts.append(u[:, :kept])
         rights.append(vt[:kept].T)
@@ -95,14 +97,14 @@ def _nearest_orthogonal(tall: Array) -> Array:
     return tall @ (to_basis @ (u[:, kept] @ vt[kept]))
 
 
-def iso_c(updates: Sequence[LowRank], weights: Array, parameters: Parameters) -> LowRank:
-    """The weighted sum with every singular value replaced by their mean.
+def iso_c_core(updates: Sequence[LowRank], weights: Array, parameters: Parameters) -> LowRank:
+    """The weighted sum with every singular value replaced by their mean, in core space.
 
-    Marczak et al. (2025), "No Task Left Behind", Iso-C, read for updates of low rank: the mean is
-    that of the R values that are not rounding, because the full-space definition would divide by
-    the width of the layer and fill directions that no adapter has. `rank` keeps the largest before
-    they are made equal. A direction that appears, however weak, is raised to the mean: the result
-    is not continuous there.
+    Iso-C (Marczak et al. 2025, "No Task Left Behind") as Panariello et al. (2025) run it in core
+    space: the mean is that of the R values that are not rounding. On whole matrices it would divide
+    by the width of the layer and fill directions that no adapter has. `rank` keeps the largest
+    before they are made equal. A direction that appears, however weak, is raised to the mean: the
+    result is not continuous there.
     """
     spectrum = decompose(stacked(updates, list(weights)))
     kept = min(int(parameters.get("rank") or spectrum.values.size), spectrum.values.size)
@@ -111,6 +113,58 @@ def iso_c(updates: Sequence[LowRank], weights: Array, parameters: Parameters) ->
     level = float(spectrum.values[:kept].mean())
     u, vt = spectrum.vectors
     return LowRank(u[:, :kept] * level, vt[:kept])
+
+
+def iso_cts_core(updates: Sequence[LowRank], weights: Array, parameters: Parameters) -> LowRank:
+    """Iso-C of the sum's leading directions and of each update's own, in core space.
+
+    Marczak et al. (2025), "No Task Left Behind", Iso-CTS, with the R dimensions of core space where
+    it has the width of the layer: `common` of them are the sum's, the rest are shared out among
+    what the updates have outside of the left ones; all are made orthogonal, and get the mean value.
+    """
+    spectrum = decompose(stacked(updates, list(weights)))
+    size, count = spectrum.values.size, len(updates)
+    size = min(int(parameters.get("rank") or size), size)
+    common = int(size * _number(parameters, "common", 0.8))
+    own = round((size - common) / count)
+    common = size - own * count
+    u, vt = spectrum.vectors
+    u = u[:, :common]
+    lefts, rights, values = [u], [vt[:common].T], [spectrum.values[:common]]
+    for update, weight in zip(updates, weights, strict=True):
+        apart = decompose(LowRank((update.b - u @ (u.T @ update.b)) * weight, update.a))
+        left, right = apart.vectors
+        lefts.append(left[:, :own])
+        rights.append(right[:own].T)
+        values.append(apart.values[:own])
+    values = np.concatenate(values)
+    if not values.size:
+        return nothing(updates[0].shape)
+    left = _nearest_orthogonal(np.concatenate(lefts, axis=1))
+    right = _nearest_orthogonal(np.concatenate(rights, axis=1))
+    return LowRank(left * float(values.mean()), right.T)
+
+
+def cart_core(updates: Sequence[LowRank], weights: Array, parameters: Parameters) -> LowRank:
+    """The mean, and the leading directions of what each update is apart from it, in core space.
+
+    Choi et al. (2024), "Revisiting weight averaging for model merging", CART, as Panariello et al.
+    (2025) run it in core space: ⌈`density` · R⌉ directions of each ΔWᵢ - mean are kept, and
+    `coefficient` times their sum is added to the mean. With all directions they would sum to 0.
+    """
+    coefficient = _number(parameters, "coefficient", 1.0)
+    total = float(weights.sum())
+    mean = stacked(updates, list(weights))
+    size = min(core_space(updates).updates[0].shape)
+    kept = math.ceil(_number(parameters, "density", 1.0) * size)
+    centre = stacked([mean], [1 / total if total else 0.0])
+    parts, scales = [mean], [1.0]
+    for update, weight in zip(updates, weights, strict=True):
+        apart = decompose(stacked([update, centre], [1.0, -1.0]))
+        u, vt = apart.vectors
+        parts.append(LowRank(u[:, :kept] * apart.values[:kept], vt[:kept]))
+        scales.append(coefficient * float(weight) * len(updates))
+    return stacked(parts, scales)
 
 
 def knots_space(updates: Sequence[LowRank]) -> Space:
@@ -134,13 +188,25 @@ def core_space(updates: Sequence[LowRank]) -> Space:
     """Update i becomes its core U_Bᵀ ΔWᵢ V_A, (k, k), in bases of all B and all A.
 
     Panariello et al. (2025), "Accurate and efficient low-rank model merging in core space". The
-    bases are those of balanced factors: of raw ones they would depend on the factors' own basis.
+    bases are those of the factors as they are stored, and so depend on the factors' own basis.
     """
-    even = [balanced(update) for update in updates]
-    left = _principal(np.concatenate([update.b for update in even], axis=1))
-    right = _principal(np.concatenate([update.a for update in even], axis=0).T)
-    seen = tuple(LowRank(left.T @ update.b, update.a @ right) for update in even)
+    left = _principal(np.concatenate([update.b for update in updates], axis=1))
+    right = _principal(np.concatenate([update.a for update in updates], axis=0).T)
+    seen = tuple(LowRank(left.T @ update.b, update.a @ right) for update in updates)
     return Space(seen, lambda merged: LowRank(left @ merged.b, merged.a @ right.T))
+
+
+def balanced_core_space(updates: Sequence[LowRank]) -> Space:
+    """The core space of balanced factors, which every basis of the same updates leads to."""
+    return core_space([balanced(update) for update in updates])
+
+
+SPACES = {"knots": knots_space, "core": core_space, "core-balanced": balanced_core_space}
+
+
+def _number(parameters: Parameters, name: str, default: float) -> float:
+    value = parameters.get(name)
+    return default if value is None else value
 
 
 def _principal(tall: Array) -> Array:

@@ -35,6 +35,10 @@ def _frozen(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return MappingProxyType(dict(value))
 
 
+# Modules that a notebook's table shows.
+_TABLE_ROWS = 20
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AdapterTensorSet:
     """An adapter in neutral form; it pickles and copies, whatever its tensors are read from.
@@ -105,6 +109,21 @@ class AdapterTensorSet:
         if self.base.name:
             facts.append(f"base {self.base.name!r}")
         return f"<AdapterTensorSet: {', '.join(facts)}>"
+
+    def _repr_html_(self) -> str:
+        """Return the modules and their factors as a table, for notebooks."""
+        from html import escape
+
+        pairs = list(self.pairs())
+        rows = "".join(
+            f"<tr><td>{escape(p.module)}<td>{p.rank}<td>{p.scale:.6g}"
+            f"<td>{escape(str(p.a.shape))}<td>{escape(str(p.b.shape))}<td>{p.a.dtype.value}"
+            for p in pairs[:_TABLE_ROWS]
+        )
+        more = len(pairs) - _TABLE_ROWS
+        rows += f"<tr><td colspan=6>and {more:,} more" if more > 0 else ""
+        head = "<tr><th>module<th>rank<th>scale<th>A<th>B<th>dtype"
+        return f"<p>{escape(repr(self))}</p><table>{head}{rows}</table>"
 
     @classmethod
     def of(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import FormatError
 from adapterkit.keys import PARTNERS, Role, TensorKey
 from adapterkit.model.declared import unstored
-from adapterkit.model.update import Kind, Update, has_axes
+from adapterkit.model.update import GATHER, ONE_RANK, Kind, Update, has_axes, is_slice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,8 +46,9 @@ class Defect:
 
 def defects(adapter: AdapterTensorSet) -> Iterator[Defect]:
     """Yield every defect, by tensor and then those of the config; no tensor data is read."""
+    whole = "" if not is_slice(_linear_factors(adapter)) else f": this {ONE_RANK}; {GATHER}"
     for key, tensor in adapter.tensors.items():
-        yield from _of_tensor(adapter, key, tensor)
+        yield from _of_tensor(adapter, key, tensor, whole)
     for module, (declared, stored) in adapter.rank_conflicts.items():
         message = f"the config declares rank {declared}, the tensors have {stored}"
         yield Defect("declared-rank", module, message)
@@ -74,7 +75,18 @@ def check_structure(adapter: AdapterTensorSet) -> None:
         raise FormatError(f"{broken[0]}{more}", path=path)
 
 
-def _of_tensor(adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor) -> Iterator[Defect]:
+def _linear_factors(
+    adapter: AdapterTensorSet,
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for key, a in adapter.tensors.items():
+        b = adapter.tensors.get(TensorKey(key.module, Role.LORA_B))
+        if key.role is Role.LORA_A and b is not None:
+            yield a.shape, b.shape
+
+
+def _of_tensor(
+    adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor, sliced: str
+) -> Iterator[Defect]:
     name, shape = str(key), list(tensor.shape)
     if not tensor.size:
         yield Defect("empty", name, f"is empty, shape {shape}")
@@ -92,14 +104,14 @@ def _of_tensor(adapter: AdapterTensorSet, key: TensorKey, tensor: LazyTensor) ->
     elif other is None:
         yield Defect("half", name, f"has no {partner} beside it")
     elif key.role in {Role.LORA_A, Role.EMBEDDING_A}:
-        yield from _of_ranks(Update(key.module, tensor, other, 1.0, kind))
+        yield from _of_ranks(Update(key.module, tensor, other, 1.0, kind), sliced)
 
 
-def _of_ranks(update: Update) -> Iterator[Defect]:
+def _of_ranks(update: Update, sliced: str) -> Iterator[Defect]:
     said_of_b = not update.b.size or not has_axes(update.kind, update.b)
     if not update.sound and not said_of_b:
         shapes = f"A is {list(update.a.shape)}, B is {list(update.b.shape)}"
-        yield Defect("ranks", update.module, f"ranks disagree, {shapes}", update.embedding)
+        yield Defect("ranks", update.module, f"ranks disagree, {shapes}{sliced}", update.embedding)
 
 
 def _of_token_rows(adapter: AdapterTensorSet) -> Iterator[Defect]:

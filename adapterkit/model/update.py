@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from adapterkit.dtype import DType
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, TensorKey
 from adapterkit.tensor import LazyTensor
 
@@ -70,6 +71,20 @@ class Update:
         if len(self.b.shape) > 1:
             return self.b.shape[-1]
         return self.a.shape[-2] if len(self.a.shape) > 1 else 0
+
+    def delta(self) -> Array:
+        """Return ΔW = scale · B · A, for small updates: float64, (out, in) or (E, out, in).
+
+        A convolution's has the shape of its kernel, (out, in, *kernel); an embedding's is
+        (vocabulary, width), as the table has it.
+        """
+        plain = (t.cast(DType.F32) if t.dtype.quantised else t for t in (self.a, self.b))
+        a, b = (tensor.numpy().astype("float64") for tensor in plain)
+        if self.kind is Kind.CONVOLUTION:
+            folded = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
+            return self.scale * folded.reshape(b.shape[0], *a.shape[1:])
+        product = self.scale * (b @ a)
+        return product.T if self.embedding else product
 
     @property
     def experts(self) -> int:
@@ -142,6 +157,24 @@ class Update:
             (*a[:a_axis], rank, *a[a_axis + 1 :]),
             (*b[:b_axis], rank, *b[b_axis + 1 :]),
         )
+
+
+ONE_RANK = "is one rank's slice of a sharded model (FSDP)"
+GATHER = "gather it in training, or pass what torch.distributed.checkpoint saved of all ranks"
+
+
+def is_slice(factors: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Tell whether factors are one rank's rows of the whole ones, as FSDP2 keeps them.
+
+    The rows of A are parted and so are those of B, whose columns still are the whole rank.
+
+    Args:
+        factors: shapes of A (r, in) and B (out, r) of every update.
+    """
+    shapes = list(factors)
+    return bool(shapes) and all(
+        len(a) == len(b) == _MATRIX and a[0] < b[1] <= a[1] for a, b in shapes
+    )
 
 
 def has_axes(kind: Kind, factor: LazyTensor) -> bool:

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from adapterkit.engines.engine import Target, load_target
 from adapterkit.engines.facts import facts
@@ -62,7 +63,7 @@ def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
             raise UnsupportedError(f"{message}; rename it", path=member.path)
     target = load_target(_TARGETS.get(name, name) + at + version)
     warnings = [sentence for member in members for sentence in _told(member, target)]
-    text, more = _LAUNCHES[name](members, _flags(members, target))
+    text, more = _LAUNCHES[name](members, _flags(members, target), stack.base)
     return ServingSettings(
         engine=engine,
         adapters=members,
@@ -86,7 +87,9 @@ def _flags(members: Sequence[StackedAdapter], engine: Target) -> str:
     return "".join(f" {flag}" for flag in dict.fromkeys(flags))
 
 
-def _llama_cpp(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+def _llama_cpp(
+    members: Sequence[StackedAdapter], flags: str, base: Path | None
+) -> tuple[str, list[str]]:
     _check_gguf(members)
     for member in members:
         if set(str(member.path)) & {",", ":"}:
@@ -97,34 +100,42 @@ def _llama_cpp(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list
             )
     if all(member.scale == 1 for member in members):
         listed = ",".join(str(member.path) for member in members)
-        return "--lora " + shlex.quote(listed) + flags, []
+        return f"{_model(base)} --lora {shlex.quote(listed)}{flags}".lstrip(), []
     pairs = ",".join(f"{member.path}:{member.scale:g}" for member in members)
-    return "--lora-scaled " + shlex.quote(pairs) + flags, []
+    return f"{_model(base)} --lora-scaled {shlex.quote(pairs)}{flags}".lstrip(), []
 
 
-def _llama_server(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+def _llama_server(
+    members: Sequence[StackedAdapter], flags: str, base: Path | None
+) -> tuple[str, list[str]]:
     _check_gguf(members)
     paths = " ".join(f"--lora {shlex.quote(str(member.path))}" for member in members)
     scales = [{"id": place, "scale": member.scale} for place, member in enumerate(members)]
     lines = [
-        f"llama-server {paths} --lora-init-without-apply{flags}",
+        f"llama-server{_model(base)} {paths} --lora-init-without-apply{flags}",
         f"POST /lora-adapters {json.dumps(scales)}",
         f'or in a request: "lora": {json.dumps(scales)}',
     ]
     return "\n".join(lines), []
 
 
-def _ollama(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+def _ollama(
+    members: Sequence[StackedAdapter], flags: str, base: Path | None
+) -> tuple[str, list[str]]:
     del flags
     _check_gguf(members)
     if len(members) > 1 or members[0].scale != 1:
         raise UnsupportedError(
             f"Ollama takes one adapter at scale 1; combine the stack into one first ({_SUM}.gguf)"
         )
-    return f"FROM <base>\nADAPTER {members[0].path}", []
+    told = ["no --base was given: put the GGUF base into FROM yourself"] if base is None else []
+    return f"FROM {base or '<base>'}\nADAPTER {members[0].path}", told
 
 
-def _vllm(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+def _vllm(
+    members: Sequence[StackedAdapter], flags: str, base: Path | None
+) -> tuple[str, list[str]]:
+    del base
     told = _one_a_request(members, "vLLM")
     rank = max((pair.rank for member in members for pair in member.adapter.pairs()), default=1)
     allowed = next((size for size in _VLLM_RANKS if size >= rank), rank)
@@ -132,9 +143,17 @@ def _vllm(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]
     return words, told
 
 
-def _sglang(members: Sequence[StackedAdapter], flags: str) -> tuple[str, list[str]]:
+def _sglang(
+    members: Sequence[StackedAdapter], flags: str, base: Path | None
+) -> tuple[str, list[str]]:
+    del base
     told = _one_a_request(members, "SGLang")
     return f"--lora-paths {_by_name(members)} --lora-strict-loading{flags}", told
+
+
+def _model(base: Path | None) -> str:
+    """Return the word that names the model, where it is a GGUF file."""
+    return f" -m {shlex.quote(str(base))}" if base and base.suffix == ".gguf" else ""
 
 
 def _by_name(members: Sequence[StackedAdapter]) -> str:
@@ -164,7 +183,7 @@ def _check_gguf(members: Sequence[StackedAdapter]) -> None:
             )
 
 
-_Launch = Callable[[Sequence[StackedAdapter], str], tuple[str, list[str]]]
+_Launch = Callable[[Sequence[StackedAdapter], str, Path | None], tuple[str, list[str]]]
 _LAUNCHES: dict[str, _Launch] = {
     "llama.cpp": _llama_cpp,
     "llama-server": _llama_server,

@@ -113,6 +113,14 @@ class AdapterStack:
         self._base = open_model(base)
         self._members: dict[str, StackedAdapter] = {}
 
+    @property
+    def base(self) -> Path | None:
+        """Where the base of the stack lies, file or directory; None if it has none."""
+        if self._base is None:
+            return None
+        path = self._base.path
+        return path.parent if path.name == "config.json" else path
+
     def load(
         self,
         path: Path | str,
@@ -225,6 +233,13 @@ class AdapterStack:
     def list(self) -> tuple[StackedAdapter, ...]:
         """Return what is on the stack."""
         return tuple(self._members.values())
+
+    def __repr__(self) -> str:
+        members = ", ".join(f"{each.name} @ {each.scale:g}" for each in self)
+        return f"<AdapterStack: {members or 'empty'}>"
+
+    def __iter__(self) -> Iterator[StackedAdapter]:
+        return iter(self._members.values())
 
     def __len__(self) -> int:
         return len(self._members)

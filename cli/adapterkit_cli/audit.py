@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit_cli import options, rendering
+from adapterkit_cli import answers, manner, options, rendering
+from adapterkit_cli.progress import watching
 from adapterkit_cli.threads import single_threaded_blas
 
 if TYPE_CHECKING:
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from adapterkit import AuditReport
 
 
-@click.command("audit")
+@click.command(
+    "audit",
+    epilog=options.examples(
+        "adapterkit audit my-adapter --suggest",
+        "adapterkit audit a b c --html audit.html",
+        "adapterkit audit my-adapter --base base/ --csv > modules.csv",
+        "adapterkit audit trusted/* --bank bank.json",
+        "adapterkit audit stranger --reference bank.json",
+    ),
+)
 @click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1, required=True)
 @options.reading
 @click.option("--suggest", is_flag=True, help="Advise ranks, with the error that they would make.")
@@ -51,9 +60,9 @@ if TYPE_CHECKING:
     help="Compare with the adapters of a bank: z-scores, no verdict.",
 )
 @options.force
-@options.as_json
-@click.option("--csv", "as_csv", is_flag=True, help="Print one row of CSV for each module.")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print a section for a model card.")
+@options.jobs
+@options.as_results
+@manner.shape_option("markdown", "Print a section for a model card.")
 @click.option(
     "--html",
     "html",
@@ -61,7 +70,9 @@ if TYPE_CHECKING:
     type=options.PATH,
     help="Write a report with charts as one self-contained file.",
 )
+@click.pass_context
 def command(
+    ctx: click.Context,
     sources: tuple[str, ...],
     base: str | None,
     dialect: str | None,
@@ -72,13 +83,11 @@ def command(
     html: str | None,
     bank_file: str | None,
     reference: str | None,
+    jobs: int | None,
     *,
     suggest: bool,
     exact: bool,
     force: bool,
-    as_json: bool,
-    as_csv: bool,
-    as_markdown: bool,
 ) -> None:
     """Measure updates, advise ranks, find what clashes.
 
@@ -87,8 +96,6 @@ def command(
     each other. With the weights of a --base, each update is also held against the weight that it
     changes.
     """
-    if sum((as_json, as_csv, as_markdown)) > 1:
-        raise click.UsageError("--json, --csv and --markdown exclude each other")
     if not suggest and (tol is not None or budget is not None):
         raise click.UsageError("--tol and --budget say what to --suggest")
     single_threaded_blas()
@@ -99,31 +106,42 @@ def command(
         "as_format": as_format,
     }
     if bank_file is not None:
-        if any((suggest, exact, as_csv, as_markdown, html, reference)):
+        shaped = manner.shape() not in {"text", "json"}
+        if any((suggest, exact, html, reference, shaped)):
             raise click.UsageError("--bank writes a bank and nothing else")
-        _bank(bank_file, sources, told, force=force, as_json=as_json)
+        _bank(bank_file, sources, told, force=force)
         return
     if html is not None:
+        from pathlib import Path
+
         from adapterkit.destination import check_destination
 
         check_destination(Path(html), force=force)
     from adapterkit import audit
 
-    report = audit(
-        *sources,
-        suggest=suggest,
-        budget=budget,
-        tol=tol,
-        exact=exact,
-        reference=reference,
-        **told,
-    )
+    with watching("auditing"):
+        report = audit(
+            *sources,
+            suggest=suggest,
+            budget=budget,
+            tol=tol,
+            exact=exact,
+            reference=reference,
+            keep_going=True,
+            jobs=jobs,
+            **told,
+        )
     if html is not None:
         from adapterkit import write_html
 
         write_html(report, html, force=force)
         rendering.remark("report", html)
-    _show(report, as_json=as_json, as_csv=as_csv, as_markdown=as_markdown)
+    if manner.shape() not in {"json", "jsonl"} and len(sources) == 1:
+        for attempt in report.failed:
+            attempt.get()
+    _show(report)
+    answers.tell_failures(report.failed)
+    ctx.exit(answers.exit_code(report.failed))
 
 
 def _bank(
@@ -132,12 +150,12 @@ def _bank(
     told: Mapping[str, Any],
     *,
     force: bool,
-    as_json: bool,
 ) -> None:
     from adapterkit import bank
 
-    written = bank(*sources, path=file, force=force, **told)
-    if as_json:
+    with watching("auditing"):
+        written = bank(*sources, path=file, force=force, **told)
+    if manner.shape() == "json":
         rendering.emit_json(written)
         return
     families = {name for member in written.members for name in member.families}
@@ -145,20 +163,24 @@ def _bank(
     rendering.emit(f"{rendering.printable(file)}: {size}, {len(families)} families of modules")
 
 
-def _show(report: AuditReport, *, as_json: bool, as_csv: bool, as_markdown: bool) -> None:
-    if as_json:
+def _show(report: AuditReport) -> None:
+    shape = manner.shape()
+    if shape in {"json", "jsonl"}:
         from adapterkit.auditing.json_document import document
 
-        rendering.emit_json(document(report))
+        content = document(report)
+        if shape == "json":
+            rendering.emit_json(content)
+            return
+        for result in content["results"]:
+            rendering.emit(rendering.json_line(result))
         return
-    if as_csv or as_markdown:
+    if shape in {"csv", "markdown"}:
         from adapterkit.auditing.tables import csv_table, markdown
 
-        text = csv_table(report) if as_csv else markdown(report)
+        text = csv_table(report) if shape == "csv" else markdown(report)
         rendering.emit(text.rstrip("\n"))
         return
-    from adapterkit_cli.audit_view import view
-
-    rendering.emit(view(report))
+    rendering.emit(report.text(rendering.pen()))
     for audited in report.adapters:
         rendering.remarks("note", audited.notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,7 @@ if TYPE_CHECKING:
 # What a shell reports for a program that the signal ended: 128 + its number.
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-NOT_WRITTEN, NOT_READ, NOT_FINISHED = 1, 3, 5
-# What the operating system has against writing only.
-_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+NOT_FINISHED = 5
 
 
 class ErrorBoundary(click.Group):
@@ -88,14 +85,13 @@ def _stopping(error: BaseException | None) -> BaseException | None:
 def _answer(error: Exception) -> tuple[str, int] | None:
     """Return what to say of an error and the exit code; None for a bug."""
     # Not before it is needed: completion and help run without the error tree.
-    from adapterkit.errors import AdapterKitError
+    from adapterkit.errors import exit_code
 
-    if isinstance(error, AdapterKitError):
-        return str(error), error.exit_code
-    if isinstance(error, OSError) and error.filename is not None:
-        code = NOT_WRITTEN if error.errno in _OF_WRITING else NOT_READ
+    if (code := exit_code(error)) is None:
+        return None
+    if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror or error}", code
-    return None
+    return str(error), code
 
 
 def _what_is_left(stopped: BaseException) -> str:

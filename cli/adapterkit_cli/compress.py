@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit_cli import options, rendering
+from adapterkit_cli.progress import watching
 from adapterkit_cli.threads import single_threaded_blas
 
 if TYPE_CHECKING:
     from adapterkit import CompressedFile
 
 
-@click.command("compress")
+@click.command(
+    "compress",
+    epilog=options.examples(
+        "adapterkit compress my-adapter -o smaller --tol 0.1",
+        "adapterkit compress my-adapter -o smaller --rank 8",
+        "adapterkit compress my-adapter -o smaller.gguf --budget 2000000 --base base/",
+    ),
+)
 @click.argument("source", metavar="SRC", type=options.PATH)
 @options.destination
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Largest rank of a module.")
@@ -69,22 +77,23 @@ def command(
     single_threaded_blas()
     from adapterkit import compress_file
 
-    written = compress_file(
-        source,
-        destination,
-        rank=rank,
-        tol=tol,
-        budget=budget,
-        policy=policy,
-        threshold=threshold,
-        to=to,
-        base=base,
-        dialect=dialect,
-        alpha=alpha,
-        as_format=as_format,
-        outtype=outtype,
-        force=force,
-    )
+    with watching("compressing"):
+        written = compress_file(
+            source,
+            destination,
+            rank=rank,
+            tol=tol,
+            budget=budget,
+            policy=policy,
+            threshold=threshold,
+            to=to,
+            base=base,
+            dialect=dialect,
+            alpha=alpha,
+            as_format=as_format,
+            outtype=outtype,
+            force=force,
+        )
     if as_json:
         rendering.emit_json(written)
         return

@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit_cli import options, rendering
+from adapterkit_cli import answers, manner, options, rendering
+from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
-    from adapterkit import ConversionReport
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from adapterkit import Attempt, ConversionReport
+
+_STREAM = "-"
 
 
-@click.command("convert")
-@click.argument("source", metavar="SRC", type=options.PATH)
-@options.destination
+@click.command(
+    "convert",
+    epilog=options.examples(
+        "adapterkit convert my-adapter -o my-adapter.gguf --base base/",
+        "adapterkit convert my-adapter.gguf -o my-adapter --to peft --base base/",
+        "adapterkit convert my-adapter -o for-mlx --to mlx --base base/",
+        "adapterkit convert my-adapter -o for-sglang --for sglang",
+        "adapterkit convert adapters/* -o converted/ --to gguf --base base/ --jobs 4",
+        "adapterkit convert my-adapter --to gguf --base base/ -o - | ssh host 'cat > a.gguf'",
+    ),
+)
+@click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    "--outfile",
+    "destination",
+    metavar="DST",
+    type=options.PATH,
+    required=True,
+    help="File or directory to create; *.gguf means gguf, a directory means peft, - is standard "
+    "output. Of several SRC: the directory that each output goes to, under the name of its SRC.",
+)
 @options.reading
 @options.writing
 @click.option(
     "--for",
-    "engine",
-    metavar="ENGINE",
+    "for_engine",
+    metavar="ENGINE[@VERSION]",
     shell_complete=options.engine_names,
-    help="Make the exact changes that an engine needs, one of `adapterkit targets`.",
+    help="Make the exact changes that an engine needs, one of `adapterkit list engines`.",
 )
 @options.moe_layout
 @options.unverified
 @options.allow_lossy
-@options.as_json
+@options.jobs
+@options.as_results
+@click.pass_context
 def command(
-    source: str,
+    ctx: click.Context,
+    sources: tuple[str, ...],
     destination: str,
-    to: str | None,
     base: str | None,
-    outtype: str,
-    engine: str | None,
-    dialect: str | None,
-    alpha: float | None,
-    as_format: str | None,
-    moe_layout: str | None,
-    *,
-    unverified: bool,
-    allow_lossy: bool,
-    force: bool,
-    as_json: bool,
+    jobs: int | None,
+    **given: Any,
 ) -> None:
     """Write an adapter in another format, and prove it equal.
 
@@ -52,44 +72,74 @@ def command(
     """
     import adapterkit
 
-    report = adapterkit.convert(
-        source,
-        destination,
-        to=to,
-        for_engine=engine,
-        dialect=dialect,
-        alpha=alpha,
-        as_format=as_format,
-        base=base,
-        outtype=outtype,
-        moe_layout=moe_layout,
-        unverified=unverified,
-        allow_lossy=allow_lossy,
-        force=force,
-    )
-    if as_json:
-        rendering.emit_json(report)
+    given["base"] = base
+    if destination == _STREAM:
+        _stream(sources, given)
         return
-    rendering.emit(_text(report))
+    what = "modules" if len(sources) == 1 else "adapters"
+    with watching("converting", what) as progress:
+        if len(sources) == 1:
+            attempts = adapterkit.for_each(
+                adapterkit.convert, sources, progress=progress, destination=destination, **given
+            )
+        else:
+            attempts = adapterkit.convert_all(
+                sources, destination, jobs=jobs, progress=progress, **given
+            )
+    if report := answers.single(attempts):
+        _show(report)
+        return
+    if not answers.emit(attempts):
+        _show_all(attempts)
+    answers.tell_failures(attempts)
+    ctx.exit(answers.exit_code(attempts))
+
+
+def _stream(sources: Sequence[str], given: dict[str, Any]) -> None:
+    """Convert to a file beside, and write its bytes to standard output once it is proven."""
+    if len(sources) > 1 or manner.shape() != "text":
+        raise click.UsageError("-o - writes the bytes of one file and nothing else")
+    if sys.stdout.isatty():
+        raise click.UsageError("-o - writes bytes; send them to a file or a pipe")
+    if given["to"] is None:
+        raise click.UsageError("-o - has no name that says what to write; choose with --to")
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    import adapterkit
+    from adapterkit.registry import spec
+
+    if spec(given["to"]).files:
+        raise click.UsageError(f"{given['to']} is a directory; -o - takes a file format")
+    with TemporaryDirectory(prefix="adapterkit-") as folder, watching("converting"):
+        target = Path(folder) / "".join(["adapter", *spec(given["to"]).suffixes[:1]])
+        report = adapterkit.convert(sources[0], target, **given)
+        _copy(target)
+    _remarks(report)
+
+
+def _copy(path: Path) -> None:
+    out = sys.stdout.buffer
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            out.write(block)
+    out.flush()
+
+
+def _show(report: ConversionReport) -> None:
+    rendering.emit(report.text(rendering.pen()))
+    _remarks(report)
+
+
+def _show_all(attempts: Sequence[Attempt[ConversionReport]]) -> None:
+    for attempt in attempts:
+        if attempt.result is not None:
+            _show(attempt.result)
+    done = sum(attempt.result is not None for attempt in attempts)
+    rendering.emit(f"{done} of {rendering.count(len(attempts), 'adapter')} converted")
+
+
+def _remarks(report: ConversionReport) -> None:
     rendering.remarks("note", report.notes)
     for loss in report.losses:
         rendering.remark("dropped", f"{loss.subject}: {loss.message}")
-
-
-def _text(report: ConversionReport) -> str:
-    facts = [
-        rendering.printable(report.destination),
-        report.format,
-        rendering.count(report.modules, "module"),
-        rendering.count(report.parameters, "parameter"),
-        rendering.size(report.bytes),
-    ]
-    return "  ".join(facts) + "\n" + _proof(report)
-
-
-def _proof(report: ConversionReport) -> str:
-    where = f"in all {report.modules:,} modules" if report.modules != 1 else "in the one module"
-    error = rendering.short(report.max_relative_error)
-    if report.max_relative_error and report.worst_module:
-        error += f" ({rendering.printable(report.worst_module)})"
-    return f"proof: ΔW equal {where}, largest relative error {error}"

@@ -19,7 +19,13 @@ _LISTED = 8
 _SOME = 0.005
 
 
-@click.command("extract")
+@click.command(
+    "extract",
+    epilog=options.examples(
+        "adapterkit extract --base base/ --tuned tuned/ -o my-adapter",
+        "adapterkit extract --base base.gguf --tuned tuned.gguf -o my-adapter.gguf --rank 16",
+    ),
+)
 @click.option(
     "--base",
     "--base-model-id",

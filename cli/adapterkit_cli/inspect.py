@@ -6,80 +6,83 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit_cli import options, rendering
+from adapterkit.text import spread
+from adapterkit_cli import answers, options, rendering
+from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import TypeVar
+    from collections.abc import Sequence
 
-    from adapterkit import BesideEntry, Summary
-
-    _Value = TypeVar("_Value")
+    from adapterkit import Attempt, Summary
 
 
-@click.command("inspect")
-@click.argument("source", metavar="SRC", type=options.PATH)
+@click.command(
+    "inspect",
+    epilog=options.examples(
+        "adapterkit inspect my-adapter",
+        "adapterkit inspect adapters/* --csv > adapters.csv",
+        "adapterkit inspect weights.pt --dialect torchtune --alpha 16",
+    ),
+)
+@click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1, required=True)
 @options.reading
-@options.as_json
+@options.jobs
+@options.as_results
+@click.pass_context
 def command(
-    source: str,
+    ctx: click.Context,
+    sources: tuple[str, ...],
     base: str | None,
     dialect: str | None,
     alpha: float | None,
     as_format: str | None,
-    *,
-    as_json: bool,
+    jobs: int | None,
 ) -> None:
     """Say what an adapter is: base, ranks, scales, targets.
 
     SRC is an adapter file or directory of any format. Broken adapters are shown too, with what is
-    wrong; `problem` lines do not change the exit code.
+    wrong; `problem` lines do not change the exit code. Of several, each is one row.
     """
     import adapterkit
 
-    summary = adapterkit.inspect(
-        source, base=base, dialect=dialect, alpha=alpha, as_format=as_format
-    )
-    if as_json:
-        rendering.emit_json(summary)
+    with watching("reading", "tensors" if len(sources) == 1 else "adapters") as progress:
+        attempts = adapterkit.for_each(
+            adapterkit.inspect,
+            sources,
+            jobs=jobs,
+            progress=progress,
+            base=base,
+            dialect=dialect,
+            alpha=alpha,
+            as_format=as_format,
+        )
+    if summary := answers.single(attempts):
+        rendering.emit(summary.text(rendering.pen()))
+        rendering.remarks("note", summary.notes)
         return
-    rendering.emit(rendering.sheet(_entries(summary)))
-    rendering.remarks("note", summary.notes)
+    if not answers.emit(attempts):
+        rendering.emit(_table(attempts))
+    answers.tell_failures(attempts)
+    ctx.exit(answers.exit_code(attempts))
 
 
-def _entries(summary: Summary) -> list[tuple[str, str]]:
-    return [
-        ("path", summary.path or ""),
-        ("format", summary.format or ""),
-        ("base model", summary.base_model or ""),
-        ("architecture", summary.architecture or ""),
-        ("tuner", summary.tuner),
-        ("modules", f"{summary.modules:,}"),
-        ("targets", _spread(summary.targets, summary.modules, always=True)),
-        ("rank", _spread(summary.ranks, summary.modules)),
-        ("scale", _spread(summary.scales, summary.modules)),
-        ("traits", ", ".join(summary.traits)),
-        ("replaced", ", ".join(summary.replaced)),
-        *(("beside", _beside(file)) for file in summary.beside),
-        ("parameters", f"{summary.parameters:,}"),
-        ("dtype", _spread(summary.dtypes, sum(summary.dtypes.values()))),
-        ("size", rendering.size(summary.bytes)),
-        ("sha256", summary.sha256),
-        *(("problem", problem) for problem in summary.problems),
+def _table(attempts: Sequence[Attempt[Summary]]) -> str:
+    """Return a row for each of several adapters."""
+    rows = [
+        (attempt.source, *(_cells(attempt.result) if attempt.result else ("unreadable", *[""] * 6)))
+        for attempt in attempts
     ]
+    header = ("adapter", "format", "tuner", "modules", "rank", "scale", "size", "base model")
+    return rendering.columns(rows, header=header)
 
 
-def _beside(file: BesideEntry) -> str:
-    return f"{file.name}: {file.what}, {rendering.size(file.bytes)}"
-
-
-def _spread(counts: Mapping[_Value, int], total: int, *, always: bool = False) -> str:
-    """Return `8`, or `8 (30), 16 (30)` where the value is not the same everywhere."""
-    names = {_name(value): number for value, number in counts.items()}
-    if len(names) == 1 and sum(names.values()) == total and not always:
-        return next(iter(names))
-    return ", ".join(f"{name} ({number:,})" for name, number in names.items())
-
-
-def _name(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _cells(summary: Summary) -> tuple[str, ...]:
+    return (
+        summary.format or "",
+        summary.tuner + (f", {len(summary.problems)} problems" if summary.problems else ""),
+        f"{summary.modules:,}",
+        spread(summary.ranks, summary.modules),
+        spread(summary.scales, summary.modules),
+        rendering.size(summary.bytes),
+        summary.base_model or "",
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
 
 import adapterkit
+from adapterkit_cli import manner
 from adapterkit_cli.boundary import ErrorBoundary
 from adapterkit_cli.signals import ended_by_signal, leave_at_once, stopping_cleanly
 from adapterkit_cli.streams import harden
@@ -23,11 +24,21 @@ COMMANDS = (
     "compress",
     "merge",
     "extract",
-    "formats",
-    "architectures",
-    "targets",
     "tinylora",
+    "list",
 )
+
+# What is named like something of Python.
+_MODULES = {"list": "tables"}
+# Words that people come with.
+_FORMER = {
+    "formats": "list",
+    "architectures": "list",
+    "targets": "list",
+    "check": "validate",
+    "info": "inspect",
+    "resize": "compress",
+}
 
 
 class Program(ErrorBoundary):
@@ -43,23 +54,38 @@ class Program(ErrorBoundary):
         del ctx
         if cmd_name not in COMMANDS:
             return None
-        return import_module(f"adapterkit_cli.{cmd_name}").command
+        return import_module(f"adapterkit_cli.{_MODULES.get(cmd_name, cmd_name)}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or name the one that is alike."""
+        name = args[0]
+        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        close = get_close_matches(_FORMER.get(name, name), COMMANDS)
+        told = f"Did you mean {' or '.join(close)}?" if close else "adapterkit --help lists all."
+        raise click.UsageError(f"No such command '{name}'. {told}", ctx)
 
 
 @click.group(
     cls=Program,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
+        "\b\nExamples:\n"
+        "  adapterkit inspect my-adapter\n"
+        "  adapterkit convert my-adapter -o my-adapter.gguf --base base/\n"
+        "  adapterkit validate my-adapter --base base/ --target vllm\n\n"
         "Exit codes: 0 done, 1 findings, 2 usage, 3 unreadable or malformed input, "
         "4 the target cannot hold this adapter, 5 could not be checked or not enough memory."
     ),
 )
 @click.version_option(adapterkit.__version__, prog_name="adapterkit")
+@manner.options
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Read, check and convert LoRA adapters, and prove that nothing changed."""
-    if os.environ.get("NO_COLOR"):
-        ctx.color = False
+    manner.settle(ctx)
 
 
 def main() -> None:

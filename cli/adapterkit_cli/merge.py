@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit_cli import merge_into, options, rendering
+from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,7 +34,15 @@ def _method_names(
     return [name for name in names if name.startswith(incomplete)]
 
 
-@click.command("merge")
+@click.command(
+    "merge",
+    epilog=options.examples(
+        "adapterkit merge style facts --weights 0.7,0.4 -o both",
+        "adapterkit merge a b c --method ties --density 0.3 -o merged",
+        "adapterkit merge my-adapter --into base/ -o merged-model",
+        "adapterkit merge my-adapter --into base.gguf --gguf-type q4_k_m -o merged.gguf",
+    ),
+)
 @click.argument("sources", metavar="SRC...", nargs=-1, type=options.PATH)
 @click.option(
     "-o",
@@ -50,7 +58,7 @@ def _method_names(
     "--method",
     metavar="METHOD",
     shell_complete=_method_names,
-    help="svd (the weighted sum), cat, slerp, ties, dare, knots, ...; a wrong name lists all.",
+    help="svd (the weighted sum), cat, slerp, ties, ...; `adapterkit list methods` has all.",
 )
 @click.option("--rank", metavar="N|auto", help="Rank of every module; by default nothing is lost.")
 @click.option("--tol", type=float, metavar="X", help="Largest relative error; gives the rank.")
@@ -58,7 +66,7 @@ def _method_names(
 @click.option("--density", type=float, metavar="D", help="Share of the entries that a rule keeps.")
 @click.option("--param", "params", metavar="NAME=X", multiple=True, help="The method's own number.")
 @click.option("--seed", type=int, metavar="N", help="For the random rules; 0 by default.")
-@click.option("--space", metavar="S", help="Where a rule looks: delta, knots or core.")
+@click.option("--space", metavar="S", help="Where: delta, knots, core or core-balanced.")
 @click.option("--normalize", is_flag=True, help="Divide the weights by their sum.")
 @click.option("--any-base", is_flag=True, help="Merge adapters that name different bases.")
 @click.option("--recipe", metavar="FILE", type=options.PATH, help="All of this from a YAML file.")
@@ -112,7 +120,8 @@ def command(
     if into is not None:
         merge_into.run(sources, into, destination, arguments, as_json=as_json)
         return
-    report = adapterkit.merge_files(sources, destination, **arguments)
+    with watching("merging"):
+        report = adapterkit.merge_files(sources, destination, **arguments)
     if as_json:
         rendering.emit_json(report)
         return
@@ -154,6 +163,8 @@ def _with_recipe(
     out = said.get("out")
     if out is not None and destination is not None:
         raise click.UsageError("the recipe has out; leave out -o")
+    from pathlib import Path
+
     if Path(destination or out or "").absolute() == Path(recipe).absolute():
         raise click.UsageError("the recipe itself would be replaced; name another DST")
     for name, value in said.items():

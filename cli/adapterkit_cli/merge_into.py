@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
     from adapterkit import MergeIntoReport
 
+# Below this the error of the stored change says nothing.
+_EXACT = 5e-4
 _OWN = (
     "dtype",
     "gguf_type",
+    "rounding",
     "tied",
     "dequantize",
     "allow_requantise",
@@ -45,8 +48,15 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--gguf-type",
             metavar="T",
+            shell_complete=shared.type_names,
             help="With --into a GGUF: keep, f32, f16, bf16 or q8_0 for what changes; by default "
             "all other types become q8_0. A mixture, such as q4_k_m, quantises the whole model.",
+        ),
+        click.option(
+            "--rounding",
+            type=click.Choice(["nearest", "shaped"]),
+            help="How low-bit types are rounded: shaped, the default of keep, keeps errors away "
+            "from what the adapter listens to.",
         ),
         click.option(
             "--tied",
@@ -119,7 +129,33 @@ def _text(report: MergeIntoReport) -> str:
         f"{report.untouched:,} unchanged",
         rendering.size(report.bytes),
     ]
-    return "\n".join(["  ".join(facts), _update(report)])
+    return "\n".join(["  ".join(facts), _update(report), *_rounding(report)])
+
+
+def _rounding(report: MergeIntoReport) -> list[str]:
+    """Return what shaped rounding did, beside what nearest would have done."""
+    from statistics import median
+
+    shaped = [(t, t.nearest) for t in report.tensors if t.nearest is not None]
+    if not shaped:
+        return []
+    pairs = {
+        "direction error": [(t.direction_error or 0.0, n.direction_error) for t, n in shaped],
+        "survival": [(t.survival or 0.0, n.survival) for t, n in shaped],
+        "noise": [(t.noise or 0.0, n.noise) for t, n in shaped],
+    }
+    shown = [
+        f"{name} {median(a for a, _ in each):.0%} ({median(b for _, b in each):.0%})"
+        for name, each in pairs.items()
+    ]
+    meaning = (
+        "the first is the error that the model sees where the adapter listens; the last, over all "
+        "inputs alike, grows in exchange"
+    )
+    return [
+        f"shaped rounding, medians beside nearest's: {', '.join(shown)}",
+        meaning,
+    ]
 
 
 def _update(report: MergeIntoReport) -> str:
@@ -131,4 +167,17 @@ def _update(report: MergeIntoReport) -> str:
     worst = next(t for t in report.tensors if t.survival == report.min_survival)
     share = f"{min(max(report.min_survival, 0.0), 1.0):.1%}"
     where = "" if share == "100.0%" else f" ({rendering.printable(worst.tensor)})"
-    return f"‖ΔW‖/‖W‖ {size}; at least {share} of the update is left after rounding{where}"
+    kept = f"at least {share} of the update is left after rounding{where}"
+    return f"‖ΔW‖/‖W‖ {size}; {kept}{_noise(report)}"
+
+
+def _noise(report: MergeIntoReport) -> str:
+    """Return what the stored change is off by, where rounding is to nearest."""
+    found = [(t.noise, t.tensor) for t in report.tensors if t.noise and t.nearest is None]
+    if not found:
+        return ""
+    noise, tensor = max(found)
+    if noise < _EXACT:
+        return f"; the change stored is within {_EXACT:.2%} of it"
+    share = f"{noise:.1%}" if noise < 1 else f"{noise:.0%}"
+    return f"; the change stored is off by up to {share} of it ({rendering.printable(tensor)})"

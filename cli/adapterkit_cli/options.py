@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit_cli import manner
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 # Nothing is checked here: a missing file is an error of the input, not of the usage, and what
 # looks like a relative path may be a hub id.
 PATH = click.Path()
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def _all(*given: _Option) -> _Option:
@@ -31,6 +31,26 @@ def _all(*given: _Option) -> _Option:
     return decorate
 
 
+as_json = _all(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."), manner.options
+)
+jobs = click.option(
+    "--jobs", type=click.IntRange(1), metavar="N", help="How many at a time; up to four by default."
+)
+# What commands answer with that take any number of adapters.
+as_results = _all(
+    manner.shape_option("json", 'Print one JSON object, {"schema", "results"}.'),
+    manner.shape_option("jsonl", "Print one JSON object a line, for each SRC."),
+    manner.shape_option("csv", "Print CSV, one row for each SRC."),
+    manner.options,
+)
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help text: commands to copy."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 def engine_names(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem | str]:
@@ -39,6 +59,17 @@ def engine_names(
 
     del ctx, param
     return [name for name in target_names() if name.startswith(incomplete)]
+
+
+def type_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Complete the types and mixtures that a GGUF base can be stored as."""
+    from adapterkit.architectures.mixtures import mixtures
+
+    del ctx, param
+    known = ("keep", "f32", "f16", "bf16", "q8_0", *mixtures())
+    return [name for name in known if name.startswith(incomplete)]
 
 
 def format_names(
@@ -61,9 +92,38 @@ def readable_names(
     return [f.name for f in formats() if f.reads and f.name.startswith(incomplete)]
 
 
+def dialect_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Complete the names of dialects; a file is one too."""
+    from click.shell_completion import CompletionItem
+
+    from adapterkit.formats.handwritten.dialects.loading import names
+
+    del ctx, param
+    found: list[CompletionItem | str] = [n for n in names() if n.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
+def code_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Complete the codes of findings, with what each is."""
+    from click.shell_completion import CompletionItem
+
+    from adapterkit import explanations
+
+    del ctx, param
+    known = explanations()
+    return [
+        CompletionItem(c, help=known[c].title) for c in known if c.startswith(incomplete.upper())
+    ]
+
+
 dialect = click.option(
     "--dialect",
     metavar="NAME|FILE",
+    shell_complete=dialect_names,
     help="Key grammar of a hand-written adapter, if the file cannot tell.",
 )
 alpha = click.option(
@@ -98,7 +158,7 @@ to = click.option(
     "--to",
     metavar="FORMAT",
     shell_complete=format_names,
-    help="Format to write, one of `adapterkit formats`.",
+    help="Format to write, one of `adapterkit list formats`.",
 )
 outtype = click.option(
     "--outtype",

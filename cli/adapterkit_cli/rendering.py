@@ -1,28 +1,65 @@
 """How results look: JSON for programs, aligned columns for people.
 
-`click.echo` takes the colour out unless it writes to a terminal: the text is the same everywhere.
+`click.echo` takes the colour out unless it writes to a terminal: the text is the same everywhere,
+but for tables, which are folded to the width of a terminal and left whole for programs.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import click
 
-SCHEMA = 1
-_GAP = "  "
-_THREE_DIGITS = 999.5  # what is not less is rounded to four
+from adapterkit import text
+from adapterkit.text import Pen, count, printable, short, size
+from adapterkit_cli import manner
+
+__all__ = [
+    "coloured",
+    "columns",
+    "count",
+    "emit",
+    "emit_json",
+    "json_line",
+    "pen",
+    "plain",
+    "printable",
+    "remark",
+    "remarks",
+    "sheet",
+    "short",
+    "shown",
+    "size",
+]
+
+SCHEMA = 2
+_COLOURS = {
+    "error": "red",
+    "unreadable": "red",
+    "unchecked": "magenta",
+    "warning": "yellow",
+    "dropped": "yellow",
+    "note": "cyan",
+}
+_Item = TypeVar("_Item")
 
 
 def emit_json(result: Mapping[str, object] | object) -> None:
     """Write one JSON object on one line, `schema` first; what is not finite becomes null."""
     content = cast("dict[str, Any]", plain(result))
-    # ASCII only: names in files may hold anything, half surrogate pairs too.
-    emit(json.dumps({"schema": SCHEMA, **content}, allow_nan=False))
+    emit(json_line({"schema": SCHEMA, **content}))
+
+
+def json_line(content: Mapping[str, object]) -> str:
+    """Return an object on one line; ASCII only: names in files may hold half surrogate pairs."""
+    return json.dumps(plain(content), allow_nan=False)
 
 
 def plain(value: object) -> object:
@@ -39,66 +76,49 @@ def plain(value: object) -> object:
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
-def emit(text: str) -> None:
+def emit(words: str) -> None:
     """Write data to stdout."""
-    click.echo(text)
+    click.echo(words)
 
 
-def remark(kind: str, text: str) -> None:
-    """Write something beside the data, such as a note, to stderr."""
-    click.echo(click.style(f"{kind}: ", bold=True) + printable(text), err=True)
+def remark(kind: str, words: str) -> None:
+    """Write something beside the data, such as a note, to stderr; --quiet leaves notes out."""
+    if not (kind == "note" and manner.quiet()):
+        click.echo(coloured(f"{kind}: ") + printable(words), err=True)
 
 
 def remarks(kind: str, texts: Iterable[str]) -> None:
     """Write several of a kind."""
-    for text in texts:
-        remark(kind, text)
+    for words in texts:
+        remark(kind, words)
 
 
-def printable(text: str) -> str:
-    """Return text from a file with its control characters escaped: it cannot steer a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def coloured(words: str) -> str:
+    """Return words in the colour of the severity that it begins with."""
+    return click.style(words, fg=_COLOURS.get(re.split("[: ]", words, maxsplit=1)[0]), bold=True)
+
+
+def shown(items: Sequence[_Item], limit: int) -> Sequence[_Item]:
+    """Return the first of many, or all of them where --verbose asks for it."""
+    return items if manner.verbose() else items[:limit]
+
+
+def pen() -> Pen:
+    """Return how this command writes: in colour, to the width of the terminal, whole or brief."""
+    return Pen(
+        bold=lambda words: click.style(words, bold=True),
+        severity=coloured,
+        width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None,
+        whole=manner.verbose(),
+        brief=manner.quiet(),
+    )
 
 
 def columns(rows: Sequence[Sequence[str]], *, header: Sequence[str] = ()) -> str:
-    """Return rows aligned on the left; the last column may be as long as it likes."""
-    cells = [[printable(cell) for cell in row] for row in (*([header] if header else []), *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        _GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    if header:
-        lines[0] = click.style(lines[0], bold=True)
-    return "\n".join(lines)
+    """Return rows aligned on the left; on a terminal, cells that are too long are folded."""
+    return text.columns(rows, header=header, pen=pen())
 
 
 def sheet(entries: Sequence[tuple[str, str]]) -> str:
     """Return names and values, one below the other; entries without a value are left out."""
-    shown = [(name, printable(value)) for name, value in entries if value]
-    width = max((len(name) for name, _ in shown), default=0)
-    return "\n".join(
-        click.style(name.ljust(width), bold=True) + _GAP + text for name, text in shown
-    )
-
-
-def count(number: int, noun: str) -> str:
-    """Return `1 module` or `1,024 modules`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def size(number: int) -> str:
-    """Return a number of bytes in three digits: `936 kB`, `83.9 MB`."""
-    value, unit = float(number), "bytes"
-    for larger in ("kB", "MB", "GB"):
-        if value < _THREE_DIGITS:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}" if value < _THREE_DIGITS else f"{value:,.0f} {unit}"
-
-
-def short(number: float | None) -> str:
-    """Return a measured number in three digits, or a dash where there is none."""
-    return "-" if number is None else f"{number:.3g}"
+    return text.sheet(entries, pen=pen())

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit_cli import options, rendering
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
-@click.command("stack")
+
+def _engine_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem | str]:
+    """Complete the names of engines that stacks are printed for."""
+    from adapterkit.serving.launch import SERVED
+
+    del ctx, param
+    return [name for name in SERVED if name.startswith(incomplete)]
+
+
+@click.command(
+    "stack",
+    epilog=options.examples(
+        "adapterkit stack style.gguf@0.7 facts.gguf --base base.gguf --for llama-server",
+        "adapterkit stack style.gguf --base base.gguf --for ollama@0.33 > Modelfile",
+        "adapterkit stack tone=adapters/a facts=adapters/b --for vllm",
+    ),
+)
 @click.argument("adapters", metavar="[NAME=]A[@SCALE]...", nargs=-1, required=True)
 @click.option(
     "--for",
     "engine",
     metavar="ENGINE[@VERSION]",
     required=True,
+    shell_complete=_engine_names,
     help="Engine to print the settings for: llama.cpp, llama-server, ollama, vllm or sglang.",
 )
 @options.reading
@@ -72,5 +94,5 @@ def _parsed(text: str) -> tuple[str | None, str, float]:
         scale, path = 1.0, text
     path = path if at and path else text
     name, sign, rest = path.partition("=")
-    named = sign and name and rest and not {"/", "."} & set(name) and not Path(path).exists()
+    named = sign and name and rest and not {"/", "."} & set(name) and not os.path.lexists(path)
     return (name, rest, scale) if named else (None, path, scale)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from adapterkit_cli import options, rendering
+from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
     from adapterkit.tinylora import BudgetPlan, PlanReport, ProjectionReport
@@ -22,7 +23,13 @@ _targets = click.option(
 )
 
 
-@click.group("tinylora")
+@click.group(
+    "tinylora",
+    epilog=options.examples(
+        "adapterkit tinylora plan --base base/ --budget 200",
+        "adapterkit tinylora project my-adapter --base base/ --size 8 -o tiny",
+    ),
+)
 def command() -> None:
     """Plan a TinyLoRA, or project an adapter onto one.
 
@@ -30,7 +37,10 @@ def command() -> None:
     """
 
 
-@command.command("plan")
+@command.command(
+    "plan",
+    epilog=options.examples("adapterkit tinylora plan --base base/ --budget 200 --sizes 1,4,13"),
+)
 @options.required_base
 @click.option("--budget", metavar="PARAMS", type=int, required=True, help="Numbers to train.")
 @_targets
@@ -62,7 +72,13 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
         rendering.emit(_plan_text(report))
 
 
-@command.command("project")
+@command.command(
+    "project",
+    epilog=options.examples(
+        "adapterkit tinylora project my-adapter --base base/ --size 8 -o tiny",
+        "adapterkit tinylora project my-adapter --base base/ --size 8 --to tinylora -o t",
+    ),
+)
 @click.argument("source", metavar="SRC", type=options.PATH)
 @click.option(
     "-o",
@@ -161,17 +177,18 @@ def project(
     chosen = tinylora.TinySettings(
         **settings, alpha=numerator, target_modules=_words(targets) or tinylora.TARGETS
     )
-    written = projection.project_file(
-        source,
-        destination,
-        base=base,
-        settings=chosen,
-        to=to,
-        dialect=dialect,
-        alpha=alpha,
-        as_format=as_format,
-        force=force,
-    )
+    with watching("projecting"):
+        written = projection.project_file(
+            source,
+            destination,
+            base=base,
+            settings=chosen,
+            to=to,
+            dialect=dialect,
+            alpha=alpha,
+            as_format=as_format,
+            force=force,
+        )
     report = written.report
     notes = (*written.notes, *report.notes)
     if as_json:

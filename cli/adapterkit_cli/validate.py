@@ -6,14 +6,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit_cli import options, rendering, sarif
+from adapterkit_cli import answers, manner, options, rendering
+from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
-    from adapterkit import EngineCoverage, Finding, ValidationReport
+    from collections.abc import Sequence
+
+    from adapterkit import Attempt, ValidationReport
 
 
-@click.command("validate")
-@click.argument("source", metavar="SRC", type=options.PATH, required=False)
+@click.command(
+    "validate",
+    epilog=options.examples(
+        "adapterkit validate my-adapter --base base/",
+        "adapterkit validate my-adapter --base base/ --target llama.cpp --target vllm@0.33",
+        "adapterkit validate adapters/* --base base/ --fail-on warning --ignore AK110",
+        "adapterkit validate adapters/* --base base/ --sarif > adapters.sarif",
+        "adapterkit validate --explain AK304",
+    ),
+)
+@click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1)
 @options.reading
 @click.option(
     "--target",
@@ -21,116 +33,147 @@ if TYPE_CHECKING:
     metavar="ENGINE[@VERSION]",
     multiple=True,
     shell_complete=options.engine_names,
-    help="Engine that it is for, one of `adapterkit targets`; may be repeated.",
+    help="Engine that it is for, one of `adapterkit list engines`; may be repeated.",
 )
-@click.option("--explain", metavar="CODE", help="Say what a code means and what to do, and stop.")
-@click.option("--sarif", "as_sarif", is_flag=True, help="Print SARIF 2.1.0, for code scanning.")
-@options.as_json
+@click.option(
+    "--fail-on",
+    type=click.Choice(["error", "warning"]),
+    default="error",
+    show_default=True,
+    help="What ends with exit code 1.",
+)
+@click.option(
+    "--ignore",
+    metavar="CODE",
+    multiple=True,
+    shell_complete=options.code_names,
+    help="Leave the findings of a code out; may be repeated.",
+)
+@click.option(
+    "--explain",
+    metavar="CODE",
+    shell_complete=options.code_names,
+    help="Say what a code means and what to do, and stop.",
+)
+@options.jobs
+@manner.shape_option("sarif", "Print SARIF 2.1.0, for code scanning.")
+@options.as_results
 @click.pass_context
 def command(
     ctx: click.Context,
-    source: str | None,
+    sources: tuple[str, ...],
     base: str | None,
     dialect: str | None,
     alpha: float | None,
     as_format: str | None,
     targets: tuple[str, ...],
+    fail_on: str,
+    ignore: tuple[str, ...],
     explain: str | None,
-    *,
-    as_sarif: bool,
-    as_json: bool,
+    jobs: int | None,
 ) -> None:
     """Say whether an adapter works: on a base, in an engine.
 
-    Exit code 1 for errors, 5 where something could not be checked, else 0.
+    Exit code 1 for errors, 5 where something could not be checked, else 0; of several adapters the
+    worst.
     """
     if explain:
         rendering.emit(_explained(explain))
         return
-    if source is None:
+    if not sources:
         raise click.UsageError("SRC is missing; name an adapter, or a code with --explain")
-    from adapterkit import validate
+    import adapterkit
 
-    report = validate(
-        source, base=base, targets=targets, dialect=dialect, alpha=alpha, as_format=as_format
-    )
-    if as_sarif:
-        rendering.emit(sarif.document(report))
-    elif as_json:
-        rendering.emit_json(_json(report))
-    else:
-        rendering.emit(_text(report))
-    ctx.exit(report.exit_code)
+    with watching("validating", "modules" if len(sources) == 1 else "adapters") as progress:
+        attempts = adapterkit.for_each(
+            adapterkit.validate,
+            sources,
+            jobs=jobs,
+            progress=progress,
+            base=base,
+            targets=targets,
+            ignore=ignore,
+            dialect=dialect,
+            alpha=alpha,
+            as_format=as_format,
+        )
+    if report := answers.single(attempts):
+        rendering.emit(report.text(rendering.pen()))
+        ctx.exit(report.code(fail_on))
+    _emit(attempts)
+    answers.tell_failures(attempts)
+    ctx.exit(answers.exit_code(attempts, lambda report: report.code(fail_on)))
+
+
+def _emit(attempts: Sequence[Attempt[ValidationReport]]) -> None:
+    if manner.shape() == "sarif":
+        from adapterkit_cli import sarif
+
+        rendering.emit(sarif.document(attempts))
+        return
+    record = _row if manner.shape() == "csv" else _json
+    if not answers.emit(attempts, record):
+        rendering.emit(_several(attempts))
 
 
 def _explained(code: str) -> str:
     from adapterkit import explanations
-    from adapterkit.errors import UsageError
+    from adapterkit.checks.findings import known_code
 
-    known = explanations()
-    if code.upper() not in known:
-        raise UsageError(f"unknown code {code!r}; known: {', '.join(known)}")
-    found = known[code.upper()]
+    found = explanations()[known_code(code)]
     return "\n".join(
         [f"{found.code}: {found.title}", found.meaning, found.matters, f"do: {found.action}"]
     )
 
 
 def _json(report: ValidationReport) -> dict[str, object]:
+    targets = [
+        {
+            "engine": engine.engine,
+            "version": engine.version or None,
+            "verdict": engine.verdict,
+            "coverage": engine.coverage,
+            "modules": engine.modules,
+        }
+        for engine in report.targets
+    ]
     return {
-        "path": report.path,
+        "source": report.source,
         "format": report.format,
         "base": report.base,
+        "targets": targets,
         "findings": report.findings,
-        "coverage": _totals(report),
-        "targets": report.coverage,
     }
 
 
-def _totals(report: ValidationReport) -> dict[str, list[str]]:
-    """Return modules by outcome, of the engine that does the least for them."""
-    names: dict[str, list[str]] = {"applied": [], "ignored": [], "refused": [], "unmatched": []}
-    worst: dict[str, str] = {}
-    order = list(names)
-    for engine in report.coverage:
-        for module in engine.modules:
-            known = worst.get(module.module, "applied")
-            worst[module.module] = max(known, str(module.outcome), key=order.index)
-    for module, outcome in worst.items():
-        names[outcome].append(module)
-    return names
+def _row(report: ValidationReport) -> dict[str, object]:
+    """Return the row of a table: counts, codes, and what becomes of it in each engine."""
+    return {
+        "source": report.source,
+        "format": report.format,
+        "base": report.base,
+        "errors": report.count("error"),
+        "warnings": report.count("warning"),
+        "unchecked": report.count("unchecked"),
+        "codes": list(dict.fromkeys(finding.code for finding in report.findings)),
+        **{engine.reference: engine.verdict for engine in report.targets},
+    }
 
 
-def _text(report: ValidationReport) -> str:
-    lines = [_coverage(engine) for engine in report.coverage if engine.modules or engine.verdict]
-    lines += [_line(finding) for finding in report.findings]
-    counts: dict[str, int] = dict.fromkeys(("error", "unchecked", "warning"), 0)
-    for finding in report.findings:
-        if str(finding.severity) in counts:
-            counts[str(finding.severity)] += 1
-    found = ", ".join(
-        f"{number} unchecked" if kind == "unchecked" else rendering.count(number, kind)
-        for kind, number in counts.items()
-        if number
-    )
-    return "\n".join([*lines, found or "nothing found"])
-
-
-def _coverage(engine: EngineCoverage) -> str:
-    outcomes = list(dict.fromkeys(module.outcome for module in engine.modules))
-    every = rendering.count(len(engine.modules), "module")
-    modules = f"of {every} " + ", ".join(f"{engine.count(each)} {each}" for each in outcomes)
-    if len(outcomes) == 1:
-        modules = f"{'all ' if len(engine.modules) > 1 else ''}{every} {outcomes[0]}"
-    return f"{engine.target}: " + "; ".join(
-        filter(None, (f"{engine.verdict or ''}", modules if outcomes else ""))
-    )
-
-
-def _line(finding: Finding) -> str:
-    where = f"{finding.where}: " if finding.modules else ""
-    engine = f" [{finding.target}]" if finding.target else ""
-    line = rendering.printable(
-        f"{finding.severity} {finding.code}{engine} {where}{finding.message}"
-    )
-    return f"{line}\n  {rendering.printable(finding.hint)}" if finding.hint else line
+def _several(attempts: Sequence[Attempt[ValidationReport]]) -> str:
+    """Return what was found in each of several adapters, and the counts of all."""
+    lines: list[str] = []
+    for attempt in attempts:
+        name = click.style(rendering.printable(attempt.source), bold=True)
+        if attempt.result is None:
+            lines.append(f"{name}: {rendering.coloured('unreadable')}")
+            continue
+        found = attempt.result.lines(rendering.pen())
+        lines.append(f"{name}: {attempt.result.counts}")
+        lines += [f"  {line}" for line in found]
+    failed = sum(attempt.result is None for attempt in attempts)
+    wrong = sum(bool(o.result and o.result.count("error")) for o in attempts)
+    more = [f"{wrong} with errors"] if wrong else []
+    more += [f"{failed} unreadable"] if failed else []
+    total = rendering.count(len(attempts), "adapter")
+    return "\n".join([*lines, f"{total}: {', '.join(more) or 'none has errors'}"])

@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from engine import family_row, make_base
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
@@ -21,6 +22,7 @@ from conformance.making import (
     Tensors,
     loaded,
     plainly,
+    quiet,
     settings,
     trait,
     unchanged,
@@ -263,6 +265,15 @@ def _leaked(bench: Bench) -> None:
             tensors[long] = tensors.pop(name)
 
     bench.edit(leak)
+
+
+@trait("sharded-checkpoint")
+def _sharded(bench: Bench) -> None:
+    """The whole live model, frozen weights and all, as Accelerate saves it of FSDP."""
+    model = bench.train()
+    (bench.path / WEIGHTS).unlink()
+    with quiet():
+        dcp.save({"model": model.state_dict()}, checkpoint_id=bench.path / "pytorch_model_fsdp_0")
 
 
 @trait("nan")

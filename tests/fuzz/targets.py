@@ -30,8 +30,8 @@ from adapterkit.containers.gguf import read_gguf
 from adapterkit.containers.npz import read_npz
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
-from adapterkit.dialects.loading import load as load_dialect
 from adapterkit.errors import AdapterKitError
+from adapterkit.formats.handwritten.dialects.loading import load as load_dialect
 from adapterkit.merging.into.journal import Journal, Segment, Written, read_journal
 from adapterkit.merging.into.report import TensorReport
 from adapterkit.merging.recipe import read_recipe
@@ -41,6 +41,7 @@ from adapterkit.tinylora import TinySettings
 from fuzz import judges
 from fuzz.samples import FIXTURES, ROOT, Sample, by_format, found, kept
 
+DIALECTS = ROOT / "adapterkit" / "formats" / "handwritten" / "dialects"
 TINY, BASE = FIXTURES / "peft" / "tiny", FIXTURES / "peft" / "base"
 
 
@@ -258,7 +259,14 @@ TARGETS: dict[str, Target] = {
         open_base,
     ),
     "dialect": Target(
-        tuple(map(Sample.of, sorted((ROOT / "adapterkit" / "dialects").glob("*.toml")))),
+        tuple(
+            map(
+                Sample.of,
+                sorted(
+                    (ROOT / "adapterkit" / "formats" / "handwritten" / "dialects").glob("*.toml")
+                ),
+            )
+        ),
         lambda path: load_dialect(str(path)),
     ),
     "recipe": Target((made(_recipe, "x.json"),), read_recipe),

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
 from adapterkit.dtype import DType
-from adapterkit.formats.gguf import FORMAT as GGUF
-from adapterkit.formats.peft import FORMAT as PEFT
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.differences import difference
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import BaseReference
 from adapterkit.proof import tolerance_for
+from adapterkit.registry import spec
 from adapterkit.tensor import LazyTensor
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB, LAYERS = 4, 2, 6, 20, 28, 40, 3
+GGUF, PEFT = spec("gguf"), spec("peft")
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": HIDDEN,

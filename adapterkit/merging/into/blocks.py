@@ -5,7 +5,7 @@ Memory is a block and the factors, whatever the size of the tensor; ΔW is never
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from adapterkit.base.decoding import stored_type
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.merging.into.operations import Sum, operations
-from adapterkit.merging.into.report import TensorReport
+from adapterkit.merging.into.report import NearestReport, TensorReport
+from adapterkit.merging.into.rounding import Rounder
 from adapterkit.merging.into.rows import Place, decoded, reader
 from adapterkit.merging.into.steps import Change, Product
 from adapterkit.model import Kind
@@ -32,27 +33,55 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # Elements of a block: few enough for all passes to stay in the cache, enough for the interpreter's
 # share to be small.
 BLOCK = 1 << 17
+# The same where rounding goes through the columns one by one.
+SHAPED_BLOCK = 1 << 21
 _STACK = 3
 _EXPONENT = {DType.F16: 0x7C00, DType.BF16: 0x7F80}
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """What a rounding leaves of an update, W' being the result.
+
+    Attributes:
+        kept: ⟨W' - W, ΔW⟩.
+        noise: ‖(W' - W) - ΔW‖².
+        own: the same along the adapter's own directions.
+    """
+
+    kept: float = 0.0
+    noise: float = 0.0
+    own: float = 0.0
+
+    def __add__(self, other: Left) -> Left:
+        """Add up the sums of two disjoint blocks."""
+        return Left(self.kept + other.kept, self.noise + other.noise, self.own + other.own)
+
+
+@dataclass(frozen=True, slots=True)
 class Sums:
-    """Squared norms and the inner product that survival is made of.
+    """Squared norms and the inner products that survival is made of.
 
     Attributes:
         base: ‖W‖².
         update: ‖ΔW‖².
-        kept: ⟨W' - W, ΔW⟩.
+        left: of what is stored.
+        nearest: of what nearest rounding makes, where another is used.
     """
 
     base: float = 0.0
     update: float = 0.0
-    kept: float = 0.0
+    left: Left = Left()
+    nearest: Left = Left()
 
     def __add__(self, other: Sums) -> Sums:
         """Add up the sums of two disjoint blocks."""
-        return Sums(self.base + other.base, self.update + other.update, self.kept + other.kept)
+        return Sums(
+            self.base + other.base,
+            self.update + other.update,
+            self.left + other.left,
+            self.nearest + other.nearest,
+        )
 
 
 class Merger:
@@ -69,17 +98,22 @@ class Merger:
         self.kind = np.dtype(np.float64 if wide else np.float32)
 
     @property
+    def block(self) -> int:
+        """Return how many elements there are in a block."""
+        return SHAPED_BLOCK if self.change.shaping else BLOCK
+
+    @property
     def steps(self) -> int:
         """Return how many steps there are in all."""
         return len(self.change.steps)
 
     def prepare(self) -> None:
         """Open the adapters' tensors, before several threads ask for blocks."""
-        _ = self._operations
+        _ = self._operations, self._rounder
 
     def places(self) -> list[Place]:
         """Return all blocks, in the order in which they are stored."""
-        height = max(1, BLOCK // max(1, self.columns))
+        height = max(1, self.block // max(1, self.columns))
         return [
             Place(matrix, start, min(start + height, self.rows))
             for matrix in range(self.matrices)
@@ -126,12 +160,38 @@ class Merger:
             return data, Sums()
         merged, update = self._merged(place, base, memory)
         data = memory.stored(merged, self.change.via)
-        rounded = memory.decoded(data, merged)
-        rounded -= base
-        sums = Sums(_inner(base, base), _inner(update, update), _inner(rounded, update))
-        if not np.isfinite(sums.kept):
+        sums = Sums(_inner(base, base), _inner(update, update))
+        if self._rounder is None or not np.isfinite(sums.update):
+            left = self._left(memory.decoded(data, merged), base, update, place)
+            sums = replace(sums, left=left)
+        else:
+            wanted = merged.astype(np.float32)
+            nearest = self._left(memory.decoded(data, merged), base, update, place)
+            data = self._shaped(self._rounder, wanted, data, place)
+            left = self._left(memory.decoded(data, merged), base, update, place)
+            sums = replace(sums, left=left, nearest=nearest)
+        if not np.isfinite(sums.left.kept):
             self._refuse(base)
         return data, sums
+
+    def _left(self, result: Array, base: Array, update: Array, place: Place) -> Left:
+        """Return what is left of a block's update in `result`, which is written over."""
+        result -= base
+        kept = _inner(result, update)
+        result -= update
+        own = self._rounder.own(result, place) if self._rounder else 0.0
+        return Left(kept, _inner(result, result), own)
+
+    def _shaped(
+        self, rounder: Rounder, wanted: Array, nearest: memoryview, place: Place
+    ) -> memoryview:
+        """Round with feedback, on the blocks of the base where it has the type."""
+        starts = [np.frombuffer(nearest, np.uint8).reshape(len(wanted), -1)]
+        if self.change.source.dtype is self.change.dtype:
+            rows = place.matrix * self.rows
+            found = self._read(rows + place.start, rows + place.stop)
+            starts.insert(0, np.frombuffer(found.tobytes(), np.uint8).reshape(len(wanted), -1))
+        return rounder.rounded(wanted, starts, place).reshape(-1).data
 
     def _merged(self, place: Place, base: Array, memory: _Memory) -> tuple[Array, Array]:
         """Return W + ΔW and ΔW of a block."""
@@ -155,7 +215,9 @@ class Merger:
             stored=stored_type(self.change.source).value,
             dtype=self.change.dtype.value,
             relative_norm=(sums.update / sums.base) ** 0.5 if sums.base else None,
-            survival=sums.kept / sums.update if sums.update else None,
+            survival=sums.left.kept / sums.update if sums.update else None,
+            noise=(sums.left.noise / sums.update) ** 0.5 if sums.update else None,
+            **(_compared(sums) if self.change.shaping and sums.update else {}),
         )
 
     def _refuse(self, base: Array) -> None:
@@ -190,6 +252,11 @@ class Merger:
     @cached_property
     def _read(self) -> Callable[[int, int], LazyTensor]:
         return reader(self.change.source, self.columns)
+
+    @cached_property
+    def _rounder(self) -> Rounder | None:
+        shaping = self.change.shaping
+        return Rounder(self.change, shaping, self._operations) if shaping else None
 
     @cached_property
     def _operations(self) -> list[Operation]:
@@ -263,6 +330,20 @@ def _overflows(data: memoryview, dtype: DType) -> bool:
         return False
     exponents = np.frombuffer(data, np.uint16) & _EXPONENT[dtype]
     return bool(exponents.size and exponents.max() == _EXPONENT[dtype])
+
+
+def _compared(sums: Sums) -> dict[str, Any]:
+    """Return the fields of a report on shaped rounding."""
+    left, nearest = sums.left, sums.nearest
+    return {
+        "rounding": "shaped",
+        "direction_error": (left.own / sums.update) ** 0.5,
+        "nearest": NearestReport(
+            survival=nearest.kept / sums.update,
+            noise=(nearest.noise / sums.update) ** 0.5,
+            direction_error=(nearest.own / sums.update) ** 0.5,
+        ),
+    }
 
 
 def _inner(first: Array, second: Array) -> float:

@@ -28,7 +28,7 @@ from adapterkit.merging.into.writing import write_files
 from adapterkit.storage import copy_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from adapterkit.base.quantised import DecodedBase
     from adapterkit.merging.into.journal import Journal
@@ -382,11 +382,19 @@ def _write_index(plan: CheckpointPlan, path: Path) -> None:
     else:
         index = dict(read_json_object(source))
         held = {e.name: shard.path.name for shard in plan.shards for e in shard.entries}
-        metadata = index.get("metadata")
-        index["metadata"] = {
-            **(cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {}),
-            "total_size": plan.nbytes,
-        }
+        metadata: dict[str, Any] = {}
+        if isinstance(index.get("metadata"), dict):
+            metadata |= cast("dict[str, Any]", index["metadata"])
+        if isinstance(known := metadata.get("total_parameters"), int):
+            # A table may be new or grown; what was decoded was stored as something else.
+            stored = 0 if plan.without else known - _elements(plan.base.tensors.values())
+            held_now = _elements(e.tensor for shard in plan.shards for e in shard.entries)
+            metadata["total_parameters"] = stored + held_now
+        index["metadata"] = {**metadata, "total_size": plan.nbytes}
         index["weight_map"] = dict(sorted(held.items()))
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
+
+
+def _elements(tensors: Iterable[LazyTensor]) -> int:
+    return sum(tensor.size for tensor in tensors)

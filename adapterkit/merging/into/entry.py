@@ -15,7 +15,7 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.keys import Role
 from adapterkit.loading import open_model
 from adapterkit.merging.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
-from adapterkit.merging.into.gguf import Allowed, check_type, plan_gguf
+from adapterkit.merging.into.gguf import MOST_ERROR, Allowed, check_rounding, check_type, plan_gguf
 from adapterkit.merging.into.journal import journalled, plan_hash
 from adapterkit.merging.into.reading import read_sources
 from adapterkit.merging.into.report import MergeIntoReport, TensorReport
@@ -28,6 +28,8 @@ from adapterkit.saving import stored_type
 from adapterkit.work import counter, threads
 
 _SURVIVAL = 0.95
+# Errors of rounding, as a share of ‖ΔW‖, above which they are larger than the update.
+_NOISE = 1.0
 
 
 def merge_into(
@@ -38,6 +40,7 @@ def merge_into(
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     gguf_type: str | None = None,
+    rounding: str | None = None,
     tied: str | None = None,
     dequantize: bool = False,
     dialect: str | None = None,
@@ -67,6 +70,8 @@ def merge_into(
         gguf_type: `keep`, `f32`, `f16`, `bf16` or `q8_0` for changed tensors of a GGUF model; by
             default those four are kept and all other types become q8_0. One of llama.cpp's
             mixtures (`q4_k_m`, ...) quantises the whole merged model, of 16 or 32 bits before.
+        rounding: `nearest`, or `shaped`, the default of `keep`: errors on block types of 4 to 6
+            bits are kept away from the directions of the inputs that the adapter listens to.
         tied: `shared` or `untie`, where the base has one table for embedding and output and it is
             changed.
         dequantize: decode a Hugging Face base that is quantised as fp8 or MXFP4, all of it, to 16
@@ -92,9 +97,12 @@ def merge_into(
     """
     check_choice(tied)
     check_type(gguf_type)
+    check_rounding(rounding, gguf_type)
     destination = Path(destination)
     opened = open_model(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
+    if opened.kind == "hf" and rounding is not None:
+        raise UsageError("rounding is for GGUF bases", path=opened.path)
     check_destination(destination, force=force, directory=MODEL if opened.kind == "hf" else None)
     if dequantize and opened.kind == "gguf":
         raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
@@ -115,7 +123,9 @@ def merge_into(
     write = _Write(destination, threads(jobs), progress, resume, force)
     if opened.kind == "gguf":
         allow = Allowed(requantise=allow_requantise, weak=allow_weak)
-        tensors, more = _merge_file(adapters, opened, write, allow, kind=gguf_type, tied=tied)
+        tensors, more = _merge_file(
+            adapters, opened, write, allow, kind=gguf_type, tied=tied, rounding=rounding
+        )
     else:
         stored = stored_type(dtype) if dtype else None
         tensors, more = _merge_directory(
@@ -195,10 +205,12 @@ def _merge_file(
     *,
     kind: str | None,
     tied: str | None,
+    rounding: str | None,
 ) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_gguf(sources, base, kind=kind, tied=tied, allow=allow)
+    plan = plan_gguf(sources, base, kind=kind, tied=tied, rounding=rounding, allow=allow)
     file = plan.output(write.destination.name)
     settings = {"gguf_type": kind, "tied": tied, "segment": SEGMENT, "weak": allow.weak}
+    settings |= {"rounding": rounding}
     with write.output(sources) as output:
         key = plan_hash(sources, file.spans(), (), settings)
         count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)
@@ -226,6 +238,7 @@ def _report(
         untouched=len(base.tensors.keys() - {tensor.tensor for tensor in tensors}),
         bytes=sum(file.stat().st_size for file in files if file.is_file()),
         min_survival=min(survivals, default=None),
+        max_noise=max((t.noise for t in tensors if t.noise is not None), default=None),
         warnings=_warnings(tensors),
         notes=tuple(notes),
     )
@@ -258,7 +271,14 @@ def _order(sources: Sequence[Source]) -> list[str]:
 
 
 def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
-    low = [t for t in tensors if t.survival is not None and t.survival < _SURVIVAL]
+    # Shaped rounding trades survival for errors elsewhere; of it, the error along ΔW tells.
+    low = [
+        t
+        for t in tensors
+        if t.survival is not None
+        and t.survival < _SURVIVAL
+        and (t.direction_error is None or t.direction_error > MOST_ERROR)
+    ]
     found: list[str] = []
     if low:
         worst = min(low, key=lambda t: t.survival or 0.0)
@@ -266,5 +286,14 @@ def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
             f"less than {_SURVIVAL:.0%} of the update is left after rounding in {len(low)} of "
             f"{len(tensors)} tensors, least in {worst.tensor} "
             f"({max(worst.survival or 0.0, 0.0):.0%}); store a wider type"
+        )
+    # Of shaped rounding the error over all inputs alike is the price, not the fault.
+    loud = [(t.noise, t) for t in tensors if t.nearest is None and (t.noise or 0.0) > _NOISE]
+    if loud:
+        noise, worst = max(loud, key=lambda pair: pair[0] or 0.0)
+        found.append(
+            f"rounding changes {len(loud)} of {len(tensors)} tensors by more than the update does, "
+            f"most {worst.tensor} ({noise or 0.0:.3g} times ‖ΔW‖ as {worst.dtype}): what is "
+            "left of the update stands in noise of that size; store a wider type"
         )
     return tuple(found)

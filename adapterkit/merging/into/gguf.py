@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from adapterkit.containers.gguf import GGUFValue, gguf_layout, read_gguf, uint32
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merging.into.engine import EMBEDDING, OUTPUT, engine_steps
+from adapterkit.merging.into.inputs import drawn_inputs
+from adapterkit.merging.into.rounding import can_be_shaped, shaped_changes
 from adapterkit.merging.into.steps import Change
 from adapterkit.merging.into.tying import Tying, as_spelled, resolved
 from adapterkit.merging.into.writing import OutputFile, Piece
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from adapterkit.architectures.mixtures import Mixture
     from adapterkit.base.model import BaseModel
     from adapterkit.containers.gguf import GGUFFile
-    from adapterkit.merging.into.steps import Step
+    from adapterkit.merging.into.steps import Shaping, Step
     from adapterkit.merging.planning import Source
 
 # What changed tensors may be stored as, the others being as they were.
@@ -41,6 +44,9 @@ _PLAIN = _HALVES | {DType.F32, DType.F64}
 _FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q8_0: 7, DType.BF16: 32}
 _QUANTISATION_VERSION = 2
 _LEAST_SURVIVAL = 0.9
+# Where rounding is shaped: the largest error along the adapter's own directions.
+MOST_ERROR = 0.5
+ROUNDINGS = ("nearest", "shaped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,7 @@ def plan_gguf(
     *,
     kind: str | None,
     tied: str | None,
+    rounding: str | None,
     allow: Allowed,
 ) -> EnginePlan:
     """Decide what every tensor gets and as which type it is stored.
@@ -129,14 +136,20 @@ def plan_gguf(
     else:
         types = _mixed_types(mixture, base, tensors, allow)
     changes = _changes(tensors, steps, types, mixture)
+    notes: list[str] = []
+    file = _first_file(base, notes)
     if kind == "keep" and not allow.weak:
         changes = {n: _held_to(change, _LEAST_SURVIVAL) for n, change in changes.items()}
+    if rounding == "shaped" or (kind == "keep" and rounding is None):
+        most = math.inf if allow.weak else MOST_ERROR
+        names = [name for name, change in changes.items() if can_be_shaped(change)]
+        inputs = drawn_inputs(base, file, names)
+        changes = shaped_changes(changes, inputs, most)
+        notes += _on_rounding(names, inputs)
     stored = {name: changes[name].stored if name in changes else t for name, t in tensors.items()}
-    notes: list[str] = []
     twice = [name for name in tensors if mixture and _requantised(tensors[name], types[name])]
     if twice:
         notes.append(f"quantised twice, with the errors of both: {len(twice)} tensors ({twice[0]})")
-    file = _first_file(base, notes)
     metadata = _metadata(base, file, stored, mixture, notes)
     return EnginePlan(stored, changes, metadata, file.alignment, tuple(notes))
 
@@ -219,6 +232,28 @@ def _check_kernel(name: str, dtype: DType) -> None:
 
 def _held_to(change: Change, least: float) -> Change:
     return replace(change, least=least) if change.dtype not in _PLAIN else change
+
+
+def check_rounding(rounding: str | None, kind: str | None) -> None:
+    """Refuse a rounding that is unknown, or shaped where nothing would be.
+
+    Raises:
+        UsageError: the message lists what there is.
+    """
+    if rounding not in {None, *ROUNDINGS}:
+        raise UsageError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDINGS)}")
+    if rounding == "shaped" and (kind is None or kind in TYPES):
+        raise UsageError(
+            "shaped rounding is for block types of 4 to 6 bits: it goes with gguf_type "
+            "(--gguf-type) keep or a mixture, such as q4_k_m"
+        )
+
+
+def _on_rounding(names: Sequence[str], inputs: Mapping[str, Shaping]) -> list[str]:
+    if not names or inputs:
+        return []
+    missing = "what the base's layers see of texts, which makes it better, is not known here"
+    return [f"rounding is shaped by the adapter alone: {missing}"]
 
 
 def _first_file(base: BaseModel, notes: list[str]) -> GGUFFile:

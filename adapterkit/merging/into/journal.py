@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from adapterkit.errors import AdapterKitError, FormatError, UsageError
-from adapterkit.merging.into.report import TensorReport
+from adapterkit.merging.into.report import NearestReport, TensorReport
 from adapterkit.storage import read_document, readable
 from adapterkit.tables import ANY_MAPPING, TEXT, Table, UnfitError, listed, number, whole
 
@@ -164,6 +164,10 @@ def _segment(line: Table) -> tuple[tuple[str, int], Segment]:
             dtype=report.get("dtype", TEXT),
             relative_norm=report.optional("relative_norm", number()),
             survival=report.optional("survival", number()),
+            rounding=report.get("rounding", TEXT),
+            noise=report.optional("noise", number()),
+            direction_error=report.optional("direction_error", number()),
+            nearest=_nearest(report.table("nearest")),
         )
         for report in (line.inner("reports", each) for each in line.get("reports", _REPORTS))
     ]
@@ -171,6 +175,11 @@ def _segment(line: Table) -> tuple[tuple[str, int], Segment]:
     return (line.get("file", TEXT), line.get("segment", _COUNT)), Segment(
         tuple(reports), tuple(written)
     )
+
+
+def _nearest(table: Table | None) -> NearestReport | None:
+    names = ("survival", "noise", "direction_error")
+    return None if table is None else NearestReport(**{n: table.get(n, number()) for n in names})
 
 
 def plan_hash(

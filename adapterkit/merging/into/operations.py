@@ -51,6 +51,11 @@ class Unmerged(Protocol):
 class Operation(Protocol):
     """One or more steps."""
 
+    @property
+    def products(self) -> Sum | None:
+        """The low-rank updates in it."""
+        ...
+
     def apply(self, merged: Array, base: Array, place: Place) -> Array:
         """Return what `merged` becomes; it may be the same array.
 
@@ -97,6 +102,11 @@ class Sum:
         self.left = np.concatenate([left for left, _ in factors], axis=-1)
         self.right = np.concatenate([right for _, right in factors], axis=-2)
 
+    @property
+    def products(self) -> Sum:
+        """The updates themselves."""
+        return self
+
     def delta(self, place: Place, out: Array | None = None) -> Array:
         """Return ΔW of some rows, in `out` if given."""
         left = self.left[place.matrix, place.start : place.stop]
@@ -124,6 +134,10 @@ class _Dora:
         covered = magnitude.covered
         self.covered = None if covered is None else covered.reshape(self.values.shape)
 
+    @property
+    def products(self) -> Sum:
+        return self.sum
+
     def _squares(self, tensor: Unmerged) -> Array:
         """Return the squared norms of the columns of W + ΔW, which hold the outputs here."""
         places = tensor.places()
@@ -150,6 +164,8 @@ class _Dora:
 class _Vector:
     """W + w · v."""
 
+    products = None
+
     def __init__(self, step: Added, kind: np.dtype[Any]) -> None:
         self.values = _finite(step.vector, step, kind).reshape(-1) * step.weight
 
@@ -161,6 +177,8 @@ class _Vector:
 
 class _Whole:
     """W + w · (M - W)."""
+
+    products = None
 
     def __init__(self, step: Replaced, tensor: Unmerged) -> None:
         self.step, self.tensor = step, tensor
@@ -176,6 +194,8 @@ class _Whole:
 
 class _TokenRows:
     """W_t + w · (R_t - W_t)."""
+
+    products = None
 
     def __init__(self, step: RowsReplaced, kind: np.dtype[Any]) -> None:
         self.values = _finite(step.tensor, step, kind)

@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NearestReport:
+    """What nearest rounding would have left of the same update.
+
+    Attributes:
+        survival: as in `TensorReport`.
+        noise: the same.
+        direction_error: the same.
+    """
+
+    survival: float
+    noise: float
+    direction_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorReport:
     """One tensor of the base that was changed.
 
@@ -17,6 +32,12 @@ class TensorReport:
         relative_norm: ‖ΔW‖ / ‖W‖, Frobenius; None where W is zero.
         survival: ⟨W' - W, ΔW⟩ / ‖ΔW‖², the share of the update that is still there in what was
             stored; None where ΔW is zero.
+        rounding: `nearest` or `shaped`.
+        noise: ‖(W' - W) - ΔW‖ / ‖ΔW‖, over all directions of the inputs alike; shaped rounding
+            makes it larger.
+        direction_error: the same along the inputs that the adapter listens to (the rows of A),
+            which is what the model sees of it; None for nearest rounding.
+        nearest: what nearest rounding would have left, where rounding is shaped.
     """
 
     tensor: str
@@ -25,6 +46,10 @@ class TensorReport:
     dtype: str
     relative_norm: float | None
     survival: float | None
+    rounding: str = "nearest"
+    noise: float | None = None
+    direction_error: float | None = None
+    nearest: NearestReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +70,8 @@ class MergeIntoReport:
             place in the output.
         bytes: size of the output.
         min_survival: smallest of the tensors; None where nothing was changed.
+        max_noise: largest of the tensors, ‖(W' - W) - ΔW‖ / ‖ΔW‖, what the stored change is off by;
+            above 1 the rounding is larger than the update, even where survival is 1.
         warnings: what the user should know.
         notes: what was normalised on the way.
     """
@@ -58,6 +85,7 @@ class MergeIntoReport:
     untouched: int
     bytes: int
     min_survival: float | None
+    max_noise: float | None = None
     decoded: int = 0
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

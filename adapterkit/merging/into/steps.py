@@ -109,6 +109,19 @@ class RowsReplaced:
 Step = Product | Added | Replaced | RowsReplaced
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shaping:
+    """What counts beside an adapter's own directions when a change of it is rounded.
+
+    Attributes:
+        directions: (k, columns), as long as they weigh.
+        weights: (columns,), of every input by itself.
+    """
+
+    directions: np.ndarray[Any, np.dtype[Any]]
+    weights: np.ndarray[Any, np.dtype[Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """A tensor of the output that is not a byte range of the base.
@@ -123,6 +136,8 @@ class Change:
             would have held it.
         least: the smallest survival at which the change is stored; rounding can make it less than
             zero.
+        most: the largest error along the adapter's own directions, where rounding is shaped.
+        shaping: what rounding keeps errors away from; None to round to the nearest value.
     """
 
     name: str
@@ -132,6 +147,8 @@ class Change:
     shape: tuple[int, ...]
     via: DType | None = None
     least: float = -math.inf
+    most: float = math.inf
+    shaping: Shaping | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:

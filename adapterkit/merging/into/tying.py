@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.errors import UnsupportedError, UsageError
-from adapterkit.lowrank.differences import same_bits
 from adapterkit.merging.into.steps import Product, Replaced, RowsReplaced
 from adapterkit.model import spelled_out
+from adapterkit.tensor import same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -302,7 +302,7 @@ class _Computed:
 
     def tasks(self) -> list[Callable[[], Sums]]:
         """Return what is to be done, in any order."""
-        shares = _shares(Merger(self.change).places())
+        shares = _shares(Merger(self.change))
         found: list[Callable[[], Sums]] = [partial(self._compute, places) for places in shares]
         self.left = len(found)
         return found
@@ -329,18 +329,29 @@ class _Computed:
         if not self.change.steps:
             return None
         report = Merger(self.change).report(sums)
-        if report.survival is not None and report.survival < self.change.least:
-            left = max(report.survival, 0.0)
+        if fault := _fault(self.change, report):
             raise UnsupportedError(
-                f"as {self.change.dtype} only {left:.0%} of the update is left; leave "
-                "out --gguf-type, and it becomes q8_0, or pass --allow-weak",
+                f"as {self.change.dtype} {fault}; leave out --gguf-type, and it becomes q8_0, or "
+                "pass --allow-weak",
                 where=self.change.name,
             )
         return report
 
 
-def _shares(places: Sequence[Place]) -> Iterator[Sequence[Place]]:
+def _fault(change: Change, report: TensorReport) -> str | None:
+    """Say why too little of an update is left, if it is."""
+    if report.direction_error is not None:
+        error = report.direction_error
+        much = f"rounding errors along the update are {error:.0%} of it"
+        return much if error > change.most else None
+    if report.survival is not None and report.survival < change.least:
+        return f"only {max(report.survival, 0.0):.0%} of the update is left"
+    return None
+
+
+def _shares(merger: Merger) -> Iterator[Sequence[Place]]:
     """Yield consecutive blocks of about a task's worth."""
-    count = max(1, _TASK // BLOCK)
+    places = merger.places()
+    count = 1 if merger.change.shaping else max(1, _TASK // BLOCK)
     for start in range(0, len(places), count):
         yield places[start : start + count]

@@ -1,0 +1,100 @@
+"""What a file of a diffusion LoRA cannot hold, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.dtype import DType
+from adapterkit.formats.diffusion.plan import planned
+from adapterkit.keys import FACTORS, Role, TensorKey
+from adapterkit.model import Kind
+from adapterkit.model.beside import lost_beside
+from adapterkit.model.declared import undeclared
+from adapterkit.model.losses import lost_settings
+from adapterkit.notes import Loss, first_and_more
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from adapterkit.formats.diffusion.plan import Plan
+    from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
+
+_HELD = {*FACTORS, Role.MAGNITUDE, Role.LORA_BIAS}
+_OTHERS = {
+    Role.FULL: ("saved-module", "a whole trained parameter has no place in a LoRA file"),
+    Role.TOKEN_ROWS: ("token-rows", "trained token rows have no place in a LoRA file"),
+    Role.EMBEDDING_A: ("embedding", "LoRA on an embedding has no place in a LoRA file"),
+    Role.EMBEDDING_B: ("embedding", "LoRA on an embedding has no place in a LoRA file"),
+}
+
+
+def losses(adapter: AdapterTensorSet, options: Options, spelling: str) -> list[Loss]:
+    """List every reason at once; no tensor data is read."""
+    plan = planned(adapter, spelling)
+    found = [*lost_settings(adapter), *_by_role(adapter), *_misplaced(adapter, plan)]
+    found += [*_by_kind(adapter), *_partly(adapter, plan), *_by_spelling(adapter, spelling)]
+    found += [*undeclared(adapter), *lost_beside(adapter)]
+    if options.dtype is DType.Q8_0:
+        message = "LoRA files of diffusion models hold f32, f16 or bf16; choose with --outtype"
+        found.append(Loss("quantised", "q8_0", message))
+    return found
+
+
+def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    for role, (code, message) in _OTHERS.items():
+        if keys := [key for key in adapter.tensors if key.role is role]:
+            yield _loss(code, keys, f"{message}; merge the adapter into the base instead")
+    for key in adapter.tensors:
+        if key.role is Role.BASE_COPY:
+            yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
+
+
+def _misplaced(adapter: AdapterTensorSet, plan: Plan) -> Iterator[Loss]:
+    reasons: dict[str, list[str]] = {}
+    for module, why in plan.misplaced.items():
+        reasons.setdefault(why, []).append(module)
+    for why, modules in reasons.items():
+        yield _loss("no-such-module", _keys(adapter, modules), why)
+
+
+def _by_kind(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    stacks = [module for module, kind in adapter.kinds.items() if kind is Kind.EXPERTS]
+    if stacks:
+        message = "stacked experts have no place in a LoRA file of a diffusion model"
+        yield _loss("experts", _keys(adapter, stacks), message)
+
+
+def _partly(adapter: AdapterTensorSet, plan: Plan) -> Iterator[Loss]:
+    """Name DoRA of some parts of what is one module in the file: the others have no magnitude."""
+    for members in plan.fused().values():
+        row = members[0][1].row
+        parts = len(row.shares) if row else 1
+        keys = [TensorKey(module, Role.MAGNITUDE) for module, _ in members]
+        keys = [key for key in keys if key in adapter.tensors]
+        if keys and len(keys) < parts:
+            message = f"it is one of {parts} parts of a fused layer, and not all are DoRA"
+            modules = [key.module for key in keys]
+            yield _loss("dora-partly", _keys(adapter, modules), message)
+
+
+def _by_spelling(adapter: AdapterTensorSet, spelling: str) -> Iterator[Loss]:
+    biases = [key for key in adapter.tensors if key.role is Role.LORA_BIAS]
+    if spelling == "kohya" and biases:
+        message = "kohya's scripts read no bias; write comfyui or diffusers"
+        yield _loss("lora-bias", biases, message)
+    magnitudes = [key for key in adapter.tensors if key.role is Role.MAGNITUDE]
+    if spelling == "comfyui" and magnitudes:
+        names = first_and_more([key.module for key in magnitudes])
+        message = "DoRA is written exactly, but ComfyUI divides by the norm of the base alone"
+        yield Loss("dora", names, message, blocks=False)
+
+
+def _keys(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
+    wanted = set(modules)
+    return [key for key in adapter.tensors if key.module in wanted]
+
+
+def _loss(code: str, keys: list[TensorKey], message: str) -> Loss:
+    modules = list(dict.fromkeys(key.module for key in keys))
+    return Loss(code, first_and_more(modules), message, tuple(keys))

@@ -1,0 +1,110 @@
+"""Which modules of a spelling an adapter's updates go to, and which have no place in it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from adapterkit.formats.diffusion.keys import DENOISER
+from adapterkit.formats.diffusion.patterns import underscored
+from adapterkit.formats.diffusion.table import Row
+from adapterkit.formats.diffusion.telling import Spelled, nearest, placed, title, told
+
+if TYPE_CHECKING:
+    from adapterkit.formats.diffusion.table import Model
+    from adapterkit.formats.diffusion.telling import Place
+    from adapterkit.model import AdapterTensorSet
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A module of the file to write.
+
+    Attributes:
+        stem: what its tensors' names begin with.
+        row: of the table, where it is one of the original checkpoint's; None for diffusers' own.
+        part: which part of it an update is.
+    """
+
+    stem: str
+    row: Row | None = None
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where everything goes.
+
+    Attributes:
+        destinations: by module of the adapter.
+        misplaced: module -> why it goes nowhere.
+    """
+
+    destinations: Mapping[str, Destination]
+    misplaced: Mapping[str, str]
+
+    def fused(self) -> Mapping[str, list[tuple[str, Destination]]]:
+        """Return the modules of each stem."""
+        found: dict[str, list[tuple[str, Destination]]] = defaultdict(list)
+        for module, destination in self.destinations.items():
+            found[destination.stem].append((module, destination))
+        return found
+
+
+def planned(adapter: AdapterTensorSet, spelling: str) -> Plan:
+    """Return where every module of an adapter goes in a spelling; no tensor data is read."""
+    spelled = {module: _spelled(module) for module in adapter.modules}
+    sized = {pair.module: pair.matrix_shape for pair in adapter.pairs() if pair.sound}
+    everything = [
+        replace(each, outputs=rows, inputs=columns)
+        for module, each in spelled.items()
+        for rows, columns in [sized.get(module, (0, 0))]
+    ]
+    found = told(everything, adapter.metadata)
+    destinations: dict[str, Destination] = {}
+    misplaced: dict[str, str] = {}
+    for module, each in spelled.items():
+        places = [(model, place) for model in found if (place := placed(model, each))]
+        options = {_destination(model, place, spelling) for model, place in places}
+        if len(options) == 1:
+            destinations[module] = options.pop()
+        elif spelling == "diffusers" and each.component not in {DENOISER, ""}:
+            destinations[module] = Destination(module)
+        else:
+            misplaced[module] = _why(found, everything, each)
+    return Plan(destinations, misplaced)
+
+
+def _spelled(module: str) -> Spelled:
+    component, _, path = module.partition(".")
+    return Spelled(component, path) if component in COMPONENTS else Spelled(DENOISER, module)
+
+
+def _destination(model: Model, place: Place, spelling: str) -> Destination:
+    site = place.site
+    part = site.part or 0
+    if spelling == "diffusers":
+        return Destination(f"{place.component}.{site.parts[part]}")
+    encoder = place.encoder
+    if spelling == "comfyui":
+        prefix = f"text_encoders.{encoder.comfyui}.transformer." if encoder else "diffusion_model."
+        return Destination(prefix + site.original, site.row, part)
+    prefix = f"lora_{encoder.kohya[0] if encoder else 'unet'}_"
+    if encoder or model.kohya == "original":
+        return Destination(prefix + underscored(site.original), site.row, part)
+    return Destination(prefix + underscored(site.parts[part]))
+
+
+def _why(found: tuple[Model, ...], everything: list[Spelled], module: Spelled) -> str:
+    if found:
+        return f"the model may be {title(found, everything)}, which are spelled differently"
+    best = nearest(everything)
+    if best and placed(best[0], module) is None:
+        return f"is no module of {best[0].title}, whose names it would need"
+    if best:
+        return f"is of {best[0].title}, which has not all modules of the adapter"
+    return "is no module of a diffusion model that is known"

@@ -1,0 +1,1 @@
+"""LoRA of hand-written code, by dialect."""

@@ -1,0 +1,1 @@
+"""LyCORIS LoHa and LoKr."""

@@ -1,0 +1,1 @@
+"""MLX-LM adapters: `adapters.safetensors` with the arguments of their training."""

@@ -1,0 +1,159 @@
+"""What an MLX adapter cannot hold, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.architectures.mapping import in_tower
+from adapterkit.dtype import DType
+from adapterkit.formats.mlx import spelling
+from adapterkit.formats.mlx.writer import MLXAdapter, mlx_adapter
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import Kind, spelled_out
+from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.beside import lost_beside
+from adapterkit.model.declared import undeclared
+from adapterkit.model.losses import lost_metadata
+from adapterkit.notes import Loss, first_and_more
+from adapterkit.served import served
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from adapterkit.base import BaseModel
+    from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
+
+_MERGE = "merge it into the base instead (adapterkit merge --into)"
+
+_ROLES: Mapping[Role, tuple[str, str]] = {
+    Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in an MLX adapter; {_MERGE}"),
+    Role.FULL: ("saved-module", f"a whole trained parameter has no place there; {_MERGE}"),
+    Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
+}
+_SETTINGS: Mapping[str, tuple[str, str]] = {
+    "initialisation": (
+        "base-changing-init",
+        (
+            "this initialisation changed the base, so B · A is no update of the original one; give "
+            "the original base with --base, or save it with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        ),
+    ),
+    "layer_replication": (
+        "layer-replication",
+        "layers are replicated; MLX-LM has one block for each; merge in PEFT first",
+    ),
+    "invocation_tokens": (
+        "alora",
+        "it acts only after its invocation tokens; MLX-LM would apply it to every token",
+    ),
+}
+
+
+def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+    """List every reason at once; no tensor data is read."""
+    adapter = spelled_out(adapter)
+    mapped = mlx_adapter(adapter, options.base)
+    found = [*_by_role(adapter), *_by_setting(adapter), *_unplaced(adapter, mapped)]
+    found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]
+    found += [*undeclared(adapter), *lost_beside(adapter)]
+    found += _unserved(options.base)
+    if options.dtype is DType.Q8_0:
+        message = "MLX adapters hold f32, f16 or bf16; choose one with --outtype"
+        found.append(Loss("quantised", "q8_0", message))
+    return found
+
+
+def _unserved(base: BaseModel | None) -> Iterator[Loss]:
+    models = served("mlx")
+    if base and models.lacks_type(base.model_type):
+        message = f"mlx-lm {models.version} has no model of this type; {_MERGE}"
+        yield Loss("unserved", f"model_type {base.model_type}", message)
+
+
+def _loss(code: str, keys: list[TensorKey], message: str, *, drop: bool = True) -> Loss:
+    """Name many tensors as `first and 13 more`."""
+    modules = list(dict.fromkeys(key.module for key in keys))
+    return Loss(code, first_and_more(modules), message, tuple(keys) if drop else ())
+
+
+def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
+    wanted = set(modules)
+    return [key for key in adapter.tensors if key.module in wanted]
+
+
+def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    for role, (code, message) in _ROLES.items():
+        if keys := [key for key in adapter.tensors if key.role is role]:
+            yield _loss(code, keys, message)
+    for key in adapter.tensors:
+        if key.role is Role.BASE_COPY:
+            yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
+
+
+def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    for name, (code, message) in _SETTINGS.items():
+        if getattr(adapter, name):
+            shown = SETTINGS[name]
+            yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
+    if kept := adapter.engine_layout:
+        message = "its rows are in llama.cpp's order; give the base model with --base"
+        yield _loss("engine-layout", _keys_of(adapter, kept), message, drop=False)
+
+
+def _unplaced(adapter: AdapterTensorSet, mapped: MLXAdapter) -> Iterator[Loss]:
+    if mapped.unknown:
+        message = "MLX-LM's name for it depends on the model; give the base with --base"
+        yield _loss("needs-base", _keys_of(adapter, mapped.unknown), message, drop=False)
+    for module, reason in mapped.stranded.items():
+        yield _loss("experts", _keys_of(adapter, [module]), reason)
+    towers = [pair.module for pair in adapter.pairs() if in_tower(pair.module)]
+    if towers:
+        message = f"belongs to a vision or audio tower, which MLX-LM leaves out; {_MERGE}"
+        yield _loss("tower", _keys_of(adapter, towers), message)
+    convolutions = [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]
+    if convolutions:
+        message = f"MLX-LM adapts no convolutions; {_MERGE}"
+        yield _loss("convolution", _keys_of(adapter, convolutions), message)
+
+
+def _dora(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    having = [key for key in adapter.tensors if key.role is Role.MAGNITUDE]
+    if not having:
+        return
+    modules = {key.module for key in having}
+    without = [pair.module for pair in adapter.pairs() if pair.module not in modules]
+    if without:
+        message = "fine_tune_type dora holds for all modules, and this one has no magnitude"
+        yield _loss("dora-partly", _keys_of(adapter, without), message)
+    tables = [pair.module for pair in adapter.pairs() if pair.embedding and pair.module in modules]
+    if tables:
+        reason = "MLX normalises an embedding's DoRA for every token, PEFT for every dimension"
+        yield _loss("dora-embedding", _keys_of(adapter, tables), f"{reason}; {_MERGE}")
+    experts = [
+        pair.module
+        for pair in adapter.pairs()
+        if pair.module in modules and (pair.kind is Kind.EXPERTS or spelling.expert_of(pair.module))
+    ]
+    if experts:
+        yield _loss(
+            "dora-experts", _keys_of(adapter, experts), f"MLX has no DoRA of experts; {_MERGE}"
+        )
+
+
+def _embeddings(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
+    tables = [key for key in adapter.tensors if key.role is Role.EMBEDDING_A]
+    outputs = _keys_of(adapter, ["lm_head"])
+    tied = base.tied if base else None
+    if tables and tied is None:
+        message = "MLX applies it to the output too if the two are tied; give the base with --base"
+        yield _loss("needs-base", _keys_of(adapter, [tables[0].module]), message)
+    elif tables and tied and not outputs:
+        message = (
+            f"MLX applies it to the tied output too, which this adapter leaves alone; {_MERGE}"
+        )
+        yield _loss("tied-embedding", _keys_of(adapter, [tables[0].module]), message)
+    elif outputs and tied and not tables:
+        message = f"MLX-LM has no output module where it is tied to the embedding; {_MERGE}"
+        yield _loss("tied-output", outputs, message)

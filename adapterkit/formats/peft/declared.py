@@ -1,0 +1,133 @@
+"""What a LoraConfig promises and the file lacks, and what the file holds and it denies.
+
+Found with PEFT 0.21.2: magnitudes, biases on B and token rows are made by their setting alone, so
+that stored ones without it are left out in silence and missing ones stay as they were initialised.
+Saved modules and trained biases are loaded whatever the config says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from adapterkit.keys import FACTORS, Role
+from adapterkit.tables import TEXT
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from adapterkit.base import BaseModel
+    from adapterkit.formats.peft.config import LoraConfig
+    from adapterkit.keys import TensorKey
+
+_FLAGS = {"use_dora": Role.MAGNITUDE, "lora_bias": Role.LORA_BIAS}
+_EMBEDDING = "embed_tokens"
+# PEFT adds both to modules_to_save of a classifier, of which a model has one.
+_HEADS = {"classifier", "score"}
+_CLASSIFIERS = {"SEQ_CLS", "TOKEN_CLS"}
+
+
+def contradictions(
+    config: LoraConfig, keys: Collection[TensorKey], base: BaseModel | None
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return the fields `unstored` and `undeclared` of AdapterTensorSet.
+
+    Args:
+        config: as it was read.
+        keys: what the file holds.
+        base: the model, if known: what it does not have cannot be missing.
+    """
+    missing, denied = dict(_missing_of_flags(config, keys)), dict(_denied_by_flags(config, keys))
+    if lost := _unsaved(config, keys, base):
+        missing["modules_to_save"] = lost
+    if lost := _untrained_biases(config, keys, base):
+        missing["bias"] = lost
+    rows = _modules(keys, Role.TOKEN_ROWS)
+    declared: object = config.raw.get("trainable_token_indices")
+    if rows and not declared:
+        denied["trainable_token_indices"] = rows
+    if lost := _untrained_rows(declared, rows):
+        missing["trainable_token_indices"] = lost
+    return {"unstored": missing, "undeclared": denied}
+
+
+def _untrained_rows(declared: object, rows: Collection[str]) -> tuple[str, ...]:
+    """Return the names whose token rows are not stored; of tied tables PEFT stores one for all."""
+    if not isinstance(declared, dict):
+        return (_EMBEDDING,) if declared and not _ends(_EMBEDDING, rows) else ()
+    tokens = cast("dict[str, list[int]]", declared)
+    stored = [numbers for name, numbers in tokens.items() if _ends(name, rows)]
+    return tuple(
+        name for name, numbers in tokens.items() if not _ends(name, rows) and numbers not in stored
+    )
+
+
+def reads_qalora(config: LoraConfig, base: BaseModel | None) -> bool | None:
+    """Tell whether PEFT goes by `use_qalora`, as on GPTQ bases alone; None if that is unknown."""
+    if not config.flag("use_qalora"):
+        return False
+    if base is None:
+        return None
+    from adapterkit.base.schemes import quantisation_method
+
+    return quantisation_method(base) == "gptq"
+
+
+def _ends(name: str, modules: Collection[str]) -> bool:
+    """Tell whether a name is that of one of the modules; a list of tokens is of any embedding."""
+    if name == _EMBEDDING:
+        return bool(modules)
+    return any(f".{module}".endswith(f".{name}") for module in modules)
+
+
+def _modules(keys: Collection[TensorKey], *roles: Role) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(key.module for key in keys if key.role in roles))
+
+
+def _missing_of_flags(
+    config: LoraConfig, keys: Collection[TensorKey]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    adapted = _modules(keys, *FACTORS, Role.EMBEDDING_A, Role.EMBEDDING_B)
+    for flag, role in _FLAGS.items():
+        having = set(_modules(keys, role))
+        without = tuple(module for module in adapted if module not in having)
+        if config.flag(flag) and without:
+            yield flag, without
+
+
+def _denied_by_flags(
+    config: LoraConfig, keys: Collection[TensorKey]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for flag, role in _FLAGS.items():
+        having = _modules(keys, role)
+        if having and not config.flag(flag):
+            yield flag, having
+
+
+def _unsaved(
+    config: LoraConfig, keys: Collection[TensorKey], base: BaseModel | None
+) -> tuple[str, ...]:
+    saved = _modules(keys, Role.FULL)
+    held = {name for name in config.names("modules_to_save") if _among(name, saved)}
+    missing = [name for name in config.names("modules_to_save") if name not in held]
+    if base is not None and base.kind == "hf" and base.names:
+        return tuple(name for name in missing if _among(name, base.names))
+    if config.fields.optional("task_type", TEXT) in _CLASSIFIERS and held & _HEADS:
+        missing = [name for name in missing if name not in _HEADS]
+    return tuple(missing)
+
+
+def _among(name: str, parameters: Collection[str]) -> bool:
+    return any(name in each.split(".") or f".{name}." in f".{each}." for each in parameters)
+
+
+def _untrained_biases(
+    config: LoraConfig, keys: Collection[TensorKey], base: BaseModel | None
+) -> tuple[str, ...]:
+    """Return biases of the base that `bias` says were trained, where not one is stored."""
+    bias = config.raw.get("bias") or "none"
+    stored = any(key.role is Role.FULL and key.module.endswith(".bias") for key in keys)
+    if bias == "none" or stored or base is None or base.kind != "hf":
+        return ()
+    adapted = {f"{module}.bias" for module in _modules(keys, *FACTORS)}
+    having = (name for name in base.names if name.endswith(".bias"))
+    return tuple(name for name in having if bias == "all" or name in adapted)

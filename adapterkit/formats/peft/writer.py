@@ -1,0 +1,309 @@
+"""Write PEFT LoRA adapters that load without a missing or an unexpected key."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from adapterkit.base.places import Places
+from adapterkit.beside import carry
+from adapterkit.containers.safetensors import write_safetensors
+from adapterkit.dtype import DType
+from adapterkit.formats.peft.config import LoraConfig
+from adapterkit.formats.peft.experts import (
+    WRITTEN_VERSION,
+    fold_experts,
+    wrapped_parameters,
+)
+from adapterkit.formats.peft.files import CONFIG, WEIGHTS
+from adapterkit.formats.peft.keys import saved_name
+from adapterkit.keys import Role
+from adapterkit.model import PeftSource, spelled_out
+from adapterkit.model.beside import BesideKind, lost_copy
+from adapterkit.model.declared import undeclared
+from adapterkit.model.losses import lost_metadata
+from adapterkit.notes import Loss, first_and_more
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from adapterkit.architectures import Architecture
+    from adapterkit.base import BaseModel
+    from adapterkit.formats.protocol import Options
+    from adapterkit.model import AdapterTensorSet
+    from adapterkit.tensor import LazyTensor
+
+_Number = TypeVar("_Number", int, float)
+
+# Fields that this writer sets itself; every other field of a PEFT source is passed on.
+_MEANING: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 8,
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_dora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "trainable_token_indices": None,
+    "modules_to_save": None,
+    "layer_replication": None,
+}
+_TARGETING = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+)
+_DEFAULTS: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "lora_dropout": 0.0,
+    "init_lora_weights": True,
+    "fan_in_fan_out": False,
+}
+
+
+def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+    """List what a PEFT LoRA directory cannot hold of this adapter."""
+    del options
+    found: list[Loss] = []
+    if kept := list(adapter.engine_layout):
+        message = "its rows are in llama.cpp's order; give the base model with --base"
+        found.append(Loss("engine-layout", first_and_more(kept), message))
+    adapted = _adapted(adapter)
+    for role, code, word in (
+        (Role.MAGNITUDE, "dora-partly", "use_dora"),
+        (Role.LORA_BIAS, "lora-bias-partly", "lora_bias"),
+    ):
+        having = {key.module for key in adapter.tensors if key.role is role}
+        if having and having != set(adapted):
+            missing = next(module for module in adapted if module not in having)
+            message = f"{word} holds for all modules or none, and this one has none"
+            found.append(Loss(code, missing, message))
+    copies = (lost_copy(file) for file in adapter.beside if file.kind is BesideKind.COPY)
+    return [*found, *copies, *undeclared(adapter), *lost_metadata(adapter)]
+
+
+def write_peft(adapter: AdapterTensorSet, folder: Path, options: Options) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory.
+
+    What lies beside the adapter, copies of whole models aside, is carried along byte for byte.
+
+    Args:
+        adapter: every tensor in canonical orientation.
+        folder: directory to create.
+        options: `base` to name the targets briefly and to fill in its name; `dtype` of all tensors,
+            None keeps each tensor's, quantised ones as float32.
+    """
+    folder.mkdir()
+    tensors, config = as_peft(adapter, options.base)
+    stored = {name: _stored(tensor, options.dtype) for name, tensor in tensors.items()}
+    write_safetensors(folder / WEIGHTS[0], stored, {"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    carry(adapter.beside, folder)
+
+
+def as_peft(
+    adapter: AdapterTensorSet, base: BaseModel | None = None
+) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """Return the tensors under PEFT's saved names, and the adapter_config.json beside them."""
+    adapted = _adapted(adapter)
+    spelled = spelled_out(adapter)
+    folded = fold_experts(spelled, base)
+    config = config_for(adapter, base)
+    if adapter.tied:
+        config["ensure_weight_tying"] = True
+    if config.get("target_parameters"):
+        config["peft_version"] = WRITTEN_VERSION
+    tokens = {key.module for key in spelled.tensors if key.role is Role.TOKEN_ROWS}
+    return {saved_name(key, adapted, tokens): tensor for key, tensor in folded.items()}, config
+
+
+def _stored(tensor: LazyTensor, dtype: DType | None) -> LazyTensor:
+    if not tensor.dtype.floating:
+        return tensor
+    return tensor.cast(dtype or (DType.F32 if tensor.dtype.quantised else tensor.dtype))
+
+
+def _adapted(adapter: AdapterTensorSet) -> tuple[str, ...]:
+    roles = {Role.FULL, Role.TOKEN_ROWS, Role.BASE_COPY}
+    return tuple(dict.fromkeys(k.module for k in adapter.tensors if k.role not in roles))
+
+
+def _source(adapter: AdapterTensorSet) -> PeftSource:
+    return adapter.source if isinstance(adapter.source, PeftSource) else PeftSource({})
+
+
+def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, Any]:
+    """Return the adapter_config.json for an adapter; a PEFT source's own settings are kept."""
+    source: Mapping[str, Any] = _source(adapter).config
+    config = {**_DEFAULTS, "task_type": _task(base), **source, **_MEANING}
+    config.update(adapter.settings)
+    ranks, scales = _ranks_and_scales(spelled_out(adapter))
+    parameters = wrapped_parameters(adapter, base)
+    config.update(_scaling(source, adapter, ranks, scales, parameters))
+    config.update(_targeting(source, adapter, base, parameters))
+    config["use_dora"] = any(key.role is Role.MAGNITUDE for key in adapter.tensors)
+    config["lora_bias"] = any(key.role is Role.LORA_BIAS for key in adapter.tensors)
+    config.update(_saved(source, adapter))
+    name = adapter.base.name or (base.name if base else None)
+    config["base_model_name_or_path"] = name
+    if base and not source:
+        places = Places(base)
+        config["fan_in_fan_out"] = any(rule.conv1d for rule in base.architecture.rules) or any(
+            map(places.conv1d, ranks)
+        )
+    return config
+
+
+def _task(base: BaseModel | None) -> str | None:
+    """Return the task that PEFT is to load a causal model for; encoders need none."""
+    classes = base.classes if base else ()
+    generates = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if classes and not any(name.endswith(generates) for name in classes):
+        return None
+    both = base is not None and base.facts.get("is_encoder_decoder") is True
+    return "SEQ_2_SEQ_LM" if both else "CAUSAL_LM"
+
+
+def _ranks_and_scales(adapter: AdapterTensorSet) -> tuple[dict[str, int], dict[str, float]]:
+    ranks = {pair.module: pair.rank for pair in adapter.pairs()}
+    return ranks, {pair.module: pair.scale for pair in adapter.pairs()}
+
+
+def _scaling(
+    source: Mapping[str, Any],
+    adapter: AdapterTensorSet,
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    parameters: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return r, lora_alpha and the patterns; the source's own where they still say the same."""
+    if source and adapter.provenance:
+        config = LoraConfig(source, adapter.provenance.path)
+        same = all(
+            config.rank_of(module) == rank and config.scale_of(module) == scales[module]
+            for module, rank in ranks.items()
+        )
+        if same:
+            names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+            return {name: source[name] for name in names if name in source}
+    alphas = {module: scales[module] * rank for module, rank in ranks.items()}
+    rank, alpha = _most_common(ranks.values(), 8), _most_common(alphas.values(), 8)
+    return {
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {
+            _exactly(parameters.get(module, module)): other
+            for module, other in ranks.items()
+            if other != rank
+        },
+        "alpha_pattern": {
+            _exactly(parameters.get(module, module)): _whole(other)
+            for module, other in alphas.items()
+            if other != alpha
+        },
+    }
+
+
+def _most_common(values: Iterable[_Number], usual: _Number) -> _Number:
+    ranked = Counter(values).most_common(1)
+    return ranked[0][0] if ranked else usual
+
+
+def _exactly(module: str) -> str:
+    """Return a pattern that only this module can match: PEFT's patterns are regular expressions."""
+    return "^" + re.escape(module)
+
+
+def _whole(value: float) -> float:
+    return int(value) if math.isfinite(value) and value == int(value) else value
+
+
+def _targeting(
+    source: Mapping[str, Any],
+    adapter: AdapterTensorSet,
+    base: BaseModel | None,
+    parameters: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return fields that target exactly the adapted modules; the source's if it adapted the same.
+
+    A suffix such as `q_proj` may only stand for modules that are all adapted; otherwise PEFT would
+    create, and miss, the others. Full paths are always right.
+    """
+    adapted = _adapted(adapter)
+    if source and set(_source(adapter).modules) == set(adapted):
+        return {name: source[name] for name in _TARGETING if name in source}
+    modules = [module for module in adapted if module not in parameters]
+    suffixes = sorted({module.rpartition(".")[2] for module in modules})
+    known = _base_modules(base) - parameters.keys()
+    covered = {name for name in known if name.rpartition(".")[2] in suffixes}
+    brief = covered == set(modules)
+    return {
+        **dict.fromkeys(_TARGETING),
+        "target_modules": suffixes if brief else sorted(modules),
+        "target_parameters": _target_parameters(parameters.values(), base) or None,
+    }
+
+
+def _target_parameters(paths: Collection[str], base: BaseModel | None) -> list[str]:
+    """Name parameters by their last three components where every layer's is adapted."""
+    layers = base.sizes.get("layers") if base else None
+    counted = Counter(_ending(path) for path in paths)
+    return sorted({_ending(path) if counted[_ending(path)] == layers else path for path in paths})
+
+
+def _ending(path: str) -> str:
+    return ".".join(path.split(".")[-3:])
+
+
+def _base_modules(base: BaseModel | None) -> set[str]:
+    """Return the modules of the base that a target suffix could hit; none if that is unknown."""
+    if base is None or base.text_prefix or _has_tower(base.architecture):
+        return set()  # a suffix could hit a vision tower that no table lists
+    if base.kind == "hf" and base.has_tensors:
+        named = {name.removesuffix(".weight") for name in base.names if name.endswith(".weight")}
+        return named if base.architecture.known else set(map(Places(base).memory, named))
+    return set(_table_modules(base))
+
+
+def _has_tower(architecture: Architecture) -> bool:
+    return any("Conditional" in name for name in architecture.classes)
+
+
+def _table_modules(base: BaseModel) -> Iterator[str]:
+    """Yield every module that the family's table knows, in every layer of the base."""
+    layers = base.sizes.get("layers") or 0
+    for rule in base.architecture.rules:
+        if not rule.adaptable or rule.stacked or rule.alias:
+            continue
+        for layer in range(layers if "{i}" in rule.hf else 1):
+            yield rule.hf.replace("{i}", str(layer))
+
+
+def _saved(source: Mapping[str, Any], adapter: AdapterTensorSet) -> dict[str, Any]:
+    """Return `bias` and `modules_to_save` for the absolute tensors."""
+    full = [key for key in adapter.tensors if key.role is Role.FULL]
+    adapted = set(_adapted(adapter))
+    biases = [key.module.removesuffix(".bias") for key in full if key.module.endswith(".bias")]
+    weights = [key.module.rpartition(".")[0] for key in full if not key.module.endswith(".bias")]
+    saved = sorted(set(weights) - adapted)
+    loose = [module for module in biases if module not in set(weights)]
+    bias = source.get("bias") or "none"
+    if loose and bias == "none":
+        bias = "lora_only" if set(loose) <= adapted else "all"
+    return {
+        "bias": bias if loose else "none",
+        "modules_to_save": source.get("modules_to_save") or saved or None,
+    }

@@ -1,0 +1,1 @@
+"""TinyLoRA files and checkpoints."""

@@ -1,0 +1,179 @@
+"""What people read: aligned columns, numbers in three digits, reports as text and as rows.
+
+Text is plain unless a `Pen` says otherwise: the command line has one for terminals.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_GAP = "  "
+_THREE_DIGITS = 999.5  # what is not less is rounded to four
+# The narrowest that a column is folded to.
+_NARROW = 8
+_Item = TypeVar("_Item")
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Pen:
+    """How text is written.
+
+    Attributes:
+        bold: makes a name or a header stand out.
+        severity: colours a text by the severity that it begins with.
+        width: columns of the terminal that tables are folded to; None for whole tables.
+        whole: whether lists are shown whole.
+        brief: whether notes are left out.
+    """
+
+    bold: Callable[[str], str] = _as_it_is
+    severity: Callable[[str], str] = _as_it_is
+    width: int | None = None
+    whole: bool = False
+    brief: bool = False
+
+    def shown(self, items: Sequence[_Item], limit: int) -> Sequence[_Item]:
+        """Return the first of many, or all of them where they are asked for."""
+        return items if self.whole else items[:limit]
+
+
+PLAIN = Pen()
+
+
+class Shown:
+    """A report: `str` is what the command line prints, `repr` its first line, a table its rows."""
+
+    __slots__ = ()
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what people read."""
+        raise NotImplementedError
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the report as rows of a table, one for each thing that it is about."""
+        return [{each.name: getattr(self, each.name) for each in fields(self)}]  # type: ignore[arg-type]
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a pandas DataFrame.
+
+        Raises:
+            UnsupportedError: if pandas is not installed.
+        """
+        return _library("pandas").DataFrame(self.rows())
+
+    def to_polars(self) -> Any:
+        """Return the rows as a polars DataFrame.
+
+        Raises:
+            UnsupportedError: if polars is not installed.
+        """
+        return _library("polars").DataFrame(self.rows(), infer_schema_length=None)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        first = next(filter(None, self.text().split("\n")), "")
+        return f"<{type(self).__name__}: {re.sub(_GAP + '+', _GAP, first)}>"
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<pre>{html.escape(self.text())}</pre>"
+
+
+def _library(name: str) -> Any:
+    from importlib import import_module
+
+    from adapterkit.errors import UnsupportedError
+
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UnsupportedError(f"{name} is not installed; .rows() gives dictionaries") from None
+
+
+def printable(text: str) -> str:
+    """Return text from a file with its control characters escaped: it cannot steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def columns(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), pen: Pen = PLAIN) -> str:
+    """Return rows aligned on the left; cells are folded where the pen's width asks for it."""
+    cells = [[printable(cell) for cell in row] for row in (*([header] if header else []), *rows)]
+    widths = _fitted([max(map(len, column)) for column in zip(*cells, strict=True)], pen.width)
+    lines: list[str] = []
+    for place, row in enumerate(cells):
+        folded = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for level in range(max(map(len, folded), default=0)):
+            parts = [part[level] if level < len(part) else "" for part in folded]
+            line = _GAP.join(p.ljust(w) for p, w in zip(parts, widths, strict=True)).rstrip()
+            lines.append(pen.bold(line) if header and place == 0 else line)
+    return "\n".join(lines)
+
+
+def _fitted(widths: list[int], width: int | None) -> list[int]:
+    """Return the widths of columns that fit: the widest give way."""
+    if width is None:
+        return widths
+    room = width - len(_GAP) * (len(widths) - 1)
+    fitted = list(widths)
+    while sum(fitted) > room and max(fitted, default=0) > _NARROW:
+        fitted[fitted.index(max(fitted))] -= 1
+    return fitted
+
+
+def _folded(cell: str, width: int) -> list[str]:
+    return [cell] if len(cell) <= width else textwrap.wrap(cell, max(width, 1)) or [cell]
+
+
+def sheet(entries: Iterable[tuple[str, str]], *, pen: Pen = PLAIN) -> str:
+    """Return names and values, one below the other; entries without a value are left out."""
+    said = [(name, printable(value)) for name, value in entries if value]
+    width = max((len(name) for name, _ in said), default=0)
+    return "\n".join(pen.bold(name.ljust(width)) + _GAP + value for name, value in said)
+
+
+def spread(counts: Mapping[Any, int], total: int, *, always: bool = False) -> str:
+    """Return `8`, or `8 (30), 16 (30)` where the value is not the same everywhere."""
+    names = {_name(value): number for value, number in counts.items()}
+    if len(names) == 1 and sum(names.values()) == total and not always:
+        return next(iter(names))
+    return ", ".join(f"{name} ({number:,})" for name, number in names.items())
+
+
+def _name(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def count(number: int, noun: str) -> str:
+    """Return `1 module` or `1,024 modules`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(number: int) -> str:
+    """Return a number of bytes in three digits: `936 kB`, `83.9 MB`."""
+    value, unit = float(number), "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if value < _THREE_DIGITS:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}" if value < _THREE_DIGITS else f"{value:,.0f} {unit}"
+
+
+def short(number: float | None) -> str:
+    """Return a measured number in three digits, or a dash where there is none."""
+    return "-" if number is None else f"{number:.3g}"

@@ -1,0 +1,340 @@
+"""LoRA of diffusion models: names, splits, scales and refusals, against dense algebra."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusion_files import (
+    FLUX,
+    SDXL,
+    SDXL_CONVOLUTIONS,
+    WIDTH,
+    contents,
+    dense,
+    drawn,
+    kohya,
+    read,
+    saved,
+    update,
+)
+
+import adapterkit
+from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError, UsageError
+from adapterkit.formats.diffusion.table import models
+from adapterkit.keys import Role, TensorKey
+from adapterkit.registry import detect
+
+Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
+SPELLINGS = ("kohya", "diffusers", "comfyui")
+FILES = {"flux": kohya(FLUX), "sdxl": kohya({**SDXL, **SDXL_CONVOLUTIONS})}
+Q = "lora_unet_double_blocks_0_img_attn_qkv"
+SD = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+SD_ORIGINAL = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+
+
+def close(got: Any, want: Any) -> bool:
+    return bool(np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_round_trips_through_every_spelling_are_bit_for_bit(name: str, tmp_path: Path) -> None:
+    first = saved(tmp_path / "0.safetensors", FILES[name], {"ss_output_name": "mine"})
+    path = first
+    for number, spelling in enumerate(("diffusers", "comfyui", "kohya"), 1):
+        path, source = tmp_path / f"{number}.safetensors", path
+        report = adapterkit.convert(source, path, to=spelling)
+        assert report.max_relative_error == 0
+        assert detect(path).name == spelling
+    assert contents(path) == contents(first)
+    assert read(path).metadata == {"ss_output_name": "mine"}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, -1.0])
+def test_every_spelling_holds_every_scale(alpha: float, spelling: str, tmp_path: Path) -> None:
+    tensors = kohya(FLUX, rank=3, alpha=alpha)
+    source = saved(tmp_path / "a.safetensors", tensors)
+    adapterkit.convert(source, tmp_path / "b.safetensors", to=spelling)
+    got, want = dense(read(tmp_path / "b.safetensors")), dense(read(source))
+    assert got.keys() == want.keys()
+    assert all(close(got[name], want[name]) for name in want)
+    alphas = [x for n, x in read_numbers(tmp_path / "b.safetensors") if n.endswith(".alpha")]
+    assert bool(alphas) == (spelling != "diffusers")
+    assert all(number >= 0 for number in alphas), "diffusers never returns from a negative alpha"
+
+
+def read_numbers(path: Path) -> list[tuple[str, float]]:
+    from safetensors.numpy import load_file
+
+    return [(name, float(x)) for name, x in load_file(path).items() if x.size == 1]
+
+
+def test_fused_layers_are_their_parts_row_by_row(tmp_path: Path) -> None:
+    tensors = FILES["flux"]
+    got = dense(read(saved(tmp_path / "a.safetensors", tensors)))
+    block = "transformer.single_transformer_blocks.0"
+    parts = [got[f"{block}.{name}"] for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    assert [len(part) for part in parts] == [WIDTH, WIDTH, WIDTH, 4 * WIDTH]
+    assert close(np.concatenate(parts), update(tensors, "lora_unet_single_blocks_0_linear1"))
+    attention = "transformer.transformer_blocks.0.attn"
+    for fused, names in (
+        (Q, "to_q to_k to_v"),
+        (Q.replace("img", "txt"), "add_q_proj add_k_proj add_v_proj"),
+    ):
+        parts = [got[f"{attention}.{name}"] for name in names.split()]
+        assert close(np.concatenate(parts), update(tensors, fused))
+
+
+def test_parts_with_factors_of_their_own_are_joined_exactly(tmp_path: Path) -> None:
+    block = "transformer.single_transformer_blocks.0"
+    tensors: Tensors = {
+        "transformer.transformer_blocks.0.norm1.linear.lora_A.weight": drawn(2, 16),
+        "transformer.transformer_blocks.0.norm1.linear.lora_B.weight": drawn(96, 2),
+    }
+    for rank, (name, rows) in enumerate(
+        (("attn.to_q", 16), ("attn.to_v", 16), ("proj_mlp", 64)), 2
+    ):
+        tensors[f"{block}.{name}.lora_A.weight"] = drawn(rank, 16)
+        tensors[f"{block}.{name}.lora_B.weight"] = drawn(rows, rank)
+    source = saved(tmp_path / "a.safetensors", tensors)
+    for spelling in ("kohya", "comfyui"):
+        path = tmp_path / f"{spelling}.safetensors"
+        assert adapterkit.convert(source, path, to=spelling).max_relative_error < 1e-6
+    stored = contents(tmp_path / "kohya.safetensors")
+    assert stored["lora_unet_single_blocks_0_linear1.lora_up.weight"][1] == (112, 2 + 3 + 4)
+    got = dense(read(tmp_path / "kohya.safetensors"))
+    assert not got[f"{block}.attn.to_k"].any()
+
+
+def test_shift_and_scale_of_the_last_layer_change_places(tmp_path: Path) -> None:
+    stem = "lora_unet_final_layer_adaLN_modulation_1"
+    tensors = kohya({stem: (32, 16), "lora_unet_single_blocks_0_linear2": (16, 80)})
+    source = saved(tmp_path / "a.safetensors", tensors)
+    want = update(tensors, stem)
+    got = dense(read(source))["transformer.norm_out.linear"]
+    assert close(got, np.concatenate([want[16:], want[:16]]))
+    for spelling in ("comfyui", "kohya"):
+        adapterkit.convert(source, tmp_path / f"{spelling}.safetensors", to=spelling)
+    assert contents(tmp_path / "kohya.safetensors") == contents(source)
+
+
+def test_alpha_is_the_rank_where_there_is_none_and_may_be_an_integer(tmp_path: Path) -> None:
+    tensors = kohya({SD: (8, 8), SD.replace("to_q", "to_k"): (8, 8)}, rank=4)
+    del tensors[f"{SD}.alpha"]
+    tensors[f"{SD.replace('to_q', 'to_k')}.alpha"] = np.array(1, "int64")
+    adapter = read(saved(tmp_path / "a.safetensors", tensors))
+    assert sorted(adapter.scales.values()) == [0.25, 1.0]
+
+
+def test_dora_is_split_and_joined_with_its_rows(tmp_path: Path) -> None:
+    tensors = kohya({Q: (48, 16), "lora_unet_single_blocks_0_modulation_lin": (48, 16)})
+    tensors[f"{Q}.dora_scale"] = drawn(48, 1)
+    source = saved(tmp_path / "a.safetensors", tensors)
+    adapter = read(source)
+    rows = [
+        adapter.tensors[TensorKey(f"transformer.transformer_blocks.0.attn.{name}", Role.MAGNITUDE)]
+        for name in ("to_q", "to_k", "to_v")
+    ]
+    assert np.array_equal(np.concatenate([x.numpy() for x in rows]), drawn(48, 1)[:, 0])
+    adapterkit.convert(source, tmp_path / "b.safetensors", to="diffusers")
+    adapterkit.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya")
+    assert contents(tmp_path / "c.safetensors") == contents(source)
+
+
+def test_dora_by_column_is_refused(tmp_path: Path) -> None:
+    tensors = kohya({SD: (8, 16)})
+    tensors[f"{SD}.dora_scale"] = drawn(1, 16)
+    with pytest.raises(UnsupportedError, match="one for each column"):
+        read(saved(tmp_path / "a.safetensors", tensors))
+
+
+def product(core: Any, left: Any, right: Any) -> Any:
+    """ΔW of a core (r, s, k, k) with left (r, out) and right (s, in), as LyCORIS defines it."""
+    return np.einsum("ijkl,jr,ip->prkl", core, right, left)
+
+
+def tucker_lora() -> tuple[Tensors, Any]:
+    down, mid, up = drawn(3, 8, 1, 1), drawn(3, 3, 3, 3), drawn(16, 3, 1, 1)
+    parts = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}
+    return parts, product(mid, up[:, :, 0, 0].T, down[:, :, 0, 0]) / 3
+
+
+def tucker_loha() -> tuple[Tensors, Any]:
+    parts = {"hada_t1": drawn(2, 2, 3, 3), "hada_w1_a": drawn(2, 16), "hada_w1_b": drawn(2, 8)}
+    parts |= {"hada_t2": drawn(2, 2, 3, 3) + 1, "hada_w2_a": drawn(2, 16) + 1}
+    parts["hada_w2_b"] = drawn(2, 8) + 1
+    first = product(parts["hada_t1"], parts["hada_w1_a"], parts["hada_w1_b"])
+    second = product(parts["hada_t2"], parts["hada_w2_a"], parts["hada_w2_b"])
+    return parts, first * second / 2
+
+
+def flat_loha() -> tuple[Tensors, Any]:
+    parts = {"hada_w1_a": drawn(16, 2), "hada_w1_b": drawn(2, 72)}
+    parts |= {"hada_w2_a": drawn(16, 2) + 1, "hada_w2_b": drawn(2, 72) + 1}
+    first, second = (parts[f"hada_w{n}_a"] @ parts[f"hada_w{n}_b"] for n in (1, 2))
+    return parts, (first * second / 2).reshape(16, 8, 3, 3)
+
+
+def tucker_lokr() -> tuple[Tensors, Any]:
+    parts = {"lokr_w1": drawn(2, 2), "lokr_t2": drawn(2, 2, 3, 3)}
+    parts |= {"lokr_w2_a": drawn(2, 8), "lokr_w2_b": drawn(2, 4)}
+    second = product(parts["lokr_t2"], parts["lokr_w2_a"], parts["lokr_w2_b"])
+    return parts, np.kron(parts["lokr_w1"][:, :, None, None], second) / 2
+
+
+def whole_lokr() -> tuple[Tensors, Any]:
+    parts = {"lokr_w1": drawn(2, 2), "lokr_w2": drawn(8, 4, 3, 3)}
+    return parts, np.kron(parts["lokr_w1"][:, :, None, None], parts["lokr_w2"])
+
+
+def whole() -> tuple[Tensors, Any]:
+    return {"diff": drawn(16, 8, 3, 3)}, drawn(16, 8, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "case", [tucker_lora, tucker_loha, flat_loha, tucker_lokr, whole_lokr, whole]
+)
+def test_products_are_written_out_as_two_factors(case: Any, tmp_path: Path) -> None:
+    parts, want = case()
+    tensors = {f"{CONV}.{name}": x for name, x in parts.items()}
+    tensors[f"{CONV}.alpha"] = np.array(1, "float32")
+    source = saved(tmp_path / "a.safetensors", tensors)
+    assert detect(source).name == "kohya"
+    adapter = read(source)
+    assert close(dense(adapter)["unet.down_blocks.0.resnets.0.conv1"], want)
+    assert adapterkit.convert(source, tmp_path / "p", to="peft").max_relative_error < 1e-6
+
+
+FOREIGN = {
+    "on_input": np.array([1.0]),
+    "w_norm": drawn(8),
+    "oft_blocks": drawn(2, 4, 4),
+    "lora_C.weight": drawn(8, 2),
+}
+
+
+@pytest.mark.parametrize("leaf", FOREIGN)
+def test_what_is_no_low_rank_update_is_refused_by_name(leaf: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", {**kohya({SD: (8, 8)}), f"{SD}.{leaf}": FOREIGN[leaf]})
+    with pytest.raises(UnsupportedError, match=leaf):
+        adapterkit.convert(path, tmp_path / "b", to="peft")
+    assert not (tmp_path / "b").exists()
+
+
+def test_updates_of_a_bias_or_norm_alone_are_refused_by_name(tmp_path: Path) -> None:
+    for leaf in ("diff", "diff_b"):
+        path = saved(
+            tmp_path / "a.safetensors", {**kohya({SD: (8, 8)}), f"{CONV}.{leaf}": drawn(8)}
+        )
+        with pytest.raises(UnsupportedError, match="resnets_0_conv1"):
+            read(path)
+
+
+def test_no_module_is_dropped_in_silence(tmp_path: Path) -> None:
+    stem = "lora_unet_double_blocks_0_img_attn_zkv"
+    path = saved(tmp_path / "a.safetensors", kohya({**FLUX, stem: (48, 16)}))
+    with pytest.raises(UnsupportedError, match=r"img_attn_zkv.*is no module of Flux\.1"):
+        read(path)
+    tensors = {
+        f"transformer.transformer_blocks.0.{m}.lora_{f}.weight": drawn(4, 4)
+        for m in ("attn.to_q", "attn.zig")
+        for f in "AB"
+    }
+    path = saved(tmp_path / "b.safetensors", tensors)
+    adapterkit.convert(path, tmp_path / "c.safetensors", to="diffusers")
+    with pytest.raises(LossyConversionError, match=r"attn\.zig"):
+        adapterkit.convert(path, tmp_path / "d.safetensors", to="kohya")
+
+
+def test_a_model_without_a_table_is_refused_in_names_that_only_one_undoes(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", kohya({"lora_unet_zig_0_zag": (8, 8)}))
+    assert detect(path).name == "kohya"
+    with pytest.raises(UnsupportedError, match=r"lora_unet_zig_0_zag.*is no module of .*Wan"):
+        read(path)
+
+
+def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:
+    tensors = kohya({SD: (8, 8), SD_ORIGINAL: (8, 8)})
+    with pytest.raises(FormatError, match="which another tensor is too"):
+        read(saved(tmp_path / "a.safetensors", tensors))
+
+
+def test_a_model_that_nothing_tells_is_not_guessed(tmp_path: Path) -> None:
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": drawn(2, 8), f"{name}.lora_B.weight": drawn(8, 2)}
+    path = saved(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(LossyConversionError, match=r"may be .* or "):
+        adapterkit.convert(path, tmp_path / "b.safetensors", to="kohya")
+    path = saved(tmp_path / "c.safetensors", tensors, {"modelspec.architecture": "flux-1-dev/lora"})
+    adapterkit.convert(path, tmp_path / "b.safetensors", to="kohya")
+    assert f"{Q}.lora_up.weight" in contents(tmp_path / "b.safetensors")
+
+
+def test_metadata_of_diffusers_say_the_scale(tmp_path: Path) -> None:
+    name = "transformer.transformer_blocks.{}.attn2.to_q"
+    tensors = {
+        f"{name.format(i)}.lora_{f}.weight": drawn(*s)
+        for i in (0, 1)
+        for f, s in (("A", (4, 8)), ("B", (8, 4)))
+    }
+    config = {
+        "r": 4,
+        "lora_alpha": 2,
+        "use_rslora": True,
+        "alpha_pattern": {"1.attn2.to_q": 8},
+    }
+    text = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    config = saved(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": text})
+    assert dict(read(config).scales) == {name.format(0): 1.0, name.format(1): 4.0}
+    broken = saved(tmp_path / "b.safetensors", tensors, {"lora_adapter_metadata": "["})
+    with pytest.raises(FormatError, match="lora_adapter_metadata"):
+        read(broken)
+
+
+BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+OLD = {
+    f"{BLOCK}.attn1.processor.to_q_lora": "attn1.to_q",
+    f"{BLOCK}.attn1.processor.to_out_lora": "attn1.to_out.0",
+    f"{BLOCK}.attn2.to_k.lora": "attn2.to_k",
+    f"base_model.model.{BLOCK}.ff.net.2.lora": "ff.net.2",
+}
+
+
+@pytest.mark.parametrize("stem", OLD)
+def test_older_spellings_are_read(stem: str, tmp_path: Path) -> None:
+    tensors = {f"{stem}.down.weight": drawn(2, 8), f"{stem}.up.weight": drawn(8, 2)}
+    path = saved(tmp_path / "a.safetensors", tensors)
+    assert detect(path).name == "diffusers"
+    assert read(path).modules == (f"{BLOCK}.{OLD[stem]}",)
+
+
+def test_inspect_says_which_model_and_trainer(tmp_path: Path) -> None:
+    metadata = {"ss_network_module": "networks.lora_flux"}
+    path = saved(tmp_path / "a.safetensors", FILES["flux"], metadata)
+    summary = adapterkit.inspect(path)
+    assert (summary.format, summary.architecture) == ("kohya", "Flux.1")
+    assert any("networks.lora_flux" in note for note in summary.notes)
+    path = saved(tmp_path / "b.safetensors", FILES["sdxl"])
+    assert adapterkit.inspect(path).architecture == "Stable Diffusion XL"
+
+
+def test_a_suffix_of_many_formats_is_asked_about(tmp_path: Path) -> None:
+    source = saved(tmp_path / "a.safetensors", FILES["flux"])
+    with pytest.raises(UsageError, match="--to"):
+        adapterkit.convert(source, tmp_path / "b.safetensors")
+
+
+def test_names_of_a_model_are_different_ones() -> None:
+    for model in models():
+        rows = [row for row in model.names.rows if row.written]
+        assert len({row.original for row in rows}) == len(rows), model.name
+        parts = [part for row in rows for part in row.parts]
+        assert len(set(parts)) == len(parts), model.name
+        assert len({part.replace(".", "_") for part in parts}) == len(parts), model.name
+        assert all(len(row.shares) == len(row.parts) for row in rows)
+        assert model.kohya in {"original", "diffusers"}
