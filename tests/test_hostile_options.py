@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import pytest
+import torch  # noqa: F401  (an alarm in the middle of its import would break all that follow)
 from number_edges import Edge, write_base
 from terminal import TINY, invoke
 from test_cli_hostile import a_moment
@@ -48,9 +49,9 @@ OPTIONS = [
 COMMANDS = {" ".join(path): command for path, command in commands()}
 # What a command is given besides; `{}` is a folder with an adapter and a model.
 USUAL: dict[str, dict[str, str]] = {
-    "inspect": {"source": "{}/a"},
-    "convert": {"source": "{}/a", "destination": "{}/out", "base": "{}/base"},
-    "validate": {"source": "{}/a", "base": "{}/base"},
+    "inspect": {"sources": "{}/a"},
+    "convert": {"sources": "{}/a", "destination": "{}/out", "base": "{}/base"},
+    "validate": {"sources": "{}/a", "base": "{}/base"},
     "diff": {"first": "{}/a", "second": "{}/a"},
     "stack": {"adapters": "{}/a", "engine": "vllm", "base": "{}/base"},
     "audit": {"sources": "{}/a"},
