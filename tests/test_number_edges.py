@@ -382,7 +382,7 @@ def test_no_command_takes_an_alpha_of_gguf_that_is_no_number(
     assert not bench.out.exists()
 
 
-@pytest.mark.parametrize("weight", ["1e308", "-1e308", "1e41", "1e-41", "5e-324", "nan", "inf"])
+@pytest.mark.parametrize("weight", ["1e308", "-1e308", "1e41", "nan", "inf"])
 @pytest.mark.parametrize("method", [spec.name for spec in adapterkit.merge_methods()])
 def test_a_weight_that_leaves_no_room_is_an_error_of_usage(
     method: str, weight: str, folders: dict[str, Path], tmp_path: Path

@@ -45,7 +45,7 @@ _SHARED = {
 
 
 # What updates of any size can be multiplied with.
-_LEAST_WEIGHT, _MOST_WEIGHT = 1e-40, 1e40
+_MOST_WEIGHT = 1e40
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +142,13 @@ def checked_weight(value: float, what: str = "weight") -> float:
     """Return a weight that leaves float64 room for any update.
 
     Raises:
-        UsageError: if it is not finite, too large or too small.
+        UsageError: if it is not finite, or too large.
     """
     number = float(value)
     if number - number != 0:
         raise UsageError(f"{what} {value!r} is not a finite number")
-    if number and not _LEAST_WEIGHT <= abs(number) <= _MOST_WEIGHT:
-        limits = f"{_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}"
-        raise UsageError(f"{what} {value!r} is beyond {limits}, and leaves float64 no room")
+    if abs(number) > _MOST_WEIGHT:
+        raise UsageError(f"{what} {value!r} is beyond {_MOST_WEIGHT:g}, and leaves float64 no room")
     return number
 
 
