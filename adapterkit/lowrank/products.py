@@ -93,23 +93,23 @@ def factors(
         yield LowRank(wide_b, wide_a)
 
 
-def unscaled(pair: Update) -> Iterator[LowRank]:
+def unscaled(pair: Update, least: float = _LEAST) -> Iterator[LowRank]:
     """Yield the factors of each matrix, the scale left out; experts one by one.
 
     Raises:
         UncheckableError: if float64 has no room for what is computed from them.
     """
     for each in factors(pair):
-        yield _with_room(each, pair)
+        yield _with_room(each, pair, least)
 
 
-def updates(pair: Update) -> Iterator[LowRank]:
+def updates(pair: Update, least: float = _LEAST) -> Iterator[LowRank]:
     """Yield the update of each matrix, scale included; experts one by one.
 
     Raises:
         UncheckableError: as `unscaled`.
     """
-    for each in unscaled(pair):
+    for each in unscaled(pair, least):
         yield LowRank(each.b * pair.scale, each.a, pair.scale)
 
 
@@ -123,15 +123,14 @@ def whole(pair: Update) -> LowRank:
     return LowRank(stack.b * pair.scale, stack.a, pair.scale)
 
 
-def _with_room(stored: LowRank, pair: Update) -> LowRank:
+def _with_room(stored: LowRank, pair: Update, least: float = _LEAST) -> LowRank:
     """Return factors as they are; zeros need no room, and what is not finite shows itself."""
     sizes = [_size(stored.b), _size(stored.a), abs(pair.scale)]
     if not all(sizes) or not all(map(math.isfinite, sizes)):
         return stored
     orders = [math.log10(size) for size in (*sizes[:2], 1.0)]
     orders[2] = sum(map(math.log10, sizes))
-    least, most = math.log10(_LEAST), math.log10(_MOST)
-    if least < min(orders) and max(orders) < most:
+    if (not least or math.log10(least) < min(orders)) and max(orders) < math.log10(_MOST):
         return stored
     b, a, whole = (f"1e{order:+.0f}" for order in orders)
     message = (

@@ -58,4 +58,4 @@ def load(pair: Update, label: str) -> list[LowRank]:
 
 def acting(pair: Update) -> list[LowRank]:
     """Return the update of each matrix, (out, in) or, of an embedding, (vocabulary, width)."""
-    return [each.turned if pair.embedding else each for each in updates(pair)]
+    return [each.turned if pair.embedding else each for each in updates(pair, 0.0)]
