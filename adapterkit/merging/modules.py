@@ -195,7 +195,7 @@ def _measured(outcomes: Sequence[Outcome], pair: Update) -> float:
     Raises:
         UnsupportedError: if they overflowed.
     """
-    rounded = acting(pair)
+    rounded = acting(pair, made=True)
     error = sum(o.error(u) ** 2 for o, u in zip(outcomes, rounded, strict=True)) ** 0.5
     if not math.isfinite(error):
         raise UnsupportedError(

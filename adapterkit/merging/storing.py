@@ -56,6 +56,12 @@ def load(pair: Update, label: str) -> list[LowRank]:
     return found
 
 
-def acting(pair: Update) -> list[LowRank]:
-    """Return the update of each matrix, (out, in) or, of an embedding, (vocabulary, width)."""
-    return [each.turned if pair.embedding else each for each in updates(pair, 0.0)]
+def acting(pair: Update, *, made: bool = False) -> list[LowRank]:
+    """Return the update of each matrix, (out, in) or, of an embedding, (vocabulary, width).
+
+    What a merge has made may be as small as its weights.
+    """
+    return [
+        each.turned if pair.embedding else each
+        for each in (updates(pair, 0.0) if made else updates(pair))
+    ]
