@@ -161,9 +161,11 @@ def difference(base: Stored, tuned: Stored) -> Difference:
     norm = base_norm = 0.0
     for begin, end in _blocks(shape):
         rows = base.rows(begin, end), tuned.rows(begin, end)
-        old = base.values(rows[0], kind)
-        new = old if _same(*rows) else tuned.values(rows[1], kind)
-        delta = new - old
+        # What is not finite is looked for in the sums, and refused by name.
+        with np.errstate(over="ignore", invalid="ignore"):
+            old = base.values(rows[0], kind)
+            new = old if _same(*rows) else tuned.values(rows[1], kind)
+            delta = new - old
         squares = _squared(delta), _squared(old)
         if not math.isfinite(sum(squares)):
             _refuse(base, tuned, old)
