@@ -215,9 +215,7 @@ def _commands() -> Iterator[tuple[str, Command]]:
     yield "audit suggest", Command(lambda x: ["audit", x.a, "--suggest", "--json"], measured)
     yield (
         "audit html",
-        Command(
-            lambda x: ["audit", x.a, x.a2, "--base", x.base, "--suggest", "--html", x.out], anything
-        ),
+        Command(lambda x: ["audit", x.a, "--base", x.base, "--suggest", "--html", x.out], anything),
     )
     yield "audit bank", Command(lambda x: ["audit", x.a, x.a2, "--bank", x.out], anything)
     yield (
