@@ -348,7 +348,8 @@ def test_the_answer_is_right_or_refused_by_name(
     assert "Error: " in result.stderr or several
     named = (*NAMES, str(bench.a), str(bench.tuned), str(bench.bank))
     assert any(name in result.stderr + result.stdout for name in named), result.stderr
-    assert not any(tmp_path.iterdir())
+    # A report says of each source what is wrong with it.
+    assert command == "audit html" or not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("alpha", [np.nan, np.inf, -np.inf])
