@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -101,7 +102,7 @@ def destination_format(path: Path, name: str | None, *, force: bool) -> FormatSp
             f"{path.suffix} is for {other.name}, and {chosen.name} is "
             f"{'a directory' if chosen.files else 'another file'}; name another destination"
         )
-    if chosen.files and path.suffix in _SHARED_SUFFIXES and not path.is_dir():
+    if chosen.files and path.suffix in _SHARED_SUFFIXES and not os.path.isdir(path):  # noqa: PTH112  (never raises)
         raise UsageError(f"{chosen.name} is a directory, not a {path.suffix} file; name another")
     check_destination(path, force=force, directory=chosen.directory)
     return chosen
@@ -112,7 +113,7 @@ def _meant(path: Path) -> FormatSpec:
 
     What looks like the suffix of a file is no directory's name; `qwen2.5` has none.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  (what cannot be looked at is refused by its check)
         return BUILTIN[0]
     if path.suffix in _SHARED_SUFFIXES:
         raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")

@@ -40,21 +40,24 @@ def asked(parameter: click.Parameter) -> bool:
     return isinstance(parameter.type, click.Path) or parameter.type.name == "text"
 
 
+# They start processes or ask servers, and read by the same functions as the others.
+AWAY = {"fleet", "doctor"}
 OPTIONS = [
     (" ".join(path), str(parameter.name))
     for path, command in commands()
     for parameter in command.params
-    if asked(parameter)
+    if asked(parameter) and path[0] not in AWAY
 ]
 COMMANDS = {" ".join(path): command for path, command in commands()}
 # What a command is given besides; `{}` is a folder with an adapter and a model.
 USUAL: dict[str, dict[str, str]] = {
-    "inspect": {"source": "{}/a"},
-    "convert": {"source": "{}/a", "destination": "{}/out", "base": "{}/base"},
-    "validate": {"source": "{}/a", "base": "{}/base"},
+    "inspect": {"sources": "{}/a"},
+    "convert": {"sources": "{}/a", "destination": "{}/out", "base": "{}/base"},
+    "validate": {"sources": "{}/a", "base": "{}/base"},
     "diff": {"first": "{}/a", "second": "{}/a"},
     "stack": {"adapters": "{}/a", "engine": "vllm", "base": "{}/base"},
     "audit": {"sources": "{}/a"},
+    "verify": {"file": "{}/a"},
     "compress": {"source": "{}/a", "destination": "{}/out", "rank": "1"},
     "merge": {"sources": "{}/a", "destination": "{}/out"},
     "extract": {"base": "{}/base", "tuned": "{}/tuned", "destination": "{}/out"},

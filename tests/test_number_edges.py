@@ -156,7 +156,7 @@ def different(bench: Bench) -> None:
 
 def measured(bench: Bench) -> None:
     want, found = bench.edge.deltas(1), strict(bench.printed)
-    rows = found["adapters"][0]["modules"] if "adapters" in found else found["modules"]
+    rows = found["results"][0]["modules"]
     for row in rows:
         norm = float(np.sqrt((want[row["module"]] ** 2).sum()))
         assert row["frobenius_norm"] == pytest.approx(norm, rel=1e-6, abs=1e-322)
@@ -215,9 +215,7 @@ def _commands() -> Iterator[tuple[str, Command]]:
     yield "audit suggest", Command(lambda x: ["audit", x.a, "--suggest", "--json"], measured)
     yield (
         "audit html",
-        Command(
-            lambda x: ["audit", x.a, x.a2, "--base", x.base, "--suggest", "--html", x.out], anything
-        ),
+        Command(lambda x: ["audit", x.a, "--base", x.base, "--suggest", "--html", x.out], anything),
     )
     yield "audit bank", Command(lambda x: ["audit", x.a, x.a2, "--bank", x.out], anything)
     yield (
@@ -345,11 +343,13 @@ def test_the_answer_is_right_or_refused_by_name(
         return
     assert edge not in SOUND or command in NEVER
     assert result.exit_code in {3, 4, 5}
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
+    several = "unreadable: " in result.stdout or '"error": {' in result.stdout
+    assert result.stdout == "" or several
+    assert "Error: " in result.stderr or several
     named = (*NAMES, str(bench.a), str(bench.tuned), str(bench.bank))
-    assert any(name in result.stderr for name in named), result.stderr
-    assert not any(tmp_path.iterdir())
+    assert any(name in result.stderr + result.stdout for name in named), result.stderr
+    # A report says of each source what is wrong with it.
+    assert command == "audit html" or not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("alpha", [np.nan, np.inf, -np.inf])

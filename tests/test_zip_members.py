@@ -13,6 +13,7 @@ import pytest
 
 from adapterkit.containers.zip_members import read_members
 from adapterkit.errors import FormatError
+from adapterkit.storage import FileSlice
 
 END, ENTRY = b"PK\x05\x06", b"PK\x01\x02"
 NAMES = ["a.npy", "b.npy", "c.npy"]
@@ -42,7 +43,7 @@ def archive(comment: bytes = b"", *, wide: bool = False) -> bytearray:
 def members(data: bytes, folder: Path) -> list[str]:
     path = folder / "x.zip"
     path.write_bytes(data)
-    return [member.name for member in read_members(path, len(data))]
+    return [member.name for member in read_members(FileSlice(path, 0, len(data)))]
 
 
 @pytest.mark.parametrize("data", [archive(), archive(b"a comment"), archive(wide=True)])

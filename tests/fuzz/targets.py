@@ -41,6 +41,7 @@ from adapterkit.tinylora import TinySettings
 from fuzz import judges
 from fuzz.samples import FIXTURES, ROOT, Sample, by_format, found, kept
 
+DIALECTS = ROOT / "adapterkit" / "formats" / "handwritten" / "dialects"
 TINY, BASE = FIXTURES / "peft" / "tiny", FIXTURES / "peft" / "base"
 
 

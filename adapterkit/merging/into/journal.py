@@ -167,7 +167,7 @@ def _segment(line: Table) -> tuple[tuple[str, int], Segment]:
             rounding=report.get("rounding", TEXT),
             noise=report.optional("noise", number()),
             direction_error=report.optional("direction_error", number()),
-            nearest=_nearest(report),
+            nearest=_nearest(report.table("nearest")),
         )
         for report in (line.inner("reports", each) for each in line.get("reports", _REPORTS))
     ]
@@ -177,12 +177,9 @@ def _segment(line: Table) -> tuple[tuple[str, int], Segment]:
     )
 
 
-def _nearest(report: Table) -> NearestReport | None:
-    if (found := report.optional("nearest", ANY_MAPPING)) is None:
-        return None
-    fields = report.inner("nearest", found)
+def _nearest(table: Table | None) -> NearestReport | None:
     names = ("survival", "noise", "direction_error")
-    return NearestReport(**{name: fields.get(name, number()) for name in names})
+    return None if table is None else NearestReport(**{n: table.get(n, number()) for n in names})
 
 
 def plan_hash(
