@@ -113,12 +113,12 @@ def _meant(path: Path) -> FormatSpec:
 
     What looks like the suffix of a file is no directory's name; `qwen2.5` has none.
     """
+    if chosen := by_suffix(path.suffix):
+        return chosen
     if os.path.isdir(path):  # noqa: PTH112  (what cannot be looked at is refused by its check)
         return BUILTIN[0]
     if path.suffix in _SHARED_SUFFIXES:
         raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
-    if chosen := by_suffix(path.suffix):
-        return chosen
     if _SUFFIX.fullmatch(path.suffix):
         suffixes = [suffix for known in formats() for suffix in known.suffixes]
         close = get_close_matches(path.suffix, suffixes, n=1)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HALVES = {"down": Role.LORA_A, "up": Role.LORA_B}
 BASE = "base_model_name_or_path"
 # Hashes of the tensors, and what is said of alpha in place of the tensors: not free text.
-STALE = ("sshs_", FIELD, "format", BASE)
+STALE = ("sshs_", FIELD, "format", BASE, "adapterkit.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,11 @@ def read_lycoris(path: Path, options: Options) -> AdapterTensorSet:
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
-        metadata={name: value for name, value in file.metadata.items() if name != "format"},
+        metadata={
+            name: value
+            for name, value in file.metadata.items()
+            if name != "format" and not name.startswith("adapterkit.")
+        },
         provenance=Provenance(path, "lycoris", ("LyCORIS products written out as LoRA",)),
     )
 
