@@ -66,7 +66,8 @@ def stamp(path: Path, text: str) -> None:
     """
     weights = _weights(path)
     if weights is None:
-        (path / BESIDE).write_text(text + "\n", encoding="utf-8")
+        if path.is_dir():  # a file of another format has no place for it
+            (path / BESIDE).write_text(text + "\n", encoding="utf-8")
         return
     stamped = weights.with_name(f".{weights.name}.stamped")
     if _is_gguf(weights):

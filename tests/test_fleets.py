@@ -153,7 +153,7 @@ def test_tables_and_a_page(fleet: Path, tmp_path: Path) -> None:
     lines, table, page = write_fleet_tables(report, tmp_path / "r")
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [row["path"] for row in rows] == [row.path for row in report.rows]
-    assert rows[-1]["result"]["path"] == rows[-1]["path"]
+    assert rows[-1]["result"]["source"] == rows[-1]["path"]
     with table.open(newline="") as file:
         assert [row["path"] for row in csv.DictReader(file)] == [row.path for row in report.rows]
     text = page.read_text()

@@ -18,6 +18,7 @@ from number_edges import Edge, write_base
 from terminal import TINY, invoke
 from test_cli_hostile import a_moment
 
+import adapterkit
 from adapterkit_cli.main import cli
 
 Made = Callable[[Path], str]
@@ -57,7 +58,7 @@ USUAL: dict[str, dict[str, str]] = {
     "diff": {"first": "{}/a", "second": "{}/a"},
     "stack": {"adapters": "{}/a", "engine": "vllm", "base": "{}/base"},
     "audit": {"sources": "{}/a"},
-    "verify": {"file": "{}/a"},
+    "verify": {"file": "{}/proven"},
     "compress": {"source": "{}/a", "destination": "{}/out", "rank": "1"},
     "merge": {"sources": "{}/a", "destination": "{}/out"},
     "extract": {"base": "{}/base", "tuned": "{}/tuned", "destination": "{}/out"},
@@ -152,7 +153,9 @@ def model(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model(tmp_path_factory.mktemp("options"))
+    folder = model(tmp_path_factory.mktemp("options"))
+    adapterkit.convert(folder / "a", folder / "proven")
+    return folder
 
 
 def inside(folder: Path) -> dict[Path, Any]:

@@ -64,7 +64,7 @@ def test_findings_are_gone_and_the_update_is_the_same(
             "convert", tuned.path, "-o", made, "--for", engine, "--base", base.hf, "--json"
         )
         assert done.exit_code == 0, done.output
-        assert json.loads(done.stdout)["max_relative_error"] < 1e-6
+        assert json.loads(done.stdout)["results"][0]["max_relative_error"] < 1e-6
         report = validate(made, base=base.hf, targets=[engine])
         assert report.findings == (), engine
         assert {str(module.outcome) for module in report.targets[0].modules} == {"applied"}

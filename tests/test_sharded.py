@@ -317,7 +317,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], type[AdapterKitError], str]]
         "dcp",
         edited(lambda found: first_place(found, offset=0, relative_path="__1_0.distcp")),
         FormatError,
-        "the index says",
+        "the index says|contradicts its directory",
     ),
     "compression": (
         "dcp",
