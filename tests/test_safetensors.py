@@ -67,10 +67,10 @@ def header_file(path: Path, header: str, data: bytes = b"") -> Path:
 def test_a_hostile_file_is_refused_by_name(name: str) -> None:
     error, where, fragment = DEFECTS[name]
     path = HOSTILE / f"{name}.safetensors"
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(FormatError) as caught:
         read_safetensors(path)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert type(caught.value) is error
     assert (caught.value.path, caught.value.where) == (path, where)
     assert fragment in caught.value.message

@@ -135,10 +135,10 @@ def test_a_hostile_file_is_refused_by_name(
     error, where, fragment = DEFECTS[name]
     path = HOSTILE / f"{name}.pt"
     monkeypatch.chdir(tmp_path)
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(FormatError) as caught:
         read_torch_zip(path)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert type(caught.value) is error
     assert (caught.value.path, caught.value.where) == (path, where)
     assert fragment in caught.value.message
