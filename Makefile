@@ -29,13 +29,13 @@ test-all: $(STAMP)  ## every test, on every model class that transformers can bu
 	$(BIN)/pytest -n 2 -m "not soak and not browser"
 
 family: $(STAMP)  ## the checks of one model family, NAME its file in architectures/families
-	$(BIN)/pytest -n 0 --family $(NAME) tests/test_families.py tests/test_family_formulas.py tests/test_engine_families.py
+	$(BIN)/pytest -n 0 --family $(NAME) tests/architectures tests/engines
 
 soak: $(STAMP)  ## kill, race and starve every command that writes, at real size; counts in build/soak.json
 	$(BIN)/pytest tests/soak -m soak
 
 fuzz: $(STAMP)  ## change sound files for SECONDS; crashes, hangs and wrong accepts end with 1
-	cd tests && PYTHONPATH=.. ../$(BIN)/python -m fuzz $(SECONDS)
+	cd tests && PYTHONPATH=..:builders ../$(BIN)/python -m fuzz $(SECONDS)
 
 lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff format --check .
@@ -45,7 +45,7 @@ types: $(STAMP)  ## strict type check
 	$(BIN)/basedpyright
 
 browser: $(STAMP)  ## the HTML pages in a real Chromium (Debian: apt-get install chromium)
-	$(BIN)/pytest tests/test_pages.py -m browser
+	$(BIN)/pytest tests/cli/test_pages.py -m browser
 
 docs: $(STAMP)  ## the documentation as HTML in build/docs; a warning is an error
 	$(BIN)/python -m sphinx -qEW --keep-going -b html docs build/docs

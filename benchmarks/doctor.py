@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/oracles"))
 
 from llama_server import served  # noqa: E402
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,37 @@ PATIENCE = 10.0
 WHOLE = 600.0
 # What is left of one run of the program, by relative path; None where there is nothing.
 Digest = dict[str, str] | None
+
+
+class Clock:
+    """Seconds during which this machine ran: one that is paused as a whole is not the program's.
+
+    A thread that does nothing but sleep wakes late when nothing on the machine runs.
+    """
+
+    TICK = 0.05
+    # A thread that has nothing to do gets its turn within this, on a machine that is merely busy.
+    LATE = 0.5
+
+    def __init__(self) -> None:
+        self.paused = 0.0
+        threading.Thread(target=self._tick, daemon=True).start()
+
+    def _tick(self) -> None:
+        before = time.monotonic()
+        while True:
+            time.sleep(self.TICK)
+            now = time.monotonic()
+            late = now - before - self.TICK
+            self.paused += late if late > self.LATE else 0.0
+            before = now
+
+    def seconds(self) -> float:
+        """Return the seconds since some moment, without pauses."""
+        return time.monotonic() - self.paused
+
+
+CLOCK = Clock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +96,7 @@ class Run:
         self.words = tuple(words)
         start = ["-m", "adapterkit"] if fault is None else [str(DRIVER), fault, str(fired)]
         self.stderr = Path(f"/proc/self/fd/{os.memfd_create('stderr')}")
-        self.began = time.monotonic()
+        self.began = CLOCK.seconds()
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, *start, *words],
@@ -84,21 +116,21 @@ class Run:
             if caught and int(caught, 16) >> (signal.SIGTERM - 1) & 1:
                 break
             time.sleep(0.001)
-        self.began = time.monotonic()
+        self.began = CLOCK.seconds()
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal; how long it takes counts from here."""
-        self.began = time.monotonic()
+        self.began = CLOCK.seconds()
         self.process.send_signal(number)
 
     def end(self, within: float) -> Ended:
         """Wait for the end; a run that is still there after that is killed, and was a hang."""
-        hung = False
-        try:
-            self.process.wait(within)
-        except subprocess.TimeoutExpired:
-            hung = True
-        seconds = time.monotonic() - self.began
+        deadline = CLOCK.seconds() + within
+        while (left := deadline - CLOCK.seconds()) > 0 and self.process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(left)
+        hung = self.process.poll() is None
+        seconds = CLOCK.seconds() - self.began
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()

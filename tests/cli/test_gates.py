@@ -1,0 +1,115 @@
+"""What gates adapters elsewhere, a GitHub Action and a pre-commit hook: what they run is run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from playing import environment
+from terminal import BASE, PEFT, ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TIME_LIMIT = 60
+
+
+def loaded(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def acted(folder: Path, **inputs: str) -> tuple[int, str, dict[str, Any]]:
+    """Run the action's last step with these inputs; return its exit code, output and SARIF."""
+    action = loaded("action.yml")
+    known = {name: str(each.get("default", "")) for name, each in action["inputs"].items()}
+    known |= {name.replace("_", "-"): value for name, value in inputs.items()}
+    step = action["runs"]["steps"][-1]
+    given = {
+        name: re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda found: known[found[1]], text)
+        for name, text in step["env"].items()
+    }
+    home = folder / "home"
+    home.mkdir()
+    done = subprocess.run(
+        ["/bin/bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+        cwd=PEFT,
+        env=environment(home) | given | {"SARIF": str(folder / "a.sarif")},
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr, json.loads((folder / "a.sarif").read_text())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "code", "rules"),
+    [
+        ({"adapters": "tiny patterns", "base": "base"}, 0, set[str]()),
+        (
+            {"adapters": "tiny dora missing", "base": "base", "targets": "vllm llama.cpp"},
+            3,
+            {"VLLM003", "VLLM005", "LCP001", "LCP008", "unreadable"},
+        ),
+        ({"adapters": "leaked-name", "base": "base", "fail_on": "warning"}, 1, {"AK110"}),
+        (
+            {"adapters": "leaked-*", "base": "base", "fail_on": "warning", "ignore": "AK110"},
+            0,
+            set[str](),
+        ),
+    ],
+)
+def test_the_action_does_what_its_inputs_say(
+    inputs: dict[str, str], code: int, rules: set[str], tmp_path: Path
+) -> None:
+    ended, told, sarif = acted(tmp_path, **inputs)
+    assert ended == code, told
+    assert {result["ruleId"] for result in sarif["runs"][0]["results"]} == rules
+
+
+@pytest.mark.parametrize(("name", "code"), [("tiny", 0), ("dora", 1)])
+def test_the_hook_gates_the_files_that_it_is_given(name: str, code: int, tmp_path: Path) -> None:
+    (hook,) = loaded(".pre-commit-hooks.yaml")
+    files = [f"{name}/{path.name}" for path in sorted((PEFT / name).iterdir())]
+    chosen = [path for path in files if re.search(hook["files"], path)]
+    assert chosen == [f"{name}/adapter_model.safetensors"]
+    words = [*shlex.split(hook["entry"]), "--base", str(BASE), "--target", "vllm", *chosen]
+    done = subprocess.run(
+        words,
+        cwd=PEFT,
+        env=environment(tmp_path),
+        capture_output=True,
+        timeout=TIME_LIMIT,
+        check=False,
+    )
+    assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name
+)
+def test_files_of_github_are_yaml(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+def test_the_citation_names_the_version() -> None:
+    import adapterkit
+
+    assert loaded("CITATION.cff")["version"] == adapterkit.__version__
+
+
+def test_what_the_image_copies_is_there() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = [
+        name
+        for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE)
+        for name in line.split()[:-1]
+    ]
+    kept = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert {f"!{name}" for name in copied} == set(kept) - {"*"}
+    assert all((ROOT / name).exists() for name in copied)

@@ -1,0 +1,165 @@
+"""Formats that other packages bring: told by content or suffix, and checked as ours are."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import adapterkit
+from adapterkit import registry
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.model.losses import lost_metadata, lost_settings
+from adapterkit.notes import Loss
+from adapterkit.registry import FormatSpec
+from adapterkit.tensor import LazyTensor
+from adapterkit.testing import check_format, small_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from adapterkit.formats.protocol import Options
+
+GROUP = "adapterkit.formats"
+HELD = {Role.LORA_A: "down", Role.LORA_B: "up"}
+
+
+def is_text(path: Path) -> bool:
+    return path.is_file() and path.read_bytes()[:9] == b'{"lines":'
+
+
+def read_text(path: Path, options: Options) -> AdapterTensorSet:
+    """Read JSON of plain numbers: one line a factor."""
+    import numpy as np
+
+    del options
+    lines = json.loads(path.read_text())["lines"]
+    roles = {name: role for role, name in HELD.items()}
+    return AdapterTensorSet(
+        tensors={
+            TensorKey(module, roles[leaf]): LazyTensor.of(np.array(values, np.float32))
+            for module, leaf, values, _ in lines
+        },
+        scales={module: scale for module, leaf, _, scale in lines if leaf == "up"},
+    )
+
+
+def text_losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+    del options
+    others = {key.module for key in adapter.tensors if key.role not in HELD}
+    odd = {module for module, kind in adapter.kinds.items() if kind.value != "linear"}
+    found = [Loss("other", name, "is no pair of matrices") for name in sorted(others | odd)]
+    given = [
+        name
+        for name in ("engine_layout", "rank_conflicts", "unstored", "undeclared", "beside", "tied")
+        if getattr(adapter, name)
+    ]
+    found += [Loss("field", name, "has no place") for name in given]
+    if adapter.base.name:
+        found.append(Loss("base", adapter.base.name, "has no place", blocks=False))
+    return [*found, *lost_settings(adapter), *lost_metadata(adapter)]
+
+
+def write_text(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+    del options
+    lines = [
+        (key.module, HELD[key.role], tensor.numpy().tolist(), adapter.scales[key.module])
+        for key, tensor in adapter.tensors.items()
+    ]
+    path.write_text('{"lines":' + json.dumps(lines) + "}")
+
+
+TEXT = FormatSpec(
+    name="text",
+    title="LoRA as JSON",
+    reader=read_text,
+    lister=text_losses,
+    writer=write_text,
+    probe=f"{__name__}:is_text",
+    suffixes=(".lines",),
+)
+ENTRIES: dict[str, EntryPoint] = {
+    "text": EntryPoint("text", f"{__name__}:TEXT", GROUP),
+    "broken": EntryPoint("broken", "no_such_package:FORMAT", GROUP),
+}
+
+
+@pytest.fixture
+def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    entry = ENTRIES[request.param]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] * (group == GROUP))
+    registry.plugins.cache_clear()
+    yield
+    registry.plugins.cache_clear()
+
+
+text = pytest.mark.parametrize("installed", ["text"], indirect=True)
+broken = pytest.mark.parametrize("installed", ["broken"], indirect=True)
+
+
+@text
+@pytest.mark.usefixtures("installed")
+def test_a_plugin_passes_the_checks_that_ours_pass(tmp_path: Path) -> None:
+    check_format(TEXT, tmp_path)
+
+
+@text
+@pytest.mark.usefixtures("installed")
+def test_a_plugin_is_told_by_content_and_written_by_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "a.lines"
+    adapterkit.write(small_adapter(), path)
+    assert registry.detect(path).name == "text"
+    done = adapterkit.convert(path, tmp_path / "peft")
+    assert done.max_relative_error == 0
+    back = adapterkit.convert(tmp_path / "peft", tmp_path / "b.lines")
+    assert (back.format, back.max_relative_error) == ("text", 0)
+
+
+@text
+@pytest.mark.usefixtures("installed")
+def test_a_plugin_is_asked_before_files_are_taken_for_hand_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.npz"
+    asked: list[str] = []
+    monkeypatch.setattr(f"{__name__}.is_text", lambda path: asked.append(path.name) or True)
+    path.write_bytes(b"\x80\x02}.")
+    assert registry.detect(path).name == "text"
+    assert asked == ["a.npz"]
+
+
+@text
+@pytest.mark.usefixtures("installed")
+def test_a_plugin_that_drops_something_is_caught(tmp_path: Path) -> None:
+    careless = FormatSpec(
+        name="text",
+        title="",
+        reader=read_text,
+        lister=lambda *_: [],
+        writer=lambda adapter, path, options: write_text(
+            adapter.replace(tensors={k: t for k, t in adapter.tensors.items() if k.role in HELD}),
+            path,
+            options,
+        ),
+        probe=f"{__name__}:is_text",
+    )
+    with pytest.raises(AssertionError, match="and named no loss"):
+        check_format(careless, tmp_path)
+
+
+@broken
+@pytest.mark.usefixtures("installed")
+def test_a_plugin_that_cannot_be_imported_is_named_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.lines"
+    path.write_text("x")
+    with pytest.raises(adapterkit.UsageError) as caught:
+        adapterkit.read(path)
+    message = str(caught.value)
+    assert "the plug-in 'broken' (no_such_package:FORMAT) cannot be imported" in message
+    assert message.count("\n") == 0
+    # What adapterkit knows itself does not ask.
+    assert adapterkit.inspect(Path(__file__).parents[2] / "fixtures" / "peft" / "tiny").modules

@@ -1,0 +1,333 @@
+"""Proofs that travel: every kind of change is caught and named, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import adapterkit
+from adapterkit import VerifyReport, convert, verify, write
+from adapterkit.certificates import read_certificate
+from adapterkit.errors import FormatError, UncheckableError
+from adapterkit.stamps import BESIDE, KEY, LONGEST, contents, stamp, stamped
+from adapterkit_cli.main import cli
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+TINY, BASE = FIXTURES / "peft" / "tiny", FIXTURES / "peft" / "base"
+WEIGHTS = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors", "gguf": ""}
+
+
+@pytest.fixture(params=["peft", "mlx", "gguf"])
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / f"made-{request.param}"
+    convert(TINY, path, to=request.param, base=BASE)
+    return path
+
+
+def weights(path: Path) -> Path:
+    return path / WEIGHTS[path.name.removeprefix("made-")] if path.is_dir() else path
+
+
+def kinds(report: VerifyReport) -> set[str]:
+    return {change.kind for change in report.changes}
+
+
+def test_what_was_written_is_sound(written: Path) -> None:
+    report = verify(written, against=TINY, base=BASE)
+    assert (report.sound, report.changes) == (True, ())
+    assert report.notes == ("the base is compared by its configuration alone",)
+    assert (report.written_by, report.modules) == (adapterkit.__version__, 6)
+    assert list(report.sources) == ["tiny"]
+    assert verify(written).sound
+
+
+def test_without_its_base_a_gguf_is_compared_by_its_bytes(tmp_path: Path) -> None:
+    convert(TINY, tmp_path / "made.gguf", base=BASE)
+    report = verify(tmp_path / "made.gguf")
+    assert report.sound
+    assert "give --base" in report.notes[0]
+
+
+def test_any_flipped_byte_is_caught(written: Path) -> None:
+    """One bit of each stretch of the file: of the data, of a name, of the proof itself."""
+    file = weights(written)
+    whole = file.read_bytes()
+    for place in range(3, len(whole), 389):
+        changed = bytearray(whole)
+        changed[place] ^= 4
+        file.write_bytes(changed)
+        try:
+            report = verify(written, base=BASE)
+        except (FormatError, UncheckableError, adapterkit.AdapterKitError):
+            continue
+        # Padding holds nothing.
+        assert not report.sound or contents(written).digest in whole.decode(errors="ignore")
+    file.write_bytes(whole)
+    assert verify(written, base=BASE).sound
+
+
+def tampered(written: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    """Change the tensors as another program would that keeps the metadata."""
+    file = weights(written)
+    if file.suffix == ".safetensors":
+        with safe_open(file, "np") as opened:
+            metadata = opened.metadata()
+        save_file(
+            {k: np.ascontiguousarray(v) for k, v in change(load_file(file)).items()}, file, metadata
+        )
+        return
+    reader = gguf.GGUFReader(file)
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    fields = {k: f for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    made = gguf.GGUFWriter(file.with_suffix(".new"), "llama")
+    for key, field in fields.items():
+        if key != "general.architecture":
+            made.add_key_value(key, field.contents(), field.types[0])
+    for name, values in change(tensors).items():
+        made.add_tensor(name, np.ascontiguousarray(values))
+    made.write_header_to_file()
+    made.write_kv_data_to_file()
+    made.write_tensors_to_file()
+    made.close()
+    file.with_suffix(".new").replace(file)
+
+
+def b_of(tensors: Mapping[str, Any], part: str) -> list[str]:
+    return [name for name in tensors if "lora_b" in name.lower() and part in name]
+
+
+def test_one_changed_number_names_its_tensor_and_module(written: Path) -> None:
+    def change(tensors: dict[str, Any]) -> Mapping[str, Any]:
+        (name, *_) = b_of(tensors, "v")
+        values = tensors[name].copy()
+        values.flat[3] += 5.0
+        return {**tensors, name: values}
+
+    tampered(written, change)
+    report = verify(written, base=BASE)
+    assert kinds(report) == {"tensor", "update"}
+    (update,) = [change for change in report.changes if change.kind == "update"]
+    assert "v_proj" in update.where
+    # And with the source beside it, how far it is from that.
+    against = verify(written, base=BASE, against=TINY)
+    assert {c.where for c in against.changes if c.kind == "source"} >= {update.where}
+
+
+def test_a_changed_scale_is_told_as_one(written: Path) -> None:
+    tampered(
+        written,
+        lambda tensors: {
+            n: v * (0.25 if n in b_of(tensors, "") else 1) for n, v in tensors.items()
+        },
+    )
+    report = verify(written, base=BASE)
+    (scale,) = [change for change in report.changes if change.kind == "scale"]
+    assert (scale.where, scale.message[:4]) == ("all 6 modules", "0.25")
+    assert kinds(report) == {"tensor", "scale"}
+
+
+@pytest.mark.parametrize("written", ["peft"], indirect=True)
+def test_a_changed_alpha_is_named_with_what_it_does(written: Path) -> None:
+    config = written / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "lora_alpha": fields["lora_alpha"] * 2}))
+    report = verify(written)
+    assert [(c.kind, c.where) for c in report.changes] == [
+        ("setting", "adapter_config.json: lora_alpha"),
+        ("scale", "all 6 modules"),
+    ]
+    assert report.changes[1].message.startswith("2 times")
+
+
+@pytest.mark.parametrize("written", ["peft"], indirect=True)
+def test_a_renamed_a_dropped_and_an_added_module_are_named(written: Path) -> None:
+    old, new, gone = "layers.0.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.0.mlp.up"
+
+    def change(tensors: dict[str, Any]) -> Mapping[str, Any]:
+        left = {n: v for n, v in tensors.items() if gone not in n}
+        return {n.replace(old, new): v for n, v in left.items()}
+
+    tampered(written, change)
+    dropped = [n for n in load_file(FIXTURES / "peft/tiny/adapter_model.safetensors") if gone in n]
+    report = verify(written)
+    told = {(c.kind, c.where): c.message for c in report.changes}
+    assert told["renamed", f"model.{old}"] == f"is model.{new} now"
+    assert bool(dropped) == any(kind == "dropped" for kind, _ in told)
+
+
+@pytest.mark.parametrize("written", ["peft"], indirect=True)
+def test_storage_in_another_dtype_is_told_as_rounding(written: Path) -> None:
+    tampered(written, lambda tensors: {n: v.astype(np.float16) for n, v in tensors.items()})
+    assert kinds(verify(written)) == {"tensor", "rounding"}
+
+
+def test_another_base_is_named(written: Path, tmp_path: Path) -> None:
+    other = tmp_path / "base"
+    shutil.copytree(BASE, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "transformers_version": "9"}))
+    assert verify(written, base=other).sound
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6}))
+    report = verify(written, base=other)
+    assert [change.kind for change in report.changes] == ["base"]
+    assert "its sizes differ" in report.changes[0].message
+
+
+def test_a_base_of_other_weights_is_named(tmp_path: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**json.loads((BASE / "config.json").read_text()))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / str(seed))
+    convert(TINY, tmp_path / "made", to="peft", base=tmp_path / "1")
+    assert verify(tmp_path / "made", base=tmp_path / "1").sound
+    (change,) = verify(tmp_path / "made", base=tmp_path / "2").changes
+    assert (change.kind, "its weights differ" in change.message) == ("base", True)
+
+
+def test_another_source_is_named(tmp_path: Path) -> None:
+    convert(TINY, tmp_path / "made", to="peft")
+    report = verify(tmp_path / "made", against=FIXTURES / "peft" / "tiny-weak")
+    assert kinds(report) == {"source"}
+    assert "by its sha256" in report.notes[0]
+
+
+def test_what_carries_none_is_uncheckable_and_what_is_none_refused(tmp_path: Path) -> None:
+    with pytest.raises(UncheckableError, match="carries no proof"):
+        verify(TINY)
+    convert(TINY, tmp_path / "bare", to="peft", proof=False)
+    with pytest.raises(UncheckableError, match="carries no proof"):
+        verify(tmp_path / "bare")
+    convert(TINY, tmp_path / "made", to="peft")
+    for text, message in (
+        ("{", "not readable JSON"),
+        ("[]", "not a JSON object"),
+        ('{"schema": 7}', "of version 7"),
+        ('{"schema": 1}', "adapterkit"),
+        ("x" * (LONGEST + 1), "is no text of up to"),
+    ):
+        stamp(tmp_path / "made", text)
+        with pytest.raises(FormatError, match=message):
+            verify(tmp_path / "made")
+
+
+def test_the_proof_is_all_that_is_added(written: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare" / written.name
+    bare.parent.mkdir()
+    convert(TINY, bare, to=written.name.removeprefix("made-"), base=BASE, proof=False)
+    assert contents(bare) == contents(written)
+    text = stamped(written)
+    assert text is not None
+    assert stamped(bare) is None
+    stamp(bare, text)
+    assert weights(bare).read_bytes() == weights(written).read_bytes()
+
+
+def test_a_proof_is_not_passed_on(written: Path, tmp_path: Path) -> None:
+    """The next file has its own, and without one none."""
+    name = written.name.removeprefix("made-")
+    convert(written, tmp_path / "next", to=name, base=BASE)
+    assert list(verify(tmp_path / "next", base=BASE).sources) == [written.name]
+    convert(written, tmp_path / "bare", to=name, base=BASE, proof=False)
+    assert stamped(tmp_path / "bare") is None
+
+
+def test_what_has_no_room_has_it_beside(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "adapter_state.pt").write_bytes(b"state")
+    stamp(tmp_path / "made", "text")
+    assert (tmp_path / "made" / BESIDE).read_text() == "text\n"
+    assert stamped(tmp_path / "made") == "text\n"
+    assert contents(tmp_path / "made").settings.keys() == {"adapter_state.pt"}
+
+
+def test_a_proof_stays_small(tmp_path: Path) -> None:
+    """224 modules in 64 kB; what has too many has no list of them, and is checked as a whole."""
+    from adapterkit import AdapterTensorSet, Update
+    from adapterkit.dtype import DType
+    from adapterkit.lowrank.products import stored
+
+    random = np.random.default_rng(0)
+    for layers, listed in ((32, True), (128, False)):
+        updates = [
+            Update(
+                f"model.layers.{layer}.{name}",
+                stored(random.standard_normal((2, 8)), DType.F32),
+                stored(random.standard_normal((8, 2)), DType.F32),
+                1.0,
+            )
+            for layer in range(layers)
+            for name in (
+                *(f"self_attn.{n}_proj" for n in "qkvo"),
+                *(f"mlp.{n}_proj" for n in ("gate", "up", "down")),
+            )
+        ]
+        path = tmp_path / str(layers)
+        write(AdapterTensorSet.of(updates, {}), path)
+        text = stamped(path) or ""
+        assert len(text) <= LONGEST
+        assert bool(read_certificate(text, path).fingerprint.modules) is listed
+        assert verify(path).sound
+        file = path / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+        assert not verify(path).sound
+
+
+def test_the_program(written: Path) -> None:
+    line = ["verify", str(written), "--against", str(TINY), "--base", str(BASE)]
+    run = CliRunner().invoke(cli, line)
+    assert run.exit_code == 0
+    assert "sound: every byte and every update is as it was written" in run.output
+    document = json.loads(CliRunner().invoke(cli, [*line, "--json"]).stdout)
+    assert (document["sound"], document["changes"]) == (True, [])
+    tampered(
+        written,
+        lambda tensors: {n: -v if n in b_of(tensors, "") else v for n, v in tensors.items()},
+    )
+    run = CliRunner().invoke(cli, line)
+    assert run.exit_code == 1
+    assert "scale: all 6 modules: -1 times the update that was written" in run.output
+
+
+# No effect on those who load it.
+
+
+@pytest.mark.parametrize("written", ["peft"], indirect=True)
+def test_peft_loads_it_in_silence(written: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**json.loads((BASE / "config.json").read_text()))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    tokens = torch.tensor([[1, 5, 9]])
+    found: list[Any] = []
+    for path in (TINY, written):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            tuned = PeftModel.from_pretrained(LlamaForCausalLM(config).eval(), path)
+        with torch.no_grad():
+            found.append(tuned(tokens).logits)
+    with torch.no_grad():
+        assert not torch.equal(found[0], model(tokens).logits)
+    assert torch.equal(*found)
+
+
+def test_key_is_what_others_do_not_use() -> None:
+    assert KEY == "adapterkit.proof"
