@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +26,24 @@ class Directory:
 
     Attributes:
         what: one word for messages, such as `adapter`.
-        marks: names or patterns of files of which one tells that a directory is of this kind.
-        files: names or patterns of files that it consists of: a new one replaces all of them, and
-            what else lies there stays.
+        marks: give the names or patterns of files of which one tells that a directory is of this
+            kind. Asked only where there is a directory: looking for plug-ins takes a while.
+        files: give the names or patterns of files that it consists of: a new one replaces all of
+            them, and what else lies there stays.
     """
 
     what: str
-    marks: tuple[str, ...]
-    files: tuple[str, ...]
+    marks: Callable[[], tuple[str, ...]]
+    files: Callable[[], tuple[str, ...]]
 
     def owns(self, name: str) -> bool:
         """Tell whether a file of this name is part of such a directory."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.files)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.files())
 
     def marked(self, folder: Path) -> bool:
         """Tell whether a directory is one of this kind."""
         names = [path.name for path in folder.iterdir() if path.is_file()]
-        return any(fnmatch.fnmatchcase(name, mark) for name in names for mark in self.marks)
+        return any(fnmatch.fnmatchcase(name, mark) for name in names for mark in self.marks())
 
 
 def check_destination(

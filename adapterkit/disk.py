@@ -37,6 +37,11 @@ _MACOS = {"new": 4, "exchange": 2}
 _POSITION = threading.Lock()
 
 
+def host_name() -> str:
+    """Return this machine's name, without importing `socket` for it."""
+    return os.environ.get("COMPUTERNAME", "") if os.name == "nt" else os.uname().nodename
+
+
 def rename_new(source: Path, target: Path) -> None:
     """Give a file or directory a name that nothing has.
 

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import os
 import shutil
-import socket
 import stat
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from adapterkit.destination import check_destination, check_spared
-from adapterkit.disk import exchange, rename_new, sync_path
+from adapterkit.disk import exchange, host_name, rename_new, sync_path
 from adapterkit.errors import DestinationExistsError, WriteError
 from adapterkit.work import Task
 
@@ -226,7 +225,7 @@ class Output:
                 raise
             else:
                 with suppress(OSError):
-                    path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+                    path.write_text(f"process {os.getpid()} on {host_name()}\n")
                 return lock
         return None
 

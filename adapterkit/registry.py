@@ -87,10 +87,7 @@ class FormatSpec:
         """The kind of directory that it is written as: any adapter's, or None for a file."""
         if not self.files:
             return None
-        files = tuple(dict.fromkeys(name for known in formats() for name in known.files))
-        # What was trained with the adapter that was here before is not the new one's.
-        mine = (*files, *trained_names(), BESIDE)
-        return Directory("adapter directory", marks=files, files=mine)
+        return Directory("adapter directory", marks=_adapter_files, files=_replaced_files)
 
     @property
     def reads(self) -> bool:
@@ -256,6 +253,15 @@ BUILTIN = (
         probe="adapterkit.formats.handwritten.format:probe",
     ),
 )
+
+
+def _adapter_files() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for known in formats() for name in known.files))
+
+
+def _replaced_files() -> tuple[str, ...]:
+    # What was trained with the adapter that was here before is not the new one's.
+    return (*_adapter_files(), *trained_names(), BESIDE)
 
 
 @functools.cache

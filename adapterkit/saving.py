@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from adapterkit.base.fit import check_fit
 from adapterkit.certificates import certified
 from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
@@ -121,6 +119,8 @@ def _meant(path: Path) -> FormatSpec:
         raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
     if _SUFFIX.fullmatch(path.suffix):
         suffixes = [suffix for known in formats() for suffix in known.suffixes]
+        from difflib import get_close_matches
+
         close = get_close_matches(path.suffix, suffixes, n=1)
         told = f"did you mean {path.with_suffix(close[0])}? " if close else ""
         raise UsageError(
@@ -172,6 +172,8 @@ def admitted(
     if passed and not allow_lossy:
         raise LossyConversionError(passed, path=path)
     if options.base:
+        from adapterkit.base.fit import check_fit
+
         check_fit(_beside(adapter, grown), options.base)
     found = target.losses(adapter, options)
     losses = tuple(loss for loss in found if loss.blocks)

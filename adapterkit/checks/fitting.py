@@ -13,7 +13,6 @@ from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.selection import selection
 from adapterkit.checks.structure import peft_config
 from adapterkit.errors import UncheckableError, UnsupportedError
-from adapterkit.formats.diffusion.on_base import on_base
 from adapterkit.keys import Role
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
@@ -38,6 +37,8 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
         yield Finding("AK300", Severity.UNCHECKED, (), message, hint)
         return
     if base.layout == "checkpoint":
+        from adapterkit.formats.diffusion.on_base import on_base
+
         try:
             adapter = on_base(adapter, base)
         except UnsupportedError as error:

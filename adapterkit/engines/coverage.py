@@ -10,10 +10,7 @@ from adapterkit.base.places import Places
 from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity, named
 from adapterkit.checks.fitting import other_architecture
 from adapterkit.checks.structure import outside_targets
-from adapterkit.engines.names import cover_names
 from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
-from adapterkit.formats.gguf.engine import engine_adapter
-from adapterkit.formats.gguf.losses import losses
 from adapterkit.formats.protocol import Options
 from adapterkit.model.defects import problems
 
@@ -36,6 +33,8 @@ def cover(
     finding, and no coverage.
     """
     if target.coverage == "names":
+        from adapterkit.engines.names import cover_names
+
         return ([], []) if problems(adapter) else cover_names(adapter, target)
     if base is None:
         message = f"what {target.title} does with each module depends on the base model"
@@ -52,6 +51,9 @@ def cover(
 def _by_tensor(
     adapter: AdapterTensorSet, base: BaseModel, target: Target
 ) -> tuple[list[CoveredModule], list[Finding]]:
+    from adapterkit.formats.gguf.engine import engine_adapter
+    from adapterkit.formats.gguf.losses import losses
+
     options = Options(base=base)
     try:
         lost = losses(adapter, options)

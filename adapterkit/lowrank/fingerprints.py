@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.lowrank.products import Array, LowRank
 
 # Sketches of different versions cannot be compared.
-VERSION = 1
+VERSION = 2
 WIDTH = 32
 SIZE = WIDTH * WIDTH
 # Numbers that stand for one module alone, whatever its name.
@@ -74,9 +74,8 @@ def brief(whole: Array) -> Array:
 
 
 def _drawn(place: tuple[str, ...], rows: int, columns: int) -> Array:
-    """Return signs that follow from the version and a place alone, by Philox' own bits."""
+    """Return signs that follow from the version and a place alone: the bits of SHAKE-256."""
     text = "/".join(("adapterkit", str(VERSION), *place))
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
-    words = np.random.Philox(key=seed).random_raw(-(-rows * columns // 64))
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=rows * columns)
+    drawn = hashlib.shake_256(text.encode()).digest(-(-rows * columns // 8))
+    bits = np.unpackbits(np.frombuffer(drawn, dtype=np.uint8), count=rows * columns)
     return bits.reshape(rows, columns).astype(np.float64) * 2 - 1

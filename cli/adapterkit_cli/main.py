@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 
 import click
@@ -66,6 +65,8 @@ class Program(ErrorBoundary):
         name = args[0]
         if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
+        from difflib import get_close_matches
+
         close = get_close_matches(_FORMER.get(name, name), COMMANDS)
         told = f"Did you mean {' or '.join(close)}?" if close else "adapterkit --help lists all."
         raise click.UsageError(f"No such command '{name}'. {told}", ctx)

@@ -244,5 +244,5 @@ def test_the_signs_are_those_of_every_other_machine() -> None:
     """They are in files: another numpy must draw the same."""
     signs = fingerprints._drawn(("out",), 1000, 32)
     digest = hashlib.sha256(signs.astype("<i1").tobytes()).hexdigest()
-    assert digest[:16] == "5f8811d4b01f11f5"
+    assert digest[:16] == "1ebb740c1c0531b7"
     assert abs(signs.mean()) < 0.02

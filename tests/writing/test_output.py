@@ -23,7 +23,7 @@ from adapterkit.output import Output, staged, uninterrupted
 if TYPE_CHECKING:
     from pathlib import Path
 
-KIND = Directory("thing", marks=("thing.json",), files=("thing.json", "thing-*.bin"))
+KIND = Directory("thing", lambda: ("thing.json",), lambda: ("thing.json", "thing-*.bin"))
 
 
 def write(path: Path, **files: str) -> None:

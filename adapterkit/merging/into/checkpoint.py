@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 # What a model directory consists of, whoever has written it; adapters have other names.
 MODEL = Directory(
     "model directory",
-    marks=("config.json",),
-    files=(
+    marks=lambda: ("config.json",),
+    files=lambda: (
         "config.json",
         "generation_config.json",
         "model*.safetensors",

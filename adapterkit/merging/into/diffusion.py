@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from adapterkit.merging.planning import Source
     from adapterkit.storage import FileSlice
 
-MODEL = Directory("model directory", marks=(PIPELINE, "config.json"), files=("*",))
+MODEL = Directory("model directory", marks=lambda: (PIPELINE, "config.json"), files=lambda: ("*",))
 # Other copies of a component's weights: they would still be the unmerged ones.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx", ".index.json")
 
