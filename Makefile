@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 
 SECONDS ?= 60
 
-.PHONY: browser demo docs help test test-all family soak fuzz lint types bench setup clean
+.PHONY: browser coverage demo docs help test test-all test-fast family soak fuzz lint types bench setup clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -24,6 +24,15 @@ demo: $(STAMP)  ## inspect, convert and run a real adapter in llama.cpp
 
 test: $(STAMP)  ## run every test, oracles included
 	$(BIN)/pytest -n 2
+
+test-fast: $(STAMP)  ## what takes neither an engine nor time: within a minute
+	$(BIN)/pytest -n 2 -m "not engine and not slow and not soak and not all_classes and not browser"
+
+coverage: $(STAMP)  ## which lines no test runs, processes of the command line counted too
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 test-all: $(STAMP)  ## every test, on every model class that transformers can build small
 	$(BIN)/pytest -n 2 -m "not soak and not browser"

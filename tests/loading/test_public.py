@@ -6,11 +6,13 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import os
 import pkgutil
 import pydoc
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +123,32 @@ def main(path: Path) -> list[str]:
 """
 
 
-def test_a_users_program_passes_a_strict_type_check(tmp_path: Path) -> None:
+def pyright(program: Path) -> list[str]:
+    config = program.with_name("pyrightconfig.json")
+    config.write_text(f'{{"typeCheckingMode": "strict", "extraPaths": ["{ROOT}"]}}')
+    return [sys.executable, "-m", "basedpyright", "-p", str(config), str(program)]
+
+
+def mypy(program: Path) -> list[str]:
+    strict = ["--strict", "--follow-imports=silent", "--cache-dir", str(program.with_name("cache"))]
+    return [sys.executable, "-m", "mypy", *strict, str(program)]
+
+
+@pytest.mark.parametrize("checker", [pyright, mypy])
+def test_a_users_program_passes_a_strict_type_check(
+    checker: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("pairs_by_module()", "tensors"), encoding="utf-8")
-    config = tmp_path / "pyrightconfig.json"
-    config.write_text(f'{{"typeCheckingMode": "strict", "extraPaths": ["{ROOT}"]}}')
-    check = [sys.executable, "-m", "basedpyright", "-p", str(config), str(program)]
-    ran = subprocess.run(check, capture_output=True, text=True, check=False)
+
+    def checked() -> subprocess.CompletedProcess[str]:
+        where = {**os.environ, "MYPYPATH": str(ROOT)}
+        command = checker(program)
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=where)
+
+    ran = checked()
     assert ran.returncode == 0, ran.stdout
     program.write_text(program.read_text().replace("outtype=", "out_type="), encoding="utf-8")
-    ran = subprocess.run(check, capture_output=True, text=True, check=False)
+    ran = checked()
     assert ran.returncode == 1
     assert "out_type" in ran.stdout
