@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
@@ -39,6 +39,27 @@ class RowReader(ABC):
     @abstractmethod
     def rows(self, begin: int, end: int) -> memoryview:
         """Return the bytes of rows [begin, end) of the tensor as (-1, last axis)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows(RowReader):
+    """Rows that are decoded from the values of a file.
+
+    Attributes:
+        values: as stored, in one piece of the file.
+    """
+
+    values: LazyTensor
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the values."""
+        return cast("FileSlice", self.values.read).path
+
+    @property
+    def stored(self) -> DType:
+        """The type of the values."""
+        return self.values.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +115,11 @@ class LazyTensor:
             count *= dim
         return count
 
+    @property
+    def path(self) -> Path | None:
+        """The file that holds the values, or what they are computed from; None if no one does."""
+        return getattr(self.read, "path", None)
+
     def tobytes(self) -> bytes | bytearray | memoryview:
         """Return the stored bytes, exactly `nbytes` of them."""
         data = self.read()
@@ -111,8 +137,8 @@ class LazyTensor:
 
         data = np.frombuffer(self.tobytes(), dtype=np.uint8)
         if self.dtype is DType.BOOL and data.size and data.max() > 1:
-            path = getattr(self.read, "path", None)
-            raise FormatError(f"holds a boolean that is {data.max()}, neither 0 nor 1", path=path)
+            message = f"holds a boolean that is {data.max()}, neither 0 nor 1"
+            raise FormatError(message, path=self.path)
         if self.dtype.quantised:
             from adapterkit.quantisation import dequantise
 
@@ -142,6 +168,10 @@ class LazyTensor:
 
         return LazyTensor(self.dtype, (end - begin, width), read)
 
+    def in_rows_of(self, width: int) -> LazyTensor:
+        """Return the same elements as (-1, width); values that are computed by rows must stay."""
+        return LazyTensor(self.dtype, (self.size // width, width), self.read)
+
     def blocks(self, elements: int) -> Iterator[LazyTensor]:
         """Yield the tensor piece by piece in C order, where its bytes can be read so.
 
@@ -153,7 +183,7 @@ class LazyTensor:
         """
         flat = self
         if isinstance(self.read, FileSlice) and not self.dtype.quantised:
-            flat = LazyTensor(self.dtype, (self.size, 1), self.read)
+            flat = self.in_rows_of(1)
         width = flat.shape[-1] if flat.shape else 1
         if not self.size or not isinstance(self.read, FileSlice | RowReader):
             yield self

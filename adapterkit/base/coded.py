@@ -9,17 +9,18 @@ blocks, and an offset. The high half of a byte is the first code.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
-from adapterkit.storage import FileSlice
 from adapterkit.tables import Table, listed, number, one_of, whole
-from adapterkit.tensor import LazyTensor, RowReader
+from adapterkit.tensor import LazyTensor, StoredRows
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -34,7 +35,7 @@ _CODES, _BYTES = 16, 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CodedRows(RowReader):
+class CodedRows(StoredRows):
     """Codes of 4 bits times a scale for each block, in the type that they were made from.
 
     Attributes:
@@ -47,23 +48,12 @@ class CodedRows(RowReader):
         count: its elements.
     """
 
-    values: LazyTensor
     parts: Mapping[str, LazyTensor]
     block: int
     nested: tuple[int, float] | None
     dtype: DType
     width: int
     count: int
-
-    @property
-    def path(self) -> Path:
-        """The file that holds the codes."""
-        return _span(self.values).path
-
-    @property
-    def stored(self) -> DType:
-        """Bytes."""
-        return self.values.dtype
 
     def __call__(self) -> memoryview:
         """Decode the whole tensor."""
@@ -79,7 +69,7 @@ class CodedRows(RowReader):
         import numpy as np
 
         first, last = begin * self.width, end * self.width
-        data = np.frombuffer(_part(self.values, first // 2, -(-last // 2))(), dtype=np.uint8)
+        data = self.values.in_rows_of(1).rows(first // 2, -(-last // 2)).numpy()[:, 0]
         codes = np.stack([data >> 4, data & 15], axis=1).reshape(-1)[first % 2 :][: last - first]
         decoded = self._finite(self.parts["quant_map"].numpy())[codes]
         place = first // self.block
@@ -91,8 +81,7 @@ class CodedRows(RowReader):
         """Return the scales of blocks [begin, end) as float32."""
         import numpy as np
 
-        stored = self.parts["absmax"]
-        part = LazyTensor(stored.dtype, (end - begin,), _part(stored, begin, end)).numpy()
+        part = self.parts["absmax"].in_rows_of(1).rows(begin, end).numpy()[:, 0]
         if self.nested is None:
             return self._finite(part)
         size, offset = self.nested
@@ -109,21 +98,33 @@ class CodedRows(RowReader):
         return numbers
 
 
-def companions(parameter: str, names: Mapping[str, LazyTensor]) -> tuple[str, ...]:
-    """Return the names of what stands beside a parameter and says what its codes mean."""
-    return tuple(name for name in names if name.startswith(f"{parameter}."))
+def companions(parameter: str, names: Sequence[str]) -> Sequence[str]:
+    """Return the names of what stands beside a parameter and says what its codes mean.
+
+    Args:
+        parameter: its name.
+        names: of all tensors, sorted.
+    """
+    begin = bisect_left(names, f"{parameter}.")
+    # What begins with the name and a dot comes before the name and the letter after the dot.
+    return names[begin : bisect_left(names, f"{parameter}/", begin)]
 
 
-def coded(parameter: str, tensors: Mapping[str, LazyTensor], path: Path) -> LazyTensor:
+def coded(
+    parameter: str, values: LazyTensor, beside: Mapping[str, LazyTensor], path: Path
+) -> LazyTensor:
     """Return a parameter as the floats that its codes stand for; its quant_state is read.
+
+    Args:
+        parameter: its name.
+        values: the codes.
+        beside: what says what they mean, by its names.
+        path: of the checkpoint.
 
     Raises:
         FormatError: if parts are missing, or their sizes do not belong together.
     """
-    values = tensors[parameter]
-    parts = {
-        name.removeprefix(f"{parameter}."): tensors[name] for name in companions(parameter, tensors)
-    }
+    parts = {name.removeprefix(f"{parameter}."): tensor for name, tensor in beside.items()}
     states = [name for name in parts if name.startswith(_STATE)]
     if len(states) != 1:
         raise FormatError(f"needs one {parameter}.{_STATE}nf4 or fp4", path=path, where=parameter)
@@ -176,14 +177,3 @@ def _state(tensor: LazyTensor, path: Path, name: str) -> Table:
     if not isinstance(state, dict):
         raise FormatError("is not a JSON object", path=path, where=name)
     return Table(cast("Mapping[str, Any]", state), path)
-
-
-def _part(tensor: LazyTensor, begin: int, end: int) -> FileSlice:
-    """Return the bytes of some elements of a tensor."""
-    span, size = _span(tensor), tensor.dtype.nbytes((1,))
-    return FileSlice(span.path, span.offset + begin * size, (end - begin) * size)
-
-
-def _span(tensor: LazyTensor) -> FileSlice:
-    assert isinstance(tensor.read, FileSlice)  # noqa: S101  (readers of checkpoints give slices)
-    return tensor.read

@@ -10,16 +10,13 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
-from adapterkit.storage import FileSlice
-from adapterkit.tensor import LazyTensor, RowReader
+from adapterkit.tensor import LazyTensor, RowReader, StoredRows
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -34,7 +31,7 @@ _opened = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledRows(RowReader):
+class ScaledRows(StoredRows):
     """Numbers of 8 bits times a scale for each block of them, as float32.
 
     Attributes:
@@ -44,20 +41,9 @@ class ScaledRows(RowReader):
         block: rows and columns of a block; those at the end may be cut off.
     """
 
-    values: LazyTensor
     scales: LazyTensor
     grid: tuple[int, int]
     block: tuple[int, int]
-
-    @property
-    def path(self) -> Path:
-        """The file that holds the values."""
-        return _span(self.values).path
-
-    @property
-    def stored(self) -> DType:
-        """An 8-bit float."""
-        return self.values.dtype
 
     def __call__(self) -> memoryview:
         """Decode the whole tensor."""
@@ -73,7 +59,7 @@ class ScaledRows(RowReader):
         import numpy as np
 
         height, width = self.values.shape[-2:]
-        data = np.frombuffer(_part(self.values, begin, end, width)(), dtype=np.uint8)
+        data = np.frombuffer(self.values.rows(begin, end).tobytes(), dtype=np.uint8)
         # Every byte is in the table; `clip` only spares a check.
         decoded = _eight_bits(self.values.dtype).take(data, mode="clip").reshape(-1, width)
         matrix, row = np.divmod(np.arange(begin, end), height)
@@ -89,20 +75,19 @@ class ScaledRows(RowReader):
         """Return rows of the grid as float32; bytes are exponents (e8m0)."""
         import numpy as np
 
-        part = _part(self.scales, begin, end, self.grid[1])
-        stored = LazyTensor(self.scales.dtype, (end - begin, self.grid[1]), part).numpy()
+        stored = self.scales.in_rows_of(self.grid[1]).rows(begin, end).numpy()
         if self.scales.dtype is DType.U8:
             found = np.ldexp(np.float32(1), stored.astype(np.int32) - _BIAS)
             found[stored == 255] = np.nan  # noqa: PLR2004  (the format's NaN)
         else:
             found = stored.astype(np.float32)
         if not np.isfinite(found).all():
-            raise FormatError(f"a scale of {self.values} is not finite", path=part.path)
+            raise FormatError(f"a scale of {self.values} is not finite", path=self.scales.path)
         return found
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRows(RowReader):
+class PackedRows(StoredRows):
     """MXFP4, turned: 32 numbers of 4 bits and their exponent become a column, as bfloat16.
 
     All values are exact: e2m1 has two significant bits, and bfloat16 all exponents of e8m0. The
@@ -114,13 +99,7 @@ class PackedRows(RowReader):
         scales: (E, out, groups) bytes, exponents.
     """
 
-    values: LazyTensor
     scales: LazyTensor
-
-    @property
-    def path(self) -> Path:
-        """The file that holds the values."""
-        return _span(self.values).path
 
     @property
     def stored(self) -> DType:
@@ -170,11 +149,10 @@ class PackedRows(RowReader):
         _opened.expert = None  # before the next is there
         _, height, groups, width = self.values.shape
         rows = expert * height, (expert + 1) * height
-        codes = np.frombuffer(_part(self.values, *rows, groups * width)(), dtype=np.uint8)
-        span = _part(self.scales, *rows, groups)
-        exponents = np.frombuffer(span(), dtype=np.uint8)
+        codes = self.values.in_rows_of(groups * width).rows(*rows).numpy()
+        exponents = np.frombuffer(self.scales.in_rows_of(groups).rows(*rows).tobytes(), np.uint8)
         if exponents.max(initial=0) > _LARGEST:
-            raise FormatError(f"a scale of {self.values} is not finite", path=span.path)
+            raise FormatError(f"a scale of {self.values} is not finite", path=self.scales.path)
         found = codes.reshape(height, groups, width), exponents.reshape(height, groups)
         _opened.expert = (self, expert, found)
         return found
@@ -223,13 +201,3 @@ def _eight_bits(dtype: DType) -> Array:
     found = codes.view(dtype.numpy()).astype(np.float32)
     found.flags.writeable = False
     return found
-
-
-def _part(tensor: LazyTensor, begin: int, end: int, width: int) -> FileSlice:
-    """Return the bytes of some rows of `width` elements."""
-    span, row = _span(tensor), tensor.dtype.nbytes((width,))
-    return FileSlice(span.path, span.offset + begin * row, (end - begin) * row)
-
-
-def _span(tensor: LazyTensor) -> FileSlice:
-    return cast("FileSlice", tensor.read)

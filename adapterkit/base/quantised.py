@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from adapterkit.base.coded import coded, companions
 from adapterkit.base.decoding import PackedRows, ScaledRows, stored_type
@@ -13,12 +13,12 @@ from adapterkit.base.model import BaseModel
 from adapterkit.base.schemes import FIELDS, Scheme, quantisation
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adapterkit.storage import FileSlice
 
 _PLAIN = {DType.F64, DType.F32, DType.F16, DType.BF16}
 # No parameter of a model is stored as one of these, unless it is quantised.
@@ -65,11 +65,11 @@ def decoded(base: BaseModel, scheme: Scheme) -> DecodedBase:
     for name, tensor in base.tensors.items():
         parameter = name.removesuffix(scheme.values)
         if parameter in taken and taken[parameter][0] == name:
-            pair = tensor, base.tensors[taken[parameter][1]]
+            beside = {part: base.tensors[part] for part in taken[parameter][1:]}
             tensors[parameter] = (
-                coded(parameter, base.tensors, base.path)
+                coded(parameter, tensor, beside, base.path)
                 if scheme.coded
-                else _decoded(parameter, *pair, scheme, base)
+                else _decoded(parameter, tensor, *beside.values(), scheme=scheme, base=base)
             )
         elif name not in used and name not in left:
             _check_plain(name, tensor, scheme, base)
@@ -80,7 +80,7 @@ def decoded(base: BaseModel, scheme: Scheme) -> DecodedBase:
         base=replace(base, tensors=tensors, names=frozenset(tensors), facts=facts),
         stored={name: stored_type(tensors[name]).value for name in taken},
         left_out=left,
-        files=frozenset(cast("FileSlice", part.read).path for part in parts),
+        files=frozenset(part.path for part in parts if part.path),
     )
 
 
@@ -97,6 +97,7 @@ def as_floats(base: BaseModel) -> BaseModel:
 
 def _pairs(base: BaseModel, scheme: Scheme) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield every quantised parameter with the names of its values, scales and further parts."""
+    ordered = sorted(base.tensors)
     for name, tensor in base.tensors.items():
         if not name.endswith(scheme.values):
             continue
@@ -106,13 +107,15 @@ def _pairs(base: BaseModel, scheme: Scheme) -> Iterator[tuple[str, tuple[str, ..
         if scales and not narrow and (scheme.values or parameter.endswith(_WEIGHT)):
             raise _refused(f"is stored as {tensor.dtype} beside {scales[0]}", name, scheme, base)
         if narrow and scales:
+            if not isinstance(tensor.read, FileSlice):
+                raise _refused("is not in one piece of its file", name, scheme, base)
             if len(scales) > 1 or scales[0] not in base.tensors:
                 raise FormatError(
                     f"needs one tensor of scales, of {', '.join(scales)}",
                     path=base.path,
                     where=name,
                 )
-            others = companions(parameter, base.tensors) if scheme.coded else ()
+            others = companions(parameter, ordered) if scheme.coded else ()
             yield parameter, tuple(dict.fromkeys((name, scales[0], *others)))
 
 
@@ -135,7 +138,7 @@ def _refused(what: str, name: str, scheme: Scheme, base: BaseModel) -> Unsupport
 
 
 def _decoded(
-    name: str, values: LazyTensor, scales: LazyTensor, scheme: Scheme, base: BaseModel
+    name: str, values: LazyTensor, scales: LazyTensor, *, scheme: Scheme, base: BaseModel
 ) -> LazyTensor:
     if scheme.packed:
         return _unpacked(name, values, scales, scheme, base)
