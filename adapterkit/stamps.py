@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from adapterkit.containers.gguf import GGUFValue
     from adapterkit.tensor import LazyTensor
 
-KEY = "adapterkit.proof"
+# What names of metadata of our own begin with: no format carries them on as the user's text.
+OURS = "adapterkit."
+KEY = f"{OURS}proof"
 BESIDE = "adapterkit-proof.json"
 # Loaders read the whole header each time; a text that is longer is no proof.
 LONGEST = 1 << 16

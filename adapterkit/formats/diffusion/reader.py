@@ -18,6 +18,7 @@ from adapterkit.formats.diffusion.telling import Place, Spelled, nearest, placed
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, DiffusionSource, Spelling, Update
 from adapterkit.notes import BaseReference, Note, Provenance, first_and_more
+from adapterkit.stamps import OURS
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _HALVES = {"down": Role.LORA_A, "up": Role.LORA_B}
 BASE = "base_model_name_or_path"
 # Hashes of the tensors, and what is said of alpha in place of the tensors: not free text.
-STALE = ("sshs_", FIELD, "format", BASE, "adapterkit.")
+STALE = ("sshs_", FIELD, "format", BASE, OURS)
 
 
 @dataclass(frozen=True, slots=True)

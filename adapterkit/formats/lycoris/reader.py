@@ -25,6 +25,7 @@ from adapterkit.errors import (
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Provenance
+from adapterkit.stamps import OURS
 from adapterkit.tuners import Factors, hadamard, kronecker
 from adapterkit.tuners.factored import equal, matrices
 
@@ -97,7 +98,7 @@ def read_lycoris(path: Path, options: Options) -> AdapterTensorSet:
         metadata={
             name: value
             for name, value in file.metadata.items()
-            if name != "format" and not name.startswith("adapterkit.")
+            if name != "format" and not name.startswith(OURS)
         },
         provenance=Provenance(path, "lycoris", ("LyCORIS products written out as LoRA",)),
     )

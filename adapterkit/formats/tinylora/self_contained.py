@@ -16,6 +16,7 @@ from adapterkit.containers.safetensors import read_safetensors, write_safetensor
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError, FormatError, UnsupportedError
 from adapterkit.notes import BaseReference, Provenance
+from adapterkit.stamps import OURS
 from adapterkit.tables import ANY_MAPPING, FLAG, TEXT, Table, listed, number, shown, whole
 from adapterkit.tensor import LazyTensor
 from adapterkit.tinylora import writing
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.notes import Loss
 
 NAME = "tinylora"
-MARK = "adapterkit.tinylora"
+MARK = f"{OURS}tinylora"
 FILE = "tinylora.safetensors"
 _VERSION = 1
 _LEAVES = ("left", "right", "projection", "middle")
