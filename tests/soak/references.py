@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soak.runs import WHOLE, Digest, Run, digest, undisturbed
+from soak.runs import Digest, Run, digest, undisturbed
 
 if TYPE_CHECKING:
     from soak.commands import Command
@@ -64,7 +64,7 @@ class References:
             reference = self.of(command)
             listed = self.folder / f"{command.name}.steps"
             words = [*command.words(self.inputs, reference.path), "--force"]
-            ended = Run(words, fault="steps", fired=listed).end(WHOLE)
+            ended = Run(words, fault="steps", fired=listed).finish()
             assert ended.code == 0, ended
             assert digest(reference.path) == reference.digest, f"{command.name} is not repeatable"
             self.counted[command.name] = listed.read_text().splitlines()

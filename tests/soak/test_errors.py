@@ -22,7 +22,7 @@ from soak.commands import (
 )
 from soak.inputs import CHANGED, linked, own, poke, shard_of
 from soak.judging import FULL, judged, said
-from soak.runs import PATIENCE, Run, digest, hidden, restored
+from soak.runs import Run, digest, hidden, restored
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -170,7 +170,7 @@ def check(
         before, there = digest(out), hidden(out)
         words = [*command.words(inputs, out, **instead), *case.more]
         words += ["--force"] * (copy is not None)
-        ended = Run(words, fault=case.fault, fired=fired).end(PATIENCE + 2 * reference.seconds)
+        ended = Run(words, fault=case.fault, fired=fired).finish()
         judged(
             counts,
             ended,

@@ -12,7 +12,7 @@ import pytest
 
 from soak.commands import COMMANDS, CONVERT_DIRECTORY, INTO_FILE, Command, each, former
 from soak.judging import FULL, judged, said
-from soak.runs import PATIENCE, Run, digest, hidden, restored
+from soak.runs import Run, digest, hidden, restored
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -44,7 +44,7 @@ def test_files_may_not_grow(
         before, there = digest(out), hidden(out)
         words = command.words(inputs, out) + ["--force"] * (copy is not None)
         limited = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-        ended = Run(words, prepare=limited).end(PATIENCE + 2 * reference.seconds)
+        ended = Run(words, prepare=limited).finish()
         judged(
             counts,
             ended,
@@ -76,7 +76,7 @@ def test_a_disk_is_full(
             fill(disk, reference.total)
             before, there = digest(out), hidden(out)
             words = command.words(inputs, out) + ["--force"] * (copy is not None)
-            ended = Run(words).end(PATIENCE + 2 * reference.seconds)
+            ended = Run(words).finish()
             judged(
                 counts,
                 ended,

@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from soak.commands import CONVERT_DIRECTORY, INTO_FILE, RACED, Command, each
-from soak.runs import PATIENCE, Run, difference, digest, hidden, removed
+from soak.runs import Run, difference, digest, hidden, removed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ def test_one_of_several_wins(
     right, out = both(references, command, inputs), place / f"out{command.suffix}"
     for number in range(scale.rounds):
         removed(out)
-        ended = race(command, inputs, out, random, number, right, force=False)
+        ended = race(command, inputs, out, random, number, force=False)
         winners = [index for index, one in enumerate(ended) if one.code == 0]
         told = "; ".join(map(str, ended))
         for one in ended:
@@ -63,7 +63,7 @@ def test_with_force_the_last_wins(
     random = Random(command.name)  # noqa: S311  (the same on every machine)
     right, out = both(references, command, inputs), place / f"out{command.suffix}"
     for number in range(scale.rounds):
-        ended = race(command, inputs, out, random, number, right, force=True)
+        ended = race(command, inputs, out, random, number, force=True)
         told = "; ".join(map(str, ended))
         for one in ended:
             counts.ran(one, {0, 1})
@@ -88,7 +88,6 @@ def race(
     out: Path,
     random: Random,
     number: int,
-    right: list[Reference],
     *,
     force: bool,
 ) -> list[Ended]:
@@ -102,8 +101,7 @@ def race(
         for adapter in (inputs.adapter, inputs.other)
     ]
     runs = [Run(words[index % 2], fault=fault, fired=meeting) for index in range(racers)]
-    patience = PATIENCE + 2 * racers * right[0].seconds
-    return [run.end(patience) for run in runs]
+    return [run.finish() for run in runs]
 
 
 def check(counts: Counts, out: Path, right: list[Digest], told: str) -> None:

@@ -27,7 +27,7 @@ from soak.commands import (
     whole_only,
 )
 from soak.judging import said
-from soak.runs import PATIENCE, Run, difference, digest, hidden
+from soak.runs import Run, difference, digest, hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from soak.counts import Counts
     from soak.inputs import Inputs
     from soak.references import References
-    from soak.runs import Ended
 
 
 def pipe(path: Path) -> Path:
@@ -85,10 +84,6 @@ def state(path: Path) -> Any:
     return found.st_mode, found.st_ino, found.st_rdev, digest(path)
 
 
-def run(words: list[str], references: References, command: Command) -> Ended:
-    return Run(words).end(PATIENCE + 2 * references.of(command).seconds)
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -106,14 +101,13 @@ def test_force_spares_what_is_not_ours(
     command: Command,
     make: Callable[[Path], Path],
     inputs: Inputs,
-    references: References,
     place: Path,
     counts: Counts,
 ) -> None:
     out = place / f"out{command.suffix}"
     spared = make(out)
     before = state(spared)
-    ended = run([*command.words(inputs, out), "--force"], references, command)
+    ended = Run([*command.words(inputs, out), "--force"]).finish()
     counts.ran(ended, {1})
     if not os.path.lexists(spared) or state(spared) != before:
         counts.add("replaced", f"the {make.__name__}: {ended}")
@@ -130,7 +124,7 @@ def test_force_does_not_follow_links(
     out = place / f"out{command.suffix}"
     target = link(out)
     before = state(target)
-    ended = run([*command.words(inputs, out), "--force"], references, command)
+    ended = Run([*command.words(inputs, out), "--force"]).finish()
     counts.ran(ended, {0, 1})
     if state(target) != before:
         counts.add("replaced", f"what a link names: {ended}")
@@ -141,11 +135,11 @@ def test_force_does_not_follow_links(
 
 @each([*COMMANDS, REPORT, BANK], quick=[CONVERT_DIRECTORY, INTO_FILE, REPORT, BANK])
 def test_nothing_is_replaced_unasked(
-    command: Command, inputs: Inputs, references: References, place: Path, counts: Counts
+    command: Command, inputs: Inputs, place: Path, counts: Counts
 ) -> None:
     out = former(command, inputs, place)
     before = state(out)
-    ended = run(command.words(inputs, out), references, command)
+    ended = Run(command.words(inputs, out)).finish()
     counts.ran(ended, {1})
     if state(out) != before:
         counts.add("replaced", str(ended))
@@ -176,7 +170,7 @@ def test_force_keeps_what_is_not_the_adapters(
     kept = ("notes.txt", "folder", "checkpoint-10/optimizer.pt")
     before, away = digest(out), digest(outside)
     assert before
-    ended = run([*command.words(inputs, out), "--force"], references, command)
+    ended = Run([*command.words(inputs, out), "--force"]).finish()
     counts.ran(ended, {0, 1})
     found = digest(out) or {}
     if digest(outside) != away or any(found.get(name) != before[name] for name in kept):

@@ -14,7 +14,7 @@ import pytest
 from soak.commands import INTO_DIRECTORY, INTO_FILE, RESUMED, Command, each, whole_only
 from soak.inputs import CHANGED, linked, own, poke, shard_of
 from soak.judging import CODES, REFUSED, judged, said, succeeded
-from soak.runs import PATIENCE, WHOLE, Run, digest, disturbed, hidden, removed
+from soak.runs import Run, digest, disturbed, hidden, removed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ def test_resumed_after_any_moment(
                 counts, ended, out, before=None, right=[reference.digest], codes=CODES[signal]
             ):
                 removed(out)
-        succeeded(counts, Run(words).end(WHOLE), out, reference.digest)
+        succeeded(counts, Run(words).finish(), out, reference.digest)
     counts.settle()
 
 
@@ -211,11 +211,10 @@ def test_a_base_is_swapped_meanwhile(
 def killed_late(words: list[str], references: References, command: Command, out: Path) -> Path:
     """Kill a merge as late as it still has a staging folder with a journal; return that folder."""
     steps = references.steps(command)
-    patience = PATIENCE + 3 * references.of(command).seconds
     names = {*(references.of(command).digest or ()), out.name}
     latest = references.latest.get(command.name, len(steps) - 2)
     for step in range(latest, 0, -1):
-        Run(words, fault=f"kill,SIGKILL,{step}", fired=out.with_name("fired")).end(patience)
+        Run(words, fault=f"kill,SIGKILL,{step}", fired=out.with_name("fired")).finish()
         for name in hidden(out):
             folder = out.with_name(name)
             if out.exists():
@@ -231,10 +230,10 @@ def killed_late(words: list[str], references: References, command: Command, out:
 
 def resumed(counts: Counts, words: list[str], out: Path, right: Digest, codes: set[int]) -> None:
     """Resume, which may refuse; begun anew, it comes to the same."""
-    ended = Run(words).end(WHOLE)
+    ended = Run(words).finish()
     if not judged(counts, ended, out, before=None, right=[right], codes=codes):
         said(counts, ended)
         removed(out)
-        anew = Run([word for word in words if word != "--resume"]).end(WHOLE)
+        anew = Run([word for word in words if word != "--resume"]).finish()
         succeeded(counts, anew, out, right)
     counts.settle()

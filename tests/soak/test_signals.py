@@ -18,7 +18,7 @@ from soak.commands import (
     former,
 )
 from soak.judging import CODES, SIGNALS, judged, succeeded
-from soak.runs import PATIENCE, WHOLE, Run, digest, disturbed, hidden, removed, restored
+from soak.runs import Run, digest, disturbed, hidden, removed, restored
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +67,7 @@ def test_signalled_at_any_moment(
             hidden_before=None if signal is SIGKILL else there,
         )
     removed(out)
-    succeeded(counts, Run(command.words(inputs, out)).end(WHOLE), out, reference.digest)
+    succeeded(counts, Run(command.words(inputs, out)).finish(), out, reference.digest)
     counts.settle()
 
 
@@ -98,7 +98,7 @@ def test_signalled_before_any_step(
         )
         judged(
             counts,
-            run.end(PATIENCE + 3 * reference.seconds),
+            run.finish(),
             out,
             before=before,
             right=[reference.digest],
@@ -106,7 +106,7 @@ def test_signalled_before_any_step(
             hidden_before=None if signal is SIGKILL else there,
         )
     removed(out)
-    succeeded(counts, Run(command.words(inputs, out)).end(WHOLE), out, reference.digest)
+    succeeded(counts, Run(command.words(inputs, out)).finish(), out, reference.digest)
     counts.settle()
 
 
@@ -137,7 +137,7 @@ def test_a_second_signal_ends_it_at_once(
         if ended.seconds > _AT_ONCE and not ended.hung:
             counts.add("hangs", f"not at once: {ended}")
     removed(out)
-    succeeded(counts, Run(command.words(inputs, out)).end(WHOLE), out, reference.digest)
+    succeeded(counts, Run(command.words(inputs, out)).finish(), out, reference.digest)
     counts.settle()
 
 
@@ -158,13 +158,13 @@ def test_an_adapter_is_replaced_as_a_pair(
         )
         judged(
             counts,
-            run.end(PATIENCE + 3 * new.seconds),
+            run.finish(),
             out,
             before=old.digest,
             right=[new.digest],
             codes={-9},
         )
     restored(out, old.path)
-    again = Run([*command.words(inputs, out), "--force"]).end(WHOLE)
+    again = Run([*command.words(inputs, out), "--force"]).finish()
     succeeded(counts, again, out, new.digest)
     counts.settle()
