@@ -6,7 +6,8 @@ served.json is made by fixtures/engines/make.py.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -22,16 +23,28 @@ class Served:
         lora: classes that it runs with adapters.
         without: classes that it runs, and takes no adapters for.
         types: values of `model_type` that it has a model for.
+        types_without: those of them that it takes no adapters for.
+        layers: last parts of the modules that take adapters, by `model_type`; without a row, all.
+        prefix: what their paths begin with; empty if that is the class's own affair.
     """
 
     version: str = ""
     lora: frozenset[str] = frozenset()
     without: frozenset[str] = frozenset()
     types: frozenset[str] = frozenset()
+    types_without: frozenset[str] = frozenset()
+    layers: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
+    prefix: str = ""
 
     def lacks_type(self, model_type: str) -> bool:
         """Tell whether the engine has no model of a type; false where one of both is unknown."""
         return bool(model_type and self.types) and model_type not in self.types
+
+    def takes(self, model_type: str, module: str) -> bool:
+        """Tell whether a module takes an adapter; true where the engine lists none of the type."""
+        listed = self.layers.get(model_type)
+        leaf = module.rpartition(".")[2]
+        return listed is None or (leaf in listed and module.startswith(self.prefix))
 
 
 @cache
@@ -40,5 +53,7 @@ def served(engine: str) -> Served:
     found = json.loads(_FILE.read_text(encoding="utf-8")).get(engine)
     if found is None:
         return Served()
-    names = {key: frozenset(value) for key, value in found.items() if key != "version"}
-    return Served(version=found["version"], **names)
+    names = {key: frozenset(value) for key, value in found.items() if isinstance(value, list)}
+    layers = {kind: frozenset(leaves) for kind, leaves in found.get("layers", {}).items()}
+    prefix = found.get("prefix", "")
+    return Served(version=found["version"], layers=layers, prefix=prefix, **names)

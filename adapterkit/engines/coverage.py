@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import in_tower
@@ -16,6 +18,7 @@ from adapterkit.formats.gguf.engine import engine_adapter
 from adapterkit.formats.gguf.losses import losses
 from adapterkit.formats.protocol import Options
 from adapterkit.model.defects import problems
+from adapterkit.served import served
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from adapterkit.engines.engine import Target
     from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.notes import Loss
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def cover(
@@ -111,7 +116,36 @@ def _by_module(adapter: AdapterTensorSet, base: BaseModel, target: Target) -> li
     except UncheckableError:
         return []  # the check of the adapter alone says that nothing is known of its targets
     places = Places(base)
-    return [_placed(pair, places, target, wrong, outside) for pair in adapter.pairs()]
+    covered = [_placed(pair, places, target, wrong, outside) for pair in adapter.pairs()]
+    return _in_every_layer(covered, base, target) if target.whole else covered
+
+
+def _in_every_layer(
+    covered: Sequence[CoveredModule], base: BaseModel, target: Target
+) -> list[CoveredModule]:
+    """Pass over the kinds of modules that not every layer has."""
+    depth = base.sizes.get("layers") or 0
+    layers: dict[str, set[str]] = {}
+    numbered = [(module, _NUMBER.search(module.module)) for module in covered]
+    for module, number in numbered:
+        if number and module.outcome is Outcome.APPLIED:
+            layers.setdefault(_leaf(module), set()).add(number[0])
+
+    def result(module: CoveredModule, number: re.Match[str] | None) -> CoveredModule:
+        leaf = _leaf(module)
+        if number is None or not 0 < len(layers.get(leaf, ())) < depth:
+            return module
+        reason = (
+            f"{target.title} takes {leaf} only where all of the {depth} layers have it, here "
+            f"{len(layers[leaf])}"
+        )
+        return replace(module, outcome=Outcome.IGNORED, reason=reason)
+
+    return [result(module, number) for module, number in numbered]
+
+
+def _leaf(module: CoveredModule) -> str:
+    return module.module.rpartition(".")[2]
 
 
 def _placed(
@@ -131,6 +165,10 @@ def _placed(
         return CoveredModule(module, absent, None, reason)
     if target.wrapped == "exact" and not _own_path(module, places):
         reason = f"{target.title} looks for its very path, and the base's class has another"
+        return CoveredModule(module, Outcome.IGNORED, None, reason)
+    kind = places.base.model_type
+    if not served(target.models).takes(kind, module):
+        reason = f"{target.title} has no place for it in models of type {kind}, and says nothing"
         return CoveredModule(module, Outcome.IGNORED, None, reason)
     if module in outside:
         reason = "the adapter's config does not select it"

@@ -102,6 +102,7 @@ CASES = {
     "VLLM020": case("sound", "vllm", "AK305", base="diffllama"),
     "SGL013": case("sound", "sglang", "AK305", base="diffllama"),
     "MLX011": case("sound", "mlx", "AK305", "MLX001", base="diffllama"),
+    "SGL014": case("tokens", "sglang"),
     "SGL000": case("gguf", "sglang"),
     "SGL001": case("rslora", "sglang"),
     "SGL002": case("patterns", "sglang"),
@@ -120,6 +121,7 @@ CASES = {
     "LRX003": case("rank-144", "lorax"),
     "LRX004": case("patterns", "lorax"),
     "LRX005": case("dora", "lorax"),
+    "LRX006": case("sound", "lorax", base="stablelm"),
     "EXL001": case("gguf", "exllamav3"),
     "EXL002": case("patterns", "exllamav3"),
     "EXL003": case("dora", "exllamav3"),
@@ -226,7 +228,7 @@ def test_conditions_speak_of_known_facts(name: str) -> None:
         assert row.message.format_map(words) or row.outcome == "applied"
     for rule in (*target.rules, *load_target(name).rules):
         evaluate(rule.when, known.__getitem__)
-        assert rule.message.format_map(known)
+        assert rule.message.format_map(known | {"title": target.title, "engine": name})
     assert set(target.effects) - {"error"} <= set(explanations())
     assert set(target.losses.values()) <= set(explanations())
 
