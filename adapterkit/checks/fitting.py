@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import chain
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
+from adapterkit.base.originals import plain_name
 from adapterkit.base.places import Places
 from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.selection import selection
@@ -175,15 +175,7 @@ def _identity(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     mine, theirs = adapter.base.name, base.name
     if not mine or not theirs:
         return
-    words = [_plain(name) for name in (mine, theirs)]
+    words = [plain_name(name) for name in (mine, theirs)]
     if words[0] not in words[1] and words[1] not in words[0]:
         message = f"was trained on {mine}, the base calls itself {theirs}"
         yield Finding("AK307", Severity.WARNING, (), message)
-
-
-def _plain(name: str) -> str:
-    """Return the last part of a model's name without punctuation, case or quantisation suffix."""
-    last = PurePath(name.rstrip("/")).name.lower()
-    for suffix in ("-bnb-4bit", "-unsloth", "-gguf", "-awq", "-gptq"):
-        last = last.removesuffix(suffix)
-    return "".join(letter for letter in last if letter.isalnum())

@@ -8,6 +8,7 @@ from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.gguf_file import check_gguf_file
 from adapterkit.errors import FormatError, UnsafePickleError
 from adapterkit.loading import Need, Source, load
+from adapterkit.notes import NoteKind
 
 if TYPE_CHECKING:
     from adapterkit.base import BaseModel
@@ -42,6 +43,11 @@ def read_for_validation(
             return None, base, found
         raise
     adapter, known, misfit = loaded.adapter, loaded.base, loaded.misfit
+    found += (
+        Finding("AK311", Severity.NOTE, (), note.text)
+        for note in loaded.notes
+        if note.kind is NoteKind.ORIGINAL
+    )
     # Another architecture is found again, and said, by the comparison with the base.
     if misfit and known and adapter.base.architecture == known.architecture.gguf:
         hint = "is it the right base?"

@@ -24,6 +24,7 @@ from adapterkit.merging.into.reading import read_sources
 from adapterkit.merging.into.report import MergeIntoReport, TensorReport
 from adapterkit.merging.into.ruled import rule_of, settings_of, shares
 from adapterkit.merging.into.tokenizers import unplaced, with_tokenizer
+from adapterkit.merging.into.trained_on import beside_trained
 from adapterkit.merging.into.tying import check_choice
 from adapterkit.merging.into.writing import SEGMENT, write_files
 from adapterkit.merging.planning import Source
@@ -154,6 +155,9 @@ def merge_into(
         tensors, more = _merge_directory(
             adapters, opened, write, how, dtype=stored, tied=tied, decoded=decoded
         )
+        if decoded is None:
+            tensors, apart = beside_trained(tensors, adapters, opened)
+            more += apart
     said = remark(method) if method else None
     notes = (*([said] if said else []), *notes, *_order(adapters), *more)
     if dequantize and decoded is None:
