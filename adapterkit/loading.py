@@ -173,6 +173,8 @@ def load_all(
     options = Options(base=open_model(base), dialect=dialect, alpha=alpha, moe_layout=moe_layout)
     read = _readings if options.base is not None else _readings_with_recorded_base
     readings = read(found, options, need)
+    if base is not None:
+        readings = [replace(each, notes=(*each.notes, *_another(each))) for each in readings]
     known = readings[-1].base if readings else options.base
     return tuple(
         _prepared(
@@ -344,6 +346,30 @@ def recorded_base(
         return found, (Note(f"{text}in the hub cache, {found.name}", NoteKind.ORIGINAL),)
     except FormatError as error:
         return None, (Note(f"the base that it names is not used: {error}"),)
+
+
+def _another(loaded: Loaded) -> tuple[Note, ...]:
+    """Say that the base at hand is of another architecture than the one that the adapter names.
+
+    That is known only where the named one is at hand too.
+    """
+    named, _ = recorded_base(loaded.adapter, original=False)
+    if named is None or loaded.base is None:
+        return ()
+    kinds = [_architecture(model, like=loaded.base) for model in (named, loaded.base)]
+    if kinds[0] == kinds[1] or not all(kinds):
+        return ()
+    text = (
+        f"the adapter names {loaded.adapter.base.name}, which is {kinds[0]}, and the base at hand "
+    )
+    return (Note(f"{text}is {kinds[1]}", NoteKind.OTHER_BASE),)
+
+
+def _architecture(model: BaseModel, *, like: BaseModel) -> str:
+    """Return what two models are compared by; empty where it is not known."""
+    if like.kind == model.kind == "hf":
+        return str(model.facts.get("model_type") or "")
+    return model.architecture.gguf if model.architecture.known else ""
 
 
 def _model_at(folder: Path, name: str) -> Path | None:

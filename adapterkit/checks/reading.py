@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
+# Notes of reading that are findings about the base.
+_SAID = {
+    NoteKind.ORIGINAL: lambda note: Finding("AK311", Severity.NOTE, (), note.text),
+    NoteKind.OTHER_BASE: lambda note: Finding(
+        "AK307", Severity.WARNING, (), note.text, "is it the right base?"
+    ),
+}
+
 
 def read_for_validation(
     source: Source | AdapterTensorSet,
@@ -43,11 +51,7 @@ def read_for_validation(
             return None, base, found
         raise
     adapter, known, misfit = loaded.adapter, loaded.base, loaded.misfit
-    found += (
-        Finding("AK311", Severity.NOTE, (), note.text)
-        for note in loaded.notes
-        if note.kind is NoteKind.ORIGINAL
-    )
+    found += (_SAID[note.kind](note) for note in loaded.notes if note.kind in _SAID)
     # Another architecture is found again, and said, by the comparison with the base.
     if misfit and known and adapter.base.architecture == known.architecture.gguf:
         hint = "is it the right base?"

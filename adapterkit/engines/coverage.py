@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.notes import Loss
 
+# What becomes of modules, the finding of it, and its words.
+_UNSERVED = (
+    (Outcome.IGNORED, "AK501", "do nothing"),
+    (Outcome.UNMATCHED, "AK502", "do nothing"),
+    (Outcome.REFUSED, "AK503", "are refused"),
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -190,20 +196,25 @@ def _own_path(module: str, places: Places) -> bool:
     return not plain or in_tower(module)
 
 
-def silent_no_ops(covered: Sequence[CoveredModule], target: Target) -> list[Finding]:
-    """Return the headline: modules that load without a word and do nothing."""
+def unserved(
+    covered: Sequence[CoveredModule], target: Target, errors: Sequence[Finding]
+) -> list[Finding]:
+    """Return the headline: modules that load without a word and do nothing, or are refused.
+
+    Args:
+        covered: what the engine does with each module.
+        target: the engine.
+        errors: what is told already; a refused module that one of them is about is not told again.
+    """
+    about = {module for error in errors for module in error.modules}
+    reasons = {error.message for error in errors}
     found: list[Finding] = []
-    for outcome, code in ((Outcome.IGNORED, "AK501"), (Outcome.UNMATCHED, "AK502")):
+    for outcome, code, what in _UNSERVED:
         modules = [module for module in covered if module.outcome is outcome]
+        if outcome is Outcome.REFUSED:
+            modules = [m for m in modules if m.module not in about and m.reason not in reasons]
         if modules:
-            message = f"{len(modules)} of {len(covered)} modules do nothing: {modules[0].reason}"
-            found.append(
-                Finding(
-                    code,
-                    Severity.ERROR,
-                    tuple(m.module for m in modules),
-                    message,
-                    engine=target.name,
-                )
-            )
+            message = f"{len(modules)} of {len(covered)} modules {what}: {modules[0].reason}"
+            names = tuple(module.module for module in modules)
+            found.append(Finding(code, Severity.ERROR, names, message, engine=target.name))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.base.places import Places
 from adapterkit.checks.structure import peft_config, unclean_names
 from adapterkit.errors import AdapterKitError
 from adapterkit.json_file import read_json_object
@@ -29,17 +30,17 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
     """Return the words of `when` in adapterkit/engines/*.toml, with their values.
 
     Numbers and truth values are of the adapter: `max_rank`, `ranks_differ`, `scales_differ`,
-    `dora`, `lora_bias`, `saved_biases`, `saved_modules`, `saved_heads` and `head_biases` (weights
-    and biases of `classifier` and `score`, where that is one matrix), `token_rows`, `embedding`,
-    `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`, `alpha_whole`,
-    `alpha_zero`, `regex_targets`, `base_changing_init`,
-    `layer_replication`, `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`,
-    `foreign_names`, `trained_beside` (files without which answers are others), `tokens_added` (how
-    many entries of an added_tokens.json beside it the base has no row for); texts: `format`,
-    `init`, `architecture` (of the base, empty if unknown). Of the engine's models:
-    `class_unserved`, `class_without_lora`, `type_unserved` and `type_without_lora`, false where the
-    base does not tell its class; `encoder_decoder`; texts: `base_class`, `model_type`,
-    `served_version`.
+    `dora`, `dora_declared` (by the config, whatever the file holds), `lora_bias`, `saved_biases`,
+    `saved_modules`, `saved_heads` and `head_biases` (weights and biases of `classifier` and
+    `score`, where that is one matrix), `head_absent` (the base has no such head), `token_rows`,
+    `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`,
+    `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`, `layer_replication`,
+    `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`, `foreign_names`,
+    `trained_beside` (files without which answers are others), `tokens_added` (how many entries of
+    an added_tokens.json beside it the base has no row for); texts: `format`, `init`,
+    `architecture` (of the base, empty if unknown). Of the engine's models: `class_unserved`,
+    `class_without_lora`, `type_unserved` and `type_without_lora`, false where the base does not
+    tell its class; `encoder_decoder`; texts: `base_class`, `model_type`, `served_version`.
     """
     pairs = [pair for pair in adapter.pairs() if pair.sound]
     unclean = list(unclean_names(adapter))
@@ -62,6 +63,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             "saved_modules": sum(not name.endswith(".bias") for name in full),
             "saved_heads": _heads(full, "weight"),
             "head_biases": _heads(full, "bias"),
+            "head_absent": _head_absent(full, base),
             "token_rows": Role.TOKEN_ROWS in roles,
             "embedding": any(pair.embedding for pair in pairs),
             "output": any(_is_output(pair.module, base) for pair in pairs),
@@ -107,6 +109,7 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     alpha = config.get("lora_alpha", 0)
     return {
         "rslora": bool(config.get("use_rslora")),
+        "dora_declared": bool(config.get("use_dora")),
         "rank_pattern": bool(config.get("rank_pattern")),
         "alpha_pattern": bool(config.get("alpha_pattern")),
         "alpha_whole": isinstance(alpha, int),
@@ -120,6 +123,12 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _heads(names: Sequence[str], parameter: str) -> int:
     """Return how many classifying heads have a parameter of their own, with no layer between."""
     return sum(name.endswith(f".{parameter}") and name.split(".")[-2] in _HEADS for name in names)
+
+
+def _head_absent(names: Sequence[str], base: BaseModel | None) -> bool:
+    """Tell whether a classifying head has no place in the base's class."""
+    heads = [name for name in names if not _HEADS.isdisjoint(name.split("."))]
+    return bool(heads) and base is not None and all(map(Places(base).lacks, heads))
 
 
 def _tokens_added(adapter: AdapterTensorSet, base: BaseModel | None) -> int:

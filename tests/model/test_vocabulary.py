@@ -259,7 +259,7 @@ def test_validate_says_that_peft_refuses_rows_that_the_base_has_not(
     with pytest.raises((RuntimeError, IndexError)):
         reloaded(base, tmp_path / "adapter")
     found = validate(tmp_path / "adapter", base=base, targets=["peft"]).findings
-    assert {finding.code for finding in found} == {"AK304"}
+    assert {finding.code for finding in found} == {"AK313"}
     assert any(message in finding.message for finding in found)
     model = load_model(base)
     model.resize_token_embeddings(GROWN, mean_resizing=False)
