@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _FILE = Path(__file__).with_name("served.json")
+_NAMES = ("lora", "without", "types", "types_without")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +52,15 @@ class Served:
 @cache
 def served(engine: str) -> Served:
     """Return the models of an engine; empty sets where nothing is known of it."""
-    found = json.loads(_FILE.read_text(encoding="utf-8")).get(engine)
+    found = _lists().get(engine)
     if found is None:
         return Served()
-    names = {key: frozenset(value) for key, value in found.items() if isinstance(value, list)}
+    names = {key: frozenset(found.get(key, ())) for key in _NAMES}
     layers = {kind: frozenset(leaves) for kind, leaves in found.get("layers", {}).items()}
     prefix = found.get("prefix", "")
     return Served(version=found["version"], layers=layers, prefix=prefix, **names)
+
+
+@cache
+def _lists() -> Mapping[str, Any]:
+    return json.loads(_FILE.read_text(encoding="utf-8"))

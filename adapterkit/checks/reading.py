@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
-# Notes of reading that are findings about the base.
+# Notes of reading that are findings about the base: code, severity, hint.
 _SAID = {
-    NoteKind.ORIGINAL: lambda note: Finding("AK311", Severity.NOTE, (), note.text),
-    NoteKind.OTHER_BASE: lambda note: Finding(
-        "AK307", Severity.WARNING, (), note.text, "is it the right base?"
-    ),
+    NoteKind.ORIGINAL: ("AK311", Severity.NOTE, ""),
+    NoteKind.OTHER_BASE: ("AK307", Severity.WARNING, "is it the right base?"),
 }
 
 
@@ -51,7 +49,10 @@ def read_for_validation(
             return None, base, found
         raise
     adapter, known, misfit = loaded.adapter, loaded.base, loaded.misfit
-    found += (_SAID[note.kind](note) for note in loaded.notes if note.kind in _SAID)
+    for note in loaded.notes:
+        if note.kind in _SAID:
+            code, severity, hint = _SAID[note.kind]
+            found.append(Finding(code, severity, (), note.text, hint))
     # Another architecture is found again, and said, by the comparison with the base.
     if misfit and known and adapter.base.architecture == known.architecture.gguf:
         hint = "is it the right base?"

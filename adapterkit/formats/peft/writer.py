@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from adapterkit.base.places import Places
 from adapterkit.beside import carry
@@ -261,7 +261,8 @@ def _scaling(
 
 
 def _sorted(pattern: Any) -> Any:
-    return dict(sorted(pattern.items())) if isinstance(pattern, dict) else pattern
+    known = isinstance(pattern, dict)
+    return dict(sorted(cast("dict[str, Any]", pattern).items())) if known else pattern
 
 
 def _most_common(values: Iterable[_Number], usual: _Number) -> _Number:
