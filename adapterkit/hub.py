@@ -62,6 +62,15 @@ def cached(reference: HubReference) -> Iterator[Path]:
         yield snapshots / reference.revision
 
 
+def cached_names() -> Iterator[str]:
+    """Yield the repositories of models in the local cache, `org/name`, in order."""
+    prefix = "models--"
+    folder = cache_folder()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(prefix):
+            yield path.name.removeprefix(prefix).replace("--", "/", 1)
+
+
 def located(source: Path | str) -> Path:
     """Return the path of an adapter: itself, or where a hub id lies in the cache.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from adapterkit.base import BaseModel, find_base, open_base
+from adapterkit.base.originals import find_original
 from adapterkit.errors import (
     FormatError,
     IncompatibleBaseError,
@@ -19,7 +20,7 @@ from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet, BesideKind
 from adapterkit.model.defects import check_structure
-from adapterkit.notes import Loss, Note
+from adapterkit.notes import Loss, Note, NoteKind
 from adapterkit.registry import FormatSpec, detect, spec
 from adapterkit.storage import readable
 
@@ -172,6 +173,8 @@ def load_all(
     options = Options(base=open_model(base), dialect=dialect, alpha=alpha, moe_layout=moe_layout)
     read = _readings if options.base is not None else _readings_with_recorded_base
     readings = read(found, options, need)
+    if base is not None:
+        readings = [replace(each, notes=(*each.notes, *_another(each))) for each in readings]
     known = readings[-1].base if readings else options.base
     return tuple(
         _prepared(
@@ -272,7 +275,7 @@ def _readings_with_recorded_base(
     readings: list[Loaded] = []
     for source in found:
         reading = _read(source, options, need)
-        model, note = _recorded_base(reading.adapter)
+        model, note = recorded_base(reading.adapter)
         if model is not None:
             done = _readings(found, replace(options, base=model), need)
             return [replace(each, notes=(*each.notes, *note)) for each in done]
@@ -318,18 +321,55 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
     )
 
 
-def _recorded_base(adapter: AdapterTensorSet) -> tuple[BaseModel | None, tuple[Note, ...]]:
+def recorded_base(
+    adapter: AdapterTensorSet, *, original: bool = True
+) -> tuple[BaseModel | None, tuple[Note, ...]]:
+    """Return the base that an adapter names, where it is at hand, and what is to be said of that.
+
+    It is looked for as a path, then in the local hub cache; of a quantised one that is nowhere,
+    the 16-bit original is meant, if the cache has just one, unless `original` is false.
+    """
     name, source = adapter.base.name, adapter.provenance
-    if not name or source is None:
-        return find_base(name) if name else None, ()
-    folder = source.path if source.path.is_dir() else source.path.parent
+    if not name:
+        return None, ()
+    path = source.path if source else None
+    folder = path if path is None or path.is_dir() else path.parent
     try:
-        if (place := _model_at(folder, name)) is not None:
+        if folder is not None and (place := _model_at(folder, name)) is not None:
             note = Note(f"the base is {place}, which the adapter names")
             return open_base(place), (note,)
-        return find_base(name), ()
+        if (found := find_base(name)) is not None or not original:
+            return found, ()
+        if (found := find_original(name)) is None:
+            return None, ()
+        text = f"the adapter names {name}, which is not at hand; the base is its 16-bit original "
+        return found, (Note(f"{text}in the hub cache, {found.name}", NoteKind.ORIGINAL),)
     except FormatError as error:
         return None, (Note(f"the base that it names is not used: {error}"),)
+
+
+def _another(loaded: Loaded) -> tuple[Note, ...]:
+    """Say that the base at hand is of another architecture than the one that the adapter names.
+
+    That is known only where the named one is at hand too.
+    """
+    named, _ = recorded_base(loaded.adapter, original=False)
+    if named is None or loaded.base is None:
+        return ()
+    kinds = [_architecture(model, like=loaded.base) for model in (named, loaded.base)]
+    if kinds[0] == kinds[1] or not all(kinds):
+        return ()
+    text = (
+        f"the adapter names {loaded.adapter.base.name}, which is {kinds[0]}, and the base at hand "
+    )
+    return (Note(f"{text}is {kinds[1]}", NoteKind.OTHER_BASE),)
+
+
+def _architecture(model: BaseModel, *, like: BaseModel) -> str:
+    """Return what two models are compared by; empty where it is not known."""
+    if like.kind == model.kind == "hf":
+        return str(model.facts.get("model_type") or "")
+    return model.architecture.gguf if model.architecture.known else ""
 
 
 def _model_at(folder: Path, name: str) -> Path | None:

@@ -43,12 +43,16 @@ class NoteKind(StrEnum):
     """What a program may want to know of a note without reading it.
 
     ADAPTER_NAME, PREFIX: names of tensors had that to be cleaned up. VOCABULARY: rows of a module
-    were cut or padded to the base's. REMARK: anything else.
+    were cut or padded to the base's. ORIGINAL: the base is the original of the quantised one that
+    the adapter names. OTHER_BASE: the base is of another architecture than the one that the adapter
+    names. REMARK: anything else.
     """
 
     ADAPTER_NAME = "adapter-name"
     PREFIX = "prefix"
     VOCABULARY = "vocabulary"
+    ORIGINAL = "original"
+    OTHER_BASE = "other-base"
     REMARK = "remark"
 
 

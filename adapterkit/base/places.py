@@ -103,6 +103,15 @@ class Places:
         target = match.rule.targets[0].name
         return target if target in {EMBEDDING, OUTPUT} else None
 
+    def lacks(self, parameter: str) -> bool:
+        """Tell whether the checkpoint has no such parameter; false where its names are unknown.
+
+        An output that shares the embedding's table is no parameter that is missing.
+        """
+        if self.base.kind != "hf" or not self.base.has_tensors:
+            return False
+        return self.find(parameter) is None and self.shared(parameter) is None
+
     @cached_property
     def embedding(self) -> str | None:
         """The stored embedding table, where an output may share it."""

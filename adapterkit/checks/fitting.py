@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import chain
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
+from adapterkit.base.originals import plain_name
 from adapterkit.base.places import Places
 from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.selection import selection
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
-_RESIZED = "give the base with the vocabulary of the training (resize_token_embeddings)"
+_RESIZED = (
+    "give the base with the vocabulary of the training (resize_token_embeddings), or merge it into "
+    "this one (adapterkit merge --into)"
+)
+_HEADLESS = (
+    "load the base as a class that has it (AutoModelForSequenceClassification for a classifier): "
+    "PEFT leaves it out otherwise, and says nothing"
+)
 _CODES = {"layer": "AK302", "expert": "AK310", "missing": "AK303", "shape": "AK304"}
 
 
@@ -126,11 +133,20 @@ def _misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
 def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     """Report whole parameters, and rows of tokens, for which the base has no place of that size.
 
-    PEFT refuses both; it resizes no vocabulary by itself.
+    PEFT refuses both; it resizes no vocabulary by itself. A parameter that the class does not have,
+    mostly a head, it leaves out and says nothing.
     """
+    places = Places(base)
+    whole = {Role.FULL, Role.TOKEN_ROWS}
     for key, tensor in adapter.tensors.items() if base.kind == "hf" else ():
+        if key.role not in whole:
+            continue
         name = key.module if key.role is Role.FULL else f"{key.module}.weight"
-        stored = base.tensors.get(name)
+        if key.role is Role.FULL and places.lacks(name):
+            title = ", ".join(base.classes) or "the base"
+            message = f"was trained whole, and {title} has no such parameter"
+            yield Finding("AK312", Severity.WARNING, (name,), message, _HEADLESS)
+        stored = base.tensors.get(places.find(name) or "")
         if stored is None or not stored.dtype.floating:
             continue
         if key.role is Role.FULL and tensor.shape != stored.shape:
@@ -142,7 +158,7 @@ def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
             continue
         rows_only = len(tensor.shape) > 1 and tensor.shape[1:] == stored.shape[1:]
         hint = _RESIZED if rows_only else "is it the right base?"
-        yield Finding("AK304", Severity.ERROR, (key.module,), message, hint)
+        yield Finding("AK313", Severity.ERROR, (key.module,), message, hint)
 
 
 def _last(adapter: AdapterTensorSet, module: str) -> int:
@@ -176,15 +192,7 @@ def _identity(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     mine, theirs = adapter.base.name, base.name
     if not mine or not theirs:
         return
-    words = [_plain(name) for name in (mine, theirs)]
+    words = [plain_name(name) for name in (mine, theirs)]
     if words[0] not in words[1] and words[1] not in words[0]:
         message = f"was trained on {mine}, the base calls itself {theirs}"
         yield Finding("AK307", Severity.WARNING, (), message)
-
-
-def _plain(name: str) -> str:
-    """Return the last part of a model's name without punctuation, case or quantisation suffix."""
-    last = PurePath(name.rstrip("/")).name.lower()
-    for suffix in ("-bnb-4bit", "-unsloth", "-gguf", "-awq", "-gptq"):
-        last = last.removesuffix(suffix)
-    return "".join(letter for letter in last if letter.isalnum())

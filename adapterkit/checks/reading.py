@@ -8,10 +8,17 @@ from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.gguf_file import check_gguf_file
 from adapterkit.errors import FormatError, UnsafePickleError
 from adapterkit.loading import Need, Source, load
+from adapterkit.notes import NoteKind
 
 if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
+
+# Notes of reading that are findings about the base: code, severity, hint.
+_SAID = {
+    NoteKind.ORIGINAL: ("AK311", Severity.NOTE, ""),
+    NoteKind.OTHER_BASE: ("AK307", Severity.WARNING, "is it the right base?"),
+}
 
 
 def read_for_validation(
@@ -42,6 +49,10 @@ def read_for_validation(
             return None, base, found
         raise
     adapter, known, misfit = loaded.adapter, loaded.base, loaded.misfit
+    for note in loaded.notes:
+        if note.kind in _SAID:
+            code, severity, hint = _SAID[note.kind]
+            found.append(Finding(code, severity, (), note.text, hint))
     # Another architecture is found again, and said, by the comparison with the base.
     if misfit and known and adapter.base.architecture == known.architecture.gguf:
         hint = "is it the right base?"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import in_tower
@@ -13,6 +15,7 @@ from adapterkit.checks.structure import outside_targets
 from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
 from adapterkit.formats.protocol import Options
 from adapterkit.model.defects import problems
+from adapterkit.served import served
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +25,14 @@ if TYPE_CHECKING:
     from adapterkit.engines.engine import Target
     from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.notes import Loss
+
+# What becomes of modules, the finding of it, and its words.
+_UNSERVED = (
+    (Outcome.IGNORED, "AK501", "do nothing"),
+    (Outcome.UNMATCHED, "AK502", "do nothing"),
+    (Outcome.REFUSED, "AK503", "are refused"),
+)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def cover(
@@ -113,7 +124,36 @@ def _by_module(adapter: AdapterTensorSet, base: BaseModel, target: Target) -> li
     except UncheckableError:
         return []  # the check of the adapter alone says that nothing is known of its targets
     places = Places(base)
-    return [_placed(pair, places, target, wrong, outside) for pair in adapter.pairs()]
+    covered = [_placed(pair, places, target, wrong, outside) for pair in adapter.pairs()]
+    return _in_every_layer(covered, base, target) if target.whole else covered
+
+
+def _in_every_layer(
+    covered: Sequence[CoveredModule], base: BaseModel, target: Target
+) -> list[CoveredModule]:
+    """Pass over the kinds of modules that not every layer has."""
+    depth = base.sizes.get("layers") or 0
+    layers: dict[str, set[str]] = {}
+    numbered = [(module, _NUMBER.search(module.module)) for module in covered]
+    for module, number in numbered:
+        if number and module.outcome is Outcome.APPLIED:
+            layers.setdefault(_leaf(module), set()).add(number[0])
+
+    def result(module: CoveredModule, number: re.Match[str] | None) -> CoveredModule:
+        leaf = _leaf(module)
+        if number is None or not 0 < len(layers.get(leaf, ())) < depth:
+            return module
+        reason = (
+            f"{target.title} takes {leaf} only where all of the {depth} layers have it, here "
+            f"{len(layers[leaf])}"
+        )
+        return replace(module, outcome=Outcome.IGNORED, reason=reason)
+
+    return [result(module, number) for module, number in numbered]
+
+
+def _leaf(module: CoveredModule) -> str:
+    return module.module.rpartition(".")[2]
 
 
 def _placed(
@@ -133,6 +173,10 @@ def _placed(
         return CoveredModule(module, absent, None, reason)
     if target.wrapped == "exact" and not _own_path(module, places):
         reason = f"{target.title} looks for its very path, and the base's class has another"
+        return CoveredModule(module, Outcome.IGNORED, None, reason)
+    kind = places.base.model_type
+    if not served(target.models).takes(kind, module):
+        reason = f"{target.title} has no place for it in models of type {kind}, and says nothing"
         return CoveredModule(module, Outcome.IGNORED, None, reason)
     if module in outside:
         reason = "the adapter's config does not select it"
@@ -154,20 +198,25 @@ def _own_path(module: str, places: Places) -> bool:
     return not plain or in_tower(module)
 
 
-def silent_no_ops(covered: Sequence[CoveredModule], target: Target) -> list[Finding]:
-    """Return the headline: modules that load without a word and do nothing."""
+def unserved(
+    covered: Sequence[CoveredModule], target: Target, errors: Sequence[Finding]
+) -> list[Finding]:
+    """Return the headline: modules that load without a word and do nothing, or are refused.
+
+    Args:
+        covered: what the engine does with each module.
+        target: the engine.
+        errors: what is told already; a refused module that one of them is about is not told again.
+    """
+    about = {module for error in errors for module in error.modules}
+    reasons = {error.message for error in errors}
     found: list[Finding] = []
-    for outcome, code in ((Outcome.IGNORED, "AK501"), (Outcome.UNMATCHED, "AK502")):
+    for outcome, code, what in _UNSERVED:
         modules = [module for module in covered if module.outcome is outcome]
+        if outcome is Outcome.REFUSED:
+            modules = [m for m in modules if m.module not in about and m.reason not in reasons]
         if modules:
-            message = f"{len(modules)} of {len(covered)} modules do nothing: {modules[0].reason}"
-            found.append(
-                Finding(
-                    code,
-                    Severity.ERROR,
-                    tuple(m.module for m in modules),
-                    message,
-                    engine=target.name,
-                )
-            )
+            message = f"{len(modules)} of {len(covered)} modules {what}: {modules[0].reason}"
+            names = tuple(module.module for module in modules)
+            found.append(Finding(code, Severity.ERROR, names, message, engine=target.name))
     return found

@@ -4,15 +4,17 @@ A file holds `title`, `coverage` (`gguf`, `modules` or `names`: by llama.cpp ten
 module, or how a file of a diffusion model spells it; for the last there are rows of names.py),
 `unmatched` (`ignored` or `refused`: what the engine does with a module it does not have), `source`
 and `checked` (where the rules come from, and when), optionally `like` (another engine, whose
-file holds what this one does not), `wrapped` (`exact` if modules count
-only under the very path of the base's class), `losses` (code of GGUF's loss -> code of the
-finding), `effects` (code of a finding -> what becomes of the file; with a row `error` that is for
-every other error, only errors count), `prepare` (exact changes that `convert --for` makes) and
-rules:
+file holds what this one does not), `models` (the engine whose list of models holds, if it is not
+the one that it is like), `wrapped` (`exact` if modules count only under the very path of the base's
+class), `whole` (whether a kind of module counts only where every layer has it), `losses` (code of
+GGUF's loss -> code of the finding), `effects` (code of a finding -> what becomes of the file; with
+a row `error` that is for every other error, only errors count), `prepare` (exact changes that
+`convert --for` makes) and rules:
 
-    code, severity (error, warning, note), when (an expression over the words of facts.py), message,
-    hint, fix (name of an exact change), flag (what the engine must be started with), outcome (what
-    it makes of every module), since and until (versions, inclusive and exclusive)
+    code, severity (error, warning, note), when (an expression over the words of facts.py), message
+    and hint (which may name these, and the engine as `title` and `engine`), fix (name of an exact
+    change), flag (what the engine must be started with), outcome (what it makes of every module),
+    since and until (versions, inclusive and exclusive)
 """
 
 from __future__ import annotations
@@ -86,6 +88,7 @@ class Target:
         source: where the rules come from.
         checked: when they were last compared with that source.
         wrapped: `exact` or `any`: whether a module counts under its own path only.
+        whole: whether a kind of module counts only where every layer has it.
         models: the engine whose list of models holds for it.
         losses: GGUF loss code -> finding code.
         effects: finding code -> what becomes of the file.
@@ -103,6 +106,7 @@ class Target:
     source: str
     checked: str
     wrapped: str
+    whole: bool
     models: str
     losses: Mapping[str, str]
     effects: Mapping[str, Verdict]
@@ -125,7 +129,7 @@ class Target:
         """Return what the rules make of every module, and why; None if that depends on it."""
         for rule in self.rules:
             if rule.outcome and evaluate(rule.when, known.__getitem__):
-                return Outcome(rule.outcome), rule.message.format_map(dict(known))
+                return Outcome(rule.outcome), self._told(rule.message, known)
         return None
 
     def flags(self, known: Mapping[str, Any]) -> tuple[str, ...]:
@@ -143,8 +147,11 @@ class Target:
         """Yield a finding for every rule whose condition holds."""
         for rule in self.rules:
             if evaluate(rule.when, known.__getitem__):
-                message = rule.message.format_map(dict(known))
-                yield Finding(rule.code, rule.severity, (), message, rule.hint, self.name, rule.fix)
+                message, hint = self._told(rule.message, known), self._told(rule.hint, known)
+                yield Finding(rule.code, rule.severity, (), message, hint, self.name, rule.fix)
+
+    def _told(self, text: str, known: Mapping[str, Any]) -> str:
+        return text.format_map({**known, "title": self.title, "engine": self.name})
 
 
 def target_names() -> tuple[str, ...]:
@@ -173,7 +180,7 @@ def load_target(reference: str) -> Target:
     fixes = [*data.get("prepare", ()), *(rule.fix for rule in rules if rule.fix)]
     return Target(
         name=name,
-        models=data.get("like", name),
+        models=data.get("models", data.get("like", name)),
         title=data["title"],
         version=version,
         coverage=data["coverage"],
@@ -181,6 +188,7 @@ def load_target(reference: str) -> Target:
         source=data["source"],
         checked=data["checked"],
         wrapped=data.get("wrapped", "any"),
+        whole=data.get("whole", False),
         losses=data.get("losses", {}),
         effects={code: Verdict(effect) for code, effect in data.get("effects", {}).items()},
         prepare=tuple(dict.fromkeys(fixes)),

@@ -5,20 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.base.places import Places
 from adapterkit.checks.structure import peft_config, unclean_names
+from adapterkit.errors import AdapterKitError
+from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role
 from adapterkit.model import Kind
 from adapterkit.notes import NoteKind
 from adapterkit.served import served
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
 _HEADS = {"classifier", "score"}
+_ADDED_TOKENS = "added_tokens.json"
 _PICKLES = {".bin", ".pt", ".pth"}
 
 
@@ -26,14 +30,17 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
     """Return the words of `when` in adapterkit/engines/*.toml, with their values.
 
     Numbers and truth values are of the adapter: `max_rank`, `ranks_differ`, `scales_differ`,
-    `dora`, `lora_bias`, `saved_biases`, `saved_modules`, `saved_heads` (those that classify),
-    `token_rows`, `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`,
-    `alpha_pattern`, `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`,
-    `layer_replication`, `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`,
-    `foreign_names`, `trained_beside` (files without which answers are others); texts: `format`,
-    `init`, `architecture` (of the base, empty if unknown). Of the engine's models:
-    `class_unserved`, `class_without_lora` and `type_unserved`, false where the base does not tell
-    its class; `encoder_decoder`; texts: `base_class`, `model_type`, `served_version`.
+    `dora`, `dora_declared` (by the config, whatever the file holds), `lora_bias`, `saved_biases`,
+    `saved_modules`, `saved_heads` and `head_biases` (weights and biases of `classifier` and
+    `score`, where that is one matrix), `head_absent` (the base has no such head), `token_rows`,
+    `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`,
+    `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`, `layer_replication`,
+    `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`, `foreign_names`,
+    `trained_beside` (files without which answers are others), `tokens_added` (how many entries of
+    an added_tokens.json beside it the base has no row for); texts: `format`, `init`,
+    `architecture` (of the base, empty if unknown). Of the engine's models: `class_unserved`,
+    `class_without_lora`, `type_unserved` and `type_without_lora`, false where the base does not
+    tell its class; `encoder_decoder`; texts: `base_class`, `model_type`, `served_version`.
     """
     pairs = [pair for pair in adapter.pairs() if pair.sound]
     unclean = list(unclean_names(adapter))
@@ -54,7 +61,9 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             "lora_bias": Role.LORA_BIAS in roles,
             "saved_biases": sum(name.endswith(".bias") for name in full),
             "saved_modules": sum(not name.endswith(".bias") for name in full),
-            "saved_heads": sum(not _HEADS.isdisjoint(name.split(".")[:-1]) for name in full),
+            "saved_heads": _heads(full, "weight"),
+            "head_biases": _heads(full, "bias"),
+            "head_absent": _head_absent(full, base),
             "token_rows": Role.TOKEN_ROWS in roles,
             "embedding": any(pair.embedding for pair in pairs),
             "output": any(_is_output(pair.module, base) for pair in pairs),
@@ -68,6 +77,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             # PEFT itself takes names with an adapter's name in them.
             "foreign_names": any(note.kind is not NoteKind.ADAPTER_NAME for note in unclean),
             "trained_beside": any(file.needed for file in adapter.beside),
+            "tokens_added": _tokens_added(adapter, base),
             "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
         }
     )
@@ -90,6 +100,7 @@ def _of_models(base: BaseModel | None, engine: str) -> dict[str, Any]:
         and models.lora.isdisjoint(classes)
         and not models.without.isdisjoint(classes),
         "type_unserved": models.lacks_type(kind),
+        "type_without_lora": kind in models.types_without,
     }
 
 
@@ -98,6 +109,7 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     alpha = config.get("lora_alpha", 0)
     return {
         "rslora": bool(config.get("use_rslora")),
+        "dora_declared": bool(config.get("use_dora")),
         "rank_pattern": bool(config.get("rank_pattern")),
         "alpha_pattern": bool(config.get("alpha_pattern")),
         "alpha_whole": isinstance(alpha, int),
@@ -106,6 +118,30 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "bdlora": bool(config.get("use_bdlora")),
         "qalora": bool(config.get("use_qalora")),
     }
+
+
+def _heads(names: Sequence[str], parameter: str) -> int:
+    """Return how many classifying heads have a parameter of their own, with no layer between."""
+    return sum(name.endswith(f".{parameter}") and name.split(".")[-2] in _HEADS for name in names)
+
+
+def _head_absent(names: Sequence[str], base: BaseModel | None) -> bool:
+    """Tell whether a classifying head has no place in the base's class."""
+    heads = [name for name in names if not _HEADS.isdisjoint(name.split("."))]
+    return bool(heads) and base is not None and all(map(Places(base).lacks, heads))
+
+
+def _tokens_added(adapter: AdapterTensorSet, base: BaseModel | None) -> int:
+    """Return how many added tokens have no row in the base; 0 where one of both is unknown."""
+    rows = base.facts.get("vocab_size") if base and base.kind == "hf" else None
+    file = next((file for file in adapter.beside if file.name == _ADDED_TOKENS), None)
+    if file is None or not isinstance(rows, int):
+        return 0
+    try:
+        tokens = read_json_object(file.path)
+    except AdapterKitError:
+        return 0
+    return sum(isinstance(place, int) and place >= rows for place in tokens.values())
 
 
 def _is_regex(targets: Any) -> bool:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from adapterkit.checks.adapter import check
 from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
-from adapterkit.engines.coverage import cover, silent_no_ops
+from adapterkit.checks.gguf_file import check_gguf_file
+from adapterkit.engines.coverage import cover, unserved
 from adapterkit.engines.facts import facts
 from adapterkit.engines.verdict import FAILED, Verdict, deciding, verdict
 from adapterkit.errors import UnsupportedError
@@ -80,7 +81,8 @@ def judge(
         modules, more = cover(adapter, base, engine)
         known = facts(adapter, base, engine.models)
         of_engine = [*engine.findings(known), *more]
-        idle = silent_no_ops(modules, engine)
+        errors = [e for e in (*found, *of_engine) if e.severity is Severity.ERROR]
+        idle = unserved(modules, engine, errors)
         if decided := engine.outcome(known):
             outcome, reason = decided
             modules = [replace(module, outcome=outcome, reason=reason) for module in modules]
@@ -101,12 +103,15 @@ def judge(
 def check_served(
     adapter: AdapterTensorSet, base: BaseModel | None, engine: Target, *, path: Path
 ) -> list[str]:
-    """Return what the engine leaves out of an adapter, one sentence each; headers alone are read.
+    """Return what the engine leaves out of an adapter, one sentence each; values are looked at.
 
     Raises:
         UnsupportedError: if the engine would not run it as it is; says why and what to do.
     """
-    found = check(adapter, base, values=False)
+    found = check(adapter, base)
+    read = adapter.provenance
+    if read and read.format == "gguf":
+        found += check_gguf_file(read.path)
     coverage, more = judge(adapter, base, engine, found)
     errors = [
         each

@@ -67,6 +67,10 @@ CASES = {
     "AK307": case("AK307", base="named"),
     "AK308": case("AK308", base="padded"),
     "AK309": case("AK309", base="deep"),
+    "AK312": case("AK312", base="whole"),
+    "AK313": case("AK313", base="whole"),
+    "AK503": case("AK308", "peft", "AK308", base="padded"),
+    "VLLM021": case("AK312", "vllm", "AK312", base="whole"),
     "AK310": case("AK310", base="mixtral"),
     "AK404": case("AK404", None, "AK401"),
     "AK501": case("short-path", "peft"),
@@ -102,6 +106,7 @@ CASES = {
     "VLLM020": case("sound", "vllm", "AK305", base="diffllama"),
     "SGL013": case("sound", "sglang", "AK305", base="diffllama"),
     "MLX011": case("sound", "mlx", "AK305", "MLX001", base="diffllama"),
+    "SGL014": case("tokens", "sglang"),
     "SGL000": case("gguf", "sglang"),
     "SGL001": case("rslora", "sglang"),
     "SGL002": case("patterns", "sglang"),
@@ -120,6 +125,7 @@ CASES = {
     "LRX003": case("rank-144", "lorax"),
     "LRX004": case("patterns", "lorax"),
     "LRX005": case("dora", "lorax"),
+    "LRX006": case("sound", "lorax", base="stablelm"),
     "EXL001": case("gguf", "exllamav3"),
     "EXL002": case("patterns", "exllamav3"),
     "EXL003": case("dora", "exllamav3"),
@@ -137,11 +143,12 @@ CASES = {
     "TRT003": case("saved", "tensorrt-llm"),
     "TRT004": case("rank-144", "tensorrt-llm"),
 }
-# A header of megabytes and a link are made below; names too long for llama.cpp, and families that
-# no engine test covers, take tables that do not exist now.
+# A header of megabytes and a link are made below, a hub cache in tests/base/test_originals.py;
+# names too long for llama.cpp, and families that no engine test covers, take tables that do not
+# exist now.
 # Engines of which there is something to say of every adapter.
 SPEAKS = {"mlx", "openvino", "litert-lm"}
-ELSEWHERE = {"AK402", "AK403"}
+ELSEWHERE = {"AK402", "AK403", "AK311"}
 WITHOUT = {"LCP012", "LCP014"}
 
 
@@ -226,7 +233,7 @@ def test_conditions_speak_of_known_facts(name: str) -> None:
         assert row.message.format_map(words) or row.outcome == "applied"
     for rule in (*target.rules, *load_target(name).rules):
         evaluate(rule.when, known.__getitem__)
-        assert rule.message.format_map(known)
+        assert rule.message.format_map(known | {"title": target.title, "engine": name})
     assert set(target.effects) - {"error"} <= set(explanations())
     assert set(target.losses.values()) <= set(explanations())
 

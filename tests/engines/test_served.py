@@ -37,11 +37,45 @@ def test_what_is_known_of_a_class(engine: str, name: str, *, lora: bool | None) 
     assert (name in models.lora, name in models.without) == (lora is True, lora is False)
 
 
+@pytest.mark.parametrize(
+    ("engine", "kind", "takes"),
+    [
+        ("lorax", "llama", True),
+        ("lorax", "gpt2", True),
+        ("lorax", "falcon", False),
+        ("lorax", "t5", False),
+        ("lorax", "qwen3", None),
+        ("tgi", "llama", True),
+        ("tgi", "starcoder2", True),
+        ("tgi", "gpt_neox", False),
+        ("tgi", "qwen3", None),
+        ("mlx", "bloom", None),
+    ],
+)
+def test_what_is_known_of_a_type(engine: str, kind: str, *, takes: bool | None) -> None:
+    models = served(engine)
+    assert models.lacks_type(kind) is (takes is None)
+    assert (kind in models.types_without) is (takes is False)
+    assert (kind in models.layers) is (takes is True and engine != "mlx")
+
+
+def test_modules_that_have_a_place() -> None:
+    lorax, tgi = served("lorax"), served("tgi")
+    assert lorax.takes("mixtral", "model.layers.0.self_attn.q_proj")
+    assert not lorax.takes("mixtral", "model.layers.0.block_sparse_moe.experts.0.w1")
+    assert lorax.takes("llama", "lm_head")
+    assert not lorax.takes("gemma", "lm_head")
+    assert tgi.takes("llama", "model.layers.0.mlp.down_proj")
+    assert not tgi.takes("gpt2", "transformer.h.0.mlp.c_proj")
+    assert served("vllm").takes("llama", "anything")
+
+
 @pytest.mark.parametrize("engine", LISTS)
 def test_no_class_stands_twice(engine: str) -> None:
     models = served(engine)
     assert models.version
     assert not models.lora & models.without
+    assert models.types_without <= models.types
     assert models.lora or models.types
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from adapterkit.base.places import Places
 from adapterkit.beside import carry
@@ -56,6 +56,7 @@ _MEANING: dict[str, Any] = {
     "modules_to_save": None,
     "layer_replication": None,
 }
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _TARGETING = (
     "target_modules",
     "exclude_modules",
@@ -231,7 +232,9 @@ def _scaling(
 ) -> dict[str, Any]:
     """Return r, lora_alpha and the patterns; the source's own where they still say the same."""
     if source and adapter.provenance:
-        config = LoraConfig(source, adapter.provenance.path)
+        # The file is sorted, as PEFT's own is, and of two patterns that match the first counts.
+        ordered = {name: _sorted(source[name]) for name in _PATTERNS if name in source}
+        config = LoraConfig({**source, **ordered}, adapter.provenance.path)
         same = all(
             config.rank_of(module) == rank and config.scale_of(module) == scales[module]
             for module, rank in ranks.items()
@@ -255,6 +258,11 @@ def _scaling(
             if other != alpha
         },
     }
+
+
+def _sorted(pattern: Any) -> Any:
+    known = isinstance(pattern, dict)
+    return dict(sorted(cast("dict[str, Any]", pattern).items())) if known else pattern
 
 
 def _most_common(values: Iterable[_Number], usual: _Number) -> _Number:

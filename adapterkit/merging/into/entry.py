@@ -15,7 +15,13 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.keys import Role
 from adapterkit.loading import open_model
 from adapterkit.merging.combination import Combination
-from adapterkit.merging.into.checkpoint import MODEL, checked, plan_checkpoint, write_checkpoint
+from adapterkit.merging.into.checkpoint import (
+    MODEL,
+    CheckpointPlan,
+    checked,
+    plan_checkpoint,
+    write_checkpoint,
+)
 from adapterkit.merging.into.diffusion import MODEL as DIFFUSION
 from adapterkit.merging.into.diffusion import plan_diffusion, respelled, write_diffusion_base
 from adapterkit.merging.into.gguf import MOST_ERROR, Allowed, check_rounding, check_type, plan_gguf
@@ -24,6 +30,7 @@ from adapterkit.merging.into.reading import read_sources
 from adapterkit.merging.into.report import MergeIntoReport, TensorReport
 from adapterkit.merging.into.ruled import rule_of, settings_of, shares
 from adapterkit.merging.into.tokenizers import unplaced, with_tokenizer
+from adapterkit.merging.into.trained_on import beside_trained
 from adapterkit.merging.into.tying import check_choice
 from adapterkit.merging.into.writing import SEGMENT, write_files
 from adapterkit.merging.planning import Source
@@ -154,6 +161,9 @@ def merge_into(
         tensors, more = _merge_directory(
             adapters, opened, write, how, dtype=stored, tied=tied, decoded=decoded
         )
+        if decoded is None:
+            tensors, apart = beside_trained(tensors, adapters, opened)
+            more += apart
     said = remark(method) if method else None
     notes = (*([said] if said else []), *notes, *_order(adapters), *more)
     if dequantize and decoded is None:
@@ -231,7 +241,15 @@ def _merge_directory(
         with journalled(output, key) as journal:
             tensors = write_checkpoint(plan, output.path, journal, write.jobs, count)
     left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
-    return tensors, [*said, *left]
+    return tensors, [*said, *_grown(plan), *left]
+
+
+def _grown(plan: CheckpointPlan) -> list[str]:
+    """Say that the vocabulary is another one."""
+    before, now = plan.base.facts.get("vocab_size"), plan.config.get("vocab_size")
+    if now is None or now == before:
+        return []
+    return [f"the vocabulary has {now} rows, {before} before: the adapter brings its own"]
 
 
 def _merge_diffusion(

@@ -38,6 +38,8 @@ class TensorReport:
         direction_error: the same along the inputs that the adapter listens to (the rows of A),
             which is what the model sees of it; None for nearest rounding.
         nearest: what nearest rounding would have left, where rounding is shaped.
+        quantised: ‖W - W₄‖ / ‖W‖, where W₄ are the quantised weights that the adapter was trained
+            on, decoded; None where these are not at hand.
     """
 
     tensor: str
@@ -50,6 +52,7 @@ class TensorReport:
     noise: float | None = None
     direction_error: float | None = None
     nearest: NearestReport | None = None
+    quantised: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
