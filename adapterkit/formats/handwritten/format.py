@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.containers.folders import dcp_folder
 from adapterkit.errors import AdapterKitError, FormatError, NotFoundError, UsageError
 from adapterkit.formats.handwritten.dialects import (
     Explanation,
@@ -34,10 +35,11 @@ _MOST_SHOWN = 5
 
 
 def read(path: Path, options: Options) -> AdapterTensorSet:
-    """Read a file, or the file that a dialect expects in a directory.
+    """Read a file, a sharded checkpoint, or the file that a dialect expects in a directory.
 
     Args:
-        path: `.pt`, `.npz` or `.safetensors`, told by content; or litgpt's output directory.
+        path: `.pt`, `.npz` or `.safetensors`, told by content; a folder of `.distcp` files; or
+            litgpt's output directory.
         options: `dialect` names the key grammar or its TOML file, `alpha` the scale numerator.
 
     Raises:
@@ -79,6 +81,8 @@ def probe(path: Path) -> bool:
 
 
 def _file(path: Path, reference: str | None) -> Path:
+    if folder := dcp_folder(path):
+        return folder
     if not path.is_dir():
         return path
     dialects = [load(reference)] if reference else builtin()

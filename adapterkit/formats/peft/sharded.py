@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.beside import lying_beside
-from adapterkit.containers.dcp import Trail, read_dcp
+from adapterkit.containers.dcp import Trail, is_of_optimizer, read_dcp
 from adapterkit.containers.folders import DATA_SUFFIX, INDEX, dcp_folder, step_folder
 from adapterkit.containers.zero import read_zero
 from adapterkit.errors import FormatError, NotFoundError, UnsupportedError, UsageError
@@ -35,7 +35,7 @@ _FACTOR = re.compile(
 )
 _A = re.compile(r"\.lora_A(?:\.[^.]+)?\.weight$|\.lora_embedding_A(?:\.[^.]+)?$")
 _SAVED = re.compile(r"(?:^|\.)(?P<name>[^.]+)\.modules_to_save\.")
-_OPTIMIZER = re.compile(r"^optim\w*\.")
+_MEGATRON = re.compile(r"\.adapter(?:\.adapter_[a-z]+)?\.linear_in\.weight$")
 _MOST_SHOWN = 3
 
 
@@ -79,6 +79,12 @@ def read_deepspeed_adapter(path: Path, options: Options) -> AdapterTensorSet:
 
 def _adapter(state: _State, name: str, path: Path, options: Options) -> AdapterTensorSet:
     if not any(_FACTOR.search(f".{name}") for name in state.tensors):
+        if any(_MEGATRON.search(name) for name in state.tensors):
+            raise UsageError(
+                f"is {state.what} of Megatron's LoRA, whose layers divide by the sizes of the base "
+                "model; read it with --dialect megatron --alpha ALPHA --base BASE",
+                path=state.folder,
+            )
         shown = ", ".join(list(state.tensors)[:_MOST_SHOWN])
         raise FormatError(
             f"is {state.what} of {len(state.tensors)} trained tensors ({shown}...), and none "
@@ -144,7 +150,7 @@ def _dcp_state(path: Path) -> _State:
     checkpoint = read_dcp(folder)
     groups: dict[Trail, dict[str, Trail]] = defaultdict(dict)
     for trail in checkpoint.entries:
-        if not _OPTIMIZER.match(trail[-1]):
+        if not is_of_optimizer(trail):
             groups[trail[:-1]][trail[-1]] = trail
     with_factors = [key for key, names in groups.items() if any(_FACTOR.search(n) for n in names)]
     if len(with_factors) > 1:

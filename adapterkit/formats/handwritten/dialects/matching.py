@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections import Counter
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 A, B = "A", "B"
 _MATRIX = 2
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -166,10 +168,26 @@ def _stripped(
         while prefix := next((p for p in dialect.strip if p and short.startswith(p)), None):
             short = short.removeprefix(prefix)
             counts[prefix] += 1
-        if short in found:
-            raise FormatError("two tensors have this name", path=document.path, where=short)
-        found[short] = tensor
+        for inner, part in _slices(dialect, short, tensor):
+            if inner in found:
+                raise FormatError("two tensors have this name", path=document.path, where=inner)
+            found[inner] = part
     return found
+
+
+def _slices(dialect: Dialect, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
+    """Yield a tensor, or one of each layer where it runs over them."""
+    found = ((rule, rule.match.fullmatch(name)) for rule in dialect.stacks)
+    rule, match = next(((rule, match) for rule, match in found if match), (None, None))
+    if rule is None or match is None or not 0 < (tensor.shape or (0,))[0] <= _MOST_LAYERS:
+        yield name, tensor
+        return
+    count, *shape = tensor.shape
+    height = math.prod(shape[:-1])
+    for n in range(count):
+        layer = tensor.rows(n * height, (n + 1) * height)
+        own = LazyTensor(layer.dtype, tuple(shape), layer.read)
+        yield rule.to.format_map({**match.groupdict(), "n": n}), own
 
 
 def _place(
