@@ -248,6 +248,12 @@ BUILTIN = (
         config_match={"peft_type": ()},
         files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     ),
+    FormatSpec(
+        name="peft-weights",
+        title="PEFT LoRA weights without adapter_config.json",
+        reader="adapterkit.formats.peft.bare:read_weights",
+        probe="adapterkit.formats.peft.bare_files:is_weights",
+    ),
     # Last: it claims whatever numpy or torch wrote and nobody else knows, to say what is wrong.
     FormatSpec(
         name="handwritten",

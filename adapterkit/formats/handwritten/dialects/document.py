@@ -99,12 +99,11 @@ def _nested(checkpoint: DistributedCheckpoint) -> dict[str, Any]:
     for trail in checkpoint.entries:
         if is_of_optimizer(trail):
             continue
-        node = root
+        node: dict[str, Any] | None = root
         for key in trail[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or trail[-1] in node:
+            inner: Any = None if node is None else node.setdefault(key, {})
+            node = cast("dict[str, Any]", inner) if type(inner) is dict else None
+        if node is None or trail[-1] in node:
             what = "lies where another tensor does"
             raise FormatError(what, path=checkpoint.folder, where=".".join(trail))
         node[trail[-1]] = checkpoint.tensor(trail)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from adapterkit.formats.handwritten.dialects.grammar import Dialect
 from adapterkit.model.update import is_slice
 from adapterkit.tables import shown
 from adapterkit.tensor import LazyTensor
+from adapterkit.training import is_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -148,7 +148,7 @@ def _selected(
     for select in dialect.select if document.container in dialect.containers else ():
         inside = document.tensors(select) or {}
         if not select:
-            inside = {n: t for n, t in inside.items() if "." in n or not _of_training(n, t.size)}
+            inside = {n: t for n, t in inside.items() if "." in n or not is_state(n, t.size)}
         if inside:
             prefix = f"{select}." if select else ""
             names = {prefix + name for name in inside}
@@ -251,19 +251,6 @@ def _embedding_names() -> frozenset[str]:
     return frozenset(tomllib.loads(path.read_text(encoding="utf-8"))["names"])
 
 
-@cache
-def _training() -> dict[str, list[str]]:
-    path = Path(__file__).parent / "names" / "training.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
-def _of_training(name: str, size: int = 1) -> bool:
-    """Tell whether a name elsewhere than in the model is that of a training script's own state."""
-    table = _training()
-    number = size == 1 and name in table["numbers"]
-    return number or any(re.fullmatch(pattern, name) for pattern in table["elsewhere"])
-
-
 def _find_weights(explanation: Explanation, tensors: Mapping[str, LazyTensor]) -> None:
     rule = explanation.dialect.weight
     if rule is not None:
@@ -289,7 +276,7 @@ def _unexplained(explanation: Explanation, names: list[str]) -> str | None:
 def _outside(explanation: Explanation, names: list[str]) -> str | None:
     for name in names:
         stated = any(pattern.fullmatch(name) for pattern in explanation.dialect.outside)
-        if not stated and not _of_training(name):
+        if not stated and not is_state(name):
             return name
         explanation.ignored[f"outside the adapter ({name.partition('.')[0]})"] += 1
     return None
