@@ -20,7 +20,7 @@ _WHOLE = ("*-of-*.safetensors", "model.safetensors")
 def is_weights(path: Path) -> bool:
     """Tell whether a path holds factors by PEFT's names, all of a file or the first of a folder."""
     weights = weights_of(path)
-    if weights is None or (weights.parent / CONFIG).is_file():
+    if weights is None or (weights.parent / CONFIG).exists():
         return False
     try:
         # Of shards one is enough, and others may be missing.

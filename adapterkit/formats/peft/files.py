@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, NotFoundError
-from adapterkit.formats.peft.state import of_model
 from adapterkit.json_file import read_json_object
 from adapterkit.notes import Note
 from adapterkit.storage import readable
@@ -125,6 +124,7 @@ def stored_tensors(path: Path) -> Stored:
         file = read_safetensors(path)
         return Stored(file.tensors, file.metadata)
     from adapterkit.containers.torch_zip import flatten, read_torch_zip
+    from adapterkit.formats.peft.state import of_model
 
     root = read_torch_zip(path).root
     found = of_model(root, path)
