@@ -6,7 +6,8 @@ served.json is made by fixtures/engines/make.py.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -22,12 +23,15 @@ class Served:
         lora: classes that it runs with adapters.
         without: classes that it runs, and takes no adapters for.
         types: values of `model_type` that it has a model for.
+        rigid: of those models, the layers on which its LoRA cannot stand, by the last part of
+            their names.
     """
 
     version: str = ""
     lora: frozenset[str] = frozenset()
     without: frozenset[str] = frozenset()
     types: frozenset[str] = frozenset()
+    rigid: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
 
     def lacks_type(self, model_type: str) -> bool:
         """Tell whether the engine has no model of a type; false where one of both is unknown."""
@@ -40,5 +44,6 @@ def served(engine: str) -> Served:
     found = json.loads(_FILE.read_text(encoding="utf-8")).get(engine)
     if found is None:
         return Served()
+    rigid = {name: frozenset(layers) for name, layers in found.pop("rigid", {}).items()}
     names = {key: frozenset(value) for key, value in found.items() if key != "version"}
-    return Served(version=found["version"], **names)
+    return Served(version=found["version"], rigid=rigid, **names)

@@ -149,8 +149,10 @@ def _unknown(mismatches: Sequence[Mismatch], document: Document) -> AdapterKitEr
         return FormatError(f"{ONE_RANK}; {GATHER}", path=document.path, where=part.key)
     if not near:
         return FormatError(
-            "no dialect knows a factor in this file; describe it in a dialect file of your own and "
-            "pass that with --dialect",
+            "no dialect knows a factor in this file; of a model that was trained whole, save it "
+            "with save_pretrained and find the update with: adapterkit extract --base BASE --tuned "
+            "MODEL -o ADAPTER; factors of a program of your own are described in a dialect file, "
+            "passed with --dialect",
             path=document.path,
             where=first,
         )

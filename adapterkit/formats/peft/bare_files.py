@@ -22,6 +22,8 @@ def is_weights(path: Path) -> bool:
     weights = weights_of(path)
     if weights is None or (weights.parent / CONFIG).exists():
         return False
+    if path.is_dir() and weights.name in WEIGHTS:
+        return True
     try:
         # Of shards one is enough, and others may be missing.
         one = read_safetensors if weights.suffix == ".safetensors" else stored_tensors

@@ -28,6 +28,7 @@ _OWN_SHARD = re.compile(rf"(?=adapter_){_SHARD.pattern}")
 _INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 _SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 _LONGEST_NAME = 1000
+_LISTED = mapped(text(_LONGEST_NAME, empty=False))
 _SHOWN = 4
 _ZIP = b"PK"
 
@@ -78,6 +79,10 @@ def _weights(folder: Path) -> Path:
 
 def _missing(folder: Path) -> str:
     """Say which file of a directory is to be passed, where none has a name that PEFT gives."""
+    for index in (folder / name for name in _INDEXES if (folder / name).is_file()):
+        listed = Table(read_json_object(index), index).get("weight_map", _LISTED, dict[str, str]())
+        if listed:
+            return f"not {next(iter(listed.values()))}, which {index.name} names; download it too"
     found = sorted(child.name for child in folder.iterdir() if child.suffix in _SUFFIXES)
     weights = [name for name in found if not of_training(folder / name)]
     if not weights:
@@ -156,6 +161,6 @@ def _check_complete(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     if index is None:
         return
     table = Table(read_json_object(index), index)
-    listed = table.get("weight_map", mapped(text(_LONGEST_NAME, empty=False)), dict[str, str]())
+    listed = table.get("weight_map", _LISTED, dict[str, str]())
     if missing := [name for name in listed if name not in tensors]:
         raise FormatError("is in the index and in no shard", path=index, where=missing[0])
