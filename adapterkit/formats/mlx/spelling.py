@@ -102,6 +102,17 @@ RENAMED = (
         )
         for ours, theirs in ((GATE, "w1"), (UP, "w3"), (DOWN, "w2"))
     ),
+    *(
+        Renamed(
+            re.compile(r"^model\.(layers\.\d+\..+|embeddings)$"),
+            re.compile(r"^backbone\.(layers\.\d+\..+|embeddings)$"),
+            r"backbone.\1",
+            r"model.\1",
+            family,
+            shared=True,
+        )
+        for family in ("nemotron_h", "nemotron_h_moe")
+    ),
     # Multimodal classes of transformers from 4.52 on; the prefix before that was MLX's.
     Renamed(
         re.compile(r"^model\.language_model\.(.+)$"),
