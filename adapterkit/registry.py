@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adapterkit import strangers
 from adapterkit.beside import trained_names
+from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.destination import Directory
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
 from adapterkit.json_file import read_json_object
@@ -245,6 +246,12 @@ BUILTIN = (
         config_match={"peft_type": ()},
         files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     ),
+    FormatSpec(
+        name="peft-weights",
+        title="PEFT LoRA weights without adapter_config.json",
+        reader="adapterkit.formats.peft.bare:read_weights",
+        probe="adapterkit.formats.peft.bare_files:is_weights",
+    ),
     # Last: it claims whatever numpy or torch wrote and nobody else knows, to say what is wrong.
     FormatSpec(
         name="handwritten",
@@ -337,11 +344,33 @@ def detect(path: Path) -> FormatSpec:
     if stranger:
         kind = NotFoundError if path.is_dir() else UnknownFormatError
         raise kind(stranger, path=path)
+    raise _nothing_known(path)
+
+
+def _nothing_known(path: Path) -> NotFoundError | UnknownFormatError:
+    """Return the error for what neither a format nor the table of strangers knows."""
+    config = (path if path.is_dir() else path.parent) / _CONFIG
+    if config.is_file():
+        what = "says neither peft_type nor fine_tune_type, as no known program leaves it"
+        return UnknownFormatError(what, path=config)
     if path.is_dir():
-        raise NotFoundError(f"no adapter here: no {_CONFIG}", path=path)
-    raise UnknownFormatError(
-        f"is not an adapter of a known format, and no {_CONFIG} lies beside it", path=path
-    )
+        return NotFoundError(f"no adapter here: no {_CONFIG}", path=path)
+    beside = f"no {_CONFIG} lies beside it"
+    if names := _stored_names(path):
+        return UnknownFormatError(
+            f"holds {len(names)} tensors ({names[0]}...) and no factor of an update, and {beside}; "
+            "of a model that was trained whole, the update is found with: adapterkit extract "
+            "--base BASE --tuned MODEL -o ADAPTER",
+            path=path,
+        )
+    return UnknownFormatError(f"is not an adapter of a known format, and {beside}", path=path)
+
+
+def _stored_names(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(read_safetensors(path).tensors)
+    except FormatError:
+        return ()
 
 
 def claims(known: FormatSpec, path: Path) -> bool:

@@ -28,6 +28,8 @@ class Served:
         types_without: those of them that it takes no adapters for.
         layers: last parts of the modules that take adapters, by `model_type`; without a row, all.
         prefix: what their paths begin with; empty if that is the class's own affair.
+        rigid: of those models, the layers on which its LoRA cannot stand, by the last part of
+            their names.
     """
 
     version: str = ""
@@ -37,6 +39,7 @@ class Served:
     types_without: frozenset[str] = frozenset()
     layers: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
     prefix: str = ""
+    rigid: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
 
     def lacks_type(self, model_type: str) -> bool:
         """Tell whether the engine has no model of a type; false where one of both is unknown."""
@@ -57,8 +60,14 @@ def served(engine: str) -> Served:
         return Served()
     names = {key: frozenset(found.get(key, ())) for key in _NAMES}
     layers = {kind: frozenset(leaves) for kind, leaves in found.get("layers", {}).items()}
-    prefix = found.get("prefix", "")
-    return Served(version=found["version"], layers=layers, prefix=prefix, **names)
+    rigid = {name: frozenset(layers) for name, layers in found.get("rigid", {}).items()}
+    return Served(
+        version=found["version"],
+        layers=layers,
+        prefix=found.get("prefix", ""),
+        rigid=rigid,
+        **names,
+    )
 
 
 @cache

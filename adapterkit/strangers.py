@@ -6,7 +6,10 @@ import fnmatch
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _LONGEST = 512
 
@@ -18,16 +21,21 @@ def named(path: Path) -> str | None:
     with path.open("rb") as file:
         start = file.read(_LONGEST)
     for rule in _table()["file"]:
-        if start[rule.get("offset", 0) :].startswith(bytes.fromhex(rule["bytes"])):
+        known = start[rule.get("offset", 0) :].startswith(bytes.fromhex(rule.get("bytes", "00")))
+        if _is_named(path, rule.get("names", ())) or ("bytes" in rule and known):
             return str(rule["what"])
     return None
+
+
+def _is_named(path: Path, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
 
 
 def of_training(path: Path) -> str | None:
     """Return one sentence on a file that a training run leaves beside its adapter, or None."""
     table = _table()
     for rule in table["named"]:
-        if any(fnmatch.fnmatchcase(path.name, name) for name in rule["names"]):
+        if _is_named(path, rule["names"]):
             beside = (file for name in table["adapters"] for file in sorted(path.parent.glob(name)))
             adapter = next(beside, None)
             passed = f"pass {adapter}" if adapter else "pass the adapter that the run saved"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 # Nested configuration of a text tower -> prefix that transformers puts before its modules.
+_ADAPTER = "adapter_config.json"
 _TEXT_TOWERS = {
     "thinker_config": "thinker.model.",
     "text_config": "model.language_model.",
@@ -53,6 +54,9 @@ def open_base(reference: str | Path) -> BaseModel:
 
 
 def _opened(path: Path, reference: str | Path) -> BaseModel:
+    if _is_adapter(path):
+        what = "is an adapter, not a base model; pass the model that it was trained on"
+        raise NotFoundError(what, path=path)
     if path.is_dir():
         return open_pipeline(path) if is_pipeline(path) else _open_directory(path)
     if path.suffix == ".json" and path.is_file():
@@ -87,6 +91,14 @@ def find_base(name: str | None) -> BaseModel | None:
         if (snapshot / "config.json").is_file():
             return _open_config(snapshot / "config.json", name=name)
     return None
+
+
+def _is_adapter(path: Path) -> bool:
+    """Tell whether a path is an adapter's directory, or a file in it, and no model lies there."""
+    folder = path if path.is_dir() else path.parent
+    told = path.is_dir() or path.name == _ADAPTER or path.suffix == ".safetensors"
+    model = (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
+    return told and path.exists() and (folder / _ADAPTER).is_file() and not model
 
 
 def _open_directory(path: Path) -> BaseModel:

@@ -7,6 +7,7 @@ index is read as data: nothing that it names is imported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ _CLASSES = (
     "MetadataIndex",
     "StorageMeta",
 )
+
+_OPTIMIZER = re.compile(r"^optim\w*(?:\.|$)")
 
 Trail = tuple[str, ...]
 
@@ -129,6 +132,11 @@ class DistributedCheckpoint:
 
     def _wrong(self, entry: _Entry, message: str) -> FormatError:
         return FormatError(message, path=self.folder / INDEX, where=entry.name)
+
+
+def is_of_optimizer(trail: Trail) -> bool:
+    """Tell whether keys lead to the state of an optimizer, which may be nested or one long name."""
+    return any(_OPTIMIZER.match(key) for key in (trail[0], trail[-1]))
 
 
 def read_dcp(folder: Path) -> DistributedCheckpoint:

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 # torch.distributed.checkpoint: a pickled index, and the data of the ranks.
 INDEX, DATA_SUFFIX = ".metadata", ".distcp"
 _PICKLE = b"\x80"
+# Its HuggingFaceStorageWriter: the files of each rank.
+RANK_SHARD = re.compile(
+    r"shard-(?P<rank>\d{5})-model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors"
+)
+_RANK_SHARDS = "shard-*-model-*-of-*.safetensors"
 # As accelerate names the model's checkpoint, which lies beside the optimizer's.
 _MODEL_FOLDER = "pytorch_model_fsdp_*"
 # DeepSpeed: the model's names and shapes, and the fp32 masters.
@@ -34,6 +39,22 @@ def dcp_folder(path: Path) -> Path | None:
         if found := [child for child in sorted(path.glob(pattern)) if _holds_dcp(child)]:
             return found[0] if len(found) == 1 else None
     return None
+
+
+def shards_folder(path: Path) -> Path | None:
+    """Return the directory of the safetensors shards of ranks that a path means, or None.
+
+    The path is that directory, a shard, or a directory that holds one such and no tensors itself.
+    """
+    if path.is_file():
+        return path.parent if RANK_SHARD.fullmatch(path.name) else None
+    if not path.is_dir():
+        return None
+    if any(path.glob(_RANK_SHARDS)):
+        return path
+    found = [child for child in sorted(path.glob("*/")) if any(child.glob(_RANK_SHARDS))]
+    alone = len(found) == 1 and not any(path.glob("*.safetensors"))
+    return found[0] if alone else None
 
 
 def _holds_dcp(folder: Path) -> bool:

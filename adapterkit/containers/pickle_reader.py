@@ -33,8 +33,8 @@ MAX_OPCODES = 2_000_000
 # Empty containers are a byte each in the file and up to 216 in memory.
 MAX_CONTAINERS = 100_000
 RESAVE = (
-    "if you trust the file, load it in torch with weights_only=True and save its tensors "
-    "with safetensors.torch.save_file"
+    "if you trust the file, load it in torch with weights_only=False, where nothing can be lost, "
+    "and save its tensors with safetensors.torch.save_file"
 )
 _HIGHEST_PROTOCOL = 5
 

@@ -118,22 +118,41 @@ def flatten(root: object) -> dict[str, LazyTensor]:
         FormatError: if two tensors get one name, or a name is longer than `MAX_NAME`.
     """
     tensors: dict[str, LazyTensor] = {}
-    for name, tensor in _leaves(root, ""):
+    for trail, tensor in trails(root).items():
+        name = ".".join(trail)
         if name in tensors:
             raise FormatError("two tensors have this path", where=name)
         tensors[name] = tensor
     return tensors
 
 
-def _leaves(node: object, name: str) -> Iterator[tuple[str, LazyTensor]]:
+def trails(root: object) -> dict[tuple[str, ...], LazyTensor]:
+    """Return every tensor under `root` by the keys and list places that lead to it.
+
+    Raises:
+        FormatError: as `flatten` does.
+    """
+    tensors: dict[tuple[str, ...], LazyTensor] = {}
+    for trail, tensor in _leaves(root, (), 0):
+        if trail in tensors:
+            raise FormatError("two tensors have this path", where=".".join(trail))
+        tensors[trail] = tensor
+    return tensors
+
+
+def _leaves(
+    node: object, trail: tuple[str, ...], letters: int
+) -> Iterator[tuple[tuple[str, ...], LazyTensor]]:
     if isinstance(node, LazyTensor):
-        yield name, node
+        yield trail, node
     for key, value in _items(node):
         if isinstance(value, LazyTensor | dict | list | tuple):
-            path = f"{name}.{key}" if name else str(key)
-            if len(path) > MAX_NAME:
+            name = str(key)
+            length = letters + len(name) + bool(trail)
+            if length > MAX_NAME:
+                path = ".".join((*trail, name))
                 raise FormatError(f"a name of more than {MAX_NAME} letters", where=path[:80])
-            yield from _leaves(cast("object", value), path)
+            yield from _leaves(cast("object", value), (*trail, name), length)
 
 
 def _items(node: Any) -> Iterable[tuple[Any, Any]]:

@@ -40,6 +40,7 @@ LAYERS = (
         "spreadsheet",
         "tables",
         "strangers",
+        "training",
         "served",
         "destination",
     },

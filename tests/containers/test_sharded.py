@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 SHARDED = ROOT / "fixtures" / "sharded"
-CHECKPOINTS = ("dcp", "zero2", "zero3")
+CHECKPOINTS = ("dcp", "shards", "zero2", "zero3")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -141,6 +141,10 @@ def train(rank, folder):
     parted = {n: distribute_tensor(t, mesh, [Shard(i % 2)]) for i, (n, t) in numbered}
     dcp.save({"model": parted}, checkpoint_id=f"{folder}/dtensor")
 
+    dcp.save(parted, storage_writer=dcp.HuggingFaceStorageWriter(
+        path=f"{folder}/shards", save_distributed=True))
+    halves = {n: t.bfloat16() for n, t in parted.items()}
+    dcp.save({"app": {"model": halves, "step": torch.ones(1)}}, checkpoint_id=f"{folder}/bf16")
     torch.save({n: distribute_tensor(t, mesh, [Shard(0)]).to_local() for n, t in state.items()},
                f"{folder}/slice_rank{rank}.pt")
     torch.save(parted, f"{folder}/dtensor_rank{rank}.pt")
@@ -180,10 +184,48 @@ def plain(state: Tensors) -> Tensors:
     return {name.replace(".default", ""): tensor for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("kind", ["dtensor", "sharded"])
+@pytest.mark.parametrize("kind", ["dtensor", "sharded", "shards"])
 def test_what_two_ranks_saved_is_joined(kind: str, ranks: Path, tmp_path: Path) -> None:
     found, _ = written(ranks / kind, tmp_path / "out", alpha=6)
     same(found, plain(truth()))
+
+
+def test_half_precision_under_other_keys_is_joined(ranks: Path, tmp_path: Path) -> None:
+    found, _ = written(ranks / "bf16", tmp_path / "out", alpha=6)
+    same(found, {name: tensor.bfloat16() for name, tensor in plain(truth()).items()})
+
+
+MESH = """
+import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import torch.multiprocessing as processes
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+def train(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
+    mesh = init_device_mesh("cpu", (2, 2))
+    state = torch.load(f"{folder}/state.pt", weights_only=True)
+    for name, parts in {
+        "both": [Shard(0), Shard(1)], "rows": [Shard(0), Shard(0)], "hsdp": [Replicate(), Shard(0)],
+    }.items():
+        parted = {n: distribute_tensor(t, mesh, parts) for n, t in state.items()}
+        dcp.save({"model": parted}, checkpoint_id=f"{folder}/{name}")
+        writer = dcp.HuggingFaceStorageWriter(path=f"{folder}/{name}-shards", save_distributed=True)
+        dcp.save(parted, storage_writer=writer)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    processes.spawn(train, (sys.argv[1],), nprocs=4)
+"""
+
+
+def test_a_mesh_of_four_ranks_is_joined(tmp_path: Path) -> None:
+    torch.save(truth(), tmp_path / "state.pt")
+    (tmp_path / "train.py").write_text(MESH)
+    subprocess.run([sys.executable, "train.py", tmp_path], cwd=tmp_path, check=True, timeout=300)
+    for kind in ("both", "rows", "hsdp"):
+        for folder in (kind, f"{kind}-shards"):
+            found, _ = written(tmp_path / folder, tmp_path / "out" / folder, alpha=6)
+            same(found, plain(truth()))
 
 
 def test_a_slice_of_one_rank_is_refused_as_that(ranks: Path, tmp_path: Path) -> None:
@@ -200,6 +242,13 @@ def test_a_slice_beside_its_config_is_refused_as_that(ranks: Path, tmp_path: Pat
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match="this is one rank's slice of a sharded model"):
         convert(tmp_path, tmp_path / "out", to="peft")
+
+
+def test_the_last_shard_is_missed_by_the_ranks(tmp_path: Path) -> None:
+    folder = copied("shards", tmp_path)
+    next(folder.glob("shard-00002*")).unlink()
+    with pytest.raises(FormatError, match=r"ranks disagree.* one rank's slice of a sharded"):
+        convert(folder, tmp_path / "out", to="peft", alpha=6)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -223,6 +272,7 @@ def test_torch_reads_the_fixture_alike() -> None:
     [
         "dcp/.metadata",
         "dcp/__1_0.distcp",
+        "shards/shard-00002-model-00001-of-00001.safetensors",
         "zero2/global_step1",
         "zero3/global_step1/zero_pp_rank_1_mp_rank_00_model_states.pt",
     ],
@@ -235,7 +285,8 @@ def test_a_file_of_a_checkpoint_means_all_of_it(path: str) -> None:
 def test_alpha_is_asked_for_and_the_checkpoint_named(name: str) -> None:
     result = invoke("inspect", SHARDED / name)
     assert result.exit_code == 2
-    what = "sharded checkpoint of torch" if name == "dcp" else f"ZeRO stage {name[-1]} of 2 ranks"
+    torch_s = name in {"dcp", "shards"}
+    what = "sharded checkpoint of torch" if torch_s else f"ZeRO stage {name[-1]} of 2 ranks"
     assert what in result.stderr
     assert "--alpha" in result.stderr
 
@@ -252,7 +303,7 @@ def test_a_config_above_scales_and_contradicts(tmp_path: Path) -> None:
 
 def copied(name: str, folder: Path) -> Path:
     shutil.copytree(SHARDED / name, folder / name)
-    return folder / name if name == "dcp" else folder / name / "global_step1"
+    return folder / name if name in {"dcp", "shards"} else folder / name / "global_step1"
 
 
 def edited(change: Callable[[Metadata], None]) -> Callable[[Path], None]:
@@ -318,6 +369,20 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], type[AdapterKitError], str]]
         edited(lambda found: first_place(found, offset=0, relative_path="__1_0.distcp")),
         FormatError,
         "the index says|contradicts its directory",
+    ),
+    "a shard between others": (
+        "shards",
+        lambda folder: next(folder.glob("shard-00001*")).unlink(),
+        NotFoundError,
+        r"shard-00001-model-00001-of-00001\.safetensors: is missing",
+    ),
+    "where shards begin": (
+        "shards",
+        lambda folder: shutil.copy(
+            PEFT / "tiny" / "adapter_model.safetensors", next(folder.glob("shard-00002*"))
+        ),
+        FormatError,
+        "has no DCP_SHARDING_INFO",
     ),
     "compression": (
         "dcp",

@@ -94,7 +94,6 @@ STRANGERS: dict[str, Callable[[Path], Path]] = {
     "Keras": bytes_of(b"\x89HDF\r\n\x1a\n" + bytes(64)),
     "ggla": bytes_of(b"algg" + bytes(64)),
     "web page": bytes_of(b"<!DOCTYPE html><html></html>"),
-    "pytorch_model_fsdp.bin": gathered,
     "run/checkpoint-5": runs,
     "adapterkit extract --base": whole_model,
     "control vector": control_vector,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
+_HEADS = {"score", "classifier", "classification_head", "pre_classifier", "qa_outputs"}
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
 
 _ROLES = {
@@ -101,18 +102,30 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     for code, reason, fits in kinds:
         if keys := [key for key in full if fits(key.module) and key not in foreign]:
             yield _loss(code, keys, f"{reason}; {_MERGE}")
-    if foreign:
+    heads = [key for key in foreign if key.module.partition(".")[0] in _HEADS]
+    if heads:
+        message = (
+            "is the head of a classifier, which this base is none of; merge it into a base of the "
+            "class that was trained (adapterkit merge --into), and convert that with llama.cpp's "
+            "convert_hf_to_gguf.py"
+        )
+        yield _loss("foreign-head", heads, message)
+    if others := [key for key in foreign if key not in heads]:
         message = (
             "is no parameter of the base, a head for training; leave it out with --allow-lossy"
         )
-        yield _loss("foreign-module", foreign, message)
+        yield _loss("foreign-module", others, message)
 
 
 def _foreign(parameter: str, base: BaseModel | None) -> bool:
     """Tell whether the base has no such parameter, so that no merge holds it either."""
-    if base is None or base.kind != "hf" or not base.names or base.text_prefix:
+    if base is None or base.kind != "hf" or base.text_prefix:
         return False
     top = parameter.partition(".")[0]
+    if not base.names:
+        # Only its class is known, whose modules all lie under a few names that the table has.
+        tops = {rule.hf.partition(".")[0] for rule in base.architecture.rules}
+        return base.architecture.known and top not in tops
     return find_rule(base.architecture, parameter.rpartition(".")[0]) is None and not any(
         name.startswith(f"{top}.") for name in base.names
     )

@@ -36,11 +36,13 @@ class Slots:
         names: slots in the order of their rows.
         heights: rows of each.
         pairs: update of each enabled slot.
+        apart: whether each slot is a layer of its own, as its rows need not lie in one piece.
     """
 
     names: tuple[str, ...]
     heights: tuple[int, ...]
     pairs: Mapping[str, Update]
+    apart: bool = False
 
 
 def unfolded(pair: Update, rule: BlockRule, dialect: Dialect, document: Document) -> Slots | None:

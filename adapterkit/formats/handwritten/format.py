@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.containers.folders import dcp_folder
 from adapterkit.errors import AdapterKitError, FormatError, NotFoundError, UsageError
 from adapterkit.formats.handwritten.dialects import (
     Explanation,
@@ -34,10 +35,11 @@ _MOST_SHOWN = 5
 
 
 def read(path: Path, options: Options) -> AdapterTensorSet:
-    """Read a file, or the file that a dialect expects in a directory.
+    """Read a file, a sharded checkpoint, or the file that a dialect expects in a directory.
 
     Args:
-        path: `.pt`, `.npz` or `.safetensors`, told by content; or litgpt's output directory.
+        path: `.pt`, `.npz` or `.safetensors`, told by content; a folder of `.distcp` files; or
+            litgpt's output directory.
         options: `dialect` names the key grammar or its TOML file, `alpha` the scale numerator.
 
     Raises:
@@ -79,6 +81,8 @@ def probe(path: Path) -> bool:
 
 
 def _file(path: Path, reference: str | None) -> Path:
+    if folder := dcp_folder(path):
+        return folder
     if not path.is_dir():
         return path
     dialects = [load(reference)] if reference else builtin()
@@ -145,8 +149,10 @@ def _unknown(mismatches: Sequence[Mismatch], document: Document) -> AdapterKitEr
         return FormatError(f"{ONE_RANK}; {GATHER}", path=document.path, where=part.key)
     if not near:
         return FormatError(
-            "no dialect knows a factor in this file; describe it in a dialect file of your own and "
-            "pass that with --dialect",
+            "no dialect knows a factor in this file; of a model that was trained whole, save it "
+            "with save_pretrained and find the update with: adapterkit extract --base BASE --tuned "
+            "MODEL -o ADAPTER; factors of a program of your own are described in a dialect file, "
+            "passed with --dialect",
             path=document.path,
             where=first,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.expressions import parse_call
 from adapterkit.architectures.rows import row_order
 from adapterkit.architectures.transforms import inverse
+from adapterkit.base.places import Places
 from adapterkit.errors import (
     BaseRequiredError,
     FormatError,
@@ -76,6 +77,9 @@ class Names:
     def _add_slot(self, module: str, slot: str, pair: Update, slots: Slots) -> None:
         place = slots.names.index(slot)
         rule, match = self._rule(f"{module}#{slot}")
+        if slots.apart and (rule is None or match is None):
+            self._put(self._kept_name(f"{module}.{slot}"), 0, [None], pair, {})
+            return
         if rule is None or match is None:
             # The layer stays fused under its own name, if the dialect has no other for it.
             self._put(self.plain(module), place, list(slots.heights), pair, {})
@@ -84,7 +88,21 @@ class Names:
         heights: list[int | None] = [None] * rule.slots
         if rule.slots == len(slots.names):
             heights = list(slots.heights)
-        self._put(rule.to.format_map(match.groupdict()), rule.slot, heights, pair, {})
+        target = rule.to.format_map(match.groupdict())
+        if slots.apart:
+            self._check_place(target, module, slot)
+        self._put(target, rule.slot, heights, pair, {})
+
+    def _check_place(self, target: str, module: str, slot: str) -> None:
+        """Hold the module that a part becomes against the base that gave it its rows."""
+        if self._base is not None and Places(self._base).has(target) is False:
+            raise IncompatibleBaseError(
+                f"its part {slot} is {target} in models like Llama, and the base {self._base.path} "
+                f'has no such module; say where it is in a dialect file that extends "'
+                f'{self._dialect.name}", in [[rename]]',
+                path=self._document.path,
+                where=module,
+            )
 
     def finished(self) -> Iterator[tuple[Update, _Vectors]]:
         """Yield one update for each module, the slots of fused ones joined exactly."""

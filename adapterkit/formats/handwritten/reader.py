@@ -11,6 +11,7 @@ from adapterkit.errors import FormatError, UnsupportedError, UsageError
 from adapterkit.formats.handwritten.blocks import Slots, convolution, summed, unfolded
 from adapterkit.formats.handwritten.merged import merged
 from adapterkit.formats.handwritten.names import Names
+from adapterkit.formats.handwritten.parts import parted
 from adapterkit.keys import FACTORS, Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, Update
 from adapterkit.notes import BaseReference, Provenance
@@ -20,6 +21,7 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from adapterkit.base import BaseModel
     from adapterkit.formats.handwritten.dialects import Dialect, Document, Explanation, Site
     from adapterkit.formats.protocol import Options
 
@@ -58,7 +60,7 @@ def interpret(
     alpha = _alpha(dialect, document, options, explanation)
     names = Names(dialect, document, options.base)
     loose: dict[TensorKey, LazyTensor] = {}
-    updates = _updates(explanation, document, alpha, loose)
+    updates = _updates(explanation, document, alpha, options.base, loose)
     for update in updates:
         names.add(update.pair, update.part, update.vectors, update.slots)
     finished = list(names.finished())
@@ -120,7 +122,11 @@ def _scale(dialect: Dialect, alpha: float, rank: int) -> float:
 
 
 def _updates(
-    explanation: Explanation, document: Document, alpha: float, loose: dict[TensorKey, LazyTensor]
+    explanation: Explanation,
+    document: Document,
+    alpha: float,
+    base: BaseModel | None,
+    loose: dict[TensorKey, LazyTensor],
 ) -> list[_Update]:
     groups: dict[tuple[str, str], list[Site]] = defaultdict(list)
     for site in explanation.sites:
@@ -131,7 +137,7 @@ def _updates(
         if complete != sites:
             _keep_halves(explanation, module, sites, loose)
             continue
-        found = [_update(explanation, document, alpha, site) for site in sorted(sites)]
+        found = [_update(explanation, document, alpha, base, site) for site in sorted(sites)]
         if len(found) == 1:
             updates.append(found[0])
         elif any(update.vectors or update.slots for update in found):
@@ -161,7 +167,13 @@ def _keep_halves(
                 loose[TensorKey(name, roles[half])] = tensor
 
 
-def _update(explanation: Explanation, document: Document, alpha: float, site: Site) -> _Update:
+def _update(
+    explanation: Explanation,
+    document: Document,
+    alpha: float,
+    base: BaseModel | None,
+    site: Site,
+) -> _Update:
     dialect, halves = explanation.dialect, explanation.sites[site]
     a, b = halves["A"], halves["B"]
     rank = b.shape[1]
@@ -175,6 +187,8 @@ def _update(explanation: Explanation, document: Document, alpha: float, site: Si
     vectors = _vectors(halves, b)
     rule = next((r for r in dialect.blocks if r.match.fullmatch(str(site))), None)
     slots = unfolded(pair, rule, dialect, document) if rule and not (table or kernel) else None
+    if parts := [rule for rule in dialect.parts if rule.match.fullmatch(str(site))]:
+        slots = parted(pair, parts, base, document)
     if slots and vectors:
         raise UnsupportedError("holds a bias or magnitude of a fused layer", where=site.module)
     return _Update(pair, site.part, vectors, slots)

@@ -58,7 +58,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     found = [*_by_role(adapter), *_by_setting(adapter), *_unplaced(adapter, mapped)]
     found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]
     found += [*undeclared(adapter), *lost_beside(adapter)]
-    found += _unserved(options.base)
+    found += [*_unserved(options.base), *_rigid(adapter, options.base)]
     if options.dtype is DType.Q8_0:
         message = "MLX adapters hold f32, f16 or bf16; choose one with --outtype"
         found.append(Loss("quantised", "q8_0", message))
@@ -70,6 +70,15 @@ def _unserved(base: BaseModel | None) -> Iterator[Loss]:
     if base and models.lacks_type(base.model_type):
         message = f"mlx-lm {models.version} has no model of this type; {_MERGE}"
         yield Loss("unserved", f"model_type {base.model_type}", message)
+
+
+def _rigid(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
+    # Of a wrapper these are the facts of its text tower, whose layers mlx-lm has of its own.
+    kind = str(base.facts.get("model_type") or "") if base else ""
+    layers = served("mlx").rigid.get(kind, frozenset())
+    if found := [p.module for p in adapter.pairs() if p.module.rpartition(".")[2] in layers]:
+        message = f"in mlx-lm it is no layer that takes LoRA, and the file would not load; {_MERGE}"
+        yield _loss("rigid", _keys_of(adapter, found), message)
 
 
 def _loss(code: str, keys: list[TensorKey], message: str, *, drop: bool = True) -> Loss:

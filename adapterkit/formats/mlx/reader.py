@@ -226,7 +226,7 @@ def _spelled(pairs: list[Update], source: _Source) -> list[Update]:
     for pair in pairs:
         stack = spelling.stack_of(pair.module) if pair.kind is Kind.EXPERTS else None
         if stack is None:
-            name = spelling.hugging_face(pair.module, like, fused=source.fused)
+            name = spelling.hugging_face(pair.module, like, fused=source.fused, base=source.base)
             found += _tied(replace(pair, module=name), source)
             continue
         names, block, leaf = stack
@@ -270,7 +270,7 @@ def _by_engine(pairs: list[Update], source: _Source) -> tuple[list[Update], list
 
 def _block(block: str, source: _Source) -> str:
     """Return the path of a block as the adapter that was written spells it, if there is one."""
-    usual = spelling.hugging_face(block, (), fused=source.fused)
+    usual = spelling.hugging_face(block, (), fused=source.fused, base=source.base)
     told = any(name.startswith(block) for name in source.options.like)
     return block if told else usual
 
@@ -310,7 +310,7 @@ def _others(
     found: dict[TensorKey, LazyTensor] = {}
     like = set(source.options.like)
     for module, parts in groups.items():
-        name = spelling.hugging_face(module, like, fused=source.fused)
+        name = spelling.hugging_face(module, like, fused=source.fused, base=source.base)
         if "m" in parts:
             if spelling.is_table(module):
                 raise UnsupportedError(

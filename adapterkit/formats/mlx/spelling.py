@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 FUSED = "gate_up_proj"
 # Last components of the modules that mlx-lm makes of nn.Embedding.
-_TABLES = {"embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings"}
+_TABLES = {
+    "embed_tokens",
+    "wte",
+    "wpe",
+    "embed_in",
+    "word_embeddings",
+    "tok_embeddings",
+    "embeddings",
+}
 _LAYER = re.compile(r"^(?:.+\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<name>.+)$")
 
 
@@ -35,6 +43,7 @@ class Renamed:
         to_mlx: replacement that turns the first into the second.
         to_hf: replacement back.
         family: GGUF architecture for which alone it holds, where others share the name.
+        shared: whether other families' modules have that MLX path too.
     """
 
     hf: re.Pattern[str]
@@ -42,6 +51,7 @@ class Renamed:
     to_mlx: str
     to_hf: str
     family: str | None = None
+    shared: bool = False
 
 
 RENAMED = (
@@ -57,6 +67,51 @@ RENAMED = (
         re.compile(r"^model\.h\.(\d+\.(?:attention\.|mlp\.dense_).+)$"),
         r"model.h.\1",
         r"gpt_neox.layers.\1",
+    ),
+    # Granite's router, which is a layer of its own class in transformers 5.
+    Renamed(
+        re.compile(r"^(.+\.block_sparse_moe\.router)$"),
+        re.compile(r"^(.+\.block_sparse_moe\.router)\.layer$"),
+        r"\1.layer",
+        r"\1",
+    ),
+    Renamed(
+        re.compile(r"^(.+\.mlp\.gate)$"),
+        re.compile(r"^(.+\.mlp\.gate)\.proj$"),
+        r"\1.proj",
+        r"\1",
+        "laguna",
+        shared=True,
+    ),
+    Renamed(
+        re.compile(r"^(.+\.mlp)\.shared_experts\.(\w+)$"),
+        re.compile(r"^(.+\.mlp)\.shared_expert\.(\w+)$"),
+        r"\1.shared_expert.\2",
+        r"\1.shared_experts.\2",
+        "laguna",
+        shared=True,
+    ),
+    *(
+        Renamed(
+            re.compile(rf"^(.+\.feed_forward)\.{theirs}$"),
+            re.compile(rf"^(.+\.feed_forward)\.{ours}$"),
+            rf"\1.{ours}",
+            rf"\1.{theirs}",
+            "lfm2moe",
+            shared=True,
+        )
+        for ours, theirs in ((GATE, "w1"), (UP, "w3"), (DOWN, "w2"))
+    ),
+    *(
+        Renamed(
+            re.compile(r"^model\.(layers\.\d+\..+|embeddings)$"),
+            re.compile(r"^backbone\.(layers\.\d+\..+|embeddings)$"),
+            r"backbone.\1",
+            r"model.\1",
+            family,
+            shared=True,
+        )
+        for family in ("nemotron_h", "nemotron_h_moe")
     ),
     # Multimodal classes of transformers from 4.52 on; the prefix before that was MLX's.
     Renamed(
@@ -111,6 +166,9 @@ SWITCHES: Mapping[str, str] = {
     "gemma4": "experts.switch_glu",
     "granitemoe": "block_sparse_moe.switch_mlp",
     "granitehybrid": "block_sparse_moe.switch_mlp",
+    "afmoe": "mlp.experts",
+    "jamba": "feed_forward.switch_mlp",
+    "lfm2moe": "feed_forward.switch_mlp",
 }
 _ENGINE = {GATE: "ffn_gate_exps", UP: "ffn_up_exps", DOWN: "ffn_down_exps"}
 
@@ -132,6 +190,13 @@ def switch_of(tensor: str, base: BaseModel, blocks: str) -> str | None:
     return f"{blocks}{layer}.{container}.{leaf}" if container and leaf else None
 
 
+def stack_in(stack: str, base: BaseModel | None) -> str:
+    """Return the path of a stack in the base's family, given as those of most families are."""
+    container = SWITCHES.get(base.architecture.gguf) if base else None
+    found = stack_of(stack)
+    return f"{found[1]}{container}.{found[2]}" if container and found else stack
+
+
 def in_block(module: str) -> tuple[str, int, str] | None:
     """Split a path into what precedes its block, the block's number and the name in the block."""
     match = _LAYER.match(module)
@@ -145,20 +210,28 @@ def is_table(module: str) -> bool:
     return module.rpartition(".")[2] in _TABLES
 
 
-def hugging_face(module: str, like: Collection[str], *, fused: bool) -> str:
+def hugging_face(module: str, like: Collection[str], *, fused: bool, base: BaseModel | None) -> str:
     """Return the Hugging Face path of an MLX module that is not a stack of experts.
 
     Args:
         module: MLX path.
         like: paths to prefer where there are several spellings.
         fused: whether the model's experts are one parameter, which moves Mixtral's router.
+        base: tells which of several families' names it is.
     """
-    spellings = [rule.mlx.sub(rule.to_hf, module) for rule in RENAMED if rule.mlx.match(module)]
+    family = base.architecture.gguf if base else None
+    spellings = [
+        rule.mlx.sub(rule.to_hf, module)
+        for rule in RENAMED
+        if rule.mlx.match(module) and (not rule.shared or rule.family == family)
+    ]
     for names in EXPERTS:
         old, new = names.router
         if module.endswith(f".{old}"):
             moved = f"{module.removesuffix(old)}{new}"
             spellings += [moved, module] if fused else [module, moved]
+    if module == "language_model.lm_head":
+        spellings.append("lm_head")
     spellings.append(module)
     return next((name for name in spellings if name in like), spellings[0])
 
@@ -172,6 +245,8 @@ def mlx(module: str, base: BaseModel | None) -> str | None:
             return None
         if rule.family in {None, base and base.architecture.gguf}:
             return rule.hf.sub(rule.to_mlx, module)
+    if module == "lm_head" and base and base.text_prefix:
+        return "language_model.lm_head"
     place = in_block(module)
     if place and place[2] == "mlp.gate" and base and expert_names(base, place[0]) is EXPERTS[0]:
         return f"{place[0]}{place[1]}.{EXPERTS[0].router[0]}"

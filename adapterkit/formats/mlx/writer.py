@@ -66,7 +66,7 @@ def mlx_adapter(adapter: AdapterTensorSet, base: BaseModel | None) -> MLXAdapter
         if pair.module in tied or pair.kind is Kind.CONVOLUTION:
             continue  # the embedding's own update is applied to the output; none to a convolution
         if expert := spelling.expert_of(pair.module):
-            stacks[expert[0]][expert[1]] = pair
+            stacks[spelling.stack_in(expert[0], base)][expert[1]] = pair
         elif pair.kind is Kind.EXPERTS:
             split = _split(pair, base)
             pairs += split
@@ -118,8 +118,18 @@ def _by_engine(pair: Update, base: BaseModel, blocks: str) -> list[Update]:
     if spelling.engine_stack(pair.module, base):
         return [pair]
     mapped = to_engine(base.architecture, base.sizes, [pair])
-    names = [spelling.switch_of(part.module, base, blocks) for part in mapped.pairs]
-    return [replace(p, module=n) for p, n in zip(mapped.pairs, names, strict=True) if n]
+    parts = [part for found in mapped.pairs for part in _halves(found)]
+    names = [spelling.switch_of(part.module, base, blocks) for part in parts]
+    return [replace(p, module=n) for p, n in zip(parts, names, strict=True) if n]
+
+
+def _halves(pair: Update) -> list[Update]:
+    """Return llama.cpp's tensors of gate and up where one holds both, gate first."""
+    if not pair.module.endswith(".ffn_gate_up_exps"):
+        return [pair]
+    stem, half = pair.module.removesuffix("gate_up_exps"), pair.b.shape[-2] // 2
+    gate, up = slice_rows(pair, 0, half), slice_rows(pair, half, 2 * half)
+    return [replace(gate, module=f"{stem}gate_exps"), replace(up, module=f"{stem}up_exps")]
 
 
 def _why(base: BaseModel | None) -> str:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, NotFoundError
 from adapterkit.json_file import read_json_object
+from adapterkit.notes import Note
 from adapterkit.storage import readable
+from adapterkit.strangers import of_training
 from adapterkit.tables import Table, mapped, text
+from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
-
-    from adapterkit.tensor import LazyTensor
 
 CONFIG = "adapter_config.json"
 # What PEFT saves, then what Accelerate gathers of a sharded model.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model_fsdp.bin")
 # As transformers 5 saves an adapter above its largest shard; the index has the name of a model's.
-_SHARD = re.compile(r"^(?P<stem>adapter_model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+_SHARD = re.compile(r"^(?P<stem>adapter_model|model)-\d{5}-of-(?P<count>\d{5})\.safetensors$")
+_OWN_SHARD = re.compile(rf"(?=adapter_){_SHARD.pattern}")
 _INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
+_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 _LONGEST_NAME = 1000
+_LISTED = mapped(text(_LONGEST_NAME, empty=False))
+_SHOWN = 4
 _ZIP = b"PK"
 
 
@@ -66,9 +72,23 @@ def _weights(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    if shards := sorted(child for child in folder.iterdir() if _SHARD.match(child.name)):
+    if shards := sorted(each for each in folder.iterdir() if _OWN_SHARD.match(each.name)):
         return shards[0]
-    raise NotFoundError(f"has {CONFIG} but neither {' nor '.join(WEIGHTS[:2])}", path=folder)
+    raise NotFoundError(f"has {CONFIG} but {_missing(folder)}", path=folder)
+
+
+def _missing(folder: Path) -> str:
+    """Say which file of a directory is to be passed, where none has a name that PEFT gives."""
+    for index in (folder / name for name in _INDEXES if (folder / name).is_file()):
+        listed = Table(read_json_object(index), index).get("weight_map", _LISTED, dict[str, str]())
+        if listed:
+            return f"not {next(iter(listed.values()))}, which {index.name} names; download it too"
+    found = sorted(child.name for child in folder.iterdir() if child.suffix in _SUFFIXES)
+    weights = [name for name in found if not of_training(folder / name)]
+    if not weights:
+        return f"neither {' nor '.join(WEIGHTS[:2])}"
+    others = f" (or one of {', '.join(weights[1:_SHOWN])})" if weights[1:] else ""
+    return f"no file called {WEIGHTS[0]}; pass its weights: {folder / weights[0]}{others}"
 
 
 def parts(weights: Path) -> set[str]:
@@ -78,12 +98,28 @@ def parts(weights: Path) -> set[str]:
     return {weights.name}
 
 
-def stored_tensors(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a weights file holds.
+
+    Attributes:
+        tensors: by name; of a file of torch, those of the dictionary with the factors.
+        metadata: free text.
+        notes: what else there is.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[Note, ...] = ()
+
+
+def stored_tensors(path: Path) -> Stored:
     """Return the tensors of a weights file, with those of its other shards, and its metadata.
 
     Raises:
         NotFoundError: if a shard is missing.
         FormatError: if a file is malformed, or two shards hold one name.
+        UnsupportedError: if a file of torch holds several adapters, or something beside one.
     """
     if named := _SHARD.match(path.name):
         return _sharded(path.parent, named["stem"], int(named["count"]))
@@ -91,15 +127,16 @@ def stored_tensors(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, s
         zipped = file.read(len(_ZIP)) == _ZIP
     if not zipped and path.suffix not in {".bin", ".pt", ".pth"}:
         file = read_safetensors(path)
-        return file.tensors, file.metadata
+        return Stored(file.tensors, file.metadata)
     from adapterkit.containers.torch_zip import flatten, read_torch_zip
+    from adapterkit.formats.peft.state import of_model
 
-    return flatten(read_torch_zip(path).root), {}
+    root = read_torch_zip(path).root
+    found = of_model(root, path)
+    return Stored(found[0], notes=found[1]) if found else Stored(flatten(root))
 
 
-def _sharded(
-    folder: Path, stem: str, count: int
-) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
+def _sharded(folder: Path, stem: str, count: int) -> Stored:
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, str] = {}
     for number in range(1, count + 1):
@@ -115,7 +152,7 @@ def _sharded(
         tensors.update(file.tensors)
         metadata.update(file.metadata)
     _check_complete(folder, tensors)
-    return tensors, metadata
+    return Stored(tensors, metadata)
 
 
 def _check_complete(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
@@ -124,6 +161,6 @@ def _check_complete(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     if index is None:
         return
     table = Table(read_json_object(index), index)
-    listed = table.get("weight_map", mapped(text(_LONGEST_NAME, empty=False)), dict[str, str]())
+    listed = table.get("weight_map", _LISTED, dict[str, str]())
     if missing := [name for name in listed if name not in tensors]:
         raise FormatError("is in the index and in no shard", path=index, where=missing[0])

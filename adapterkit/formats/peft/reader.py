@@ -50,11 +50,11 @@ def read_peft(path: Path, options: Options) -> AdapterTensorSet:
         UnsupportedError: if a setting makes it something other than a low-rank update.
     """
     config_path, weights_path = locate(path)
-    stored, metadata = stored_tensors(weights_path)
-    raw, told = own_config(metadata, read_json_object(config_path), weights_path)
-    adapter = interpret(stored, LoraConfig(raw, config_path), weights_path, options.base)
+    stored = stored_tensors(weights_path)
+    raw, told = own_config(stored.metadata, read_json_object(config_path), weights_path)
+    adapter = interpret(stored.tensors, LoraConfig(raw, config_path), weights_path, options.base)
     adapter = in_place(adapter, options.base, weights_path)
-    notes = (*told, *(adapter.provenance.notes if adapter.provenance else ()))
+    notes = (*told, *stored.notes, *(adapter.provenance.notes if adapter.provenance else ()))
     if path.is_dir() and config_path.parent != path:
         notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
     beside = lying_beside(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.containers.folders import dcp_folder, step_folder
+from adapterkit.containers.folders import dcp_folder, shards_folder, step_folder
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ _LEVELS = 3
 
 def is_dcp(path: Path) -> bool:
     """Tell whether a path means a checkpoint of torch, and no adapter saved by PEFT."""
-    return not _has_weights(path) and dcp_folder(path) is not None
+    if _has_weights(path):
+        return False
+    return dcp_folder(path) is not None or shards_folder(path) is not None
 
 
 def is_zero(path: Path) -> bool:

@@ -53,7 +53,7 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
         reason = REFUSED.get(kind, "`adapterkit list formats` lists what is read")
         raise UnsupportedError(f"peft_type {kind[:80]} is not read: {reason}", path=config_path)
     keys = KeyReader(weights_path)
-    groups, shared, tensors = _sorted(stored_tensors(weights_path)[0], keys)
+    groups, shared, tensors = _sorted(stored_tensors(weights_path).tensors, keys)
     if not groups:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
     name = fields.optional("base_model_name_or_path", TEXT) or None

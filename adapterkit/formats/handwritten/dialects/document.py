@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from adapterkit.containers.dcp import DistributedCheckpoint, is_of_optimizer, read_dcp
 from adapterkit.containers.npz import read_npz
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
+from adapterkit.errors import FormatError
 from adapterkit.json_file import read_json_object
 from adapterkit.tables import Table
 from adapterkit.tensor import LazyTensor
@@ -25,7 +27,7 @@ class Document:
     """One file of tensors.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder of a sharded checkpoint.
         container: `torch`, `npz` or `safetensors`.
         root: the saved object; a flat dict of tensors unless it is a torch file.
         metadata: the free text of a safetensors file.
@@ -73,11 +75,13 @@ class Document:
 
 
 def open_document(path: Path) -> Document:
-    """Open a file by its first bytes; nothing but headers is read.
+    """Open a file by its first bytes, a folder by its index; nothing but headers is read.
 
     Raises:
         FormatError: if it is none of the containers, or malformed.
     """
+    if path.is_dir():
+        return Document(path, "torch", _nested(read_dcp(path)))
     start = first_bytes(path)
     if not start.startswith(_ZIP):
         if _is_pickle(start):
@@ -87,6 +91,23 @@ def open_document(path: Path) -> Document:
     if _is_npz(path):
         return Document(path, "npz", dict(read_npz(path)))
     return Document(path, "torch", read_torch_zip(path).root)
+
+
+def _nested(checkpoint: DistributedCheckpoint) -> dict[str, Any]:
+    """Return the tensors of a sharded checkpoint as nested by its program, without optimizers."""
+    root: dict[str, Any] = {}
+    for trail in checkpoint.entries:
+        if is_of_optimizer(trail):
+            continue
+        node: dict[str, Any] | None = root
+        for key in trail[:-1]:
+            inner: Any = None if node is None else node.setdefault(key, {})
+            node = cast("dict[str, Any]", inner) if type(inner) is dict else None
+        if node is None or trail[-1] in node:
+            what = "lies where another tensor does"
+            raise FormatError(what, path=checkpoint.folder, where=".".join(trail))
+        node[trail[-1]] = checkpoint.tensor(trail)
+    return root
 
 
 def first_bytes(path: Path) -> bytes:

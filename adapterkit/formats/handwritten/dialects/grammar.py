@@ -8,7 +8,7 @@ A dialect is a TOML file. Every regular expression is matched against a whole na
     rivals      true: other programs give these names to the factors the other way round, so a file
                 whose modules are all square is only read when the dialect is named
     file        name of the file to read where a directory is given
-    containers  any of "torch", "npz", "safetensors"
+    containers  any of "torch" (sharded checkpoints too), "npz", "safetensors"
     select      sub-dictionaries that may hold the tensors, the first that exists; "" is the root
     outside     names elsewhere in the file that are no part of the adapter (optimizer states)
     requires    sources that must have a value for the dialect to be meant
@@ -44,6 +44,14 @@ whole state dict, with the frozen weight of every adapted module, may hold it.
 rows, `enabled` (a list, or a table slot -> source), `sizes` (slot -> rows, expressions over the
 numbers in `numbers`, a source; equal rows if absent). A holds r rows and B its own rows for every
 enabled slot.
+
+`[[stack]]` takes apart tensors that run over the layers of a model: `match`, and `to`, the name
+that each slice of the first axis gets, with its number as `{n}`.
+
+`[[parts]]` cuts the rows of a fused layer whose parts share A: `match` (of modules), `rows` (part
+-> rows, expressions over the sizes of the base model, in the order that they lie in), and
+`repeats`, how often all parts follow each other. Of several rules for a module, the first whose
+rows add up is meant.
 
 `[[convolution]]` unfolds loralib's: `match` (of modules), `kernel` unless the frozen weight tells.
 
@@ -117,6 +125,23 @@ class BlockRule:
 
 
 @dataclass(frozen=True, slots=True)
+class StackRule:
+    """Which tensors hold one slice for each layer, and what each is called."""
+
+    match: Pattern
+    to: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartRule:
+    """How the rows of a fused layer divide into parts, by the sizes of the base model."""
+
+    match: Pattern
+    rows: Mapping[str, str]
+    repeats: str = "1"
+
+
+@dataclass(frozen=True, slots=True)
 class ConvolutionRule:
     """Which modules are convolutions with loralib's folded factors, and their kernel."""
 
@@ -166,6 +191,8 @@ class Dialect:
     modules: Mapping[str, tuple[str, ...]] | None = None
     stride: int = 1
     ignore: tuple[IgnoreRule, ...] = ()
+    stacks: tuple[StackRule, ...] = ()
     blocks: tuple[BlockRule, ...] = ()
+    parts: tuple[PartRule, ...] = ()
     convolutions: tuple[ConvolutionRule, ...] = ()
     renames: tuple[RenameRule, ...] = ()

@@ -18,7 +18,9 @@ from adapterkit.formats.handwritten.dialects.grammar import (
     Dialect,
     Expectation,
     IgnoreRule,
+    PartRule,
     RenameRule,
+    StackRule,
     TensorRule,
     WeightRule,
 )
@@ -142,7 +144,9 @@ def _dialect(table: RuleTable, name: str, path: Path) -> Dialect:
         modules=_modules(table),
         stride=table.get("stride", whole(1, _MOST), 1),
         ignore=table.rows("ignore", _ignore),
+        stacks=table.rows("stack", _stack),
         blocks=table.rows("blocks", _blocks),
+        parts=table.rows("parts", _parts),
         convolutions=table.rows("convolution", _convolution),
         renames=table.rows("rename", _rename),
     )
@@ -168,7 +172,9 @@ _FIELDS = (
     "stride",
     "tensor",
     "ignore",
+    "stack",
     "blocks",
+    "parts",
     "convolution",
     "rename",
 )
@@ -259,6 +265,23 @@ def _blocks(table: RuleTable) -> BlockRule:
         for slot, expression in sizes.items():
             _checked(table, f"sizes.{slot}", evaluate, expression, _any_size)
     return BlockRule(table.pattern("match"), slots, enabled, sizes, numbers)
+
+
+def _stack(table: RuleTable) -> StackRule:
+    table.only(("match", "to"))
+    pattern, to = table.pattern("match"), table.get("to", TEXT)
+    _checked(table, "to", _filled, to, (*pattern.groupindex, "n"))
+    return StackRule(pattern, to)
+
+
+def _parts(table: RuleTable) -> PartRule:
+    table.only(("match", "rows", "repeats"))
+    rows, repeats = table.get("rows", mapped(TEXT)), table.get("repeats", TEXT, "1")
+    if not rows:
+        raise table.error("rows", "is empty")
+    for key, expression in (("repeats", repeats), *((f"rows.{n}", x) for n, x in rows.items())):
+        _checked(table, key, evaluate, expression, _any_size)
+    return PartRule(table.pattern("match"), rows, repeats)
 
 
 def _convolution(table: RuleTable) -> ConvolutionRule:

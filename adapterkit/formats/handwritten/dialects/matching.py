@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from adapterkit.formats.handwritten.dialects.grammar import Dialect
 from adapterkit.model.update import is_slice
 from adapterkit.tables import shown
 from adapterkit.tensor import LazyTensor
+from adapterkit.training import is_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 A, B = "A", "B"
 _MATRIX = 2
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -146,7 +148,7 @@ def _selected(
     for select in dialect.select if document.container in dialect.containers else ():
         inside = document.tensors(select) or {}
         if not select:
-            inside = {n: t for n, t in inside.items() if "." in n or not _of_training(n, t.size)}
+            inside = {n: t for n, t in inside.items() if "." in n or not is_state(n, t.size)}
         if inside:
             prefix = f"{select}." if select else ""
             names = {prefix + name for name in inside}
@@ -166,10 +168,26 @@ def _stripped(
         while prefix := next((p for p in dialect.strip if p and short.startswith(p)), None):
             short = short.removeprefix(prefix)
             counts[prefix] += 1
-        if short in found:
-            raise FormatError("two tensors have this name", path=document.path, where=short)
-        found[short] = tensor
+        for inner, part in _slices(dialect, short, tensor):
+            if inner in found:
+                raise FormatError("two tensors have this name", path=document.path, where=inner)
+            found[inner] = part
     return found
+
+
+def _slices(dialect: Dialect, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
+    """Yield a tensor, or one of each layer where it runs over them."""
+    found = ((rule, rule.match.fullmatch(name)) for rule in dialect.stacks)
+    rule, match = next(((rule, match) for rule, match in found if match), (None, None))
+    if rule is None or match is None or not 0 < (tensor.shape or (0,))[0] <= _MOST_LAYERS:
+        yield name, tensor
+        return
+    count, *shape = tensor.shape
+    height = math.prod(shape[:-1])
+    for n in range(count):
+        layer = tensor.rows(n * height, (n + 1) * height)
+        own = LazyTensor(layer.dtype, tuple(shape), layer.read)
+        yield rule.to.format_map({**match.groupdict(), "n": n}), own
 
 
 def _place(
@@ -233,19 +251,6 @@ def _embedding_names() -> frozenset[str]:
     return frozenset(tomllib.loads(path.read_text(encoding="utf-8"))["names"])
 
 
-@cache
-def _training() -> dict[str, list[str]]:
-    path = Path(__file__).parent / "names" / "training.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
-def _of_training(name: str, size: int = 1) -> bool:
-    """Tell whether a name elsewhere than in the model is that of a training script's own state."""
-    table = _training()
-    number = size == 1 and name in table["numbers"]
-    return number or any(re.fullmatch(pattern, name) for pattern in table["elsewhere"])
-
-
 def _find_weights(explanation: Explanation, tensors: Mapping[str, LazyTensor]) -> None:
     rule = explanation.dialect.weight
     if rule is not None:
@@ -271,7 +276,7 @@ def _unexplained(explanation: Explanation, names: list[str]) -> str | None:
 def _outside(explanation: Explanation, names: list[str]) -> str | None:
     for name in names:
         stated = any(pattern.fullmatch(name) for pattern in explanation.dialect.outside)
-        if not stated and not _of_training(name):
+        if not stated and not is_state(name):
             return name
         explanation.ignored[f"outside the adapter ({name.partition('.')[0]})"] += 1
     return None
