@@ -14,6 +14,7 @@ from adapterkit.checks.selection import selection
 from adapterkit.checks.structure import peft_config
 from adapterkit.errors import UncheckableError, UnsupportedError
 from adapterkit.formats.diffusion.on_base import on_base
+from adapterkit.formats.peft.config import NO_TARGETS
 from adapterkit.keys import Role
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
@@ -73,7 +74,7 @@ def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     """Report targets that select nothing of the base: PEFT raises an error then."""
     config = peft_config(adapter)
     chosen = selection(config)
-    if chosen is None or config.get("target_parameters"):
+    if chosen is None or config.get("target_parameters") or config["target_modules"] == NO_TARGETS:
         return
     # Quantised checkpoints have other tensors than `.weight` under a module's name.
     stored = [name.rpartition(".")[0] for name in base.names]
