@@ -26,7 +26,13 @@ _MERGE = "merge it into the base instead (adapterkit merge --into)"
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
 
 _ROLES = {
-    Role.MAGNITUDE: ("dora", f"DoRA magnitudes have no place in a GGUF adapter; {_MERGE}"),
+    Role.MAGNITUDE: (
+        "dora",
+        (
+            f"DoRA magnitudes have no place in a GGUF adapter; {_MERGE}, or take the nearest LoRA "
+            "(--dora-rank N with the base's weights)"
+        ),
+    ),
     Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in a GGUF adapter; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }
