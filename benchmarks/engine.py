@@ -85,7 +85,7 @@ def _library() -> Any:
 _SILENT = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)(lambda *_: None)
 
 
-def _check(done: bool, what: object) -> None:  # noqa: FBT001
+def _check(done: bool, what: object) -> None:
     if not done:
         sys.exit(f"llama.cpp does not take {what}")
 
