@@ -65,6 +65,7 @@ def convert(
     for_engine: str | None = None,
     base: BaseModel | Path | str | None = None,
     outtype: str = "auto",
+    dora_rank: int | None = None,
     moe_layout: str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
@@ -85,6 +86,8 @@ def convert(
         base: Hugging Face directory, config.json, GGUF file or cached hub id of the base model; by
             default the one that the adapter names, if it is in the local hub cache.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
+        dora_rank: rank of the nearest LoRA that every DoRA becomes, with `allow_lossy` and the
+            base's weights; the losses hold the relative error of each.
         moe_layout: `experts` or `fused`, where the target has two spellings.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
@@ -118,8 +121,10 @@ def convert(
         any_vocabulary=target.any_vocabulary,
     )
     options = replace(loaded.options, dtype=dtype, unverified=unverified)
-    ready = admitted(loaded.adapter, target, options, allow_lossy=allow_lossy, passed=loaded.losses)
-    context = Context(base=loaded.base)
+    context = Context(base=loaded.base, dora_rank=dora_rank)
+    plain = apply(["dora"], loaded.adapter, context)
+    losses = (*loaded.losses, *plain.losses)
+    ready = admitted(plain.adapter, target, options, allow_lossy=allow_lossy, passed=losses)
     # The proof compares modules by name, so it is of the adapter under its new names.
     prepare = engine.changes if engine else ()
     named = apply([step for step in prepare if step == NAMES], ready.adapter, context)
@@ -147,7 +152,12 @@ def convert(
         source=loaded.label,
         source_format=loaded.format,
         losses=ready.losses,
-        notes=(*loaded.told, *map(str, (*named.notes, *changed.notes)), *ready.warnings, *told),
+        notes=(
+            *loaded.told,
+            *map(str, (*plain.notes, *named.notes, *changed.notes)),
+            *ready.warnings,
+            *told,
+        ),
     )
 
 

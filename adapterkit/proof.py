@@ -13,7 +13,7 @@ from adapterkit.keys import PARTNERS, Role
 from adapterkit.lowrank.differences import Difference, difference, silent
 from adapterkit.model.tying import one_spelling
 from adapterkit.tensor import same_bits
-from adapterkit.work import tracked
+from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -67,11 +67,9 @@ def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
     (first, second), _ = one_spelling([first, second])
     pairs1 = {pair.module: pair for pair in first.pairs()}
     pairs2 = {pair.module: pair for pair in second.pairs()}
-    differences = {
-        module: _shaped_difference(pair, pairs2[module])
-        for module, pair in tracked(pairs1.items())
-        if module in pairs2
-    }
+    shared = [(pair, pairs2[module]) for module, pair in pairs1.items() if module in pairs2]
+    found = in_threads(lambda each: _shaped_difference(*each), shared)
+    differences = {pair.module: each for (pair, _), each in zip(shared, found, strict=True)}
     files1, files2 = _files(first), _files(second)
     differences |= {
         name: _file_difference(file, files2[name])

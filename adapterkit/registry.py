@@ -241,7 +241,7 @@ BUILTIN = (
     # After every format of one peft_type: this one answers for all others, reading or refusing.
     FormatSpec(
         name="peft-tuners",
-        title="PEFT AdaLoRA, LoHa, LoKr, DeLoRA, MiSS, VeRA and VB-LoRA",
+        title="PEFT AdaLoRA, LoHa, LoKr, GraLoRA, HRA, IA3, LN tuning and others",
         reader="adapterkit.formats.peft.tuners:read_tuner",
         config_match={"peft_type": ()},
         files=("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),

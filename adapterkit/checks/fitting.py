@@ -13,6 +13,7 @@ from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.selection import selection
 from adapterkit.checks.structure import peft_config
 from adapterkit.errors import UncheckableError, UnsupportedError
+from adapterkit.formats.peft.config import NO_TARGETS
 from adapterkit.keys import Role
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
@@ -81,7 +82,7 @@ def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     """Report targets that select nothing of the base: PEFT raises an error then."""
     config = peft_config(adapter)
     chosen = selection(config)
-    if chosen is None or config.get("target_parameters"):
+    if chosen is None or config.get("target_parameters") or config["target_modules"] == NO_TARGETS:
         return
     # Quantised checkpoints have other tensors than `.weight` under a module's name.
     stored = [name.rpartition(".")[0] for name in base.names]

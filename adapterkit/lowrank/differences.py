@@ -39,8 +39,9 @@ class Difference:
 def difference(first: Update, second: Update) -> Difference:
     """Compare two updates of one module.
 
-    Equal bits and equal scales are equal updates and need no arithmetic. All else is compared as
-    `distances.distance` does it, which loses nothing to cancellation.
+    Equal numbers and equal scales are equal updates and need no arithmetic, such as bfloat16 and
+    the float32 that it was widened to. All else is compared as `distances.distance` does it, which
+    loses nothing to cancellation.
 
     Args:
         first: the reference.
@@ -55,8 +56,8 @@ def difference(first: Update, second: Update) -> Difference:
         raise ValueError(f"{' and '.join(shown)} cannot be compared")
     if (
         first.scale
-        and same_bits(first.a, second.a)
-        and same_bits(first.b, second.b)
+        and _same_numbers(first.a, second.a)
+        and _same_numbers(first.b, second.b)
         and finite(first)
     ):
         ratio = second.scale / first.scale
@@ -73,6 +74,21 @@ def difference(first: Update, second: Update) -> Difference:
         cosine=found.inner / one / other if one and other else None,
         norm_ratio=other / one if one else None,
     )
+
+
+def _same_numbers(first: LazyTensor, second: LazyTensor) -> bool:
+    """Tell whether two tensors hold the same numbers, as far as their bits tell."""
+    import numpy as np
+
+    if first.shape != second.shape:
+        return False
+    narrow, wide = (first, second) if first.dtype is DType.BF16 else (second, first)
+    if (narrow.dtype, wide.dtype) != (DType.BF16, DType.F32):
+        return same_bits(first, second)
+    # bf16 is the upper half of float32.
+    upper = np.frombuffer(narrow.tobytes(), "<u2").astype("<u4")
+    upper <<= 16
+    return bool(np.array_equal(upper, np.frombuffer(wide.tobytes(), "<u4")))
 
 
 def _same_at_scale(first: Update, second: Update) -> bool:

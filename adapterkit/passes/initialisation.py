@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.base.places import Places
 from adapterkit.dtype import DType
-from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
+from adapterkit.errors import BaseRequiredError, UnsupportedError
 from adapterkit.lowrank.differences import norm
 from adapterkit.model import Kind, PeftSource
 from adapterkit.notes import Note
 from adapterkit.passes.protocol import Context, Passed
+from adapterkit.passes.weights import weight_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,26 +141,10 @@ def _weights(base: BaseModel | None, setting: str, path: Path | None) -> Places:
 
 
 def _weight(pair: Update, weights: Places) -> LazyTensor:
-    weight = weights.stored(pair.module)
-    if weight is None:
-        message = f"is not in {weights.base.path}; is it the right base?"
-        raise IncompatibleBaseError(message, where=pair.module)
+    weight = weight_of(pair, weights)
     if pair.kind is not Kind.LINEAR or len(weight.shape) != _MATRIX:
         message = "is no linear layer; what its initialisation changed is not known"
         raise UnsupportedError(message, where=pair.module)
-    if not weight.dtype.floating or weight.dtype.quantised or weight.dtype.scaled:
-        raise BaseRequiredError(
-            f"is stored as {weight.dtype} in {weights.base.path}; give the model before it was "
-            "quantised",
-            where=pair.module,
-        )
-    shape = weight.shape[::-1] if weights.conv1d(pair.module) else weight.shape
-    if shape != pair.shape:
-        raise IncompatibleBaseError(
-            f"the base has {shape[0]} x {shape[1]} here, the adapter "
-            f"{pair.shape[0]} x {pair.shape[1]}",
-            where=pair.module,
-        )
     return weight
 
 

@@ -19,12 +19,14 @@ class Context:
         losses: what a target cannot hold, and what may leave for it.
         allow_lossy: whether a pass may drop what it has to list as a loss.
         growing: whether the target takes new rows of a vocabulary from the adapter.
+        dora_rank: of the LoRA that stands for a DoRA; None to leave it as it is.
     """
 
     base: BaseModel | None = None
     losses: tuple[Loss, ...] = ()
     allow_lossy: bool = False
     growing: bool = False
+    dora_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from adapterkit.errors import UsageError
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.dropping import drop
 from adapterkit.passes.initialisation import undone
+from adapterkit.passes.magnitudes import truncated
 from adapterkit.passes.naming import NAMES, named
 from adapterkit.passes.protocol import Context, Pass, Passed
 from adapterkit.passes.uniform import uniform
@@ -29,6 +30,12 @@ PASSES = (
         name="initialisation",
         promise="on the original base the adapter is the model that it was on the changed one",
         change=undone,
+    ),
+    Pass(
+        name="dora",
+        promise="every DoRA is the nearest LoRA of a rank, its error listed as a loss; all else "
+        "stays",
+        change=truncated,
     ),
     Pass(
         name="vocabulary",

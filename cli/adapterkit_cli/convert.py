@@ -26,6 +26,7 @@ _STREAM = "-"
         "adapterkit convert my-adapter.gguf -o my-adapter --to peft --base base/",
         "adapterkit convert my-adapter -o for-mlx --to mlx --base base/",
         "adapterkit convert my-adapter -o for-sglang --for sglang",
+        "adapterkit convert my-dora -o my-lora --base base/ --dora-rank 64 --allow-lossy",
         "adapterkit convert adapters/* -o converted/ --to gguf --base base/ --jobs 4",
         "adapterkit convert my-adapter --to gguf --base base/ -o - | ssh host 'cat > a.gguf'",
     ),
@@ -50,6 +51,13 @@ _STREAM = "-"
     metavar="ENGINE[@VERSION]",
     shell_complete=options.engine_names,
     help="Make the exact changes that an engine needs, one of `adapterkit list engines`.",
+)
+@click.option(
+    "--dora-rank",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With --allow-lossy and the base's weights: make every DoRA the nearest LoRA of this "
+    "rank, and print the error of each.",
 )
 @options.moe_layout
 @options.unverified

@@ -21,6 +21,7 @@ _OWN = (
     "dtype",
     "gguf_type",
     "rounding",
+    "calibrate",
     "tied",
     "dequantize",
     "allow_requantise",
@@ -69,6 +70,13 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["nearest", "shaped"]),
             help="How low-bit types are rounded: shaped, the default of keep, keeps errors away "
             "from what the adapter listens to.",
+        ),
+        click.option(
+            "--calibrate",
+            metavar="TEXT|IMATRIX",
+            type=shared.PATH,
+            help="With shaped rounding: a text like those that the model will see (needs "
+            "transformers), or llama.cpp's imatrix.gguf.",
         ),
         click.option(
             "--tied",

@@ -36,7 +36,7 @@ HOSTILE: dict[str, tuple[str, int, str]] = {
     "no-config": ("fails", 3, "no adapter_config.json"),
     "no-tensors": ("fails", 3, f"{WEIGHTS}holds no tensors"),
     "no-weights": ("fails", 3, "neither adapter_model.safetensors nor adapter_model.bin"),
-    "not-lora": ("fails", 4, f"{CONFIG}peft_type IA3 is not read"),
+    "not-lora": ("fails", 4, f"{CONFIG}peft_type OFT is not read"),
     "one-axis": ("shows", 3, f"{MODULE}.lora_A: has shape [32]"),
     "pattern-a-list": ("fails", 3, f"{CONFIG}alpha_pattern: expects a mapping of names"),
     "pattern-never-ends": ("fails", 3, f"{CONFIG}"),

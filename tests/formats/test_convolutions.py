@@ -26,6 +26,7 @@ from adapterkit import (
     merge,
     merge_files,
     merge_into,
+    merge_methods,
     read,
     validate,
 )
@@ -234,7 +235,39 @@ def applied(found: dict[str, np.ndarray[Any, Any]]) -> list[torch.Tensor]:
         return model(inputs())
 
 
-@pytest.mark.parametrize("method", ["svd", "cat", "ties", "linear-peft", "slerp"])
+METHODS = [spec.name for spec in merge_methods()]
+
+
+def flat(adapter: AdapterTensorSet) -> AdapterTensorSet:
+    """Return the adapter with every kernel folded into the columns of a linear layer."""
+    return AdapterTensorSet.of(
+        [
+            Update(
+                pair.module,
+                LazyTensor.of(pair.a.numpy().reshape(pair.rank, -1)),
+                LazyTensor.of(pair.b.numpy().reshape(-1, pair.rank)),
+                pair.scale,
+            )
+            for pair in adapter.pairs()
+        ],
+        {},
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_does_to_a_kernel_what_it_does_to_the_folded_matrix(
+    pair: tuple[Path, Path], method: str
+) -> None:
+    adapters = [read(path) for path in pair]
+    found = merge(adapters, weights=[0.7, 0.4], method=method).adapter
+    wanted = merge([flat(each) for each in adapters], weights=[0.7, 0.4], method=method).adapter
+    matrices = deltas(wanted)
+    assert found.modules == wanted.modules
+    for module, delta in deltas(found).items():
+        assert delta.reshape(matrices[module].shape) == pytest.approx(matrices[module], abs=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_merged_adapters_keep_the_layout_of_convolutions(
     pair: tuple[Path, Path], method: str
 ) -> None:
@@ -254,15 +287,35 @@ def test_merged_adapters_give_the_sum_of_peft_s_outputs(
     assert apart(wanted, outputs(tmp_path / "m")) < 1e-10
 
 
-def test_merged_into_a_checkpoint_it_is_what_peft_adds(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
-    base = tmp_path / "base"
+def checkpoint(base: Path) -> Path:
     base.mkdir()
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1}
     (base / "config.json").write_text(json.dumps(config))
     weights = {name: tensor.contiguous() for name, tensor in Convolutions().state_dict().items()}
     save_file(weights, base / "model.safetensors")
+    return base
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "della", "breadcrumbs", "sce"])
+def test_a_rule_into_a_checkpoint_is_the_rule_on_the_folded_matrix(
+    pair: tuple[Path, Path], method: str, tmp_path: Path
+) -> None:
+    base = checkpoint(tmp_path / "base")
+    merge_into(pair, base, tmp_path / "m", weights=[0.7, 0.4], method=method)
+    adapters = [flat(read(path)) for path in pair]
+    whole = merge(adapters, weights=[0.7, 0.4], method=method, rank=24).adapter
+    found = load_file(tmp_path / "m" / "model.safetensors")
+    for module, delta in deltas(whole).items():
+        change = (
+            found[f"{module}.weight"] - load_file(base / "model.safetensors")[f"{module}.weight"]
+        )
+        assert change.numpy().reshape(delta.shape) == pytest.approx(delta, abs=1e-6)
+
+
+def test_merged_into_a_checkpoint_it_is_what_peft_adds(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = checkpoint(tmp_path / "base")
     merge_into(pair, base, tmp_path / "m", weights=[0.7, 0.4])
     model = Convolutions()
     model.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))

@@ -22,6 +22,7 @@ from adapterkit.formats.lycoris.reader import read_lycoris
 from adapterkit.formats.peft.tuners import read_tuner
 from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import RULES
+from adapterkit.formats.peft.tuners_whole import WHOLE
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect
@@ -56,6 +57,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "delora": ("Delora", {"r": 4}),
     "delora-patterns": ("Delora", {"r": 4, "rank_pattern": {"q_proj": 2}}),
+    "gralora": ("Gralora", {"r": 4, "gralora_k": 2, "alpha": 6}),
+    "gralora-hybrid": ("Gralora", {"r": 8, "gralora_k": 4, "alpha": 6, "hybrid_r": 2}),
+    "gralora-fine": ("Gralora", {"r": 8, "gralora_k": 8, "alpha": 6}),
+    "hra": ("HRA", {"r": 4}),
+    "hra-odd": ("HRA", {"r": 5, "init_weights": False}),
+    "hra-orthogonal": ("HRA", {"r": 4, "apply_GS": True}),
     "miss": ("Miss", {"r": 4}),
     "miss-remainder": ("Miss", {"r": 5}),
     "miss-mini": ("Miss", {"r": 4, "mini_r": 8, "init_weights": "mini"}),
@@ -110,7 +117,7 @@ def merged(base: Path, adapter: Path, model_class: Any = LlamaForCausalLM) -> di
     plain = model_class.from_pretrained(base)
     before = {name: x.detach().double().numpy() for name, x in plain.named_parameters()}
     model = PeftModel.from_pretrained(model_class.from_pretrained(base), adapter)
-    after = model.merge_and_unload()
+    after = model.double().merge_and_unload()
     return {n: x.detach().double().numpy() - before[n] for n, x in after.named_parameters()}
 
 
@@ -123,7 +130,7 @@ def dense(adapter: AdapterTensorSet) -> dict[str, np.ndarray]:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(PROMPT).logits
+        return model.double().eval()(PROMPT).logits
 
 
 def relative(got: Any, want: Any) -> float:
@@ -146,7 +153,11 @@ def test_update_is_the_one_that_peft_merges(
 
 
 @pytest.mark.parametrize(
-    "name", ["adalora", "loha", "lokr-both", "delora", "miss", "vera", "vblora"]
+    "name",
+    [
+        *("adalora", "loha", "lokr-both", "delora", "gralora", "gralora-hybrid"),
+        *("hra", "hra-orthogonal", "miss", "vera", "vblora"),
+    ],
 )
 def test_lora_that_is_written_gives_peft_the_same_logits(
     name: str, base: Path, tmp_path: Path
@@ -310,8 +321,8 @@ def test_convolutions_are_refused_by_name(kind: str, leaf: str, tmp_path: Path) 
 
 def test_every_other_peft_type_is_refused_with_its_reason(tmp_path: Path) -> None:
     known = {kind.value for kind in peft.PeftType} - {"LORA", "TINYLORA"}
-    assert known == (RULES.keys() | REFUSED.keys()) - {"BONE"}
-    assert not RULES.keys() & REFUSED.keys()
+    assert known == (RULES.keys() | WHOLE.keys() | REFUSED.keys()) - {"BONE"}
+    assert not (RULES.keys() | WHOLE.keys()) & REFUSED.keys()
     save_file({"base_model.model.x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     for kind, reason in REFUSED.items():
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
@@ -329,11 +340,21 @@ def test_an_unknown_peft_type_is_refused_by_name(tmp_path: Path) -> None:
 
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-RANKS = {"adalora": 2, "delora": 2, "loha": 4, "lokr": 2, "miss": 2, "vblora": 2, "vera": 2}
+RANKS = {
+    "adalora": 2,
+    "delora": 2,
+    "gralora": 4,
+    "hra": 2,
+    "loha": 4,
+    "lokr": 2,
+    "miss": 2,
+    "vblora": 2,
+    "vera": 2,
+}
 
 
-def test_fixtures_are_read_with_nothing_but_a_config_beside_them() -> None:
-    known = open_base(FIXTURES / "tuners" / "base" / "config.json")
+def test_fixtures_are_read_with_nothing_but_a_base_beside_them() -> None:
+    known = open_base(FIXTURES / "tuners" / "base")
     assert {kind.upper() for kind in RANKS} == RULES.keys()
     for name, rank in RANKS.items():
         adapter = read_tuner(FIXTURES / "tuners" / name, Options(base=known))
@@ -341,6 +362,22 @@ def test_fixtures_are_read_with_nothing_but_a_config_beside_them() -> None:
         assert (pair.module, pair.rank) == ("model.layers.0.self_attn.q_proj", rank), name
         assert pair.shape == (8, 12)
         assert dense(adapter)[pair.module].any()
+
+
+def test_fixtures_of_whole_parameters_are_read() -> None:
+    known = open_base(FIXTURES / "tuners" / "base")
+    found = {
+        name.lower(): next(
+            iter(read_tuner(FIXTURES / "tuners" / name.lower(), Options(base=known)).tensors)
+        )
+        for name in WHOLE
+        if name != "BEFT"
+    }
+    assert found == {
+        "ia3": TensorKey("model.layers.0.self_attn.q_proj.weight", Role.FULL),
+        "ln_tuning": TensorKey("model.norm.weight", Role.FULL),
+        "trainable_tokens": TensorKey("model.embed_tokens", Role.TOKEN_ROWS),
+    }
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])

@@ -27,7 +27,13 @@ _HEADS = {"score", "classifier", "classification_head", "pre_classifier", "qa_ou
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
 
 _ROLES = {
-    Role.MAGNITUDE: ("dora", f"DoRA magnitudes have no place in a GGUF adapter; {_MERGE}"),
+    Role.MAGNITUDE: (
+        "dora",
+        (
+            f"DoRA magnitudes have no place in a GGUF adapter; {_MERGE}, or take the nearest LoRA "
+            "(--dora-rank N with the base's weights)"
+        ),
+    ),
     Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in a GGUF adapter; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }

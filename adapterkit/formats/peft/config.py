@@ -40,6 +40,8 @@ _NOT_A_WEIGHT_UPDATE = {
 _T = TypeVar("_T")
 LARGEST_RANK = 1 << 20
 _RANK = whole(1, LARGEST_RANK)
+# `target_modules` of an adapter without factors: an empty list would mean PEFT's own choice.
+NO_TARGETS = "dummy-target-modules"
 _NAMES = either(TEXT, listed(TEXT))
 _NUMBERS = listed(whole(0, 1 << 40))
 # What later steps take from the document as it is: it is checked once, here.

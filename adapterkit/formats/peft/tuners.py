@@ -1,4 +1,4 @@
-"""PEFT adapters of other tuners, read as the LoRA that they are; written by PEFT only."""
+"""PEFT adapters of other tuners, read as the LoRA or the parameters that they are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from adapterkit.formats.peft.files import locate, stored_tensors
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import LEAF, RULES, SHARED, Context, Parts
+from adapterkit.formats.peft.tuners_whole import WHOLE, token_indices
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, PeftSource
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 
 # AdaLoRA's leaves are LoRA's without `.weight`; told apart before the common grammar sees them.
 _ADALORA = re.compile(r"\.lora_([ABE])(?=$|\.(?!weight$)[^.]+$)")
+# LN tuning keeps whole layers.
+_NORM = re.compile(r"\.ln_tuning_layers(?:\.[^.]+)?\.(weight|bias)$")
 # Fields of the source that a LoRA of the same modules keeps.
 _KEPT = ("task_type", "revision", "auto_mapping", "modules_to_save", "fan_in_fan_out")
 
 
 def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
-    """Read a PEFT adapter of another tuner as factors; computed when they are asked for.
+    """Read a PEFT adapter of another tuner as factors or whole parameters, computed when needed.
 
     Args:
         path: directory, or weights file beside its config.
@@ -49,7 +52,7 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
     config = read_json_object(config_path)
     fields = Table(config, config_path)
     kind = fields.get("peft_type", TEXT)
-    if kind not in RULES:
+    if kind not in RULES and kind not in WHOLE:
         reason = REFUSED.get(kind, "`adapterkit list formats` lists what is read")
         raise UnsupportedError(f"peft_type {kind[:80]} is not read: {reason}", path=config_path)
     keys = KeyReader(weights_path)
@@ -58,10 +61,11 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
     name = fields.optional("base_model_name_or_path", TEXT) or None
     context = Context(config, config_path, shared, options.base or find_base(name))
-    scales, ranks = _factors(kind, groups, context, tensors)
+    scales, ranks = _understood(kind, groups, context, tensors)
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
+        token_indices=_tokens(context, tensors),
         base=BaseReference(
             name=name,
             revision=fields.optional("revision", TEXT) or None,
@@ -86,7 +90,7 @@ def _sorted(
         if match := SHARED.match(name):
             shared[match["name"]] = tensor
             continue
-        key = keys.read(_ADALORA.sub(r".adalora_\1", name))
+        key = keys.read(_NORM.sub(r".ln_tuning_\1", _ADALORA.sub(r".adalora_\1", name)))
         if key is None:
             continue
         if match := LEAF.match(key.module):
@@ -96,17 +100,20 @@ def _sorted(
     return dict(groups), shared, others
 
 
-def _factors(
+def _understood(
     kind: str,
     groups: Mapping[str, Parts],
     context: Context,
     tensors: dict[TensorKey, LazyTensor],
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Add every module's factors to `tensors`; return scales, and ranks of all modules."""
+    """Add what tensors mean, module by module; return scales, and ranks of factors."""
     scales: dict[str, float] = {}
     ranks: dict[str, int] = {}
     for module, parts in groups.items():
         try:
+            if kind in WHOLE:
+                tensors |= WHOLE[kind](module, parts, context)
+                continue
             factors, scale = RULES[kind](module, parts, context)
         except KeyError as error:
             problem = f"has no {error.args[0]}"
@@ -121,7 +128,20 @@ def _factors(
     return scales, ranks
 
 
+def _tokens(
+    context: Context, tensors: Mapping[TensorKey, LazyTensor]
+) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """Return the trained tokens, by module where it is not the input embedding alone."""
+    tokens = token_indices(context)
+    modules = [key.module for key in tensors if key.role is Role.TOKEN_ROWS]
+    alone = [module.rpartition(".")[2] for module in modules] == ["embed_tokens"]
+    return tokens if alone else dict.fromkeys(modules, tokens)
+
+
 def _notes(kind: str, ranks: Mapping[str, int]) -> Iterable[str]:
+    if not ranks:
+        yield f"{kind} written out as whole parameters"
+        return
     largest, smallest = (
         max(ranks.values()),
         min(value for value in (*ranks.values(), 1 << 30) if value),

@@ -16,13 +16,16 @@ from adapterkit.base import BaseModel
 from adapterkit.base.places import Places
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
 from adapterkit.formats.peft.config import LARGEST_RANK, LoraConfig
-from adapterkit.tables import Table, number, whole
+from adapterkit.formats.peft.tuners_refused import MERGE
+from adapterkit.tables import FLAG, Table, number, whole
 from adapterkit.tensor import LazyTensor
 from adapterkit.tuners import (
     Factors,
     adalora,
     delora,
+    granular,
     hadamard,
+    householder,
     kronecker,
     miss,
     vector_bank,
@@ -38,7 +41,8 @@ Parts = Mapping[str, LazyTensor]
 LEAF = re.compile(
     r"^(?P<module>.+)\.(?P<leaf>adalora_[ABE]|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?"
     r"|lokr_t[12]|delora_(?:A|B|lambda|w_norm)|miss_block|vera_lambda_[bd]"
-    r"|vblora_logits_[AB](?:_topk_(?:indices|weights))?)(?:\.[^.]+)?$"
+    r"|vblora_logits_[AB](?:_topk_(?:indices|weights))?|gralora_[AB](?:_general)?|hra_u|ia3_l"
+    r"|beft_bias|trainable_tokens_delta|ln_tuning_(?:weight|bias))(?:\.[^.]+)?$"
 )
 # Tensors that all modules share, by their name in the file.
 SHARED = re.compile(r"^base_model\.(?P<name>vera_[AB]|vblora_vector_bank)(?:\.[^.]+)?$")
@@ -71,6 +75,33 @@ class Context:
     def weights(self) -> Places | None:
         """Sizes of the base's modules."""
         return Places(self.base) if self.base else None
+
+    def parameter(self, name: str) -> LazyTensor:
+        """Return a parameter of the base as it is stored.
+
+        Raises:
+            BaseRequiredError: if there is no base, or it has no such weights.
+        """
+        found = self.optional(name)
+        if found is None or not found.dtype.floating or found.dtype.quantised:
+            kind = self.config.get("peft_type")
+            lacking = f"; {self.base.path} has none for it" if self.base else ""
+            raise BaseRequiredError(
+                f"what {kind} does follows from the base's own weights: give the Hugging Face "
+                f"model with --base{lacking}",
+                path=self.path,
+                where=name,
+            )
+        return found
+
+    def optional(self, name: str) -> LazyTensor | None:
+        """Return a parameter of the base, or None if it has none of that name."""
+        stored = self.weights.find(name) if self.weights else None
+        return self.weights.base.tensors[stored] if self.weights and stored else None
+
+    def turned(self, module: str) -> bool:
+        """Whether the base stores a module's weight as (in, out)."""
+        return self.weights is not None and self.weights.conv1d(module)
 
     def shape(self, module: str) -> tuple[int, int]:
         """Return (out, in) of a module, which some files do not state.
@@ -137,8 +168,7 @@ def _delora(module: str, parts: Parts, context: Context) -> tuple[Factors, float
 def _miss(module: str, parts: Parts, context: Context) -> tuple[Factors, float]:
     if context.config.get("init_weights") == "bat":
         raise UnsupportedError(
-            'init_weights "bat" multiplies the base weight, so its update depends on that weight; '
-            "merge it into the base with PEFT (merge_and_unload) and serve that",
+            f'init_weights "bat" multiplies the base weight, and its update has full rank; {MERGE}',
             path=context.path,
         )
     outputs, inputs = context.shape(module)
@@ -164,6 +194,24 @@ def _vblora(module: str, parts: Parts, context: Context) -> tuple[Factors, float
     count = context.fields.get("topk", whole(1, vectors, integral=True), 2)
     sides = (_selection(parts, f"vblora_logits_{side}", count) for side in "AB")
     return vector_bank(context.shared["vblora_vector_bank"], *sides), 1.0
+
+
+def _gralora(module: str, parts: Parts, context: Context) -> tuple[Factors, float]:
+    del module
+    sides = "gralora_A_general", "gralora_B_general"
+    a, b = (parts.get(side) for side in sides)
+    general = (a, b) if a is not None and b is not None else None
+    if (a is None) != (b is None):
+        raise KeyError(sides[b is None])
+    rank = parts["gralora_A"].shape[-1] + (general[0].shape[0] if general else 0)
+    alpha = context.fields.get("alpha", number(), 64.0)
+    return granular(parts["gralora_A"], parts["gralora_B"], general), alpha / rank
+
+
+def _hra(module: str, parts: Parts, context: Context) -> tuple[Factors, float]:
+    weight = context.parameter(f"{module}.weight")
+    orthogonal = context.fields.optional("apply_GS", FLAG) or False
+    return householder(parts["hra_u"], weight, orthogonal=orthogonal), 1.0
 
 
 def _selection(parts: Parts, name: str, count: int) -> Selection:
@@ -196,6 +244,8 @@ def _same_rank(module: str, stored: int, context: Context) -> None:
 RULES: Mapping[str, Rule] = {
     "ADALORA": _adalora,
     "DELORA": _delora,
+    "GRALORA": _gralora,
+    "HRA": _hra,
     "LOHA": _loha,
     "LOKR": _lokr,
     "MISS": _miss,

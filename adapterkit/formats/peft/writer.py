@@ -12,7 +12,7 @@ from adapterkit.base.places import Places
 from adapterkit.beside import carry
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
-from adapterkit.formats.peft.config import LoraConfig
+from adapterkit.formats.peft.config import NO_TARGETS, LoraConfig
 from adapterkit.formats.peft.experts import (
     WRITTEN_VERSION,
     fold_experts,
@@ -291,8 +291,11 @@ def _targeting(
     create, and miss, the others. Full paths are always right.
     """
     adapted = _adapted(adapter)
-    if source and set(_source(adapter).modules) == set(adapted):
-        return {name: source[name] for name in _TARGETING if name in source}
+    recorded = {name: source[name] for name in _TARGETING if name in source}
+    if recorded and set(_source(adapter).modules) == set(adapted):
+        return recorded
+    if not adapted:
+        return {**dict.fromkeys(_TARGETING), "target_modules": NO_TARGETS}
     modules = [module for module in adapted if module not in parameters]
     suffixes = sorted({module.rpartition(".")[2] for module in modules})
     known = _base_modules(base) - parameters.keys()

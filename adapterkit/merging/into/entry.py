@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 from adapterkit.base.model import BaseModel
 from adapterkit.base.quantised import DecodedBase
 from adapterkit.destination import Directory, check_destination
 from adapterkit.dtype import DType
-from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.errors import NotFoundError, UnsupportedError, UsageError
 from adapterkit.keys import Role
 from adapterkit.loading import open_model
 from adapterkit.merging.combination import Combination
@@ -58,6 +59,7 @@ def merge_into(
     dtype: str | None = None,
     gguf_type: str | None = None,
     rounding: str | None = None,
+    calibrate: Path | str | None = None,
     tied: str | None = None,
     dequantize: bool = False,
     dialect: str | None = None,
@@ -96,6 +98,8 @@ def merge_into(
             mixtures (`q4_k_m`, ...) quantises the whole merged model, of 16 or 32 bits before.
         rounding: `nearest`, or `shaped`, the default of `keep`: errors on block types of 4 to 6
             bits are kept away from the directions of the inputs that the adapter listens to.
+        calibrate: with shaped rounding, a text in UTF-8, of which the layers' inputs are taken
+            (needs transformers), or llama.cpp's imatrix in GGUF; by default the base draws tokens.
         tied: `shared` or `untie`, where the base has one table for embedding and output and it is
             changed.
         dequantize: decode a Hugging Face base that is quantised as fp8 or MXFP4, all of it, to 16
@@ -123,12 +127,15 @@ def merge_into(
     weights = shares(weights, len(sources), how, normalize=normalize)
     check_choice(tied)
     check_type(gguf_type)
-    check_rounding(rounding, gguf_type)
+    calibration = None if calibrate is None else Path(calibrate)
+    check_rounding(rounding, gguf_type, calibration)
     destination = Path(destination)
     opened = open_model(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
-    if opened.kind == "hf" and rounding is not None:
+    if opened.kind == "hf" and (rounding is not None or calibrate is not None):
         raise UsageError("rounding is for GGUF bases", path=opened.path)
+    if calibration is not None and not calibration.is_file():
+        raise NotFoundError("is no file", path=calibration)
     check_destination(destination, force=force, directory=_directory(opened))
     if dequantize and opened.kind == "gguf":
         raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
@@ -151,7 +158,15 @@ def merge_into(
     if opened.kind == "gguf":
         allow = Allowed(requantise=allow_requantise, weak=allow_weak)
         tensors, more = _merge_file(
-            adapters, opened, write, allow, how, kind=gguf_type, tied=tied, rounding=rounding
+            adapters,
+            opened,
+            write,
+            allow,
+            how,
+            kind=gguf_type,
+            tied=tied,
+            rounding=rounding,
+            calibrate=calibration,
         )
     elif opened.layout:
         adapters = respelled(adapters, opened)
@@ -280,11 +295,23 @@ def _merge_file(
     kind: str | None,
     tied: str | None,
     rounding: str | None,
+    calibrate: Path | None,
 ) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_gguf(sources, base, kind=kind, tied=tied, rounding=rounding, allow=allow, how=how)
+    plan = plan_gguf(
+        sources,
+        base,
+        kind=kind,
+        tied=tied,
+        rounding=rounding,
+        calibrate=calibrate,
+        allow=allow,
+        how=how,
+    )
     file = plan.output(write.destination.name)
     settings = {"gguf_type": kind, "tied": tied, "segment": SEGMENT, "weak": allow.weak}
     settings |= {"rounding": rounding, **settings_of(how)}
+    if calibrate is not None:
+        settings["calibrate"] = blake2b(calibrate.read_bytes()).hexdigest()
     with write.output(sources) as output:
         key = plan_hash(sources, file.spans(), (), settings)
         count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)

@@ -11,6 +11,7 @@ from adapterkit.architectures.mixtures import mixtures
 from adapterkit.containers.gguf import GGUFValue, gguf_layout, read_gguf, uint32
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.merging.into.calibration import calibrated_inputs
 from adapterkit.merging.into.engine import EMBEDDING, OUTPUT, engine_steps
 from adapterkit.merging.into.inputs import drawn_inputs
 from adapterkit.merging.into.rounding import can_be_shaped, shaped_changes
@@ -24,6 +25,7 @@ from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from adapterkit.architectures.mixtures import Mixture
     from adapterkit.base.model import BaseModel
@@ -116,6 +118,7 @@ def plan_gguf(
     kind: str | None,
     tied: str | None,
     rounding: str | None,
+    calibrate: Path | None = None,
     allow: Allowed,
     how: Combination | None = None,
 ) -> EnginePlan:
@@ -124,6 +127,9 @@ def plan_gguf(
     Raises:
         UnsupportedError: if something has no place there, or no kernel writes a type.
         IncompatibleBaseError: if an adapter does not fit the base.
+        UsageError: if nothing would be calibrated, or by too little.
+        FormatError: if what is to calibrate is no text and no imatrix of this model.
+        UncheckableError: if a library that a text needs is not installed.
     """
     steps: dict[str, list[Step]] = {}
     sources = as_spelled(sources, tied=base.tied, choice=tied)
@@ -147,7 +153,15 @@ def plan_gguf(
     if rounding == "shaped" or (kind == "keep" and rounding is None):
         most = math.inf if allow.weak else MOST_ERROR
         names = [name for name, change in changes.items() if can_be_shaped(change)]
-        inputs = drawn_inputs(base, file, names)
+        if calibrate is not None and not names:
+            raise UsageError(
+                "nothing is rounded by what it listens to here; leave it out", path=calibrate
+            )
+        inputs = (
+            drawn_inputs(base, file, names)
+            if calibrate is None
+            else calibrated_inputs(base, file, names, calibrate)
+        )
         changes = shaped_changes(changes, inputs, most)
         notes += _on_rounding(names, inputs)
     stored = {name: changes[name].stored if name in changes else t for name, t in tensors.items()}
@@ -238,8 +252,8 @@ def _held_to(change: Change, least: float) -> Change:
     return replace(change, least=least) if change.dtype not in _PLAIN else change
 
 
-def check_rounding(rounding: str | None, kind: str | None) -> None:
-    """Refuse a rounding that is unknown, or shaped where nothing would be.
+def check_rounding(rounding: str | None, kind: str | None, calibrate: Path | None) -> None:
+    """Refuse a rounding that is unknown, or shaped or calibrated where nothing would be.
 
     Raises:
         UsageError: the message lists what there is.
@@ -251,13 +265,18 @@ def check_rounding(rounding: str | None, kind: str | None) -> None:
             "shaped rounding is for block types of 4 to 6 bits: it goes with gguf_type "
             "(--gguf-type) keep or a mixture, such as q4_k_m"
         )
+    if calibrate is not None and rounding != "shaped" and (kind != "keep" or rounding is not None):
+        raise UsageError(
+            "calibrate (--calibrate) is for shaped rounding: it goes with gguf_type (--gguf-type) "
+            "keep, or with rounding (--rounding) shaped"
+        )
 
 
 def _on_rounding(names: Sequence[str], inputs: Mapping[str, Shaping]) -> list[str]:
     if not names or inputs:
         return []
     missing = "what the base's layers see of texts, which makes it better, is not known here"
-    return [f"rounding is shaped by the adapter alone: {missing}"]
+    return [f"rounding is shaped by the adapter alone: {missing}; --calibrate TEXT tells it"]
 
 
 def _first_file(base: BaseModel, notes: list[str]) -> GGUFFile:

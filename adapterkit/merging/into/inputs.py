@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from adapterkit.base.activations import activations, computable
 from adapterkit.containers.gguf import GGUFArray
 from adapterkit.merging.into.steps import Shaping
+from adapterkit.quantisation.shaped import ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -19,11 +21,31 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Weights beside the adapter's own orthonormal directions, measured in docs/rounding.md: of every
-# direction, of the second moments of inputs, of the first token's direction; and in the moments, of
-# first tokens beside all others.
-OTHERS, MOMENTS, FIRST, SINK = 0.15, 0.1, 5.0, 0.3
-EIGENVECTORS = 16
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """Weights beside the adapter's own orthonormal directions, measured in docs/rounding.md.
+
+    Attributes:
+        others: of every direction.
+        moments: of the second moments of inputs.
+        first: of the first token's direction.
+        eigenvectors: of the moments, that are directions of their own.
+        rounds: of scales and levels; what is better known is worth more of them.
+    """
+
+    others: float
+    moments: float
+    first: float
+    eigenvectors: int
+    rounds: int
+
+
+# For tokens that the base draws itself, and for those of a text.
+DRAWN = Weighting(0.15, 0.1, 5.0, 16, ROUNDS)
+TEXT = Weighting(0.1, 0.3, 5.0, 32, 4)
+# In the moments, the weight of first tokens beside all others.
+SINK = 0.3
 _ITERATIONS = 6
 # Sequences that are drawn, tokens in each, and the first that is no special one, about.
 _SEQUENCES, _LENGTH, _LOWEST = 4, 64, 20
@@ -34,7 +56,7 @@ _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 def unknown_inputs(columns: int) -> Shaping:
     """Return what counts where nothing is known: every input as much as any."""
-    return Shaping(np.zeros((0, columns)), np.full(columns, OTHERS))
+    return Shaping(np.zeros((0, columns)), np.full(columns, DRAWN.others))
 
 
 def drawn_inputs(base: BaseModel, file: GGUFFile, names: Collection[str]) -> dict[str, Shaping]:
@@ -51,10 +73,20 @@ def drawn_inputs(base: BaseModel, file: GGUFFile, names: Collection[str]) -> dic
     token = first_token(file)
     if token is None or not names or not computable(base):
         return {}
+    return seen_inputs(base, names, _drawn(base, token), DRAWN)
+
+
+def seen_inputs(
+    base: BaseModel,
+    names: Collection[str],
+    sequences: Sequence[Sequence[int]],
+    weighting: Weighting,
+) -> dict[str, Shaping]:
+    """Return what counts, by name, for some tokens; the base is `computable`."""
     found: dict[str, Shaping] = {}
-    for seen, vectors in activations(base, _drawn(base, token)):
+    for seen, vectors in activations(base, sequences):
         if wanted := set(names) & set(seen):
-            found |= dict.fromkeys(wanted, _moments(vectors))
+            found |= dict.fromkeys(wanted, moments(vectors, weighting))
         if len(found) == len(names):
             break
     return found
@@ -111,27 +143,32 @@ def first_token(file: GGUFFile) -> int | None:
     return begin if isinstance(begin, int) else None
 
 
-def _moments(vectors: Sequence[Array]) -> Shaping:
-    """Return second moments, as their first eigenvectors and the diagonal of the rest."""
+def moments(vectors: Sequence[Array], weighting: Weighting) -> Shaping:
+    """Return second moments, as their first eigenvectors and the diagonal of the rest.
+
+    Args:
+        vectors: (tokens, columns) of each sequence, from its first token on.
+        weighting: what counts how much.
+    """
     first = np.concatenate([x[:1] for x in vectors])
     later = np.concatenate([x[1:] for x in vectors])
     # First tokens are few, long, and seen by all others.
     weight = (SINK * max(len(later), 1) / len(first)) ** 0.5
     rows = np.concatenate([later, weight * first]).astype(np.float64)
     rows *= (rows.shape[1] / max(float(np.square(rows).sum()), _TINY)) ** 0.5
-    basis = _leading(rows)
+    basis = _leading(rows, min(weighting.eigenvectors, *rows.shape))
     _, values, turned = np.linalg.svd(rows @ basis, full_matrices=False)
     most = values[:, None] * (turned @ basis.T)
     rest = np.maximum(np.square(rows).sum(0) - np.square(most).sum(0), 0)
     own = first.mean(0, keepdims=True, dtype=np.float64)
-    own *= FIRST**0.5 / max(float(np.linalg.norm(own)), _TINY)
-    rows = np.concatenate([most * MOMENTS**0.5, own])
-    return Shaping(rows, OTHERS + MOMENTS * rest)
+    own *= weighting.first**0.5 / max(float(np.linalg.norm(own)), _TINY)
+    rows = np.concatenate([most * weighting.moments**0.5, own])
+    return Shaping(rows, weighting.others + weighting.moments * rest, weighting.rounds)
 
 
-def _leading(rows: Array) -> Array:
+def _leading(rows: Array, count: int) -> Array:
     """Return an orthonormal basis of about the first right singular vectors, (columns, k)."""
-    basis = np.random.default_rng(0).standard_normal((rows.shape[1], EIGENVECTORS))
+    basis = np.random.default_rng(0).standard_normal((rows.shape[1], count))
     for _ in range(_ITERATIONS):
         basis, _ = np.linalg.qr(rows.T @ (rows @ basis))
     return basis

@@ -11,7 +11,7 @@ import numpy as np
 from adapterkit.merging.into.inputs import unknown_inputs
 from adapterkit.merging.into.steps import Change, Product
 from adapterkit.quantisation.grids import LAYOUTS
-from adapterkit.quantisation.shaped import ROUNDS, Shape, shaped
+from adapterkit.quantisation.shaped import Shape, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ class Rounder:
     def rounded(self, wanted: Array, starts: Sequence[Array], place: Place) -> Array:
         """Return (rows, bytes) of which no row's error counts more than that of a start."""
         shape, _ = self.shape(place.matrix)
-        return shaped(wanted, tuple(starts), self.change.dtype, shape, ROUNDS)
+        return shaped(wanted, tuple(starts), self.change.dtype, shape, self.shaping.rounds)
 
     def own(self, errors: Array, place: Place) -> float:
         """Return the squared norm of errors as the adapter's own directions see them."""

@@ -11,6 +11,7 @@ import numpy as np
 from adapterkit.dtype import DType
 from adapterkit.merging.combination import Combination
 from adapterkit.model import Update
+from adapterkit.quantisation.shaped import ROUNDS
 from adapterkit.tensor import LazyTensor
 
 
@@ -153,10 +154,12 @@ class Shaping:
     Attributes:
         directions: (k, columns), as long as they weigh.
         weights: (columns,), of every input by itself.
+        rounds: of scales and levels after the first pass.
     """
 
     directions: np.ndarray[Any, np.dtype[Any]]
     weights: np.ndarray[Any, np.dtype[Any]]
+    rounds: int = ROUNDS
 
 
 @dataclass(frozen=True, slots=True)
