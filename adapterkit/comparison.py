@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import UncheckableError
@@ -65,6 +64,7 @@ class DiffReport(Shown):
     only_in_a: tuple[str, ...] = ()
     only_in_b: tuple[str, ...] = ()
     diagnosis: tuple[str, ...] = ()
+    _entries = "modules"
 
     def text(self, pen: Pen = PLAIN) -> str:
         """Return the verdict, why, and the modules that differ most."""
@@ -77,13 +77,6 @@ class DiffReport(Shown):
         for name, alone in (("A", self.only_in_a), ("B", self.only_in_b)):
             lines += _shortened([f"only in {name}: {printable(each)}" for each in alone], pen)
         return "\n".join(lines)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each module."""
-        return [
-            {each.name: getattr(module, each.name) for each in fields(module)}
-            for module in self.modules
-        ]
 
     def page(self) -> str:
         """Return the comparison as one self-contained HTML page."""

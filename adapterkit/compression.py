@@ -21,6 +21,7 @@ from adapterkit.lowrank.rank_plan import ModuleRank, RankPlan
 from adapterkit.lowrank.spectrum import spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.proof import tolerance_for
+from adapterkit.text import PLAIN, Pen, Shown, count, line, short, size, span
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 _SLACK, _ZERO = 1e-9, 1e-14
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CompressReport(Shown):
     """What a compression did.
 
     Attributes:
@@ -57,10 +58,19 @@ class CompressReport:
     max_module_error: float
     modules: tuple[ModuleRank, ...]
     notes: tuple[str, ...] = ()
+    _entries = "modules"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what it cost."""
+        del pen
+        return (
+            f"cost: relative error {short(self.measured_error)} of ΔW, "
+            f"predicted {short(self.predicted_error)} ({self.policy})"
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class CompressResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class CompressResult(Shown):
     """A compressed adapter.
 
     Attributes:
@@ -71,9 +81,17 @@ class CompressResult:
     adapter: AdapterTensorSet
     report: CompressReport
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what it cost."""
+        return self.report.text(pen)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressedFile:
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each module."""
+        return self.report.rows()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CompressedFile(Shown):
     """A compressed adapter on disk.
 
     Attributes:
@@ -98,6 +116,33 @@ class CompressedFile:
     worst_module: str | None
     report: CompressReport
     notes: tuple[str, ...] = ()
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, what it cost, and the proof."""
+        report = self.report
+        share = (
+            f"{report.parameters / report.parameters_before:.0%} of {report.parameters_before:,}"
+        )
+        written = line(
+            self.destination,
+            self.format,
+            count(len(report.modules), "module"),
+            span("rank", (module.rank for module in report.modules)),
+            f"{count(report.parameters, 'parameter')} ({share})",
+            size(self.bytes),
+        )
+        proof = (
+            f"proof: written as computed, largest relative error {short(self.max_relative_error)}"
+        )
+        return f"{written}\n{report.text(pen)}\n{proof}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each module."""
+        return self.report.rows()
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return what the file says, and then what the compression does."""
+        return [*Shown.remarks(self), *self.report.remarks()]
 
 
 def compress(

@@ -18,14 +18,13 @@ from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.registry import BUILTIN, FormatSpec, spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
-from adapterkit.text import PLAIN, Pen, Shown, count, printable, short, size
 
 if TYPE_CHECKING:
     from adapterkit.engines.engine import Target
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ConversionReport(Shown, ProvenFile):
+class ConversionReport(ProvenFile):
     """What a conversion did and how it was proven.
 
     Attributes:
@@ -39,22 +38,6 @@ class ConversionReport(Shown, ProvenFile):
     source_format: str
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
-
-    def text(self, pen: Pen = PLAIN) -> str:
-        """Return what was written, and the proof."""
-        del pen
-        where = f"in all {self.modules:,} modules" if self.modules != 1 else "in the one module"
-        error = short(self.max_relative_error)
-        if self.max_relative_error and self.worst_module:
-            error += f" ({printable(self.worst_module)})"
-        facts = [
-            printable(self.destination),
-            self.format,
-            count(self.modules, "module"),
-            count(self.parameters, "parameter"),
-            size(self.bytes),
-        ]
-        return f"{'  '.join(facts)}\nproof: ΔW equal {where}, largest relative error {error}"
 
 
 def convert(

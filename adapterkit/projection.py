@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit import tinylora
 from adapterkit.base.fit import check_fit
 from adapterkit.loading import load, open_model
 from adapterkit.model.beside import lost_trained
 from adapterkit.saving import admitted, destination_format, save
+from adapterkit.text import PLAIN, Pen, Shown, count, line
 from adapterkit.tinylora import ProjectionReport
 from adapterkit.tinylora.planner import CANDIDATES
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from adapterkit.tinylora import PlanReport, TinySettings
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProjectedFile:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ProjectedFile(Shown):
     """A projection on disk.
 
     Attributes:
@@ -37,6 +38,20 @@ class ProjectedFile:
     format: str
     report: ProjectionReport
     notes: tuple[str, ...] = ()
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, what is lost, and in which modules most."""
+        modules = count(len(self.report.modules), "module")
+        numbers = count(self.report.parameters, "number")
+        return f"{line(self.destination, self.format, modules, numbers)}\n{self.report.text(pen)}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each module."""
+        return self.report.rows()
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return what was normalised, and what is to be known of the frozen parts."""
+        return [*super().remarks(), *self.report.remarks()]
 
 
 def plan(

@@ -24,6 +24,7 @@ from adapterkit.proof import prove
 from adapterkit.registry import BUILTIN, by_suffix, formats, spec
 from adapterkit.stamps import contents, stamp
 from adapterkit.storage import FileSlice
+from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -45,8 +46,8 @@ _SHARED_SUFFIXES = {".safetensors", ".npz", ".bin"}
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,11}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProvenFile:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ProvenFile(Shown):
     """What was written, as read back.
 
     Attributes:
@@ -67,6 +68,21 @@ class ProvenFile:
     bytes: int
     max_relative_error: float
     worst_module: str | None
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, and the proof."""
+        del pen
+        error = short(self.max_relative_error)
+        if self.max_relative_error and self.worst_module:
+            error += f" ({printable(self.worst_module)})"
+        return f"{self._written()}\nproof: ΔW equal {self._where()}, largest relative error {error}"
+
+    def _written(self) -> str:
+        modules, parameters = count(self.modules, "module"), count(self.parameters, "parameter")
+        return line(self.destination, self.format, modules, parameters, size(self.bytes))
+
+    def _where(self) -> str:
+        return f"in all {self.modules:,} modules" if self.modules != 1 else "in the one module"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model,
 from adapterkit.notes import first_and_more
 from adapterkit.proof import compare, tolerance_for
 from adapterkit.stamps import contents, stamped
+from adapterkit.text import PLAIN, Pen, Shown, count, printable, short
 
 if TYPE_CHECKING:
     from adapterkit.base import BaseModel
@@ -27,6 +28,8 @@ _SAME, _ROUNDED = 2e-3, 2e-2
 # Norms are computed alike from the same bytes.
 _EXACT = 1e-9
 _MOST = 20
+# Changes that are listed.
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,8 @@ class Change:
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class VerifyReport(Shown):
     """What a file's own proof says of it.
 
     Attributes:
@@ -72,6 +75,25 @@ class VerifyReport:
     modules: int
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
+    _entries = "changes"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return whether it is as it was written, what is not, and what it was written from."""
+        lines = [
+            "sound: every byte and every update is as it was written"
+            if self.sound
+            else f"changed: {count(len(self.changes), 'finding')}"
+        ]
+        told = pen.shown(self.changes, _SHOWN)
+        lines += [f"  {change.kind}: {change.where}: {change.message}" for change in told]
+        if more := len(self.changes) - len(told):
+            lines.append(f"  and {more:,} more; --json lists all")
+        names = ", ".join(f"{name} ({digest[:12]})" for name, digest in self.sources.items())
+        lines.append(
+            f"written by adapterkit {self.written_by} from {names or 'memory'}, largest "
+            f"relative error {short(self.max_relative_error)}"
+        )
+        return "\n".join(map(printable, lines))
 
 
 def verify(

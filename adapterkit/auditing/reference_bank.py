@@ -30,9 +30,12 @@ from adapterkit.lowrank.spectrum import spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.output import staged
 from adapterkit.tables import ANY_MAPPING, TEXT, Table, listed, mapped, number
+from adapterkit.text import PLAIN, Pen, Shown, count, printable
 from adapterkit.work import in_threads
 
 STATISTICS = ("spectral_norm", "frobenius_norm", "top1_energy", "entropy", "kurtosis")
+# Members that are listed.
+_SHOWN = 20
 _KIND, _SCHEMA = "adapterkit audit bank", 1
 
 
@@ -51,8 +54,8 @@ class Member:
     families: Mapping[str, Mapping[str, float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Bank:
+@dataclass(frozen=True, slots=True, repr=False)
+class Bank(Shown):
     """Adapters to compare with.
 
     Attributes:
@@ -60,6 +63,14 @@ class Bank:
     """
 
     members: tuple[Member, ...]
+    _entries = "members"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return how many there are, and their names."""
+        names = [printable(member.source) for member in pen.shown(self.members, _SHOWN)]
+        more = len(self.members) - len(names)
+        head = f"bank of {count(len(self.members), 'adapter')}"
+        return "\n".join([head, *names, *([f"and {more:,} more"] if more else [])])
 
 
 def _measured(adapter: AdapterTensorSet) -> Member:

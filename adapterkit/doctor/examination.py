@@ -16,6 +16,7 @@ from adapterkit.doctor.reference import Reference, reference
 from adapterkit.doctor.servers import LlamaServer, ServedAdapter, chosen, connected
 from adapterkit.errors import UsageError
 from adapterkit.loading import open_model
+from adapterkit.text import PLAIN, Pen, Shown, printable, sheet, short
 
 if TYPE_CHECKING:
     from adapterkit.doctor.distributions import Distribution
@@ -46,8 +47,19 @@ class Condition(StrEnum):
     BASE = "another base"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DoctorReport:
+_SAID = {
+    Condition.RIGHT: "the adapter does what it should",
+    Condition.ALIVE: "the adapter changes the answers; give --source and --base to tell whether "
+    "rightly",
+    Condition.NO_EFFECT: "the adapter changes nothing",
+    Condition.STRENGTH: "the adapter acts at {strength:.2f} times its strength",
+    Condition.ANOTHER: "what changes the answers is not this adapter at any strength",
+    Condition.BASE: "the model without the adapter is not this base",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class DoctorReport(Shown):
     """What was found; divergences are means over the prompts, in nats.
 
     Attributes:
@@ -88,6 +100,30 @@ class DoctorReport:
     def healthy(self) -> bool:
         """Whether nothing is known to be wrong."""
         return self.condition in {Condition.RIGHT, Condition.ALIVE}
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what is the matter, what explains it, and the numbers."""
+        said = _SAID[self.condition].format(strength=self.strength or 0.0)
+        expected = self.expected_effect
+        entries = [
+            ("server", f"{self.server} at {self.url}"),
+            ("adapter", self.adapter + (f" ({self.path})" if self.path else "")),
+            (
+                "effect",
+                _nats(self.effect)
+                + (f", {short(expected)} expected" if expected is not None else ""),
+            ),
+            ("strength", "" if self.strength is None else f"{self.strength:.3f}"),
+            ("base apart", _nats(self.base_divergence)),
+            ("unexplained", "" if self.unexplained is None else f"{self.unexplained:.1%}"),
+            ("asked", f"{self.prompts} prompts, {self.requests} requests, {self.seconds:.1f} s"),
+        ]
+        lines = [f"{self.condition}: {said}", *(f"  {cause}" for cause in self.causes)]
+        return "\n".join([*map(printable, lines), sheet(entries, pen=pen)])
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{short(value)} nats"
 
 
 def examine(

@@ -23,6 +23,7 @@ from adapterkit.merging.report import MergeReport, ModuleReport
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.joining import joint_base, joint_source
 from adapterkit.model.tying import one_spelling
+from adapterkit.text import PLAIN, Pen, Shown
 from adapterkit.work import in_threads
 
 _ENERGY = 0.9
@@ -32,8 +33,8 @@ _LITTLE = 0.1
 _LARGE = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class MergeResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeResult(Shown):
     """What a merge gives.
 
     Attributes:
@@ -43,6 +44,14 @@ class MergeResult:
 
     adapter: AdapterTensorSet
     report: MergeReport
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was merged how, and what that cost."""
+        return self.report.text(pen)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each merged module."""
+        return self.report.rows()
 
 
 def merge(

@@ -16,9 +16,10 @@ from adapterkit.model import AdapterTensorSet
 from adapterkit.model.beside import lost_trained
 from adapterkit.notes import Loss
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+from adapterkit.text import PLAIN, Pen, short
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MergeFilesReport(ProvenFile):
     """What a merge of files did and how it was proven.
 
@@ -35,6 +36,20 @@ class MergeFilesReport(ProvenFile):
     merge: MergeReport
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, what the merge cost, and the proof."""
+        error = short(self.max_relative_error)
+        proof = f"proof: ΔW of the file is the merged one {self._where()}, largest relative error "
+        return f"{self._written()}\n{self.merge.text(pen)}\n{proof}{error}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each merged module."""
+        return self.merge.rows()
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return what the merge says, and then what the file does."""
+        return [*self.merge.remarks(), *super().remarks()]
 
 
 def merge_files(

@@ -7,20 +7,22 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adapterkit.engines.engine import Target, load_target
 from adapterkit.engines.facts import facts
 from adapterkit.engines.judgement import check_served
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.serving.stack import AdapterStack, Conflict, StackedAdapter
+from adapterkit.text import PLAIN, Pen, Shown
 
 # vLLM's --max-lora-rank takes these and no other.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _SUM = "adapterkit merge --method cat --weights ... -o combined"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServingSettings:
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class ServingSettings(Shown):
     """What an engine is told.
 
     Attributes:
@@ -36,6 +38,27 @@ class ServingSettings:
     settings: str
     conflicts: tuple[Conflict, ...]
     warnings: tuple[str, ...] = ()
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return the settings themselves."""
+        del pen
+        return self.settings
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each adapter."""
+        return [
+            {"name": each.name, "path": str(each.path), "scale": each.scale}
+            for each in self.adapters
+        ]
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return the warnings, and the adapters that cancel each other."""
+        cancelled = [
+            ("warning", f"{each.module}: {each.first} and {each.second} cancel each other")
+            for each in self.conflicts
+            if each.cancels
+        ]
+        return [*Shown.remarks(self), *cancelled]
 
 
 def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
