@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit import tinylora
 from adapterkit.base.fit import check_fit
@@ -12,13 +13,8 @@ from adapterkit.loading import load, open_model
 from adapterkit.model.beside import lost_trained
 from adapterkit.saving import admitted, destination_format, save
 from adapterkit.text import PLAIN, Pen, Shown, count, line
-from adapterkit.tinylora import ProjectionReport
+from adapterkit.tinylora import PlanReport, ProjectionReport, TinySettings
 from adapterkit.tinylora.planner import CANDIDATES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from adapterkit.tinylora import PlanReport, TinySettings
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -283,7 +283,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
     assert (report["adapters"], report["done"], len(report["results"])) == (60, 60, 60)
-    assert {row["tries"] for row in report["rows"]} == {1}
+    assert {row["tries"] for row in report["results"]} == {1}
     base = sqlite3.connect(results / LEDGER)
     assert base.execute("pragma integrity_check").fetchone() == ("ok",)
     base.close()
