@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapterkit.base import BaseModel
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError, UncheckableError
 from adapterkit.keys import Role
@@ -22,7 +24,7 @@ from adapterkit.lowrank.spectrum import spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.proof import tolerance_for
 from adapterkit.text import PLAIN, Pen, Shown, count, line, short, size, span
-from adapterkit.work import in_threads
+from adapterkit.work import in_threads, watchable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,16 +147,18 @@ class CompressedFile(Shown):
         return [*Shown.remarks(self), *self.report.remarks()]
 
 
+@watchable
 def compress(
-    adapter: AdapterTensorSet | Path | str,
+    source: AdapterTensorSet | Path | str,
     *,
     rank: int | None = None,
     tol: float | None = None,
     budget: int | None = None,
     policy: str | None = None,
     threshold: float | None = None,
-    dtype: DType | None = None,
-    base: Path | str | None = None,
+    dtype: DType | str | None = None,
+    base: BaseModel | Path | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CompressResult:
     """Cut every module to the rank that a plan gives it; no other factors of that rank are closer.
 
@@ -162,7 +166,7 @@ def compress(
     B = U√Σ and A = √ΣVᵀ of the truncated singular value decomposition (Eckart and Young 1936).
 
     Args:
-        adapter: an adapter in memory, or a file or directory of any format.
+        source: an adapter in memory, or a file or directory of any format.
         rank: the largest rank of any module.
         tol: largest relative Frobenius error of all updates together, rounding to the stored type
             included; 0.1, of the truncation alone, without any wish.
@@ -172,6 +176,7 @@ def compress(
         dtype: stored type of the new factors; None keeps each one's, float32 for quantised ones.
         base: base model, where the update depends on it; by default the one that the adapter names,
             if it is in the local hub cache.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if the adapter is malformed, unpaired or not finite.
@@ -180,9 +185,18 @@ def compress(
         UsageError: if the wishes contradict each other.
         UnsupportedError: if B · A is no update of the original base, and that base is not at hand.
     """
-    whole = load(adapter, base=base).adapter
+    del progress  # told by `watchable`
+    from adapterkit.saving import stored_type
+
+    whole = load(source, base=base).adapter
     return _compressed(
-        whole, dtype, rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold
+        whole,
+        stored_type(dtype),
+        rank=rank,
+        tol=tol,
+        budget=budget,
+        policy=policy,
+        threshold=threshold,
     )
 
 
@@ -261,6 +275,7 @@ def _check_bound(tol: float, measured: float, rounding: float, whole: AdapterTen
     )
 
 
+@watchable
 def compress_file(
     source: AdapterTensorSet | Path | str,
     destination: Path | str,
@@ -271,12 +286,13 @@ def compress_file(
     policy: str | None = None,
     threshold: float | None = None,
     to: str | None = None,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
     outtype: str = "auto",
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CompressedFile:
     """Compress an adapter into a file of any format, proven as a conversion is.
 
@@ -295,6 +311,7 @@ def compress_file(
         as_format: name of the format to read it as, where its content does not tell.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
         force: replace an existing destination.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if the source is malformed, unpaired or not finite.
@@ -304,6 +321,7 @@ def compress_file(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
+    del progress  # told by `watchable`
     from adapterkit.saving import admitted, destination_format, save, stored_type
 
     destination = Path(destination)

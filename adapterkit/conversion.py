@@ -18,6 +18,7 @@ from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.registry import BUILTIN, FormatSpec, spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+from adapterkit.work import watchable
 
 if TYPE_CHECKING:
     from adapterkit.engines.engine import Target
@@ -40,6 +41,7 @@ class ConversionReport(ProvenFile):
     notes: tuple[str, ...] = ()
 
 
+@watchable
 def convert(
     source: AdapterTensorSet | Path | str,
     destination: Path | str,
@@ -56,6 +58,7 @@ def convert(
     allow_lossy: bool = False,
     force: bool = False,
     proof: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Convert an adapter to another format, and prove on the written file that nothing changed.
 
@@ -76,6 +79,7 @@ def convert(
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
         proof: whether the file carries what it was made from and what it holds, for `verify`.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if the source is malformed or broken.
@@ -85,6 +89,7 @@ def convert(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
+    del progress  # told by `watchable`
     destination = Path(destination)
     engine = _engine(for_engine) if for_engine else None
     target = destination_format(destination, to or (engine and engine.format), force=force)
@@ -136,7 +141,7 @@ def convert(
 
 def convert_all(
     sources: Sequence[Path | str],
-    folder: Path | str,
+    destination: Path | str,
     *,
     to: str | None = None,
     for_engine: str | None = None,
@@ -149,7 +154,7 @@ def convert_all(
 
     Args:
         sources: adapters of any formats that are read.
-        folder: where each output goes, under the name of its source with the format's suffix.
+        destination: folder where each output goes, under its source's name with the suffix.
         to: name of the format; peft by default.
         for_engine: an engine whose format is written, as for `convert`.
         base: base model of all of them, opened once; None for what each names.
@@ -161,7 +166,7 @@ def convert_all(
         UsageError: if two outputs would have one name, before anything is written.
     """
     name = to or (_engine(for_engine).format if for_engine else None) or BUILTIN[0].name
-    places = _places(sources, Path(folder), spec(name))
+    places = _places(sources, Path(destination), spec(name))
 
     def one(source: Path | str, **given: Any) -> ConversionReport:
         return convert(source, places[str(source)], to=name, for_engine=for_engine, **given)

@@ -115,17 +115,17 @@ def copied(text: str, name: str) -> str:
     )
 
 
-def write_page(text: str, path: Path | str, *, force: bool = False) -> None:
+def write_page(text: str, destination: Path | str, *, force: bool = False) -> None:
     """Write a page.
 
     Args:
         text: the whole page.
-        path: file to create.
+        destination: file to create.
         force: replace a file that is there.
 
     Raises:
-        DestinationExistsError: if there is something at the path and `force` is false.
+        DestinationExistsError: if there is something at the destination and `force` is false.
         WriteError: if it cannot be written.
     """
-    with staged(Path(path), force=force) as staging:
+    with staged(Path(destination), force=force) as staging:
         staging.write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ from adapterkit.base.fit import check_fit
 from adapterkit.certificates import certified
 from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
-from adapterkit.errors import LossyConversionError, ProofError, UsageError
+from adapterkit.errors import LossyConversionError, ProofError, UsageError, unknown
 from adapterkit.keys import Role
 from adapterkit.lowrank.differences import silent
 from adapterkit.model import AdapterTensorSet, BesideKind
@@ -137,7 +137,7 @@ def _meant(path: Path) -> FormatSpec:
         raise UsageError(f"a {path.suffix} file can hold several formats; choose one with --to")
     if _SUFFIX.fullmatch(path.suffix):
         suffixes = [suffix for known in formats() for suffix in known.suffixes]
-        close = get_close_matches(path.suffix, suffixes, n=1)
+        close = get_close_matches(path.suffix, [*suffixes, *_SHARED_SUFFIXES], n=1)
         told = f"did you mean {path.with_suffix(close[0])}? " if close else ""
         raise UsageError(
             f"{path.name}: no format has the suffix {path.suffix}; {told}--to FORMAT says what to "
@@ -146,14 +146,16 @@ def _meant(path: Path) -> FormatSpec:
     return BUILTIN[0]
 
 
-def stored_type(outtype: str) -> DType | None:
-    """Return the stored type that an outtype means; None keeps each factor's.
+def stored_type(outtype: DType | str | None) -> DType | None:
+    """Return the stored type that a word means; None keeps each factor's.
 
     Raises:
         UsageError: if there is no such outtype; the message lists all.
     """
+    if outtype is None or isinstance(outtype, DType):
+        return outtype
     if outtype not in OUTTYPES:
-        raise UsageError(f"unknown outtype {outtype!r}; known: {', '.join(OUTTYPES)}")
+        raise unknown("outtype", outtype, OUTTYPES)
     return OUTTYPES[outtype]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.base import BaseModel
 from adapterkit.base.identity import identified
 from adapterkit.certificates import Certificate, mark, read_certificate, source_digest
 from adapterkit.diagnosis import diagnose
@@ -17,9 +18,9 @@ from adapterkit.notes import first_and_more
 from adapterkit.proof import compare, tolerance_for
 from adapterkit.stamps import contents, stamped
 from adapterkit.text import PLAIN, Pen, Shown, count, printable, short
+from adapterkit.work import watchable
 
 if TYPE_CHECKING:
-    from adapterkit.base import BaseModel
     from adapterkit.fingerprints import ModuleFingerprint
     from adapterkit.stamps import Contents
 
@@ -96,32 +97,36 @@ class VerifyReport(Shown):
         return "\n".join(map(printable, lines))
 
 
+@watchable
 def verify(
-    file: Path | str,
+    source: Path | str,
     *,
     against: Path | str | None = None,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Check an adapter that adapterkit wrote against the proof in its metadata.
 
     The proof is no signature: who can change a file can write another proof into it.
 
     Args:
-        file: adapter file or directory.
+        source: adapter file or directory.
         against: what it was made from, or should be equal to: every update is compared.
         base: the base model; it must be the one that the file was written with.
         dialect: key grammar of `against`, where its file cannot tell.
         alpha: scale numerator of `against`, where its file does not hold it.
-        as_format: format of `file`, where its content does not tell.
+        as_format: format of `source`, where its content does not tell.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         UncheckableError: if the file carries no proof.
         FormatError: if a file or the proof cannot be read.
     """
-    place = recognise(file, as_format=as_format)
+    del progress  # told by `watchable`
+    place = recognise(source, as_format=as_format)
     document = stamped(place.path)
     if document is None:
         message = "carries no proof: it was not written by adapterkit, or saved again by another"

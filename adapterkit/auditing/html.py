@@ -68,19 +68,19 @@ def html_page(report: AuditReport) -> str:
     )
 
 
-def write_html(report: AuditReport, path: Path | str, *, force: bool = False) -> None:
+def write_html(report: AuditReport, destination: Path | str, *, force: bool = False) -> None:
     """Write the page.
 
     Args:
         report: what to show.
-        path: file to create.
+        destination: file to create.
         force: replace a file that is there.
 
     Raises:
-        DestinationExistsError: if there is something at the path and `force` is false.
+        DestinationExistsError: if there is something at the destination and `force` is false.
         WriteError: if it cannot be written.
     """
-    write_page(html_page(report), path, force=force)
+    write_page(html_page(report), destination, force=force)
 
 
 def _title(audited: AdapterAudit, index: int, count: int) -> str:

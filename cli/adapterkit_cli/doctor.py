@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from adapterkit_cli import options, rendering
+from adapterkit_cli.progress import watching
 
 
 @click.command(
@@ -59,15 +60,16 @@ def command(
     """
     from adapterkit import examine
 
-    report = examine(
-        url,
-        adapter=adapter,
-        source=source,
-        base=base,
-        prompts=prompts,
-        seconds=seconds,
-        dialect=dialect,
-        alpha=alpha,
-    )
+    with watching("asking", "prompts"):
+        report = examine(
+            url,
+            name=adapter,
+            source=source,
+            base=base,
+            prompts=prompts,
+            seconds=seconds,
+            dialect=dialect,
+            alpha=alpha,
+        )
     rendering.answer(report, as_json=as_json)
     ctx.exit(0 if report.healthy else 1)

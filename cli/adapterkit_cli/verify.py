@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from adapterkit_cli import options, rendering
+from adapterkit_cli.progress import watching
 
 
 @click.command(
@@ -43,8 +44,9 @@ def command(
     """
     from adapterkit import verify
 
-    report = verify(
-        file, against=against, base=base, dialect=dialect, alpha=alpha, as_format=as_format
-    )
+    with watching("verifying"):
+        report = verify(
+            file, against=against, base=base, dialect=dialect, alpha=alpha, as_format=as_format
+        )
     rendering.answer(report, as_json=as_json)
     ctx.exit(0 if report.sound else 1)

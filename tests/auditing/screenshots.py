@@ -66,7 +66,7 @@ def beside(whole: AdapterTensorSet, folder: Path) -> AuditReport:
         weights[f"{pair.module}.weight"] = LazyTensor.of(((left * falling) @ right).astype("f4"))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     write_safetensors(folder / "model.safetensors", weights, {})
-    bank(*(example(seed) for seed in range(4, 8)), path=folder / "bank.json")
+    bank(*(example(seed) for seed in range(4, 8)), destination=folder / "bank.json")
     return audit(whole, base=folder, reference=folder / "bank.json")
 
 

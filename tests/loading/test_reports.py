@@ -94,7 +94,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[type, Any]:
         audited.adapters[0],
         audited.suggestions[0],
         audited.suggestions[0].plan,
-        adapterkit.bank(TINY, WEAK, path=folder / "bank.json"),
+        adapterkit.bank(TINY, WEAK, destination=folder / "bank.json"),
         compressed,
         compressed.report,
         adapterkit.compress_file(TINY, folder / "small", rank=2),
