@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Module -> the public names that live in it; `__init__.pyi` says the same to type checkers.
 _NAMES = {
