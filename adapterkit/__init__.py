@@ -64,6 +64,7 @@ _NAMES = {
     "merging.report": "MergeReport ModuleReport",
     "model.adapter": "AdapterTensorSet",
     "model.beside": "BesideFile BesideKind",
+    "model.losses": "lost_beyond_pairs",
     "model.sources": "DiffusionSource GgufSource MlxSource PeftSource Source Spelling",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",

@@ -117,6 +117,7 @@ from adapterkit.merging.report import ModuleReport as ModuleReport
 from adapterkit.model.adapter import AdapterTensorSet as AdapterTensorSet
 from adapterkit.model.beside import BesideFile as BesideFile
 from adapterkit.model.beside import BesideKind as BesideKind
+from adapterkit.model.losses import lost_beyond_pairs as lost_beyond_pairs
 from adapterkit.model.sources import DiffusionSource as DiffusionSource
 from adapterkit.model.sources import GgufSource as GgufSource
 from adapterkit.model.sources import MlxSource as MlxSource
