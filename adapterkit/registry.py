@@ -15,6 +15,7 @@ from adapterkit.beside import trained_names
 from adapterkit.destination import Directory
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError, unknown
 from adapterkit.json_file import read_json_object
+from adapterkit.notes import Provenance
 from adapterkit.stamps import BESIDE
 from adapterkit.storage import alike, readable
 
@@ -103,7 +104,10 @@ class FormatSpec:
 
     def read(self, path: Path, options: Options) -> AdapterTensorSet:
         """Read an adapter; what may be raised is the reader's."""
-        return _function(self.reader)(path, options)
+        found: AdapterTensorSet = _function(self.reader)(path, options)
+        if found.provenance is not None:
+            return found
+        return found.replace(provenance=Provenance(path, self.name))
 
     def losses(self, adapter: AdapterTensorSet, options: Options) -> Sequence[Loss]:
         """List everything of the adapter that this format cannot hold."""

@@ -1,8 +1,8 @@
 """The pages of docs/: their sessions and examples are run, and their lists are complete.
 
-As in transcripts/*.md, what follows a command is what it prints; a block of Python must end without
-an error, and one that begins with a comment of its name, of TOML too, is saved. The blocks of a page
-run in order, in one directory that holds `base`, `my-adapter`, `style`, `facts` and other fixtures.
+As in transcripts/*.md, what follows a command is what it prints; Python must end without an error,
+and a block that begins with a comment of its name, of TOML too, is saved. The blocks of a page run
+in order, in one directory that holds `base`, `my-adapter`, `style`, `facts` and other fixtures.
 """
 
 from __future__ import annotations

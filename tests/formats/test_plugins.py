@@ -97,6 +97,8 @@ def test_a_plugin_is_told_by_content_and_written_by_suffix(tmp_path: Path) -> No
     assert registry.detect(path).name == "text"
     done = adapterkit.convert(path, tmp_path / "peft")
     assert done.max_relative_error == 0
+    known = adapterkit.inspect(path)
+    assert (known.source, known.format) == (str(path), "text")
     back = adapterkit.convert(tmp_path / "peft", tmp_path / "b.lines")
     assert (back.format, back.max_relative_error) == ("text", 0)
 
