@@ -19,7 +19,7 @@ from adapterkit.text import Shown
 
 WEAK = PEFT / "tiny-weak"
 # What a public function returns that is a thing to work with, and no report on one.
-THINGS = {"AdapterTensorSet", "Attempt", "BaseModel", "MethodSpec", "Recipe", "Target"}
+THINGS = {"AdapterTensorSet", "Attempt", "BaseModel", "Loss", "MethodSpec", "Recipe", "Target"}
 
 
 def own(item: Any) -> bool:
