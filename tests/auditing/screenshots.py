@@ -98,7 +98,7 @@ def check(chromium: str, page: Path) -> None:
         "metric.selectedIndex = metric.options.length - 1;"
         "metric.dispatchEvent(new Event('change'));}"
         "const tables = document.querySelectorAll('.sortable');"
-        "for (const table of tables) table.querySelectorAll('thead button')[3].click();"
+        "for (const table of tables) table.querySelectorAll('thead button')[3]?.click();"
         "const fits = document.documentElement.scrollWidth <= innerWidth;"
         "document.body.dataset.fits = fits;</script></body>",
     )
