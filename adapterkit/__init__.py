@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Module -> the public names that live in it; `__init__.pyi` says the same to type checkers.
 _NAMES = {
@@ -29,7 +29,8 @@ _NAMES = {
     "base.opening": "open_base",
     "checks.findings": "CoveredModule Explanation Finding Outcome Severity explanations",
     "comparison": "DiffReport ModuleDifference diff",
-    "compression": "CompressReport CompressResult CompressedFile compress compress_file",
+    "compressed": "CompressReport CompressResult CompressedFile",
+    "compression": "compress compress_file",
     "conversion": "ConversionReport convert convert_all",
     "destination": "Directory",
     "doctor.examination": "Condition DoctorReport examine",
@@ -64,6 +65,7 @@ _NAMES = {
     "merging.report": "MergeReport ModuleReport",
     "model.adapter": "AdapterTensorSet",
     "model.beside": "BesideFile BesideKind",
+    "model.losses": "lost_beyond_pairs",
     "model.sources": "DiffusionSource GgufSource MlxSource PeftSource Source Spelling",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",

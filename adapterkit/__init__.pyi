@@ -37,9 +37,9 @@ from adapterkit.checks.findings import explanations as explanations
 from adapterkit.comparison import DiffReport as DiffReport
 from adapterkit.comparison import ModuleDifference as ModuleDifference
 from adapterkit.comparison import diff as diff
-from adapterkit.compression import CompressedFile as CompressedFile
-from adapterkit.compression import CompressReport as CompressReport
-from adapterkit.compression import CompressResult as CompressResult
+from adapterkit.compressed import CompressedFile as CompressedFile
+from adapterkit.compressed import CompressReport as CompressReport
+from adapterkit.compressed import CompressResult as CompressResult
 from adapterkit.compression import compress as compress
 from adapterkit.compression import compress_file as compress_file
 from adapterkit.conversion import ConversionReport as ConversionReport
@@ -117,6 +117,7 @@ from adapterkit.merging.report import ModuleReport as ModuleReport
 from adapterkit.model.adapter import AdapterTensorSet as AdapterTensorSet
 from adapterkit.model.beside import BesideFile as BesideFile
 from adapterkit.model.beside import BesideKind as BesideKind
+from adapterkit.model.losses import lost_beyond_pairs as lost_beyond_pairs
 from adapterkit.model.sources import DiffusionSource as DiffusionSource
 from adapterkit.model.sources import GgufSource as GgufSource
 from adapterkit.model.sources import MlxSource as MlxSource

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from adapterkit.base import BaseModel
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import UncheckableError
 from adapterkit.loading import Need, load_all
@@ -17,6 +17,7 @@ from adapterkit.passes.declaration import settled
 from adapterkit.passes.protocol import Context
 from adapterkit.proof import Comparison, compare, tolerance_for
 from adapterkit.text import PLAIN, Pen, Shown, columns, count, printable, short
+from adapterkit.work import watchable
 
 # Modules that are listed unless all are asked for.
 _SHOWN = 10
@@ -65,6 +66,7 @@ class DiffReport(Shown):
     only_in_a: tuple[str, ...] = ()
     only_in_b: tuple[str, ...] = ()
     diagnosis: tuple[str, ...] = ()
+    _entries = "modules"
 
     def text(self, pen: Pen = PLAIN) -> str:
         """Return the verdict, why, and the modules that differ most."""
@@ -77,13 +79,6 @@ class DiffReport(Shown):
         for name, alone in (("A", self.only_in_a), ("B", self.only_in_b)):
             lines += _shortened([f"only in {name}: {printable(each)}" for each in alone], pen)
         return "\n".join(lines)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each module."""
-        return [
-            {each.name: getattr(module, each.name) for each in fields(module)}
-            for module in self.modules
-        ]
 
     def page(self) -> str:
         """Return the comparison as one self-contained HTML page."""
@@ -141,15 +136,17 @@ def _shortened(lines: list[str], pen: Pen) -> list[str]:
     return [*shown, f"and {more:,} more; --json or -v lists all"] if more else shown
 
 
+@watchable
 def diff(
     a: AdapterTensorSet | Path | str,
     b: AdapterTensorSet | Path | str,
     *,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     tolerance: float | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DiffReport:
     """Compare two adapters module by module, from factors alone.
 
@@ -163,6 +160,7 @@ def diff(
         dialect: key grammar of the hand-written one of the two, where its file cannot tell.
         alpha: scale numerator, where a file does not hold it.
         as_format: name of the format to read both as, where their content does not tell.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if a file is malformed or its factors do not pair up.
@@ -170,6 +168,7 @@ def diff(
         UncheckableError: if row orders differ, or the updates are those of another base, and no
             base is known to undo that.
     """
+    del progress  # told by `watchable`
     one, other = load_all(
         [a, b], base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.FITTED
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapterkit.base import BaseModel
+from adapterkit.compressed import CompressedFile, CompressReport, CompressResult
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError, UncheckableError
 from adapterkit.keys import Role
@@ -17,11 +20,11 @@ from adapterkit.lowrank.distances import distance, norm
 from adapterkit.lowrank.greedy import Candidate
 from adapterkit.lowrank.planning import planned
 from adapterkit.lowrank.products import stored, unscaled, updates
-from adapterkit.lowrank.rank_plan import ModuleRank, RankPlan
+from adapterkit.lowrank.rank_plan import RankPlan
 from adapterkit.lowrank.spectrum import spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.proof import tolerance_for
-from adapterkit.work import in_threads
+from adapterkit.work import in_threads, watchable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,82 +37,18 @@ if TYPE_CHECKING:
 _SLACK, _ZERO = 1e-9, 1e-14
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressReport:
-    """What a compression did.
-
-    Attributes:
-        policy: how the ranks were chosen, in words.
-        parameters_before: elements of all factors of the source.
-        parameters: elements of all factors that are left.
-        predicted_error: ‖ΔW - ΔW_k‖ / ‖ΔW‖ of all modules together, from the spectra.
-        measured_error: the same, computed from the new factors as they are stored.
-        max_module_error: largest predicted error of a single module.
-        modules: the ranks, in file order.
-        notes: what to know of the result, one sentence each.
-    """
-
-    policy: str
-    parameters_before: int
-    parameters: int
-    predicted_error: float
-    measured_error: float
-    max_module_error: float
-    modules: tuple[ModuleRank, ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class CompressResult:
-    """A compressed adapter.
-
-    Attributes:
-        adapter: the same modules and scales, with smaller factors.
-        report: what that cost.
-    """
-
-    adapter: AdapterTensorSet
-    report: CompressReport
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressedFile:
-    """A compressed adapter on disk.
-
-    Attributes:
-        source: path that was read.
-        destination: path that was written.
-        format: name of the format that was written.
-        bytes_before: size of the source's tensors.
-        bytes: size of the file, or of all files of the directory.
-        max_relative_error: largest relative error of a single update of the written file against
-            the compressed adapter: storage alone.
-        worst_module: where that is.
-        report: what the compression cost.
-        notes: what was normalised on the way.
-    """
-
-    source: str
-    destination: str
-    format: str
-    bytes_before: int
-    bytes: int
-    max_relative_error: float
-    worst_module: str | None
-    report: CompressReport
-    notes: tuple[str, ...] = ()
-
-
+@watchable
 def compress(
-    adapter: AdapterTensorSet | Path | str,
+    source: AdapterTensorSet | Path | str,
     *,
     rank: int | None = None,
     tol: float | None = None,
     budget: int | None = None,
     policy: str | None = None,
     threshold: float | None = None,
-    dtype: DType | None = None,
-    base: Path | str | None = None,
+    dtype: DType | str | None = None,
+    base: BaseModel | Path | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CompressResult:
     """Cut every module to the rank that a plan gives it; no other factors of that rank are closer.
 
@@ -117,7 +56,7 @@ def compress(
     B = U√Σ and A = √ΣVᵀ of the truncated singular value decomposition (Eckart and Young 1936).
 
     Args:
-        adapter: an adapter in memory, or a file or directory of any format.
+        source: an adapter in memory, or a file or directory of any format.
         rank: the largest rank of any module.
         tol: largest relative Frobenius error of all updates together, rounding to the stored type
             included; 0.1, of the truncation alone, without any wish.
@@ -127,6 +66,7 @@ def compress(
         dtype: stored type of the new factors; None keeps each one's, float32 for quantised ones.
         base: base model, where the update depends on it; by default the one that the adapter names,
             if it is in the local hub cache.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if the adapter is malformed, unpaired or not finite.
@@ -135,9 +75,18 @@ def compress(
         UsageError: if the wishes contradict each other.
         UnsupportedError: if B · A is no update of the original base, and that base is not at hand.
     """
-    whole = load(adapter, base=base).adapter
+    del progress  # told by `watchable`
+    from adapterkit.saving import stored_type
+
+    whole = load(source, base=base).adapter
     return _compressed(
-        whole, dtype, rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold
+        whole,
+        stored_type(dtype),
+        rank=rank,
+        tol=tol,
+        budget=budget,
+        policy=policy,
+        threshold=threshold,
     )
 
 
@@ -216,6 +165,7 @@ def _check_bound(tol: float, measured: float, rounding: float, whole: AdapterTen
     )
 
 
+@watchable
 def compress_file(
     source: AdapterTensorSet | Path | str,
     destination: Path | str,
@@ -226,12 +176,13 @@ def compress_file(
     policy: str | None = None,
     threshold: float | None = None,
     to: str | None = None,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
     outtype: str = "auto",
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CompressedFile:
     """Compress an adapter into a file of any format, proven as a conversion is.
 
@@ -250,6 +201,7 @@ def compress_file(
         as_format: name of the format to read it as, where its content does not tell.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
         force: replace an existing destination.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if the source is malformed, unpaired or not finite.
@@ -259,6 +211,7 @@ def compress_file(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
+    del progress  # told by `watchable`
     from adapterkit.saving import admitted, destination_format, save, stored_type
 
     destination = Path(destination)

@@ -18,14 +18,14 @@ from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.registry import BUILTIN, FormatSpec, spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
-from adapterkit.text import PLAIN, Pen, Shown, count, printable, short, size
+from adapterkit.work import watchable
 
 if TYPE_CHECKING:
     from adapterkit.engines.engine import Target
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ConversionReport(Shown, ProvenFile):
+class ConversionReport(ProvenFile):
     """What a conversion did and how it was proven.
 
     Attributes:
@@ -40,23 +40,8 @@ class ConversionReport(Shown, ProvenFile):
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def text(self, pen: Pen = PLAIN) -> str:
-        """Return what was written, and the proof."""
-        del pen
-        where = f"in all {self.modules:,} modules" if self.modules != 1 else "in the one module"
-        error = short(self.max_relative_error)
-        if self.max_relative_error and self.worst_module:
-            error += f" ({printable(self.worst_module)})"
-        facts = [
-            printable(self.destination),
-            self.format,
-            count(self.modules, "module"),
-            count(self.parameters, "parameter"),
-            size(self.bytes),
-        ]
-        return f"{'  '.join(facts)}\nproof: ΔW equal {where}, largest relative error {error}"
 
-
+@watchable
 def convert(
     source: AdapterTensorSet | Path | str,
     destination: Path | str,
@@ -74,6 +59,7 @@ def convert(
     allow_lossy: bool = False,
     force: bool = False,
     proof: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Convert an adapter to another format, and prove on the written file that nothing changed.
 
@@ -96,6 +82,7 @@ def convert(
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
         proof: whether the file carries what it was made from and what it holds, for `verify`.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if the source is malformed or broken.
@@ -105,6 +92,7 @@ def convert(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
+    del progress  # told by `watchable`
     destination = Path(destination)
     engine = _engine(for_engine) if for_engine else None
     target = destination_format(destination, to or (engine and engine.format), force=force)
@@ -163,7 +151,7 @@ def convert(
 
 def convert_all(
     sources: Sequence[Path | str],
-    folder: Path | str,
+    destination: Path | str,
     *,
     to: str | None = None,
     for_engine: str | None = None,
@@ -176,7 +164,7 @@ def convert_all(
 
     Args:
         sources: adapters of any formats that are read.
-        folder: where each output goes, under the name of its source with the format's suffix.
+        destination: folder where each output goes, under its source's name with the suffix.
         to: name of the format; peft by default.
         for_engine: an engine whose format is written, as for `convert`.
         base: base model of all of them, opened once; None for what each names.
@@ -188,7 +176,7 @@ def convert_all(
         UsageError: if two outputs would have one name, before anything is written.
     """
     name = to or (_engine(for_engine).format if for_engine else None) or BUILTIN[0].name
-    places = _places(sources, Path(folder), spec(name))
+    places = _places(sources, Path(destination), spec(name))
 
     def one(source: Path | str, **given: Any) -> ConversionReport:
         return convert(source, places[str(source)], to=name, for_engine=for_engine, **given)

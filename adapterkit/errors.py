@@ -95,6 +95,16 @@ class UsageError(AdapterKitError):
     exit_code = 2
 
 
+def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
+    """Return the error of a name that there is not, with what was probably meant, and all."""
+    from difflib import get_close_matches
+
+    every = list(known)
+    close = get_close_matches(name.lower(), every, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return UsageError(f"unknown {what} {name!r}; {meant}known: {', '.join(every)}")
+
+
 class FormatError(AdapterKitError):
     """The bytes are not what their format says."""
 

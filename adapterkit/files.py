@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from adapterkit.base import BaseModel
 from adapterkit.formats.protocol import Options
 from adapterkit.loading import Need, load, open_model
 from adapterkit.model import AdapterTensorSet
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+from adapterkit.work import watchable
 
 
 def read(
-    path: Path | str,
+    source: Path | str,
     *,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     moe_layout: str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
@@ -24,7 +27,7 @@ def read(
     It is what the file holds, broken or not; the functions that take an adapter check it.
 
     Args:
-        path: file or directory, told by its content.
+        source: file, directory or hub id, told by its content.
         base: the base model, where a format's layout depends on it; by default the one that the
             adapter names, if it is in the local hub cache.
         moe_layout: `experts` or `fused`, the spelling of experts, where the file has none.
@@ -33,11 +36,11 @@ def read(
         as_format: name of the format to read it as, where its content does not tell.
 
     Raises:
-        FormatError: if there is nothing, or something malformed, at the path.
+        FormatError: if there is nothing, or something malformed, at the source.
         UnsupportedError: if it is no low-rank update, or cannot be read without a base.
     """
     loaded = load(
-        path,
+        source,
         base=base,
         moe_layout=moe_layout,
         dialect=dialect,
@@ -50,24 +53,27 @@ def read(
     return loaded.adapter
 
 
+@watchable
 def write(
-    adapter: AdapterTensorSet,
-    path: Path | str,
+    source: AdapterTensorSet | Path | str,
+    destination: Path | str,
     *,
-    format: str | None = None,  # noqa: A002  (the word that users know)
-    base: Path | str | None = None,
+    to: str | None = None,
+    base: BaseModel | Path | str | None = None,
     outtype: str = "auto",
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ProvenFile:
     """Write an adapter, read the file back, and keep it only if every update is the same.
 
     Args:
-        adapter: what to write.
-        path: file or directory to create.
-        format: name of the format; by default a `.gguf` file is gguf and a directory is peft.
+        source: an adapter, or a file or directory of any format.
+        destination: file or directory to create.
+        to: name of the format; by default a `.gguf` file is gguf and a directory is peft.
         base: the base model, where the format's layout depends on it.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
         force: replace what is there.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         LossyConversionError: if the format cannot hold something; lists every reason.
@@ -76,8 +82,10 @@ def write(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
-    path = Path(path)
-    target = destination_format(path, format, force=force)
+    del progress  # told by `watchable`
+    destination = Path(destination)
+    target = destination_format(destination, to, force=force)
     options = Options(base=open_model(base), dtype=stored_type(outtype))
+    adapter = source if isinstance(source, AdapterTensorSet) else read(source, base=options.base)
     ready = admitted(adapter, target, options)
-    return save(ready.adapter, path, target, options, force=force)
+    return save(ready.adapter, destination, target, options, force=force)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import NotFoundError
-from adapterkit.storage import readable
+from adapterkit.storage import alike, readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +86,9 @@ def located(source: Path | str) -> Path:
     for snapshot in cached(reference):
         if (snapshot / reference.inside).exists():
             return snapshot / reference.inside
+    meant = alike(path)
+    if meant:
+        raise NotFoundError(f"no such file or directory{meant}", path=path)
     return _download(reference, _ADAPTER_FILES) / reference.inside
 
 

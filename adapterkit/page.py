@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeAlias
 
@@ -80,10 +81,15 @@ def _with_contents(body: str) -> tuple[str, str]:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     """Return a table that can be sorted; a cell (text, number) is sorted by its number."""
+    cells = list(rows)
+    # A column of words stands on the left, its header too.
+    words = [isinstance(cell, str) for cell in cells[0]] if cells else []
     head = "".join(
-        f'<th scope="col"><button type="button">{shown(name)}</button></th>' for name in header
+        f'<th scope="col"{" class=words" if word else ""}>'
+        f'<button type="button">{shown(name)}</button></th>'
+        for name, word in zip_longest(header, words)
     )
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in cells)
     return scrolled(
         f'<table class="list sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
         tall=True,
@@ -92,8 +98,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 
 def _cell(value: Cell) -> str:
     if isinstance(value, tuple):
-        text, exact = value
-        return f'<td data-v="{"" if exact is None else f"{exact:.6g}"}">{shown(text)}</td>'
+        text, number = value
+        exact = "" if number is None else f"{number:.6g}"
+        return f"<td>{text}</td>" if text == exact else f'<td data-v="{exact}">{shown(text)}</td>'
     return f'<td class="words">{shown(value)}</td>'
 
 
@@ -115,17 +122,17 @@ def copied(text: str, name: str) -> str:
     )
 
 
-def write_page(text: str, path: Path | str, *, force: bool = False) -> None:
+def write_page(text: str, destination: Path | str, *, force: bool = False) -> None:
     """Write a page.
 
     Args:
         text: the whole page.
-        path: file to create.
+        destination: file to create.
         force: replace a file that is there.
 
     Raises:
-        DestinationExistsError: if there is something at the path and `force` is false.
+        DestinationExistsError: if there is something at the destination and `force` is false.
         WriteError: if it cannot be written.
     """
-    with staged(Path(path), force=force) as staging:
+    with staged(Path(destination), force=force) as staging:
         staging.write_text(text, encoding="utf-8")

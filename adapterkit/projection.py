@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from adapterkit import tinylora
+from adapterkit.base import BaseModel
 from adapterkit.base.fit import check_fit
 from adapterkit.loading import load, open_model
+from adapterkit.model import AdapterTensorSet
 from adapterkit.model.beside import lost_trained
 from adapterkit.saving import admitted, destination_format, save
-from adapterkit.tinylora import ProjectionReport
+from adapterkit.text import PLAIN, Pen, Shown, count, line
+from adapterkit.tinylora import PlanReport, ProjectionReport, TinySettings
 from adapterkit.tinylora.planner import CANDIDATES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from adapterkit.tinylora import PlanReport, TinySettings
+from adapterkit.work import watchable
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProjectedFile:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ProjectedFile(Shown):
     """A projection on disk.
 
     Attributes:
@@ -38,9 +38,23 @@ class ProjectedFile:
     report: ProjectionReport
     notes: tuple[str, ...] = ()
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, what is lost, and in which modules most."""
+        modules = count(len(self.report.modules), "module")
+        numbers = count(self.report.parameters, "number")
+        return f"{line(self.destination, self.format, modules, numbers)}\n{self.report.text(pen)}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each module."""
+        return self.report.rows()
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return what was normalised, and what is to be known of the frozen parts."""
+        return [*super().remarks(), *self.report.remarks()]
+
 
 def plan(
-    base: Path | str,
+    base: BaseModel | Path | str,
     *,
     budget: int,
     targets: Sequence[str] = tinylora.TARGETS,
@@ -62,22 +76,24 @@ def plan(
     return replace(report, base=str(base))
 
 
+@watchable
 def project_file(
-    source: Path | str,
+    source: AdapterTensorSet | Path | str,
     destination: Path | str,
     *,
-    base: Path | str,
+    base: BaseModel | Path | str,
     settings: TinySettings,
     to: str = "tinylora-pack",
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ProjectedFile:
     """Write the TinyLoRA that comes nearest to an adapter, proven to be what was computed.
 
     Args:
-        source: adapter of any format that is read.
+        source: adapter of any format that is read, or one in memory.
         destination: file or directory to create.
         base: its base, a Hugging Face directory with weights.
         settings: `projection_dim` is needed; rank 2, `alpha` 1, `seed` 0 and no ties by default.
@@ -86,6 +102,7 @@ def project_file(
         alpha: scale numerator of the source, where its file does not hold it.
         as_format: name of the format to read it as, where its content does not tell.
         force: replace an existing destination.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if the source is malformed, broken or not finite.
@@ -94,6 +111,7 @@ def project_file(
         DestinationExistsError: if the destination exists and `force` is false.
         WriteError: if the output cannot be written.
     """
+    del progress  # told by `watchable`
     destination = Path(destination)
     target = destination_format(destination, to, force=force)
     loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)

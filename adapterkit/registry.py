@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -15,10 +14,11 @@ from adapterkit import strangers
 from adapterkit.beside import trained_names
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.destination import Directory
-from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError
+from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError, unknown
 from adapterkit.json_file import read_json_object
+from adapterkit.notes import Provenance
 from adapterkit.stamps import BESIDE
-from adapterkit.storage import readable
+from adapterkit.storage import alike, readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -102,7 +102,10 @@ class FormatSpec:
 
     def read(self, path: Path, options: Options) -> AdapterTensorSet:
         """Read an adapter; what may be raised is the reader's."""
-        return _function(self.reader)(path, options)
+        found: AdapterTensorSet = _function(self.reader)(path, options)
+        if found.provenance is not None:
+            return found
+        return found.replace(provenance=Provenance(path, self.name))
 
     def losses(self, adapter: AdapterTensorSet, options: Options) -> Sequence[Loss]:
         """List everything of the adapter that this format cannot hold."""
@@ -302,8 +305,7 @@ def named(what: str, name: str, builtin: Sequence[_Named], group: str) -> _Named
     every: tuple[_Named, ...] = (*builtin, *plugins(group))
     if found := next((known for known in every if known.name == name), None):
         return found
-    names = ", ".join(known.name for known in every)
-    raise UsageError(f"unknown {what} {name!r}; known: {names}")
+    raise unknown(what, name, (known.name for known in every))
 
 
 def formats() -> tuple[FormatSpec, ...]:
@@ -330,7 +332,7 @@ def detect(path: Path) -> FormatSpec:
     """
     with readable(path):
         if not path.exists():
-            raise NotFoundError(f"no such file or directory{_alike(path)}", path=path)
+            raise NotFoundError(f"no such file or directory{alike(path)}", path=path)
         if not path.is_file() and not path.is_dir():
             raise FormatError("is neither a file nor a directory", path=path)
         if path.is_file() and (left := strangers.of_training(path)):
@@ -383,14 +385,6 @@ def by_suffix(suffix: str) -> FormatSpec | None:
     return next((known for known in BUILTIN if suffix in known.suffixes), None) or next(
         (known for known in (plugins(_GROUP) if suffix else ()) if suffix in known.suffixes), None
     )
-
-
-def _alike(path: Path) -> str:
-    """Return a question that names what lies beside a path that does not exist, if it is alike."""
-    folder = path.parent
-    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
-    found = get_close_matches(path.name, [name for name in names if not name.startswith(".")], n=1)
-    return f"; did you mean {folder / found[0]}?" if found else ""
 
 
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkit.certificates import certified
 from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
-from adapterkit.errors import LossyConversionError, ProofError, UsageError
+from adapterkit.errors import LossyConversionError, ProofError, UsageError, unknown
 from adapterkit.keys import Role
 from adapterkit.lowrank.differences import silent
 from adapterkit.model import AdapterTensorSet, BesideKind
@@ -22,6 +22,7 @@ from adapterkit.proof import prove
 from adapterkit.registry import BUILTIN, by_suffix, formats, spec
 from adapterkit.stamps import contents, stamp
 from adapterkit.storage import FileSlice
+from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -43,8 +44,8 @@ _SHARED_SUFFIXES = {".safetensors", ".npz", ".bin"}
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,11}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProvenFile:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ProvenFile(Shown):
     """What was written, as read back.
 
     Attributes:
@@ -65,6 +66,21 @@ class ProvenFile:
     bytes: int
     max_relative_error: float
     worst_module: str | None
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, and the proof."""
+        del pen
+        error = short(self.max_relative_error)
+        if self.max_relative_error and self.worst_module:
+            error += f" ({printable(self.worst_module)})"
+        return f"{self._written()}\nproof: ΔW equal {self._where()}, largest relative error {error}"
+
+    def _written(self) -> str:
+        modules, parameters = count(self.modules, "module"), count(self.parameters, "parameter")
+        return line(self.destination, self.format, modules, parameters, size(self.bytes))
+
+    def _where(self) -> str:
+        return f"in all {self.modules:,} modules" if self.modules != 1 else "in the one module"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +137,7 @@ def _meant(path: Path) -> FormatSpec:
         suffixes = [suffix for known in formats() for suffix in known.suffixes]
         from difflib import get_close_matches
 
-        close = get_close_matches(path.suffix, suffixes, n=1)
+        close = get_close_matches(path.suffix, [*suffixes, *_SHARED_SUFFIXES], n=1)
         told = f"did you mean {path.with_suffix(close[0])}? " if close else ""
         raise UsageError(
             f"{path.name}: no format has the suffix {path.suffix}; {told}--to FORMAT says what to "
@@ -130,14 +146,16 @@ def _meant(path: Path) -> FormatSpec:
     return BUILTIN[0]
 
 
-def stored_type(outtype: str) -> DType | None:
-    """Return the stored type that an outtype means; None keeps each factor's.
+def stored_type(outtype: DType | str | None) -> DType | None:
+    """Return the stored type that a word means; None keeps each factor's.
 
     Raises:
         UsageError: if there is no such outtype; the message lists all.
     """
+    if outtype is None or isinstance(outtype, DType):
+        return outtype
     if outtype not in OUTTYPES:
-        raise UsageError(f"unknown outtype {outtype!r}; known: {', '.join(OUTTYPES)}")
+        raise unknown("outtype", outtype, OUTTYPES)
     return OUTTYPES[outtype]
 
 

@@ -12,6 +12,7 @@ from adapterkit.errors import UsageError
 from adapterkit.formats.peft.config import LoraConfig
 from adapterkit.formats.peft.reader import interpret
 from adapterkit.formats.peft.writer import as_peft
+from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
 
@@ -61,8 +62,16 @@ def _fields(config: object) -> Mapping[str, Any]:
 
 
 def to_state_dict(
-    adapter: AdapterTensorSet,
+    source: AdapterTensorSet | Path | str,
 ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """Return PEFT's tensors, read into memory, and the fields of their LoraConfig."""
-    tensors, config = as_peft(adapter)
+    """Return PEFT's tensors, read into memory, and the fields of their LoraConfig.
+
+    Args:
+        source: an adapter, or a file or directory of any format.
+
+    Raises:
+        FormatError: if it is malformed or broken.
+    """
+    held = isinstance(source, AdapterTensorSet)
+    tensors, config = as_peft(source if held else load(source, need=Need.SOUND).adapter)
     return {name: tensor.numpy() for name, tensor in tensors.items()}, config

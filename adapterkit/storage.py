@@ -6,6 +6,7 @@ import shutil
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,22 @@ def readable(path: Path) -> Generator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise NotFoundError("no such file or directory", path=error.filename or path) from error
+        missing = Path(error.filename or path)
+        raise NotFoundError(f"no such file or directory{alike(missing)}", path=missing) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise FormatError(f"could not be read ({reason})", path=error.filename or path) from error
+
+
+def alike(path: Path) -> str:
+    """Return a question that names what lies beside a path that does not exist, if it is alike."""
+    folder = path.parent
+    try:
+        names = [each.name for each in folder.iterdir() if not each.name.startswith(".")]
+    except OSError:
+        return ""
+    found = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {folder / found[0]}?" if found else ""
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from adapterkit.model.defects import problems
 from adapterkit.model.update import Kind
 from adapterkit.tensor import LazyTensor
 from adapterkit.text import PLAIN, Pen, Shown, sheet, size, spread
-from adapterkit.work import tracked
+from adapterkit.work import tracked, watchable
 
 _Value = TypeVar("_Value", bound=Hashable)
 
@@ -105,6 +105,7 @@ class Summary(Shown):
         return sheet(_entries(self), pen=pen)
 
 
+@watchable
 def inspect(
     source: AdapterTensorSet | Path | str,
     *,
@@ -112,6 +113,7 @@ def inspect(
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Read an adapter of any format and summarise it; no tensor is decoded.
 
@@ -122,11 +124,13 @@ def inspect(
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
         as_format: name of the format to read it as, where its content does not tell.
+        progress: told how many tensors of how many are done, stage by stage.
 
     Raises:
         FormatError: if there is no adapter at the path, or the file is malformed.
         UnsupportedError: if it is an adapter of a kind that has no neutral form.
     """
+    del progress  # told by `watchable`
     loaded = load(
         source, base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.STORED
     )

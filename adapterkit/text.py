@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,6 +55,8 @@ class Shown:
     """A report: `str` is what the command line prints, `repr` its first line, a table its rows."""
 
     __slots__ = ()
+    # The field whose entries are the rows of its table; without one the report is its own row.
+    _entries: ClassVar[str] = ""
 
     def text(self, pen: Pen = PLAIN) -> str:
         """Return what people read."""
@@ -62,7 +64,20 @@ class Shown:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the report as rows of a table, one for each thing that it is about."""
-        return [{each.name: getattr(self, each.name) for each in fields(self)}]  # type: ignore[arg-type]
+        entries: Sequence[Any] = getattr(self, self._entries) if self._entries else [self]
+        return [
+            {each.name: getattr(entry, each.name) for each in fields(entry)} for entry in entries
+        ]
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return what is said beside the text: `warning`, `note` or `dropped`, and a sentence."""
+        told = [
+            (kind, words)
+            for kind, name in (("warning", "warnings"), ("note", "notes"))
+            for words in getattr(self, name, ())
+        ]
+        lost = getattr(self, "losses", ())
+        return [*told, *(("dropped", f"{loss.subject}: {loss.message}") for loss in lost)]
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame.
@@ -157,6 +172,25 @@ def spread(counts: Mapping[Any, int], total: int, *, always: bool = False) -> st
 
 def _name(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def from_here(path: str) -> str:
+    """Return a path as it is called from the working directory, if it lies there."""
+    from pathlib import Path
+
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def line(*facts: str) -> str:
+    """Return facts side by side; what is empty is left out."""
+    return _GAP.join(printable(fact) for fact in facts if fact)
+
+
+def span(noun: str, numbers: Iterable[int]) -> str:
+    """Return `rank 8`, or `ranks 4 to 16` where they are not all the same."""
+    found = sorted(set(numbers))
+    return f"{noun} {found[0]}" if len(found) == 1 else f"{noun}s {found[0]} to {found[-1]}"
 
 
 def count(number: int, noun: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from adapterkit.model import AdapterTensorSet
 from adapterkit.page import Cell, page, shown, table
 from adapterkit.text import PLAIN, Pen, Shown, printable
 from adapterkit.text import count as counted
+from adapterkit.work import watchable
 
 # What a gate may fail on -> the severities that do.
 _FAILING = {
@@ -116,6 +117,7 @@ def _lines(finding: Finding, pen: Pen) -> list[str]:
     return [line, f"  {printable(finding.hint)}"] if finding.hint else [line]
 
 
+@watchable
 def validate(
     source: AdapterTensorSet | Path | str,
     *,
@@ -126,6 +128,7 @@ def validate(
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
     """Check an adapter file alone, against a base and against engines.
 
@@ -139,11 +142,13 @@ def validate(
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
         as_format: name of the format to read it as, where its content does not tell.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if the source or the base cannot be read at all.
         UsageError: if an engine or a code is unknown.
     """
+    del progress  # told by `watchable`
     engines = [load_target(reference) for reference in targets]
     ignored = {known_code(code) for code in ignore}
     place = (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.base import BaseModel
 from adapterkit.base.identity import identified
 from adapterkit.certificates import Certificate, mark, read_certificate, source_digest
 from adapterkit.diagnosis import diagnose
@@ -16,9 +17,10 @@ from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model,
 from adapterkit.notes import first_and_more
 from adapterkit.proof import compare, tolerance_for
 from adapterkit.stamps import contents, stamped
+from adapterkit.text import PLAIN, Pen, Shown, count, printable, short
+from adapterkit.work import watchable
 
 if TYPE_CHECKING:
-    from adapterkit.base import BaseModel
     from adapterkit.fingerprints import ModuleFingerprint
     from adapterkit.stamps import Contents
 
@@ -27,6 +29,8 @@ _SAME, _ROUNDED = 2e-3, 2e-2
 # Norms are computed alike from the same bytes.
 _EXACT = 1e-9
 _MOST = 20
+# Changes that are listed.
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,8 @@ class Change:
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class VerifyReport(Shown):
     """What a file's own proof says of it.
 
     Attributes:
@@ -72,34 +76,57 @@ class VerifyReport:
     modules: int
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
+    _entries = "changes"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return whether it is as it was written, what is not, and what it was written from."""
+        lines = [
+            "sound: every byte and every update is as it was written"
+            if self.sound
+            else f"changed: {count(len(self.changes), 'finding')}"
+        ]
+        told = pen.shown(self.changes, _SHOWN)
+        lines += [f"  {change.kind}: {change.where}: {change.message}" for change in told]
+        if more := len(self.changes) - len(told):
+            lines.append(f"  and {more:,} more; --json lists all")
+        names = ", ".join(f"{name} ({digest[:12]})" for name, digest in self.sources.items())
+        lines.append(
+            f"written by adapterkit {self.written_by} from {names or 'memory'}, largest "
+            f"relative error {short(self.max_relative_error)}"
+        )
+        return "\n".join(map(printable, lines))
 
 
+@watchable
 def verify(
-    file: Path | str,
+    source: Path | str,
     *,
     against: Path | str | None = None,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Check an adapter that adapterkit wrote against the proof in its metadata.
 
     The proof is no signature: who can change a file can write another proof into it.
 
     Args:
-        file: adapter file or directory.
+        source: adapter file or directory.
         against: what it was made from, or should be equal to: every update is compared.
         base: the base model; it must be the one that the file was written with.
         dialect: key grammar of `against`, where its file cannot tell.
         alpha: scale numerator of `against`, where its file does not hold it.
-        as_format: format of `file`, where its content does not tell.
+        as_format: format of `source`, where its content does not tell.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         UncheckableError: if the file carries no proof.
         FormatError: if a file or the proof cannot be read.
     """
-    place = recognise(file, as_format=as_format)
+    del progress  # told by `watchable`
+    place = recognise(source, as_format=as_format)
     document = stamped(place.path)
     if document is None:
         message = "carries no proof: it was not written by adapterkit, or saved again by another"

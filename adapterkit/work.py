@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import wraps
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
 
 # The work is short calls into numpy and the kernel, between which Python holds its lock: more
 # threads only wait.
@@ -43,6 +45,19 @@ def watched(progress: Callable[[int, int], None] | None) -> Generator[None]:
         yield
     finally:
         _WATCHER.reset(token)
+
+
+def watchable(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Have a function's `progress` told what is tracked in it; None leaves who watches already."""
+
+    @wraps(function)
+    def told(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        if named.get("progress") is None:
+            return function(*arguments, **named)
+        with watched(cast("Callable[[int, int], None]", named["progress"])):
+            return function(*arguments, **named)
+
+    return told
 
 
 def tracked(items: Collection[_Item]) -> Iterator[_Item]:

@@ -19,7 +19,7 @@ from adapterkit.auditing.plan import suggestion, trade_off
 from adapterkit.auditing.report import AdapterAudit, AuditReport, LayerShare, ModuleAudit
 from adapterkit.auditing.tables import facts, number
 from adapterkit.lowrank.rank_plan import Suggestion
-from adapterkit.page import copied, natural, page, scrolled, shown, write_page
+from adapterkit.page import copied, natural, page, scrolled, shown, table, write_page
 
 _COLUMNS = (
     ("rank", "rank"),
@@ -68,19 +68,19 @@ def html_page(report: AuditReport) -> str:
     )
 
 
-def write_html(report: AuditReport, path: Path | str, *, force: bool = False) -> None:
+def write_html(report: AuditReport, destination: Path | str, *, force: bool = False) -> None:
     """Write the page.
 
     Args:
         report: what to show.
-        path: file to create.
+        destination: file to create.
         force: replace a file that is there.
 
     Raises:
-        DestinationExistsError: if there is something at the path and `force` is false.
+        DestinationExistsError: if there is something at the destination and `force` is false.
         WriteError: if it cannot be written.
     """
-    write_page(html_page(report), path, force=force)
+    write_page(html_page(report), destination, force=force)
 
 
 def _title(audited: AdapterAudit, index: int, count: int) -> str:
@@ -194,18 +194,20 @@ def _trade_off(audited: AdapterAudit, advice: Suggestion, name: str) -> str:
         whole,
     )
     peft = json.dumps(dict(plan.peft), indent=1)
-    rows = "".join(
-        f"<tr><td>{row.limit:.2g}</td><td>{row.parameters:,}</td>"
-        f"<td>{row.parameters / whole:.0%}</td></tr>"
+    rows = [
+        (
+            (f"{row.limit:.2g}", row.limit),
+            (f"{row.parameters:,}", row.parameters),
+            (f"{row.parameters / whole:.0%}", row.parameters / whole),
+        )
         for row in advice.bounds
-    )
+    ]
     return (
         "<h2>Size against error</h2>"
         '<p class="legend"><i></i>ranks by energy per parameter<i class="second"></i>one rank '
         "everywhere. The error is ‖ΔW - ΔW'‖ / ‖ΔW‖ of the whole update; keeping 90 % of the "
         f"energy is an error of 0.32.</p>{chart}"
-        '<div class="scroll" tabindex="0"><table class="list"><thead><tr><th>error at most</th>'
-        f"<th>parameters</th><th>of now</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{table(('error at most', 'parameters', 'of now'), rows)}"
         f'<p class="soft">Advice ({shown(plan.policy)}), for PEFT:</p>'
         f"{copied(peft, name)}"
     )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.auditing.tables import certain, number
-from adapterkit.page import shown
+from adapterkit.page import Cell, shown, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from adapterkit.auditing.base_report import BaseAudit
     from adapterkit.auditing.reference_report import ReferenceAudit
 
 _ROWS = 1000
+
+
+def _cell(value: float | None) -> Cell:
+    return number(value), value
 
 
 def base_section(found: BaseAudit) -> str:
@@ -22,8 +24,8 @@ def base_section(found: BaseAudit) -> str:
     rows = [
         (
             row.name,
-            *map(number, (row.udr, row.udr_f, row.amplification, row.least_retention)),
-            "-" if row.intruder_dimensions is None else str(row.intruder_dimensions),
+            *map(_cell, (row.udr, row.udr_f, row.amplification, row.least_retention)),
+            _cell(row.intruder_dimensions),
             row.dtype,
         )
         for row in found.weights[:_ROWS]
@@ -35,7 +37,7 @@ def base_section(found: BaseAudit) -> str:
         f'<h2>Against the base</h2><p class="soft">‖ΔW‖ / ‖W‖ in {shown(found.path)}. '
         f"{whole.intruder_dimensions:,} of {whole.leading_directions:,} leading directions of "
         f"W + ΔW are not W's ({certain(found)}); largest residual {number(whole.residual_max)}."
-        f"{more}</p>{_missing(found)}{_table(head, rows)}"
+        f"{more}</p>{_missing(found)}{table(head, rows)}"
     )
 
 
@@ -58,7 +60,7 @@ def reference_section(found: ReferenceAudit) -> str:
         (
             row.family,
             row.statistic,
-            *map(number, (row.value, row.mean, row.deviation, row.z, row.percentile)),
+            *map(_cell, (row.value, row.mean, row.deviation, row.z, row.percentile)),
         )
         for row in sorted(found.standings, key=lambda row: -abs(row.z or 0.0))[:_ROWS]
     ]
@@ -66,21 +68,5 @@ def reference_section(found: ReferenceAudit) -> str:
     return (
         f'<h2>Beside {found.members:,} others</h2><p class="soft">Statistics that have told '
         f"backdoored adapters apart, and where they lie in the bank {shown(found.path)}. Far out "
-        f"is unusual; neither far nor near is a verdict.</p>{_table(head, rows)}"
+        f"is unusual; neither far nor near is a verdict.</p>{table(head, rows)}"
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    labels = "".join(
-        f'<th scope="col"><button type="button">{label}</button></th>' for label in head
-    )
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll tall"><table class="list sortable"><thead><tr>{labels}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _cell(text: str) -> str:
-    # What there is no number for is sorted last.
-    return '<td data-v="">-</td>' if text == "-" else f"<td>{shown(text)}</td>"

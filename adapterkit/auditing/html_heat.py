@@ -10,7 +10,7 @@ import numpy as np
 
 from adapterkit.auditing.charts import RAMP
 from adapterkit.auditing.places import short_names
-from adapterkit.page import shown
+from adapterkit.page import scrolled, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -70,9 +70,11 @@ def heat_map(audited: AdapterAudit, name: str) -> str:
         f'<p><select data-heat="{name}" aria-label="metric">{_options(audited)}</select>'
         f'<span class="key" id="{name}-key"><span></span>'
         f'<i style="background:linear-gradient(90deg,{ramp})"></i><span></span></span></p>'
-        f'<div class="scroll" tabindex="0"><table class="heat" id="{name}" '
-        f'data-numbers="{int(len(columns) <= _PRINTED_COLUMNS)}">'
-        f"<thead><tr><th>layer</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        + scrolled(
+            f'<table class="heat" id="{name}" '
+            f'data-numbers="{int(len(columns) <= _PRINTED_COLUMNS)}">'
+            f"<thead><tr><th>layer</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
     )
 
 

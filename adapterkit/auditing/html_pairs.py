@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.auditing.charts import bars, diverging
 from adapterkit.auditing.places import place_of
 from adapterkit.auditing.tables import number
-from adapterkit.page import scrolled, shown
+from adapterkit.page import scrolled, shown, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,9 +72,8 @@ def _matrix(found: Interference, names: Sequence[str]) -> str:
                 pair = pairs[row, column]
                 cells += f"<td>{_two(pair.left_overlap)} / {_two(pair.right_overlap)}</td>"
         body += f'<tr><th scope="row">{shown(names[row])}</th>{cells}</tr>'
-    return (
-        '<div class="scroll" tabindex="0"><table class="heat"><thead><tr><th></th>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return scrolled(
+        f'<table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
 
 
@@ -103,26 +102,26 @@ def _strip(pair: PairInterference, names: Sequence[str]) -> str:
 
 def _table(found: Interference, names: Sequence[str]) -> str:
     labels = ("pair", "shared", "cosine", "energy", "left", "right", "STI", "signs", "verdict")
-    head = "".join(f'<th scope="col">{label}</th>' for label in labels)
-    body = "".join(
-        f"<tr><td>{shown(_pair_name(pair, names))}</td><td>{pair.shared:,}</td>"
-        + "".join(
-            f"<td>{number(value)}</td>"
-            for value in (
-                pair.cosine,
-                pair.merge_energy_ratio,
-                pair.left_overlap,
-                pair.right_overlap,
-                pair.interference,
-                pair.sign_conflict,
-            )
+    rows = [
+        (
+            _pair_name(pair, names),
+            (f"{pair.shared:,}", pair.shared),
+            *(
+                (number(value), value)
+                for value in (
+                    pair.cosine,
+                    pair.merge_energy_ratio,
+                    pair.left_overlap,
+                    pair.right_overlap,
+                    pair.interference,
+                    pair.sign_conflict,
+                )
+            ),
+            pair.words,
         )
-        + f"<td>{pair.words}</td></tr>"
         for pair in found.pairs
-    )
-    return scrolled(
-        f'<table class="list"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    )
+    ]
+    return table(labels, rows)
 
 
 def _clashes(pair: PairInterference, names: Sequence[str]) -> str:

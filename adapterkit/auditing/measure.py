@@ -24,7 +24,7 @@ from adapterkit.loading import Loaded, load_all, open_model
 from adapterkit.lowrank.rank_plan import Suggestion
 from adapterkit.lowrank.spectrum import Spectrum, spectra
 from adapterkit.model import AdapterTensorSet, Update
-from adapterkit.work import in_threads
+from adapterkit.work import in_threads, watchable
 
 _REASONS = {
     Role.MAGNITUDE: "DoRA's magnitude acts on base and update together; the base is needed",
@@ -37,12 +37,13 @@ _Measured = TypeVar("_Measured")
 _NO_WEIGHTS = "there are no weights, so no update is held against them"
 
 
+@watchable
 def audit(
-    *adapters: AdapterTensorSet | Path | str,
+    *sources: AdapterTensorSet | Path | str,
     suggest: bool = False,
     budget: int | None = None,
     tol: float | None = None,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     exact: bool = False,
     reference: Path | str | None = None,
     keep_going: bool = False,
@@ -50,11 +51,12 @@ def audit(
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> AuditReport:
     """Measure adapters from their factors alone; several are also held against each other.
 
     Args:
-        adapters: files or directories of any format that is read, or adapters in memory.
+        sources: files or directories of any format that is read, or adapters in memory.
         suggest: whether to advise ranks.
         budget: parameters that the advised ranks may cost.
         tol: relative error that the advised ranks may make.
@@ -71,6 +73,7 @@ def audit(
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator, where the file does not hold it.
         as_format: name of the format to read them as, where their content does not tell.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         FormatError: if there is no adapter, or it is malformed, unpaired or not finite.
@@ -79,7 +82,8 @@ def audit(
         UnsupportedError: if the base does not fit, or B · A is no update of the original base and
             that base is not at hand.
     """
-    if not adapters:
+    del progress  # told by `watchable`
+    if not sources:
         raise UsageError("no adapter was given")
     model = open_model(base)
     if exact and (model is None or not model.has_tensors):
@@ -97,10 +101,10 @@ def audit(
         return audited if reference is None else _with_reference(audited, adapter, reference)
 
     if not keep_going:
-        loaded = [each.adapter for each in read(adapters)]
+        loaded = [each.adapter for each in read(sources)]
         audits = map(_renamed, _once(loaded, measured), loaded)
         return _report(list(zip(loaded, audits, strict=True)), (), suggest, budget, tol)
-    sound, failed = _sound(adapters, read)
+    sound, failed = _sound(sources, read)
     done: list[tuple[AdapterTensorSet, AdapterAudit]] = []
     attempts = _once([each for _, each in sound], lambda each: attempted("", measured, each))
     for (name, adapter), attempt in zip(sound, attempts, strict=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from adapterkit.auditing.places import place_of
 from adapterkit.auditing.reference_report import ReferenceAudit, Standing
+from adapterkit.base import BaseModel
 from adapterkit.destination import check_destination
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.json_file import read_json_object
@@ -30,7 +31,8 @@ from adapterkit.lowrank.spectrum import spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.output import staged
 from adapterkit.tables import ANY_MAPPING, TEXT, Table, listed, mapped, number
-from adapterkit.work import in_threads
+from adapterkit.text import PLAIN, Pen, Shown, count
+from adapterkit.work import in_threads, watchable
 
 STATISTICS = ("spectral_norm", "frobenius_norm", "top1_energy", "entropy", "kurtosis")
 _KIND, _SCHEMA = "adapterkit audit bank", 1
@@ -51,8 +53,8 @@ class Member:
     families: Mapping[str, Mapping[str, float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Bank:
+@dataclass(frozen=True, slots=True, repr=False)
+class Bank(Shown):
     """Adapters to compare with.
 
     Attributes:
@@ -60,6 +62,13 @@ class Bank:
     """
 
     members: tuple[Member, ...]
+    _entries = "members"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return how many adapters there are, and of how many families of modules."""
+        del pen
+        families = {name for member in self.members for name in member.families}
+        return f"{count(len(self.members), 'adapter')}, {len(families)} families of modules"
 
 
 def _measured(adapter: AdapterTensorSet) -> Member:
@@ -96,30 +105,33 @@ def _statistics(pair: Update) -> list[dict[str, float]]:
     return rows
 
 
+@watchable
 def bank(
-    *adapters: AdapterTensorSet | Path | str,
-    path: Path | str,
-    base: Path | str | None = None,
+    *sources: AdapterTensorSet | Path | str,
+    destination: Path | str,
+    base: BaseModel | Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     force: bool = False,
     as_format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
-    """Write a bank of adapters for `audit(..., reference=path)`; they are read one by one.
+    """Write a bank of adapters for `audit(..., reference=destination)`; they are read one by one.
 
     Raises:
         FormatError: if one is no adapter, or it is malformed, unpaired or not finite.
         UsageError: if no adapter is given.
-        DestinationExistsError: if there is something at `path` and `force` is false.
+        DestinationExistsError: if there is something at `destination` and `force` is false.
         WriteError: if it cannot be written.
     """
-    if not adapters:
+    del progress  # told by `watchable`
+    if not sources:
         raise UsageError("no adapter was given")
-    check_destination(Path(path), force=force)
+    check_destination(Path(destination), force=force)
     model = open_model(base)
     loaded = (
         load(each, base=model, dialect=dialect, alpha=alpha, as_format=as_format).adapter
-        for each in adapters
+        for each in sources
     )
     made = Bank(tuple(map(_measured, loaded)))
     content = {
@@ -130,7 +142,7 @@ def bank(
             for m in made.members
         ],
     }
-    with staged(Path(path), force=force) as temporary:
+    with staged(Path(destination), force=force) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return made
 

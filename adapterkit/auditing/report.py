@@ -242,8 +242,8 @@ class Unaudited:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterAudit:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class AdapterAudit(Shown):
     """One adapter, measured.
 
     Attributes:
@@ -279,6 +279,11 @@ class AdapterAudit:
     modules: tuple[ModuleAudit, ...]
     base: BaseAudit | None = None
     reference: ReferenceAudit | None = None
+    _entries = "modules"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return the view of the adapter."""
+        return AuditReport(adapters=(self,)).text(pen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

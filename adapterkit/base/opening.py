@@ -11,7 +11,7 @@ from adapterkit.base.diffusion import is_pipeline, open_checkpoint, open_pipelin
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
 from adapterkit.json_file import read_json_object
-from adapterkit.storage import readable
+from adapterkit.storage import alike, readable
 from adapterkit.tables import FLAG, TEXT, Table, listed, mapped, shown, text, whole
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ _LONGEST_NAME, _MOST_PARTS = 255, 9_999
 _LONGEST_ARRAY = 1 << 16
 
 
-def open_base(reference: str | Path) -> BaseModel:
+def open_base(base: Path | str) -> BaseModel:
     """Read the headers of a base model; weights stay on disk.
 
     Args:
-        reference: a directory with config.json, a config.json, a .gguf file, or a hub id
+        base: a directory with config.json, a config.json, a .gguf file, or a hub id
             (`org/name`) that is in the local hub cache.
 
     Raises:
@@ -48,9 +48,9 @@ def open_base(reference: str | Path) -> BaseModel:
         FormatError: if a file is malformed.
         UnknownArchitectureError: if no family file describes a GGUF file's model.
     """
-    path = Path(reference)
+    path = Path(base)
     with readable(path):
-        return _opened(path, reference)
+        return _opened(path, base)
 
 
 def _opened(path: Path, reference: str | Path) -> BaseModel:
@@ -70,7 +70,8 @@ def _opened(path: Path, reference: str | Path) -> BaseModel:
     if named := hub.parse(str(reference)):
         return _open_config(hub.downloaded_base(named) / "config.json", name=named.name)
     raise NotFoundError(
-        "no base model here; give a model directory, a config.json, a GGUF file or a hub id",
+        "no base model here; give a model directory, a config.json, a GGUF file or a hub id"
+        + alike(path),
         path=reference,
     )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.base import BaseModel
 from adapterkit.doctor.distributions import Measured, mean_divergence, measured
 from adapterkit.doctor.http import Client
 from adapterkit.doctor.prompts import PROMPTS, read_prompts
@@ -16,6 +17,8 @@ from adapterkit.doctor.reference import Reference, reference
 from adapterkit.doctor.servers import LlamaServer, ServedAdapter, chosen, connected
 from adapterkit.errors import UsageError
 from adapterkit.loading import open_model
+from adapterkit.text import PLAIN, Pen, Shown, printable, sheet, short
+from adapterkit.work import tracked, watchable
 
 if TYPE_CHECKING:
     from adapterkit.doctor.distributions import Distribution
@@ -46,8 +49,19 @@ class Condition(StrEnum):
     BASE = "another base"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DoctorReport:
+_SAID = {
+    Condition.RIGHT: "the adapter does what it should",
+    Condition.ALIVE: "the adapter changes the answers; give --source and --base to tell whether "
+    "rightly",
+    Condition.NO_EFFECT: "the adapter changes nothing",
+    Condition.STRENGTH: "the adapter acts at {strength:.2f} times its strength",
+    Condition.ANOTHER: "what changes the answers is not this adapter at any strength",
+    Condition.BASE: "the model without the adapter is not this base",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class DoctorReport(Shown):
     """What was found; divergences are means over the prompts, in nats.
 
     Attributes:
@@ -89,17 +103,43 @@ class DoctorReport:
         """Whether nothing is known to be wrong."""
         return self.condition in {Condition.RIGHT, Condition.ALIVE}
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what is the matter, what explains it, and the numbers."""
+        said = _SAID[self.condition].format(strength=self.strength or 0.0)
+        expected = self.expected_effect
+        entries = [
+            ("server", f"{self.server} at {self.url}"),
+            ("adapter", self.adapter + (f" ({self.path})" if self.path else "")),
+            (
+                "effect",
+                _nats(self.effect)
+                + (f", {short(expected)} expected" if expected is not None else ""),
+            ),
+            ("strength", "" if self.strength is None else f"{self.strength:.3f}"),
+            ("base apart", _nats(self.base_divergence)),
+            ("unexplained", "" if self.unexplained is None else f"{self.unexplained:.1%}"),
+            ("asked", f"{self.prompts} prompts, {self.requests} requests, {self.seconds:.1f} s"),
+        ]
+        lines = [f"{self.condition}: {said}", *(f"  {cause}" for cause in self.causes)]
+        return "\n".join([*map(printable, lines), sheet(entries, pen=pen)])
 
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{short(value)} nats"
+
+
+@watchable
 def examine(
     url: str,
     *,
-    adapter: str | None = None,
+    name: str | None = None,
     source: Path | str | None = None,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     prompts: Path | str | None = None,
     seconds: float = 300.0,
     dialect: str | None = None,
     alpha: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DoctorReport:
     """Ask a running llama-server, vLLM, SGLang or Ollama whether an adapter works there.
 
@@ -108,13 +148,14 @@ def examine(
 
     Args:
         url: address of the server; nothing else is contacted.
-        adapter: its name, id or file there; not needed where there is but one.
+        name: what the server calls it, its id or file there; not needed where there is but one.
         source: the adapter that it should be, of any format.
         base: its base model with weights: GGUF file or Hugging Face directory.
         prompts: file with a prompt in each line; by default ten of its own.
         seconds: after which no more is asked.
         dialect: key grammar of a hand-written source.
         alpha: scale numerator of the source, where its file does not hold it.
+        progress: told how many prompts of how many are done, stage by stage.
 
     Raises:
         UncheckableError: if nothing that is known answers, or the engine that should say what to
@@ -122,16 +163,19 @@ def examine(
         UsageError: if the adapter is not there, or a source is given without a base.
         FormatError: if the source, the base or the prompts cannot be read.
     """
+    del progress  # told by `watchable`
     if (source is None) != (base is None):
         raise UsageError("what to expect takes both the adapter and its base: --source and --base")
     began = time.monotonic()
     asked = read_prompts(Path(prompts)) if prompts is not None else PROMPTS
     server = connected(Client(url, most=_REQUESTS, seconds=seconds))
-    served = chosen(server, adapter)
+    served = chosen(server, name)
     texts = [server.prompt(prompt) for prompt in asked]
     # What a server multiplies by is part of what its users get; asked off, it is asked at 1.
     scale = served.scale or 1.0
-    off, on = ([server.ask(text, served, strength) for text in texts] for strength in (0.0, scale))
+    asked_of = [(text, strength) for strength in (0.0, scale) for text in texts]
+    answers = [server.ask(text, served, strength) for text, strength in tracked(asked_of)]
+    off, on = answers[: len(texts)], answers[len(texts) :]
     notes = _told_of_scales(server, served, texts, on)
     found = Findings(Condition.ALIVE, effect=mean_divergence(on, off))
     if source is not None and base is not None:

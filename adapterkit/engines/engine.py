@@ -30,7 +30,7 @@ from typing import Any, cast
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.checks.findings import Finding, Outcome, Severity
 from adapterkit.engines.verdict import Verdict
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, unknown
 
 # Release numbers with what follows them (0.33.0rc1), and llama.cpp's builds (b9549).
 _VERSION = re.compile(r"[bv]?\d+(\.\d+)*([-+.]?[a-z]\w*)?")
@@ -159,17 +159,17 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
 
 
-def load_target(reference: str) -> Target:
+def load_target(engine: str) -> Target:
     """Return an engine by `name` or `name@version`.
 
     Raises:
         UsageError: if there is no such engine; the message lists all.
     """
-    name, at, version = reference.partition("@")
+    name, at, version = engine.partition("@")
     if name not in target_names():
-        raise UsageError(f"unknown engine {name!r}; known: {', '.join(target_names())}")
+        raise unknown("engine", name, target_names())
     if at and not _VERSION.fullmatch(version):
-        raise UsageError(f"{reference!r} names no version; write for example {name}@1.2.3")
+        raise UsageError(f"{engine!r} names no version; write for example {name}@1.2.3")
     data = _data(name)
     if "like" in data:
         data = {**_data(data["like"]), **data}

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adapterkit.notes import Loss
+from adapterkit.text import PLAIN, Pen, Shown, columns, count, line, printable, short, size, span
+
+# Left-over tensors that are listed.
+_LISTED = 8
+# Shares below this are not worth a word.
+_SOME = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +61,8 @@ class LeftOver:
     rounding: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ExtractReport(Shown):
     """A whole extraction.
 
     Attributes:
@@ -99,3 +105,43 @@ class ExtractReport:
     losses: tuple[Loss, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    _entries = "modules"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, its error, the proof, and what no factors hold."""
+        modules, parameters = (
+            count(len(self.modules), "module"),
+            count(self.parameters, "parameter"),
+        )
+        written = line(self.destination, self.format, modules, parameters, size(self.bytes))
+        return "\n".join([written, *self._error(), *self._left_over(pen)])
+
+    def _error(self) -> list[str]:
+        if not self.modules:
+            return []
+        ranks = span("rank", (module.rank for module in self.modules))
+        error = short(self.max_relative_error)
+        said = f"{ranks}, largest relative error {error} ({printable(self.worst_module or '')})"
+        worst = max(self.modules, key=lambda module: module.relative_error)
+        if worst.explained is not None and worst.explained >= _SOME:
+            kind = "of which rounding of the tuned weights explains"
+            said += f", {kind} {worst.explained:.0%}"
+        proof = short(self.proof_error)
+        return [said, f"proof: written as computed, largest relative error {proof}"]
+
+    def _left_over(self, pen: Pen) -> list[str]:
+        # Rounding alone is a note: it may be in every tensor of the model.
+        found = [left for left in self.left_over if not left.rounding]
+        rows = [
+            (
+                left.tensor,
+                short(left.relative_norm),
+                left.reason + (" (saved whole)" if left.saved else ""),
+            )
+            for left in pen.shown(found, _LISTED)
+        ]
+        if not rows:
+            return []
+        more = len(found) - len(rows)
+        table = columns(rows, header=("not in factors", "‖ΔW‖/‖W‖", "because it"), pen=pen)
+        return [table, *([f"and {more:,} more, which --json lists"] if more else [])]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from adapterkit.errors import AdapterKitError, UsageError, WriteError
+from adapterkit.errors import AdapterKitError, WriteError, unknown
 
 # What an adapter can be found as.
 DONE, REFUSED, FAILED = "done", "refused", "failed"
@@ -168,4 +168,4 @@ def check_action(action: str, known: Sequence[str] = tuple(ACTIONS)) -> None:
         UsageError: if it is not; the message lists all.
     """
     if action not in known:
-        raise UsageError(f"unknown action {action!r}; known: {', '.join(known)}")
+        raise unknown("action", action, known)

@@ -10,7 +10,7 @@ from pathlib import Path
 from adapterkit.errors import AdapterKitError, NotFoundError
 from adapterkit.hub import cache_folder, located
 from adapterkit.loading import recognise
-from adapterkit.storage import readable
+from adapterkit.storage import alike, readable
 
 # What a user types for all that the hub cache holds.
 HUB_CACHE = "hub-cache"
@@ -57,7 +57,7 @@ def _of(source: Path | str) -> Iterator[Path]:
             yield path
             return
         else:
-            raise NotFoundError("no such file or directory", path=path)
+            raise NotFoundError(f"no such file or directory{alike(path)}", path=path)
     for line in lines:
         if line.strip():
             yield from _of(line.strip())

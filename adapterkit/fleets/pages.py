@@ -52,7 +52,7 @@ def write_fleet_tables(report: FleetReport, folder: Path | str) -> tuple[Path, .
 
 
 def _jsonl(report: FleetReport) -> str:
-    rows = [{**_fields(row), "result": row.result} for row in report.rows]
+    rows = [{**_fields(row), "result": row.result} for row in report.results]
     return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
@@ -62,12 +62,12 @@ def _fields(row: FleetRow) -> dict[str, Any]:
 
 def _csv(report: FleetReport) -> str:
     """Return one row for each adapter; the single values of its result are columns too."""
-    results = [dict(_single(row)) for row in report.rows]
+    results = [dict(_single(row)) for row in report.results]
     names = dict.fromkeys(name for result in results for name in result)
     text = io.StringIO()
     table = csv.DictWriter(text, [*_COLUMNS, *(name for name in names if name not in _COLUMNS)])
     table.writeheader()
-    for row, result in zip(report.rows, results, strict=True):
+    for row, result in zip(report.results, results, strict=True):
         table.writerow({**result, **_fields(row)})
     return text.getvalue()
 
@@ -81,8 +81,8 @@ def _single(row: FleetRow) -> Iterator[tuple[str, Any]]:
 
 
 def _page(report: FleetReport) -> str:
-    shown = report.rows[:_MOST_ROWS]
-    more = len(report.rows) - len(shown)
+    shown = report.results[:_MOST_ROWS]
+    more = len(report.results) - len(shown)
     return "".join(
         (
             "<!doctype html>\n<html lang=en><meta charset=utf-8>",
@@ -104,7 +104,7 @@ def _common(report: FleetReport) -> str:
     """Return how often each code was found, for actions whose results have findings."""
     found = Counter(
         f"{finding['severity']} {finding['code']}"
-        for row in report.rows
+        for row in report.results
         for finding in row.result.get("findings", ())
     )
     if not found:

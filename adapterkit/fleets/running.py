@@ -18,14 +18,17 @@ from adapterkit.fleets.actions import Outcome, check_action, died, perform
 from adapterkit.fleets.discovery import discover, identity
 from adapterkit.fleets.execution import carried_out, dask_executor, process_pool
 from adapterkit.fleets.ledger import FleetRow, Job, Ledger
+from adapterkit.text import PLAIN, Pen, Shown, columns, count, from_here
 
 LEDGER = "ledger.sqlite"
 # Exit codes of several inputs: the worst of them, in this order.
 _ORDER = (3, 4, 1, 5)
+# Adapters that are listed.
+_SHOWN = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class FleetReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FleetReport(Shown):
     """What was done to a fleet, and what is known of each adapter.
 
     Attributes:
@@ -36,7 +39,7 @@ class FleetReport:
         done: how many have a result.
         refused: how many have none, and no second try would change that.
         failed: how many failed; they are tried again by the next run.
-        rows: what is known of each, the worst first.
+        results: what is known of each, the worst first.
     """
 
     action: str
@@ -46,13 +49,28 @@ class FleetReport:
     done: int
     refused: int
     failed: int
-    rows: tuple[FleetRow, ...]
+    results: tuple[FleetRow, ...]
+    _entries = "results"
 
     @property
     def exit_code(self) -> int:
         """The worst of what the command would exit with: 3, 4, 1, 5, 0."""
-        codes = {row.exit_code for row in self.rows}
+        codes = {row.exit_code for row in self.results}
         return next((code for code in _ORDER if code in codes), 0)
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what became of all, and of each of the worst."""
+        adapters = count(self.adapters, "adapter")
+        states = f"{self.done:,} done, {self.refused:,} refused, {self.failed:,} failed"
+        lines = [f"{self.action}: {adapters}, {self.looked_at:,} looked at now: {states}"]
+        worst = [row for row in self.results if row.state != "done" or row.exit_code]
+        told = [
+            (from_here(row.path), row.state, row.headline.split("\n")[0])
+            for row in pen.shown(worst, _SHOWN)
+        ]
+        lines += [columns(told, pen=pen)] if told else []
+        lines += [f"and {more:,} more in {self.ledger}"] if (more := len(worst) - len(told)) else []
+        return "\n".join(lines)
 
 
 def run_fleet(
@@ -131,7 +149,7 @@ def run_fleet(
         adapters=len(found),
         looked_at=len(open_jobs),
         **{state: states[state] for state in ("done", "refused", "failed")},
-        rows=rows,
+        results=rows,
     )
 
 

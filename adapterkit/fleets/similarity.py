@@ -16,6 +16,7 @@ from adapterkit.fingerprints import unit_distance
 from adapterkit.fleets.ledger import FleetRow
 from adapterkit.fleets.running import run_fleet
 from adapterkit.loading import load
+from adapterkit.text import PLAIN, Pen, Shown, count, from_here, printable, short
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
     from adapterkit.fleets.relations import Sum, Twin
 
     Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+
+# Two norms that print alike.
+_EQUAL = 5e-4
+_WORDS = {"same": "is", "rounded": "is, but for rounding,", "near": "is nearly"}
+# Adapters that are listed of those about which there is something to remark.
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +56,15 @@ class Copy:
     exact: bool
     partial: bool
 
+    def __str__(self) -> str:
+        """Return it as a sentence."""
+        times = "" if abs(self.ratio - 1) < _EQUAL else f"{self.ratio:.4g} times "
+        apart = short(self.distance) + ("" if self.exact else " by its sketch")
+        path, of = from_here(self.path), from_here(self.of)
+        subject = f"the update of {path}" if self.partial else path
+        other = f"that of {of}" if self.partial else of
+        return f"{subject} {_WORDS[self.kind]} {times}{other} (distance {apart})"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LikelyMerge:
@@ -67,9 +84,18 @@ class LikelyMerge:
     residual: float
     exact: bool
 
+    def __str__(self) -> str:
+        """Return it as a sentence."""
+        terms = " + ".join(
+            f"{weight:.3g} · {from_here(parent)}"
+            for weight, parent in zip(self.weights, self.parents, strict=True)
+        )
+        verb = "is" if self.exact else "is close to"
+        return f"{from_here(self.path)} {verb} {terms} (residual {short(self.residual)})"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimilarityReport:
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class SimilarityReport(Shown):
     """Who is whose copy in a fleet.
 
     Attributes:
@@ -94,6 +120,26 @@ class SimilarityReport:
     partial: tuple[str, ...]
     unread: Mapping[str, str]
     cosine_error: float
+    _entries = "copies"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return a sentence for each copy and each merge."""
+        del pen
+        head = (
+            f"{count(self.adapters, 'adapter')}: {len(self.copies):,} copies in "
+            f"{count(len(self.clusters), 'cluster')}, {count(len(self.merges), 'merge')}"
+        )
+        idle = (f"{from_here(path)} changes nothing" for path in self.untrained)
+        return "\n".join(map(printable, [head, *map(str, (*self.copies, *self.merges)), *idle]))
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return what was not compared, and why."""
+        told = (
+            (self.unplaced, "rows in llama.cpp's order; give --base to compare with other formats"),
+            (self.partial, "trained tensors beside the updates are not compared"),
+        )
+        notes = [("note", f"{from_here(n)}: {why}") for names, why in told for n in names[:_SHOWN]]
+        return [*notes, *(("unread", f"{from_here(p)}: {why}") for p, why in self.unread.items())]
 
 
 def find_similar(
@@ -142,7 +188,7 @@ def find_similar(
             jobs=jobs,
             progress=progress,
         )
-    done = sorted((row for row in report.rows if row.state == "done"), key=lambda row: row.path)
+    done = sorted((row for row in report.results if row.state == "done"), key=lambda row: row.path)
     trained = [row for row in done if row.result["norm"]]
     copies, clusters, found = _related(trained, merges=merges)
     if confirm:
@@ -157,7 +203,7 @@ def find_similar(
         untrained=tuple(row.path for row in done if not row.result["norm"]),
         unplaced=tuple(row.path for row in done if row.result["unplaced"]),
         partial=tuple(row.path for row in done if row.result["beside"]),
-        unread={row.path: row.headline for row in report.rows if row.state != "done"},
+        unread={row.path: row.headline for row in report.results if row.state != "done"},
         cosine_error=COSINE_ERROR,
     )
 

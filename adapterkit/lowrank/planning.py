@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, unknown
 from adapterkit.lowrank.greedy import (
     Candidate,
     by_policy,
@@ -126,7 +126,7 @@ def _check_wishes(
     if tol is not None and not 0 <= tol < 1:
         raise UsageError(f"tol {tol:g} is no relative error from 0 to below 1")
     if policy is not None and policy not in POLICIES:
-        raise UsageError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+        raise unknown("policy", policy, POLICIES)
     if (policy is None) != (threshold is None):
         raise UsageError("a policy and its threshold are given together")
     if policy == "sv_ratio" and threshold is not None and not threshold >= 1:

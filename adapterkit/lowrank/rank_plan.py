@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapterkit.text import PLAIN, Pen, Shown, count, short, span
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleRank:
@@ -30,8 +32,8 @@ class ModuleRank:
     next_singular_value: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankPlan:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RankPlan(Shown):
     """A rank for every module.
 
     Attributes:
@@ -52,6 +54,16 @@ class RankPlan:
     max_module_error: float
     modules: tuple[ModuleRank, ...]
     peft: Mapping[str, Any]
+    _entries = "modules"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return the ranks, and what they cost."""
+        del pen
+        ranks = span("rank", self.ranks.values()) if self.modules else "no module"
+        return (
+            f"{ranks} ({self.policy}): {count(self.parameters, 'parameter')} of "
+            f"{self.parameters_before:,}, relative error {short(self.relative_error)}"
+        )
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -74,8 +86,8 @@ class Alternative:
     relative_error: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Suggestion:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Suggestion(Shown):
     """Rank advice for one adapter.
 
     Attributes:
@@ -89,3 +101,11 @@ class Suggestion:
     bounds: tuple[Alternative, ...]
     energy_90: Alternative
     uniform: tuple[Alternative, ...]
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return the advised ranks, and what they cost."""
+        return self.plan.text(pen)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each module."""
+        return self.plan.rows()

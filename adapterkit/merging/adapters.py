@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adapterkit.dtype import DType
 from adapterkit.errors import UsageError
+from adapterkit.loading import load
 from adapterkit.lowrank.ranks import rank_rule
 from adapterkit.merging import planning
 from adapterkit.merging.beside import Beside, bias_keys, merge_beside
@@ -23,7 +25,9 @@ from adapterkit.merging.report import MergeReport, ModuleReport
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.joining import joint_base, joint_source
 from adapterkit.model.tying import one_spelling
-from adapterkit.work import in_threads
+from adapterkit.saving import stored_type
+from adapterkit.text import PLAIN, Pen, Shown
+from adapterkit.work import in_threads, watchable
 
 _ENERGY = 0.9
 # Shares of a mean below which little of it is left.
@@ -32,8 +36,8 @@ _LITTLE = 0.1
 _LARGE = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class MergeResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class MergeResult(Shown):
     """What a merge gives.
 
     Attributes:
@@ -44,9 +48,18 @@ class MergeResult:
     adapter: AdapterTensorSet
     report: MergeReport
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was merged how, and what that cost."""
+        return self.report.text(pen)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each merged module."""
+        return self.report.rows()
+
+
+@watchable
 def merge(
-    adapters: Sequence[AdapterTensorSet],
+    sources: Sequence[AdapterTensorSet | Path | str],
     *,
     weights: Sequence[float] | None = None,
     method: str = "svd",
@@ -61,8 +74,9 @@ def merge(
     module_weights: Sequence[Mapping[str, float]] | None = None,
     missing: str = "zero",
     any_base: bool = False,
-    dtype: DType | None = None,
-    threads: int | None = None,
+    dtype: DType | str | None = None,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult:
     """Merge adapters of any format, ranks, scales and target sets into one, without a base.
 
@@ -71,7 +85,7 @@ def merge(
     adapter does not have is a zero update there.
 
     Args:
-        adapters: at least one.
+        sources: at least one, in memory or of any format.
         weights: one for each adapter, used as they are; by default 1 each for methods that sum, and
             1 / T each for methods that average, where Σw is the strength of the result.
         method: name of a row in `adapterkit.merge_methods()`.
@@ -93,15 +107,21 @@ def merge(
         missing: `zero` or `error`, for modules that not all adapters have.
         any_base: merge adapters whose recorded bases have different names.
         dtype: stored type of all results; by default the widest of each module's sources.
-        threads: modules that are merged at a time; by default one for each processor, 4 at most.
+        jobs: modules that are merged at a time; by default one for each processor, 4 at most.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         UsageError: if arguments contradict each other.
         FormatError: if an adapter is broken or not finite.
         UnsupportedError: if an adapter holds what cannot be merged without its base.
     """
+    del progress  # told by `watchable`
     spec = find_method(method)
-    adapters, tied = one_spelling(adapters)
+    kind = stored_type(dtype)
+    loaded = [
+        each if isinstance(each, AdapterTensorSet) else load(each).adapter for each in sources
+    ]
+    adapters, tied = one_spelling(loaded)
     found = planning.sources(adapters, weights, module_weights, spec)
     if missing not in {"zero", "error"}:
         raise UsageError(f"missing is {missing!r}, neither zero nor error")
@@ -117,12 +137,12 @@ def merge(
     check(how)
     planning.check(found, any_base=any_base)
     planned = planning.plans(found, missing=missing)
-    settings = Settings(how, rule, normalize, dtype, _alpha(planned, how))
+    settings = Settings(how, rule, normalize, kind, _alpha(planned, how))
     labels = [source.label for source in found]
-    merged = _merged(planned, partial(merge_module, settings=settings, labels=labels), threads, how)
+    merged = _merged(planned, partial(merge_module, settings=settings, labels=labels), jobs, how)
     scales = {module.pair.module: module.pair.scale for module in merged}
     keys = bias_keys(found, list(scales))
-    beside = merge_beside(found, spec, scales, keys, dtype)
+    beside = merge_beside(found, spec, scales, keys, kind)
     adapter = _assembled(found, merged, beside).replace(tied=tied)
     notes = [*filter(None, [remark(method)]), *planning.absences(planned, found)]
     return MergeResult(adapter, _report(found, how, merged, beside, notes, normalize=normalize))
@@ -137,10 +157,10 @@ def _alpha(planned: Sequence[ModulePlan], how: Combination) -> int:
 
 
 def _merged(
-    planned: Sequence[ModulePlan], work: Any, threads: int | None, how: Combination
+    planned: Sequence[ModulePlan], work: Any, jobs: int | None, how: Combination
 ) -> list[MergedModule]:
     large = any(np.prod(plan.present[0].matrix_shape) > _LARGE for plan in planned)
-    return in_threads(work, planned, 1 if how.dense and large else threads)
+    return in_threads(work, planned, 1 if how.dense and large else jobs)
 
 
 def _assembled(

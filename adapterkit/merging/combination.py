@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, unknown
 from adapterkit.lowrank.decomposition import EXACT_ZERO, Decomposition, decompose
 from adapterkit.lowrank.distances import distance, gram, norm
 from adapterkit.lowrank.operators import Plane
@@ -245,7 +245,7 @@ def space_of(spec: MethodSpec, space: str | None) -> str | None:
         UsageError: if there is no such space.
     """
     if space is not None and space not in SPACES:
-        raise UsageError(f"unknown space {space!r}; known: {', '.join(SPACES)}")
+        raise unknown("space", space, SPACES)
     return space or spec.space
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapterkit.base import BaseModel
 from adapterkit.dtype import DType
 from adapterkit.errors import UsageError
 from adapterkit.loading import load_all
@@ -16,9 +17,11 @@ from adapterkit.model import AdapterTensorSet
 from adapterkit.model.beside import lost_trained
 from adapterkit.notes import Loss
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+from adapterkit.text import PLAIN, Pen, short
+from adapterkit.work import watchable
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MergeFilesReport(ProvenFile):
     """What a merge of files did and how it was proven.
 
@@ -36,13 +39,28 @@ class MergeFilesReport(ProvenFile):
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, what the merge cost, and the proof."""
+        error = short(self.max_relative_error)
+        proof = f"proof: ΔW of the file is the merged one {self._where()}, largest relative error "
+        return f"{self._written()}\n{self.merge.text(pen)}\n{proof}{error}"
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each merged module."""
+        return self.merge.rows()
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return what the merge says, and then what the file does."""
+        return [*self.merge.remarks(), *super().remarks()]
+
+
+@watchable
 def merge_files(
     sources: Sequence[AdapterTensorSet | Path | str],
     destination: Path | str,
     *,
     to: str | None = None,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     outtype: str = "auto",
     moe_layout: str | None = None,
     dialect: str | None = None,
@@ -51,6 +69,7 @@ def merge_files(
     unverified: bool = False,
     allow_lossy: bool = False,
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> MergeFilesReport:
     """Merge adapters of any formats into one of any format, with the proof that `convert` gives.
@@ -70,10 +89,12 @@ def merge_files(
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
         settings: further arguments of `merge`.
+        progress: told how many modules of how many are done, stage by stage.
 
     Raises:
         AdapterKitError: as `merge` and `convert` do; nothing is written then.
     """
+    del progress  # told by `watchable`
     if not sources:
         raise UsageError("nothing to merge; name one adapter or more")
     destination = Path(destination)

@@ -75,15 +75,15 @@ class Recipe:
     files: Mapping[str, str]
 
 
-def read_recipe(path: Path | str) -> Recipe:
-    """Read and check a recipe.
+def read_recipe(file: Path | str) -> Recipe:
+    """Read and check a recipe, a YAML file.
 
     Raises:
         NotFoundError: if there is no such file.
         FormatError: if it is no YAML or a key is unknown, missing, twice there or of another type;
             the message names the key.
     """
-    path = Path(path)
+    path = Path(file)
     table = Table(read_yaml_mapping(path, largest=_LARGEST), path)
     table.only(("adapters", *_SETTINGS, *_FILES), "key")
     adapters = [

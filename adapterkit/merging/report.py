@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adapterkit.text import PLAIN, Pen, Shown, count, printable, short
+
+# What float32 leaves of a relative error differs from processor to processor.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleReport:
@@ -35,8 +40,8 @@ class ModuleReport:
     retained_energy: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class MergeReport(Shown):
     """A whole merge.
 
     Attributes:
@@ -71,3 +76,29 @@ class MergeReport:
     max_measured_error: float
     retained_energy: float
     warnings: tuple[str, ...] = ()
+    _entries = "modules"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was merged how, and what that cost."""
+        del pen
+        ranks = sorted({module.rank for module in self.modules})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
+        what = self.method + (f" in the {self.space} space" if self.space else "")
+        return (
+            f"{what} of {count(len(self.adapters), 'adapter')}: rank {shown}, "
+            f"{self.retained_energy:.2%} of the energy, largest relative error {self._error()}"
+        )
+
+    def _error(self) -> str:
+        """Return the error and its module; below what float32 leaves, neither says anything."""
+        worst = max(self.modules, key=lambda m: m.measured_error, default=None)
+        if worst is None or not worst.measured_error:
+            return "0"
+        if worst.measured_error < _ROUNDING:
+            return f"below {_ROUNDING:g} (rounding)"
+        return f"{short(worst.measured_error)} ({printable(worst.module)})"
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return the warnings, and what became of the tensors that are no factors."""
+        beside = [("note", f"{key}: {how}") for key, how in self.beside.items()]
+        return [*Shown.remarks(self), *beside]

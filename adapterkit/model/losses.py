@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-from adapterkit.model.adapter import SETTINGS
+from adapterkit.keys import Role
+from adapterkit.model.adapter import SETTINGS, AdapterTensorSet
+from adapterkit.model.update import Kind
 from adapterkit.notes import Loss, first_and_more
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+# What an adapter may be beside its tensors and settings, and what it is called.
+_MORE = {
+    "rank_conflicts": "ranks that contradict each other",
+    "unstored": "tensors that the config promises",
+    "undeclared": "tensors that the config denies",
+    "unplaced": "modules without a place",
+    "beside": "trained files beside it",
+    "tied": "tied tables",
+}
 
-    from adapterkit.model.adapter import AdapterTensorSet
+
+def lost_beyond_pairs(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    """Name all that is no pair of matrices with a scale, for a format that holds nothing else."""
+    factors = {Role.LORA_A, Role.LORA_B}
+    others = [str(key) for key in adapter.tensors if key.role not in factors]
+    odd = [module for module, kind in adapter.kinds.items() if kind is not Kind.LINEAR]
+    for names, message in (
+        (others, "is no factor, and has no place in this format"),
+        (odd, "is no update of a matrix, and has no place in this format"),
+    ):
+        if names:
+            yield Loss("beyond-pairs", first_and_more(names), message)
+    for field, shown in _MORE.items():
+        if getattr(adapter, field):
+            yield Loss("beyond-pairs", shown, "has no place in this format")
+    if adapter.base.name:
+        yield Loss("base", adapter.base.name, "is not recorded in this format", blocks=False)
+    yield from lost_settings(adapter)
+    yield from lost_metadata(adapter)
 
 
 def lost_settings(adapter: AdapterTensorSet) -> Iterator[Loss]:

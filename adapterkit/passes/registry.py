@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import unknown
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.dropping import drop
 from adapterkit.passes.initialisation import undone
@@ -69,8 +69,7 @@ def by_name(name: str) -> Pass:
     """
     if found := next((known for known in PASSES if known.name == name), None):
         return found
-    names = ", ".join(known.name for known in PASSES)
-    raise UsageError(f"unknown change {name!r}; known: {names}")
+    raise unknown("change", name, (known.name for known in PASSES))
 
 
 def apply(names: Iterable[str], adapter: AdapterTensorSet, context: Context) -> Passed:

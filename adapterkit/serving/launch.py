@@ -7,20 +7,22 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adapterkit.engines.engine import Target, load_target
 from adapterkit.engines.facts import facts
 from adapterkit.engines.judgement import check_served
-from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.errors import UnsupportedError, UsageError, unknown
 from adapterkit.serving.stack import AdapterStack, Conflict, StackedAdapter
+from adapterkit.text import PLAIN, Pen, Shown
 
 # vLLM's --max-lora-rank takes these and no other.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _SUM = "adapterkit merge --method cat --weights ... -o combined"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServingSettings:
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class ServingSettings(Shown):
     """What an engine is told.
 
     Attributes:
@@ -37,6 +39,27 @@ class ServingSettings:
     conflicts: tuple[Conflict, ...]
     warnings: tuple[str, ...] = ()
 
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return the settings themselves."""
+        del pen
+        return self.settings
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each adapter."""
+        return [
+            {"name": each.name, "path": str(each.file), "scale": each.scale}
+            for each in self.adapters
+        ]
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return the warnings, and the adapters that cancel each other."""
+        cancelled = [
+            ("warning", f"{each.module}: {each.first} and {each.second} cancel each other")
+            for each in self.conflicts
+            if each.cancels
+        ]
+        return [*Shown.remarks(self), *cancelled]
+
 
 def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
     """Return the exact settings that load a stack, at its scales, in an engine.
@@ -51,12 +74,12 @@ def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
     """
     name, at, version = engine.partition("@")
     if name not in _LAUNCHES:
-        raise UsageError(f"unknown engine {name!r}; known: {', '.join(_LAUNCHES)}")
+        raise unknown("engine", name, _LAUNCHES)
     members = stack.list()
     if not members:
         raise UsageError("no adapter was given")
     for member in members:
-        if not f"{member.name}{member.path}".isprintable():
+        if not f"{member.name}{member.file}".isprintable():
             message = (
                 "its name or path holds control characters, which steer a terminal or end a line"
             )
@@ -75,7 +98,7 @@ def serving_settings(stack: AdapterStack, engine: str) -> ServingSettings:
 
 def _told(member: StackedAdapter, engine: Target) -> list[str]:
     """Return what the engine does with one adapter that its user should know."""
-    told = check_served(member.adapter, member.base, engine, path=member.path)
+    told = check_served(member.adapter, member.base, engine, path=member.file)
     left = [f"{file.name} ({file.what})" for file in member.adapter.beside if file.trained]
     told += [f"{name} is not loaded by {engine.title}" for name in left]
     return [f"{member.name}: {sentence}" for sentence in told]
@@ -92,16 +115,16 @@ def _llama_cpp(
 ) -> tuple[str, list[str]]:
     _check_gguf(members)
     for member in members:
-        if set(str(member.path)) & {",", ":"}:
+        if set(str(member.file)) & {",", ":"}:
             raise UnsupportedError(
                 "llama.cpp splits its list of adapters at commas and colons; rename it or give a "
                 "relative path",
                 path=member.path,
             )
     if all(member.scale == 1 for member in members):
-        listed = ",".join(str(member.path) for member in members)
+        listed = ",".join(str(member.file) for member in members)
         return f"{_model(base)} --lora {shlex.quote(listed)}{flags}".lstrip(), []
-    pairs = ",".join(f"{member.path}:{member.scale:g}" for member in members)
+    pairs = ",".join(f"{member.file}:{member.scale:g}" for member in members)
     return f"{_model(base)} --lora-scaled {shlex.quote(pairs)}{flags}".lstrip(), []
 
 
@@ -109,7 +132,7 @@ def _llama_server(
     members: Sequence[StackedAdapter], flags: str, base: Path | None
 ) -> tuple[str, list[str]]:
     _check_gguf(members)
-    paths = " ".join(f"--lora {shlex.quote(str(member.path))}" for member in members)
+    paths = " ".join(f"--lora {shlex.quote(str(member.file))}" for member in members)
     scales = [{"id": place, "scale": member.scale} for place, member in enumerate(members)]
     lines = [
         f"llama-server{_model(base)} {paths} --lora-init-without-apply{flags}",
@@ -129,7 +152,7 @@ def _ollama(
             f"Ollama takes one adapter at scale 1; combine the stack into one first ({_SUM}.gguf)"
         )
     told = ["no --base was given: put the GGUF base into FROM yourself"] if base is None else []
-    return f"FROM {base or '<base>'}\nADAPTER {members[0].path}", told
+    return f"FROM {base or '<base>'}\nADAPTER {members[0].file}", told
 
 
 def _vllm(
@@ -157,7 +180,7 @@ def _model(base: Path | None) -> str:
 
 
 def _by_name(members: Sequence[StackedAdapter]) -> str:
-    return " ".join(shlex.quote(f"{member.name}={member.path}") for member in members)
+    return " ".join(shlex.quote(f"{member.name}={member.file}") for member in members)
 
 
 def _one_a_request(members: Sequence[StackedAdapter], engine: str) -> list[str]:
@@ -175,7 +198,7 @@ def _one_a_request(members: Sequence[StackedAdapter], engine: str) -> list[str]:
 
 def _check_gguf(members: Sequence[StackedAdapter]) -> None:
     for member in members:
-        if member.path.suffix != ".gguf":
+        if member.file.suffix != ".gguf":
             raise UnsupportedError(
                 "the engine loads GGUF adapters; convert it first "
                 "(adapterkit convert -o adapter.gguf --base BASE)",

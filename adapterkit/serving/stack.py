@@ -28,6 +28,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+# Name of an adapter that has none.
+_IN_MEMORY = "adapter"
 # Two updates whose sum is smaller than this share of either cancel.
 _CANCELLED = 0.05
 
@@ -65,17 +67,29 @@ class StackedAdapter:
 
     Attributes:
         name: its name there.
-        path: where it was read from.
+        path: where it was read from; None for one in memory.
         scale: multiplier of its update; 0 keeps it loaded and inactive.
         adapter: what it holds.
         base: the model that it is for, given or found; None if it is unknown.
     """
 
     name: str
-    path: Path
+    path: Path | None
     scale: float
     adapter: AdapterTensorSet
     base: BaseModel | None = None
+
+    @property
+    def file(self) -> Path:
+        """The file or directory that an engine is told.
+
+        Raises:
+            AdapterIncompatibleError: if the adapter is in memory.
+        """
+        if self.path is None:
+            message = "is in memory, and an engine loads files; write it and load what was written"
+            raise AdapterIncompatibleError(message, where=self.name)
+        return self.path
 
     @property
     def bytes(self) -> int:
@@ -109,7 +123,7 @@ class AdapterStack:
         base: base model that every adapter is checked against as it is loaded; None for no check.
     """
 
-    def __init__(self, base: Path | str | None = None) -> None:
+    def __init__(self, base: BaseModel | Path | str | None = None) -> None:
         self._base = open_model(base)
         self._members: dict[str, StackedAdapter] = {}
 
@@ -123,7 +137,7 @@ class AdapterStack:
 
     def load(
         self,
-        path: Path | str,
+        source: AdapterTensorSet | Path | str,
         *,
         name: str | None = None,
         scale: float = 1.0,
@@ -134,7 +148,7 @@ class AdapterStack:
         """Read an adapter, check it, and add it; return its name.
 
         Args:
-            path: file, directory or hub id.
+            source: file, directory or hub id; or an adapter, which no engine can be told of.
             name: its name on the stack; by default that of the file or directory, with the folders
                 above it where that name is taken.
             scale: multiplier of its update.
@@ -150,15 +164,20 @@ class AdapterStack:
                 weights lie beside it.
             UsageError: if a dialect or format is unknown, or the file cannot say something.
         """
+        path: Path | None = None
         try:
-            source = recognise(path, dialect=dialect, as_format=as_format)
-            path = source.path
-            chosen = name or self._free_name(path)
+            found = (
+                source
+                if isinstance(source, AdapterTensorSet)
+                else recognise(source, dialect=dialect, as_format=as_format)
+            )
+            path = None if isinstance(found, AdapterTensorSet) else found.path
+            chosen = name or (self._free_name(path) if path else _IN_MEMORY)
             if chosen in self._members:
                 message = "is loaded already; give it another name (NAME=ADAPTER)"
                 raise AdapterLoadFailedError(message, where=chosen)
             # What is put on the stack is the file as it is: an engine makes nothing plain.
-            loaded = load(source, base=self._base, dialect=dialect, alpha=alpha, need=Need.SOUND)
+            loaded = load(found, base=self._base, dialect=dialect, alpha=alpha, need=Need.SOUND)
             adapter = loaded.adapter
         except (StackError, UsageError):
             raise
@@ -180,7 +199,8 @@ class AdapterStack:
     def _free_name(self, path: Path) -> str:
         """Return the shortest end of a path that no member has: `ck`, then `run2-ck`."""
         name = path.stem
-        if any(member.path.resolve() == path.resolve() for member in self._members.values()):
+        known = (member.path for member in self._members.values())
+        if any(other is not None and other.resolve() == path.resolve() for other in known):
             return name  # the same adapter again: no folder tells it apart
         for folder in path.resolve().parents:
             if name not in self._members or not folder.name:
@@ -188,7 +208,7 @@ class AdapterStack:
             name = f"{folder.name}-{name}"
         return name
 
-    def _check_base(self, adapter: AdapterTensorSet, path: Path) -> None:
+    def _check_base(self, adapter: AdapterTensorSet, path: Path | None) -> None:
         base = self._base
         if base is None:
             return
@@ -298,7 +318,7 @@ class AdapterStack:
         return self._members[name]
 
 
-def _check_plain(adapter: AdapterTensorSet, path: Path) -> None:
+def _check_plain(adapter: AdapterTensorSet, path: Path | None) -> None:
     if init := adapter.initialisation:
         raise AdapterIncompatibleError(
             f"init_lora_weights = {init!r} changed the base, and an engine adds B · A to the "

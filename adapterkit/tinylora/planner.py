@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import IncompatibleBaseError, UsageError
-from adapterkit.tables import printable
+from adapterkit.text import PLAIN, Pen, Shown, columns, count, printable
 from adapterkit.tinylora.groups import peft_group_count
 from adapterkit.tinylora.settings import TARGETS
 from adapterkit.tinylora.targets import target_modules
@@ -42,9 +42,16 @@ class BudgetPlan:
     groups: int
     parameters: int
 
+    @property
+    def tied(self) -> str:
+        """The setting that ties, and its value."""
+        if self.weight_tying is not None:
+            return f"weight_tying {self.weight_tying:.6g}"
+        return f"tie_factor {self.tie_factor}" if self.mode in {"tiled", "structured"} else "-"
 
-@dataclass(frozen=True, kw_only=True)
-class PlanReport:
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PlanReport(Shown):
     """What reaches a budget on a base.
 
     Attributes:
@@ -60,6 +67,24 @@ class PlanReport:
     target_modules: tuple[str, ...]
     modules: int
     plans: tuple[BudgetPlan, ...]
+    _entries = "plans"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return a row for each tie mode."""
+        named = f"{count(self.modules, 'module')} ({', '.join(self.target_modules)})"
+        header = ("ties", "projection size", "tied by", "vectors", "numbers")
+        cells = [
+            (
+                each.mode,
+                str(each.projection_dim),
+                each.tied,
+                f"{each.groups:,}",
+                f"{each.parameters:,}",
+            )
+            for each in self.plans
+        ]
+        table = columns(cells, header=header, pen=pen)
+        return f"{printable(named)}, {self.budget:,} numbers wanted\n\n{table}"
 
 
 def plan(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.lowrank.differences import finite
 from adapterkit.notes import Provenance
+from adapterkit.text import PLAIN, Pen, Shown, columns, short
 from adapterkit.tinylora.adapter import TinyAdapter, neutral
 from adapterkit.tinylora.fitting import Fit, ModuleResidual, fit
 from adapterkit.tinylora.pack import doubts, grouping, pack_targets, rebuild
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 # What would vanish: coefficients say how much of a weight's update there is, and nothing else.
+# Modules that are listed.
+_SHOWN = 10
 _NO_UPDATE = {
     "alora_invocation_tokens": "is active after its invocation tokens only, and a TinyLoRA acts on "
     "every token",
@@ -32,8 +35,8 @@ _NO_UPDATE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProjectionReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ProjectionReport(Shown):
     """What was projected, and what is lost.
 
     Attributes:
@@ -53,6 +56,21 @@ class ProjectionReport:
     out_of_reach: float
     modules: tuple[ModuleResidual, ...]
     notes: tuple[str, ...]
+    _entries = "modules"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what is lost, and in which modules most."""
+        least = f"no TinyLoRA of rank {self.settings.frozen_rank} loses less than"
+        lost = f"lost {short(self.residual)} of the update; {least} {short(self.out_of_reach)}"
+        worst = sorted(self.modules, key=lambda each: -(each.residual or 0.0))
+        cells = [
+            (each.module, short(each.norm), short(each.residual), short(each.out_of_reach))
+            for each in pen.shown(worst, _SHOWN)
+        ]
+        lines = [lost, "", columns(cells, header=("module", "norm", "lost", "at least"), pen=pen)]
+        if more := len(worst) - len(cells):
+            lines.append(f"and {more:,} more; --json lists all")
+        return "\n".join(lines)
 
 
 def project(

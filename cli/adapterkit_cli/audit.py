@@ -154,13 +154,11 @@ def _bank(
     from adapterkit import bank
 
     with watching("auditing"):
-        written = bank(*sources, path=file, force=force, **told)
+        written = bank(*sources, destination=file, force=force, **told)
     if manner.shape() == "json":
         rendering.emit_json(written)
         return
-    families = {name for member in written.members for name in member.families}
-    size = rendering.count(len(written.members), "adapter")
-    rendering.emit(f"{rendering.printable(file)}: {size}, {len(families)} families of modules")
+    rendering.emit(f"{rendering.printable(file)}: {written}")
 
 
 def _show(report: AuditReport) -> None:

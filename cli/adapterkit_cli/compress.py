@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit_cli import options, rendering
 from adapterkit_cli.progress import watching
 from adapterkit_cli.threads import single_threaded_blas
-
-if TYPE_CHECKING:
-    from adapterkit import CompressedFile
 
 
 @click.command(
@@ -103,36 +99,4 @@ def command(
             outtype=outtype,
             force=force,
         )
-    if as_json:
-        rendering.emit_json(written)
-        return
-    rendering.emit(_text(written))
-    for note in (*written.notes, *written.report.notes):
-        rendering.remark("note", note)
-
-
-def _text(written: CompressedFile) -> str:
-    report = written.report
-    share = report.parameters / report.parameters_before
-    ranks = sorted({module.rank for module in report.modules})
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    head = "  ".join(
-        [
-            rendering.printable(written.destination),
-            written.format,
-            rendering.count(len(report.modules), "module"),
-            span,
-            (
-                f"{rendering.count(report.parameters, 'parameter')} ({share:.0%} of "
-                f"{report.parameters_before:,})"
-            ),
-            rendering.size(written.bytes),
-        ]
-    )
-    cost = (
-        f"cost: relative error {rendering.short(report.measured_error)} of ΔW, "
-        f"predicted {rendering.short(report.predicted_error)} ({report.policy})"
-    )
-    return f"{head}\n{cost}\nproof: written as computed, largest relative error " + (
-        rendering.short(written.max_relative_error)
-    )
+    rendering.answer(written, as_json=as_json)

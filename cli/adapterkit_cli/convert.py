@@ -98,7 +98,7 @@ def command(
                 sources, destination, jobs=jobs, progress=progress, **given
             )
     if report := answers.single(attempts):
-        _show(report)
+        rendering.show(report)
         return
     if not answers.emit(attempts):
         _show_all(attempts)
@@ -126,7 +126,7 @@ def _stream(sources: Sequence[str], given: dict[str, Any]) -> None:
         target = Path(folder) / "".join(["adapter", *spec(given["to"]).suffixes[:1]])
         report = adapterkit.convert(sources[0], target, **given)
         _copy(target)
-    _remarks(report)
+    rendering.tell(report)
 
 
 def _copy(path: Path) -> None:
@@ -137,20 +137,9 @@ def _copy(path: Path) -> None:
     out.flush()
 
 
-def _show(report: ConversionReport) -> None:
-    rendering.emit(report.text(rendering.pen()))
-    _remarks(report)
-
-
 def _show_all(attempts: Sequence[Attempt[ConversionReport]]) -> None:
     for attempt in attempts:
         if attempt.result is not None:
-            _show(attempt.result)
+            rendering.show(attempt.result)
     done = sum(attempt.result is not None for attempt in attempts)
     rendering.emit(f"{done} of {rendering.count(len(attempts), 'adapter')} converted")
-
-
-def _remarks(report: ConversionReport) -> None:
-    rendering.remarks("note", report.notes)
-    for loss in report.losses:
-        rendering.remark("dropped", f"{loss.subject}: {loss.message}")

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from adapterkit_cli import options, rendering
-
-if TYPE_CHECKING:
-    from adapterkit import DoctorReport
-
-_SAID = {
-    "right": "the adapter does what it should",
-    "alive": "the adapter changes the answers; give --source and --base to tell whether rightly",
-    "no effect": "the adapter changes nothing",
-    "wrong strength": "the adapter acts at {strength:.2f} times its strength",
-    "another effect": "what changes the answers is not this adapter at any strength",
-    "another base": "the model without the adapter is not this base",
-}
+from adapterkit_cli.progress import watching
 
 
 @click.command(
@@ -73,44 +60,16 @@ def command(
     """
     from adapterkit import examine
 
-    report = examine(
-        url,
-        adapter=adapter,
-        source=source,
-        base=base,
-        prompts=prompts,
-        seconds=seconds,
-        dialect=dialect,
-        alpha=alpha,
-    )
-    if as_json:
-        rendering.emit_json(report)
-    else:
-        rendering.emit(_text(report))
-        rendering.remarks("note", report.notes)
+    with watching("asking", "prompts"):
+        report = examine(
+            url,
+            name=adapter,
+            source=source,
+            base=base,
+            prompts=prompts,
+            seconds=seconds,
+            dialect=dialect,
+            alpha=alpha,
+        )
+    rendering.answer(report, as_json=as_json)
     ctx.exit(0 if report.healthy else 1)
-
-
-def _text(report: DoctorReport) -> str:
-    said = _SAID[str(report.condition)].format(strength=report.strength or 0.0)
-    served = report.adapter + (f" ({report.path})" if report.path else "")
-    expected = report.expected_effect
-    effect = f"{rendering.short(report.effect)} nats"
-    if expected is not None:
-        effect += f", {rendering.short(expected)} expected"
-    strength = "" if report.strength is None else f"{report.strength:.3f}"
-    entries = [
-        ("server", f"{report.server} at {report.url}"),
-        ("adapter", served),
-        ("effect", effect),
-        ("strength", strength),
-        ("base apart", _nats(report.base_divergence)),
-        ("unexplained", "" if report.unexplained is None else f"{report.unexplained:.1%}"),
-        ("asked", f"{report.prompts} prompts, {report.requests} requests, {report.seconds:.1f} s"),
-    ]
-    lines = [f"{report.condition}: {said}", *(f"  {cause}" for cause in report.causes)]
-    return "\n".join([*map(rendering.printable, lines), rendering.sheet(entries)])
-
-
-def _nats(value: float | None) -> str:
-    return "" if value is None else f"{rendering.short(value)} nats"

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from adapterkit_cli import options, rendering
 from adapterkit_cli.progress import progress_bar
 from adapterkit_cli.threads import single_threaded_blas
-
-if TYPE_CHECKING:
-    from adapterkit import ExtractReport
-
-# Left-over tensors that are listed on a terminal; --json lists all.
-_LISTED = 8
-# Shares below this are not worth a word.
-_SOME = 0.005
 
 
 @click.command(
@@ -122,56 +112,4 @@ def command(
             force=force,
             progress=progress,
         )
-    if as_json:
-        rendering.emit_json(report)
-        return
-    rendering.emit(_text(report))
-    rendering.remarks("warning", report.warnings)
-    rendering.remarks("note", report.notes)
-    for loss in report.losses:
-        rendering.remark("dropped", f"{loss.subject}: {loss.message}")
-
-
-def _text(report: ExtractReport) -> str:
-    facts = [
-        rendering.printable(report.destination),
-        report.format,
-        rendering.count(len(report.modules), "module"),
-        rendering.count(report.parameters, "parameter"),
-        rendering.size(report.bytes),
-    ]
-    return "\n".join(["  ".join(facts), *_error(report), *_left_over(report)])
-
-
-def _left_over(report: ExtractReport) -> list[str]:
-    # Rounding alone is a note: it may be in every tensor of the model.
-    found = [left for left in report.left_over if not left.rounding]
-    rows = [
-        (
-            left.tensor,
-            rendering.short(left.relative_norm),
-            left.reason + (" (saved whole)" if left.saved else ""),
-        )
-        for left in found[:_LISTED]
-    ]
-    if not rows:
-        return []
-    more = len(found) - len(rows)
-    table = rendering.columns(rows, header=("not in factors", "‖ΔW‖/‖W‖", "because it"))
-    return [table, *([f"and {more:,} more, which --json lists"] if more else [])]
-
-
-def _error(report: ExtractReport) -> list[str]:
-    if not report.modules:
-        return []
-    ranks = sorted({module.rank for module in report.modules})
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    error = rendering.short(report.max_relative_error)
-    where = f" ({rendering.printable(report.worst_module or '')})"
-    line = f"{span}, largest relative error {error}{where}"
-    worst = max(report.modules, key=lambda module: module.relative_error)
-    if worst.explained is not None and worst.explained >= _SOME:
-        kind = "of which rounding of the tuned weights explains"
-        line += f", {kind} {worst.explained:.0%}"
-    proof = rendering.short(report.proof_error)
-    return [line, f"proof: written as computed, largest relative error {proof}"]
+    rendering.answer(report, as_json=as_json)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from adapterkit_cli import options, rendering
 from adapterkit_cli.progress import progress_bar
-
-if TYPE_CHECKING:
-    from adapterkit import Copy, FleetReport, LikelyMerge, SimilarityReport
-
-_SHOWN = 20
-_WORDS = {"same": "is", "rounded": "is, but for rounding,", "near": "is nearly"}
 
 _sources = click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1, required=True)
 _jobs = click.option(
@@ -112,10 +106,8 @@ def run(
             progress=progress,
         )
     written = write_fleet_tables(report, folder)
-    if as_json:
-        rendering.emit_json(report)
-    else:
-        rendering.emit(_run_text(report))
+    rendering.answer(report, as_json=as_json)
+    if not as_json:
         rendering.remark("report", str(written[-1]))
     ctx.exit(report.exit_code)
 
@@ -134,19 +126,6 @@ def _told(action: str, given: dict[str, Any]) -> dict[str, Any]:
     if "targets" in told:
         told["targets"] = list(told["targets"])
     return told
-
-
-def _run_text(report: FleetReport) -> str:
-    count = rendering.count(report.adapters, "adapter")
-    states = f"{report.done:,} done, {report.refused:,} refused, {report.failed:,} failed"
-    lines = [f"{report.action}: {count}, {report.looked_at:,} looked at now: {states}"]
-    worst = [row for row in report.rows if row.state != "done" or row.exit_code]
-    rows = [(_shown(row.path), row.state, row.headline.split("\n")[0]) for row in worst[:_SHOWN]]
-    if rows:
-        lines.append(rendering.columns(rows))
-    if len(worst) > _SHOWN:
-        lines.append(f"and {len(worst) - _SHOWN:,} more in {report.ledger}")
-    return "\n".join(lines)
 
 
 @command.command(
@@ -192,53 +171,4 @@ def similar(
             jobs=jobs,
             progress=progress,
         )
-    if as_json:
-        rendering.emit_json(report)
-        return
-    rendering.emit(_similar_text(report))
-    for names, told in (
-        (report.unplaced, "rows in llama.cpp's order; give --base to compare with other formats"),
-        (report.partial, "trained tensors beside the updates are not compared"),
-    ):
-        rendering.remarks("note", (f"{_shown(name)}: {told}" for name in names[:_SHOWN]))
-    rendering.remarks("unread", (f"{_shown(path)}: {why}" for path, why in report.unread.items()))
-
-
-def _shown(path: str) -> str:
-    """Return a path as it is called from here, if it lies here."""
-    from pathlib import Path
-
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
-
-
-def _similar_text(report: SimilarityReport) -> str:
-    lines = [
-        (
-            f"{rendering.count(report.adapters, 'adapter')}: {len(report.copies):,} copies in "
-            f"{rendering.count(len(report.clusters), 'cluster')}, "
-            f"{rendering.count(len(report.merges), 'merge')}"
-        )
-    ]
-    lines += [rendering.printable(_copy_line(copy)) for copy in report.copies]
-    lines += [rendering.printable(_merge_line(merge)) for merge in report.merges]
-    lines += [rendering.printable(f"{_shown(path)} changes nothing") for path in report.untrained]
-    return "\n".join(lines)
-
-
-def _copy_line(copy: Copy) -> str:
-    times = "" if abs(copy.ratio - 1) < 5e-4 else f"{copy.ratio:.4g} times "  # noqa: PLR2004
-    apart = rendering.short(copy.distance) + ("" if copy.exact else " by its sketch")
-    path, of = _shown(copy.path), _shown(copy.of)
-    subject = f"the update of {path}" if copy.partial else path
-    other = f"that of {of}" if copy.partial else of
-    return f"{subject} {_WORDS[copy.kind]} {times}{other} (distance {apart})"
-
-
-def _merge_line(merge: LikelyMerge) -> str:
-    terms = " + ".join(
-        f"{weight:.3g} · {_shown(parent)}"
-        for weight, parent in zip(merge.weights, merge.parents, strict=True)
-    )
-    verb = "is" if merge.exact else "is close to"
-    return f"{_shown(merge.path)} {verb} {terms} (residual {rendering.short(merge.residual)})"
+    rendering.answer(report, as_json=as_json)

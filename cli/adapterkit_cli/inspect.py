@@ -57,8 +57,7 @@ def command(
             as_format=as_format,
         )
     if summary := answers.single(attempts):
-        rendering.emit(summary.text(rendering.pen()))
-        rendering.remarks("note", summary.notes)
+        rendering.show(summary)
         return
     if not answers.emit(attempts):
         rendering.emit(_table(attempts))

@@ -15,12 +15,8 @@ if TYPE_CHECKING:
 
     from click.shell_completion import CompletionItem
 
-    from adapterkit import MergeFilesReport, MergeReport
-
 # A pool works on many modules, so a thread of numpy's own for each would only be in its way.
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-# What float32 leaves of a relative error differs from processor to processor.
-_ROUNDING = 1e-6
 
 
 def _method_names(
@@ -122,20 +118,7 @@ def command(
         return
     with watching("merging"):
         report = adapterkit.merge_files(sources, destination, **arguments)
-    if as_json:
-        rendering.emit_json(report)
-        return
-    rendering.emit(_text(report))
-    _remarks(report)
-
-
-def _remarks(report: MergeFilesReport) -> None:
-    rendering.remarks("warning", report.merge.warnings)
-    for key, how in report.merge.beside.items():
-        rendering.remark("note", f"{key}: {how}")
-    rendering.remarks("note", report.notes)
-    for loss in report.losses:
-        rendering.remark("dropped", f"{loss.subject}: {loss.message}")
+    rendering.answer(report, as_json=as_json)
 
 
 def _numeric(weights: str | None, rank: str | None, params: Sequence[str]) -> dict[str, Any]:
@@ -190,41 +173,3 @@ def _named(params: Sequence[str]) -> dict[str, float]:
             raise click.BadParameter(f"{param!r} is not NAME=X", param_hint="--param")
         named[name] = _number(value, f"--param {name}")
     return named
-
-
-def _text(report: MergeFilesReport) -> str:
-    facts = [
-        rendering.printable(report.destination),
-        report.format,
-        rendering.count(report.modules, "module"),
-        rendering.count(report.parameters, "parameter"),
-        rendering.size(report.bytes),
-    ]
-    return "\n".join(["  ".join(facts), _cost(report.merge), _proof(report)])
-
-
-def _cost(merge: MergeReport) -> str:
-    ranks = sorted({module.rank for module in merge.modules})
-    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
-    what = merge.method + (f" in the {merge.space} space" if merge.space else "")
-    adapters = rendering.count(len(merge.adapters), "adapter")
-    return (
-        f"{what} of {adapters}: rank {shown}, {merge.retained_energy:.2%} of the energy, "
-        f"largest relative error {_error(merge)}"
-    )
-
-
-def _error(merge: MergeReport) -> str:
-    """Return the error and its module; below what float32 leaves, neither says anything."""
-    worst = max(merge.modules, key=lambda m: m.measured_error, default=None)
-    if worst is None or not worst.measured_error:
-        return "0"
-    if worst.measured_error < _ROUNDING:
-        return f"below {_ROUNDING:g} (rounding)"
-    return f"{rendering.short(worst.measured_error)} ({rendering.printable(worst.module)})"
-
-
-def _proof(report: MergeFilesReport) -> str:
-    where = f"in all {report.modules:,} modules" if report.modules != 1 else "in the one module"
-    error = rendering.short(report.max_relative_error)
-    return f"proof: ΔW of the file is the merged one {where}, largest relative error {error}"

@@ -13,10 +13,6 @@ from adapterkit_cli.progress import progress_bar
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from adapterkit import MergeIntoReport
-
-# Below this the error of the stored change says nothing.
-_EXACT = 5e-4
 _OWN = (
     "dtype",
     "gguf_type",
@@ -132,72 +128,4 @@ def run(
 
     with progress_bar("merging") as progress:
         report = adapterkit.merge_into(sources, base, destination, progress=progress, **arguments)
-    if as_json:
-        rendering.emit_json(report)
-        return
-    rendering.emit(_text(report))
-    rendering.remarks("warning", report.warnings)
-    rendering.remarks("note", report.notes)
-
-
-def _text(report: MergeIntoReport) -> str:
-    facts = [
-        rendering.printable(report.destination),
-        report.format,
-        f"{rendering.count(len(report.tensors), 'tensor')} changed",
-        *([f"{report.decoded:,} decoded"] if report.decoded else []),
-        f"{report.untouched:,} unchanged",
-        rendering.size(report.bytes),
-    ]
-    return "\n".join(["  ".join(facts), _update(report), *_rounding(report)])
-
-
-def _rounding(report: MergeIntoReport) -> list[str]:
-    """Return what shaped rounding did, beside what nearest would have done."""
-    from statistics import median
-
-    shaped = [(t, t.nearest) for t in report.tensors if t.nearest is not None]
-    if not shaped:
-        return []
-    pairs = {
-        "direction error": [(t.direction_error or 0.0, n.direction_error) for t, n in shaped],
-        "survival": [(t.survival or 0.0, n.survival) for t, n in shaped],
-        "noise": [(t.noise or 0.0, n.noise) for t, n in shaped],
-    }
-    shown = [
-        f"{name} {median(a for a, _ in each):.0%} ({median(b for _, b in each):.0%})"
-        for name, each in pairs.items()
-    ]
-    meaning = (
-        "the first is the error that the model sees where the adapter listens; the last, over all "
-        "inputs alike, grows in exchange"
-    )
-    return [
-        f"shaped rounding, medians beside nearest's: {', '.join(shown)}",
-        meaning,
-    ]
-
-
-def _update(report: MergeIntoReport) -> str:
-    norms = [t.relative_norm for t in report.tensors if t.relative_norm is not None]
-    low, high = (rendering.short(f(norms)) if norms else "-" for f in (min, max))
-    size = low if low == high else f"{low} to {high}"
-    if report.min_survival is None:
-        return f"‖ΔW‖/‖W‖ {size}"
-    worst = next(t for t in report.tensors if t.survival == report.min_survival)
-    share = f"{min(max(report.min_survival, 0.0), 1.0):.1%}"
-    where = "" if share == "100.0%" else f" ({rendering.printable(worst.tensor)})"
-    kept = f"at least {share} of the update is left after rounding{where}"
-    return f"‖ΔW‖/‖W‖ {size}; {kept}{_noise(report)}"
-
-
-def _noise(report: MergeIntoReport) -> str:
-    """Return what the stored change is off by, where rounding is to nearest."""
-    found = [(t.noise, t.tensor) for t in report.tensors if t.noise and t.nearest is None]
-    if not found:
-        return ""
-    noise, tensor = max(found)
-    if noise < _EXACT:
-        return f"; the change stored is within {_EXACT:.2%} of it"
-    share = f"{noise:.1%}" if noise < 1 else f"{noise:.0%}"
-    return f"; the change stored is off by up to {share} of it ({rendering.printable(tensor)})"
+    rendering.answer(report, as_json=as_json)

@@ -18,10 +18,11 @@ from typing import Any, TypeVar, cast
 import click
 
 from adapterkit import text
-from adapterkit.text import Pen, count, printable, short, size
+from adapterkit.text import Pen, Shown, count, printable, short, size
 from adapterkit_cli import manner
 
 __all__ = [
+    "answer",
     "coloured",
     "columns",
     "count",
@@ -35,8 +36,10 @@ __all__ = [
     "remarks",
     "sheet",
     "short",
+    "show",
     "shown",
     "size",
+    "tell",
 ]
 
 SCHEMA = 2
@@ -91,6 +94,26 @@ def remarks(kind: str, texts: Iterable[str]) -> None:
     """Write several of a kind."""
     for words in texts:
         remark(kind, words)
+
+
+def show(report: Shown) -> None:
+    """Write a report to stdout, and what is said beside it to stderr."""
+    emit(report.text(pen()))
+    tell(report)
+
+
+def tell(report: Shown) -> None:
+    """Write what a report says beside its text to stderr."""
+    for kind, words in report.remarks():
+        remark(kind, words)
+
+
+def answer(report: Shown, *, as_json: bool) -> None:
+    """Write a report as the user asked for it."""
+    if as_json:
+        emit_json(report)
+    else:
+        show(report)
 
 
 def coloured(words: str) -> str:

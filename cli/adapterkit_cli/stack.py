@@ -67,22 +67,14 @@ def command(
         rendering.emit_json(
             {
                 "engine": served.engine,
-                "adapters": [
-                    {"name": each.name, "path": str(each.path), "scale": each.scale}
-                    for each in served.adapters
-                ],
+                "adapters": served.rows(),
                 "settings": served.settings,
                 "conflicts": served.conflicts,
                 "warnings": served.warnings,
             }
         )
         return
-    rendering.emit(served.settings)
-    rendering.remarks("warning", served.warnings)
-    for conflict in served.conflicts:
-        if conflict.cancels:
-            pair = f"{conflict.first} and {conflict.second}"
-            rendering.remark("warning", f"{conflict.module}: {pair} cancel each other")
+    rendering.show(served)
 
 
 def _parsed(text: str) -> tuple[str | None, str, float]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import click
 
 from adapterkit_cli import options, rendering
 from adapterkit_cli.progress import watching
 
-if TYPE_CHECKING:
-    from adapterkit.tinylora import BudgetPlan, PlanReport, ProjectionReport
-
 _MODES = ("none", "all", "tiled", "structured")
-_SHOWN = 10
 _LAST_SEED = 1 << 62
 
 _targets = click.option(
@@ -66,10 +62,7 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
         targets=_words(targets) or tinylora.TARGETS,
         candidates=[_whole(size) for size in _words(sizes)],
     )
-    if as_json:
-        rendering.emit_json(report)
-    else:
-        rendering.emit(_plan_text(report))
+    rendering.answer(report, as_json=as_json)
 
 
 @command.command(
@@ -189,15 +182,13 @@ def project(
             as_format=as_format,
             force=force,
         )
-    report = written.report
-    notes = (*written.notes, *report.notes)
     if as_json:
         places = {"source": source, "destination": destination, "format": to}
-        shown = cast("dict[str, object]", rendering.plain(report))
+        shown = cast("dict[str, object]", rendering.plain(written.report))
+        notes = [words for _, words in written.remarks()]
         rendering.emit_json({**places, **shown, "notes": notes})
         return
-    rendering.emit(_project_text(report, destination, to))
-    rendering.remarks("note", notes)
+    rendering.show(written)
 
 
 def _words(text: str | None) -> tuple[str, ...]:
@@ -209,44 +200,3 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise click.BadParameter(f"{text!r} is no whole number", param_hint="--sizes") from None
-
-
-def _plan_text(report: PlanReport) -> str:
-    layers = rendering.count(report.modules, "module")
-    head = f"{layers} ({', '.join(report.target_modules)}), {report.budget:,} numbers wanted"
-    header = ("ties", "projection size", "tied by", "vectors", "numbers")
-    rows = [_plan_row(plan) for plan in report.plans]
-    return f"{rendering.printable(head)}\n\n{rendering.columns(rows, header=header)}"
-
-
-def _plan_row(plan: BudgetPlan) -> tuple[str, ...]:
-    if plan.weight_tying is not None:
-        tied = f"weight_tying {plan.weight_tying:.6g}"
-    elif plan.mode in {"tiled", "structured"}:
-        tied = f"tie_factor {plan.tie_factor}"
-    else:
-        tied = "-"
-    counts = (f"{plan.groups:,}", f"{plan.parameters:,}")
-    return (plan.mode, str(plan.projection_dim), tied, *counts)
-
-
-def _project_text(report: ProjectionReport, destination: str, to: str) -> str:
-    facts = [
-        rendering.printable(destination),
-        to,
-        rendering.count(len(report.modules), "module"),
-        rendering.count(report.parameters, "number"),
-    ]
-    short = rendering.short
-    least = f"no TinyLoRA of rank {report.settings.frozen_rank} loses less than"
-    lost = f"lost {short(report.residual)} of the update; {least} {short(report.out_of_reach)}"
-    lines = ["  ".join(facts), lost, ""]
-    worst = sorted(report.modules, key=lambda each: -(each.residual or 0.0))
-    rows = [
-        (each.module, short(each.norm), short(each.residual), short(each.out_of_reach))
-        for each in worst[:_SHOWN]
-    ]
-    lines.append(rendering.columns(rows, header=("module", "norm", "lost", "at least")))
-    if len(worst) > _SHOWN:
-        lines.append(f"and {len(worst) - _SHOWN:,} more; --json lists all")
-    return "\n".join(lines)

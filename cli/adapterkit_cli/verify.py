@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from adapterkit_cli import options, rendering
-
-if TYPE_CHECKING:
-    from adapterkit import VerifyReport
-
-_SHOWN = 20
+from adapterkit_cli.progress import watching
 
 
 @click.command(
@@ -50,34 +44,9 @@ def command(
     """
     from adapterkit import verify
 
-    report = verify(
-        file, against=against, base=base, dialect=dialect, alpha=alpha, as_format=as_format
-    )
-    if as_json:
-        rendering.emit_json(report)
-    else:
-        rendering.emit(_text(report))
-        rendering.remarks("note", report.notes)
-    ctx.exit(0 if report.sound else 1)
-
-
-def _text(report: VerifyReport) -> str:
-    if report.sound:
-        lines = ["sound: every byte and every update is as it was written"]
-    else:
-        lines = [f"changed: {rendering.count(len(report.changes), 'finding')}"]
-    changes = report.changes
-    lines += [
-        rendering.printable(f"  {change.kind}: {change.where}: {change.message}")
-        for change in changes[:_SHOWN]
-    ]
-    if len(changes) > _SHOWN:
-        lines.append(f"  and {len(changes) - _SHOWN:,} more; --json lists all")
-    names = ", ".join(f"{name} ({digest[:12]})" for name, digest in report.sources.items())
-    lines.append(
-        rendering.printable(
-            f"written by adapterkit {report.written_by} from {names or 'memory'}, largest "
-            f"relative error {rendering.short(report.max_relative_error)}"
+    with watching("verifying"):
+        report = verify(
+            file, against=against, base=base, dialect=dialect, alpha=alpha, as_format=as_format
         )
-    )
-    return "\n".join(lines)
+    rendering.answer(report, as_json=as_json)
+    ctx.exit(0 if report.sound else 1)

@@ -66,7 +66,7 @@ def beside(whole: AdapterTensorSet, folder: Path) -> AuditReport:
         weights[f"{pair.module}.weight"] = LazyTensor.of(((left * falling) @ right).astype("f4"))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     write_safetensors(folder / "model.safetensors", weights, {})
-    bank(*(example(seed) for seed in range(4, 8)), path=folder / "bank.json")
+    bank(*(example(seed) for seed in range(4, 8)), destination=folder / "bank.json")
     return audit(whole, base=folder, reference=folder / "bank.json")
 
 
@@ -98,7 +98,7 @@ def check(chromium: str, page: Path) -> None:
         "metric.selectedIndex = metric.options.length - 1;"
         "metric.dispatchEvent(new Event('change'));}"
         "const tables = document.querySelectorAll('.sortable');"
-        "for (const table of tables) table.querySelectorAll('thead button')[3].click();"
+        "for (const table of tables) table.querySelectorAll('thead button')[3]?.click();"
         "const fits = document.documentElement.scrollWidth <= innerWidth;"
         "document.body.dataset.fits = fits;</script></body>",
     )

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             spike[5, 0] = 30
             pairs[name] = (a, spike)
     written(adapter(pairs), place / "odd")
-    bank(*(place / f"a{seed}" for seed in range(8)), path=place / "bank.json")
+    bank(*(place / f"a{seed}" for seed in range(8)), destination=place / "bank.json")
     return place
 
 
@@ -106,11 +106,11 @@ def test_the_command_writes_a_bank(folder: Path, tmp_path: Path) -> None:
     assert invoke("audit", *sources, "--bank", tmp_path / "c", "--suggest").exit_code == 2
     assert not (tmp_path / "c").exists()
     with pytest.raises(UsageError, match="no adapter"):
-        bank(path=tmp_path / "c")
+        bank(destination=tmp_path / "c")
 
 
 def test_a_bank_of_one_has_values_and_no_z(folder: Path, tmp_path: Path) -> None:
-    bank(folder / "a0", path=tmp_path / "one.json")
+    bank(folder / "a0", destination=tmp_path / "one.json")
     found = audit(folder / "a1", reference=tmp_path / "one.json").adapters[0].reference
     assert found is not None
     assert {row.z for row in found.standings} == {None}

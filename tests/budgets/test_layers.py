@@ -56,7 +56,7 @@ LAYERS = (
     {"registry"},
     {"fingerprints"},
     {"proof", "loading", "certificates"},
-    {"attempts", "saving", "checks", "diagnosis", "state_dict"},
+    {"attempts", "compressed", "saving", "checks", "diagnosis", "state_dict"},
     {"engines"},
     WORKSHOPS,
     {"fleets"},  # does to many what the workshops do to one

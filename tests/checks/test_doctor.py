@@ -129,10 +129,10 @@ def test_another_adapter_and_one_of_several(tuned: AdapterFixture, healthy: Path
         with pytest.raises(UsageError, match=r"several adapters: 0 \(.*healthy\.gguf\)"):
             examine(url)
         for name, condition in (("healthy", Condition.RIGHT), ("1", Condition.ANOTHER)):
-            report = examine(url, adapter=name, source=tuned.path, base=tuned.base.gguf)
+            report = examine(url, name=name, source=tuned.path, base=tuned.base.gguf)
             assert report.condition is condition
         with pytest.raises(UsageError, match="no one adapter 'nobody'"):
-            examine(url, adapter="nobody")
+            examine(url, name="nobody")
 
 
 def test_another_base(tuned: AdapterFixture, healthy: Path, tmp_path: Path) -> None:

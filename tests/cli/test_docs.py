@@ -1,7 +1,7 @@
 """The pages of docs/: their sessions and examples are run, and their lists are complete.
 
-As in transcripts/*.md, what follows a command is what it prints; a block of Python must end without
-an error, and one of TOML that begins with a comment of its name is saved. The blocks of a page run
+As in transcripts/*.md, what follows a command is what it prints; Python must end without an error,
+and a block that begins with a comment of its name, of TOML too, is saved. The blocks of a page run
 in order, in one directory that holds `base`, `my-adapter`, `style`, `facts` and other fixtures.
 """
 
@@ -41,6 +41,8 @@ def done(block: re.Match[str], folder: Path, shell: Mapping[str, str]) -> str:
     if kind == "console":
         text = played(text, folder, dict(shell))
     elif kind == "python":
+        if name := re.match(r"# (\S+\.py)\n", text):
+            (folder / name[1]).write_text(text, encoding="utf-8")
         program = [sys.executable, "-c", text]
         subprocess.run(program, cwd=folder, env=dict(shell), check=True, timeout=TIME_LIMIT)
     elif name := re.match(r"# (\S+\.toml)\n", text):

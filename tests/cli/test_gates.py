@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from playing import environment
 from terminal import BASE, PEFT, ROOT
+
+import adapterkit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,10 +101,58 @@ def test_files_of_github_are_yaml(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
 
 
-def test_the_citation_names_the_version() -> None:
-    import adapterkit
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
+
+def steps(path: Path) -> list[dict[str, Any]]:
+    return [step for job in loaded(str(path))["jobs"].values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_has_the_shape_that_github_reads(path: Path) -> None:
+    content = loaded(str(path))
+    # YAML 1.1 reads the word `on` as true.
+    assert set(content) <= {"name", True, "permissions", "jobs"}
+    assert content[True].keys() <= {"push", "pull_request"}
+    for job in content["jobs"].values():
+        assert job.keys() <= {"runs-on", "needs", "environment", "permissions", "steps"}
+        assert job.get("needs", next(iter(content["jobs"]))) in content["jobs"]
+        for step in job["steps"]:
+            assert step.keys() <= {"name", "uses", "with", "run"}
+            assert ("uses" in step) != ("run" in step)
+            assert re.fullmatch(r"[\w-]+/[\w-]+@[\w./]+", step.get("uses", "a/b@v1"))
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / "action.yml"], ids=lambda path: path.name)
+def test_what_the_steps_run_is_there(path: Path) -> None:
+    found = loaded(str(path))
+    listed = found["runs"]["steps"] if "runs" in found else steps(path)
+    for step in listed:
+        if "run" in step:
+            subprocess.run(["/bin/bash", "-n", "-c", step["run"]], check=True)
+            program = step["run"].split()[0]
+            assert "/" not in program or os.access(ROOT / program, os.X_OK)
+
+
+@pytest.mark.parametrize(("tag", "code"), [("v{}", 0), ("{}", 1), ("v{}.1", 1)])
+def test_a_release_is_of_the_version_that_its_tag_says(tag: str, code: int) -> None:
+    (step,) = (each for each in steps(ROOT / ".github/workflows/release.yml") if "name" in each)
+    run = step["run"].replace(".venv/bin/python", shlex.quote(sys.executable))
+    done = subprocess.run(
+        ["/bin/bash", "-e", "-c", run],
+        cwd=ROOT,
+        env=os.environ | {"GITHUB_REF_NAME": tag.format(adapterkit.__version__)},
+        check=False,
+        timeout=TIME_LIMIT,
+    )
+    assert done.returncode == code
+
+
+def test_the_version_is_that_of_the_citation_and_of_the_changelog() -> None:
     assert loaded("CITATION.cff")["version"] == adapterkit.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", changelog, re.MULTILINE)
+    assert versions[0] == adapterkit.__version__
 
 
 def test_what_the_image_copies_is_there() -> None:

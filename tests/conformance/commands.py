@@ -136,7 +136,7 @@ def _stack(asked: Asked) -> Any:
     stack.load(asked.made.path, name="one", scale=2 / 3)
     stack.load(asked.made.path, name="other", scale=1 / 3)
     combined = stack.combined()
-    adapterkit.write(combined, asked.out, format="peft", base=asked.made.given)
+    adapterkit.write(combined, asked.out, to="peft", base=asked.made.given)
     return [str(member) for member in stack.list()]
 
 

@@ -52,7 +52,7 @@ def with_threads(action: str, folder: Path, results: Path, **more: object) -> Fl
 
 
 def states(report: FleetReport) -> dict[str, str]:
-    return {Path(row.path).name: row.state for row in report.rows}
+    return {Path(row.path).name: row.state for row in report.results}
 
 
 # What is found.
@@ -96,7 +96,7 @@ def test_what_is_known_is_not_done_again(fleet: Path, tmp_path: Path) -> None:
     assert first.exit_code == 3
     again = with_threads("inspect", fleet, tmp_path / "results")
     assert again.looked_at == 0
-    assert again.rows == first.rows
+    assert again.results == first.results
     shutil.copytree(TINY, fleet / "c", dirs_exist_ok=True)
     shutil.copytree(TINY, fleet / "d")
     mended = with_threads("inspect", fleet, tmp_path / "results")
@@ -130,8 +130,8 @@ def test_what_fails_is_tried_again_but_not_for_ever(
         for tried in (1, 2, 3):
             report = with_threads("inspect", fleet, tmp_path / "r")
             assert (report.looked_at, report.failed) == (4, 4)
-            assert {row.tries for row in report.rows} == {tried}
-            assert "Input/output error" in report.rows[0].headline
+            assert {row.tries for row in report.results} == {tried}
+            assert "Input/output error" in report.results[0].headline
         assert with_threads("inspect", fleet, tmp_path / "r").looked_at == 0
         assert with_threads("inspect", fleet, tmp_path / "r", tries=4).looked_at == 4
     assert with_threads("inspect", fleet, tmp_path / "r", tries=5).done == 2
@@ -144,7 +144,7 @@ def test_everything_is_converted_under_a_name_of_its_own(fleet: Path, tmp_path: 
     written = sorted(path.name for path in (tmp_path / "r" / "converted").iterdir())
     assert [name.rsplit("-", 1)[0] for name in written] == ["a", "a", "inner"]
     assert all(name.endswith(".gguf") for name in written)
-    done = [row for row in report.rows if row.state == "done"]
+    done = [row for row in report.results if row.state == "done"]
     assert sorted(Path(row.result["destination"]).name for row in done) == written
 
 
@@ -153,10 +153,10 @@ def test_tables_and_a_page(fleet: Path, tmp_path: Path) -> None:
     report = with_threads("validate", fleet, tmp_path / "r", options={"targets": ["vllm"]})
     lines, table, page = write_fleet_tables(report, tmp_path / "r")
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [row["path"] for row in rows] == [row.path for row in report.rows]
+    assert [row["path"] for row in rows] == [row.path for row in report.results]
     assert rows[-1]["result"]["source"] == rows[-1]["path"]
     with table.open(newline="") as file:
-        assert [row["path"] for row in csv.DictReader(file)] == [row.path for row in report.rows]
+        assert [row["path"] for row in csv.DictReader(file)] == [row.path for row in report.results]
     text = page.read_text()
     assert "&lt;a&gt;" in text
     assert "<a>" not in text
@@ -282,8 +282,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(counts) > 2
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
-    assert (report["adapters"], report["done"], len(report["rows"])) == (60, 60, 60)
-    assert {row["tries"] for row in report["rows"]} == {1}
+    assert (report["adapters"], report["done"], len(report["results"])) == (60, 60, 60)
+    assert {row["tries"] for row in report["results"]} == {1}
     base = sqlite3.connect(results / LEDGER)
     assert base.execute("pragma integrity_check").fetchone() == ("ok",)
     base.close()

@@ -381,7 +381,7 @@ def test_a_malicious_pickle_is_named_as_such(tmp_path: Path) -> None:
 def test_it_is_read_only(tmp_path: Path) -> None:
     adapter = adapterkit.read(SOUND / "loralib.safetensors", alpha=1)
     with pytest.raises(UsageError, match="can be read but not written"):
-        adapterkit.write(adapter, tmp_path / "out", format="handwritten")
+        adapterkit.write(adapter, tmp_path / "out", to="handwritten")
 
 
 def test_telling_a_dialect_imports_neither_torch_nor_yaml() -> None:

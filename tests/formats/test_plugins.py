@@ -13,8 +13,6 @@ import adapterkit
 from adapterkit import registry
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
-from adapterkit.model.losses import lost_metadata, lost_settings
-from adapterkit.notes import Loss
 from adapterkit.registry import FormatSpec
 from adapterkit.tensor import LazyTensor
 from adapterkit.testing import check_format, small_adapter
@@ -48,22 +46,6 @@ def read_text(path: Path, options: Options) -> AdapterTensorSet:
     )
 
 
-def text_losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-    del options
-    others = {key.module for key in adapter.tensors if key.role not in HELD}
-    odd = {module for module, kind in adapter.kinds.items() if kind.value != "linear"}
-    found = [Loss("other", name, "is no pair of matrices") for name in sorted(others | odd)]
-    given = [
-        name
-        for name in ("engine_layout", "rank_conflicts", "unstored", "undeclared", "beside", "tied")
-        if getattr(adapter, name)
-    ]
-    found += [Loss("field", name, "has no place") for name in given]
-    if adapter.base.name:
-        found.append(Loss("base", adapter.base.name, "has no place", blocks=False))
-    return [*found, *lost_settings(adapter), *lost_metadata(adapter)]
-
-
 def write_text(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
     del options
     lines = [
@@ -77,7 +59,7 @@ TEXT = FormatSpec(
     name="text",
     title="LoRA as JSON",
     reader=read_text,
-    lister=text_losses,
+    lister=lambda adapter, _: list(adapterkit.lost_beyond_pairs(adapter)),
     writer=write_text,
     probe=f"{__name__}:is_text",
     suffixes=(".lines",),
@@ -115,6 +97,8 @@ def test_a_plugin_is_told_by_content_and_written_by_suffix(tmp_path: Path) -> No
     assert registry.detect(path).name == "text"
     done = adapterkit.convert(path, tmp_path / "peft")
     assert done.max_relative_error == 0
+    known = adapterkit.inspect(path)
+    assert (known.source, known.format) == (str(path), "text")
     back = adapterkit.convert(tmp_path / "peft", tmp_path / "b.lines")
     assert (back.format, back.max_relative_error) == ("text", 0)
 

@@ -129,7 +129,7 @@ def made(make: Callable[[Path], object], given: str = "") -> Sample:
 
 
 def _bank(folder: Path) -> None:
-    adapterkit.bank(TINY, FIXTURES / "peft" / "patterns", path=folder / "x.json")
+    adapterkit.bank(TINY, FIXTURES / "peft" / "patterns", destination=folder / "x.json")
 
 
 def _journal(folder: Path) -> None:

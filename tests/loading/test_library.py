@@ -13,6 +13,7 @@ from peft import LoraConfig
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from terminal import BASE, PEFT, TINY, invoke
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import adapterkit
 from adapterkit import DType, LazyTensor, Update
@@ -129,6 +130,51 @@ def test_a_function_takes_a_path_or_an_adapter(tmp_path: Any) -> None:
     adapterkit.compress_file(adapter, tmp_path / "small", rank=2)
     merged = adapterkit.merge_files([adapter, WEAK], tmp_path / "merged")
     assert merged.modules == 6
+
+
+def test_a_merge_and_a_stack_take_a_path_or_an_adapter(tmp_path: Any) -> None:
+    held = adapterkit.read(TINY)
+    by_path, by_hand = (adapterkit.merge([each, WEAK]).adapter for each in (TINY, held))
+    assert adapterkit.diff(by_path, by_hand).max_relative_error == 0
+    base = weights(tmp_path)
+    for name, source in (("path", TINY), ("hand", held)):
+        adapterkit.merge_into([source], base, tmp_path / name)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("path", "hand"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    stack = adapterkit.AdapterStack(BASE)
+    stack.load(held, name="held", scale=0.5)
+    assert adapterkit.diff(stack.combined(), TINY).modules[0].norm_ratio == pytest.approx(2)
+    with pytest.raises(adapterkit.AdapterIncompatibleError, match="an engine loads files"):
+        adapterkit.serving_settings(stack, "vllm")
+
+
+def weights(folder: Any) -> Any:
+    """Return the base with random weights."""
+    base = folder / "weights"
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE)).save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda tell, _: adapterkit.audit(TINY, progress=tell),
+        lambda tell, _: adapterkit.compress(TINY, rank=2, progress=tell),
+        lambda tell, to: adapterkit.convert(TINY, to, progress=tell),
+        lambda tell, _: adapterkit.diff(TINY, WEAK, progress=tell),
+        lambda tell, _: adapterkit.inspect(TINY, progress=tell),
+        lambda tell, _: adapterkit.merge([TINY, WEAK], progress=tell),
+        lambda tell, to: adapterkit.merge_files([TINY, WEAK], to, progress=tell),
+        lambda tell, _: adapterkit.validate(TINY, base=BASE, progress=tell),
+        lambda tell, to: adapterkit.write(TINY, to, progress=tell),
+    ],
+)
+def test_who_watches_is_told_the_size_and_the_end(work: Any, tmp_path: Any) -> None:
+    told: list[tuple[int, int]] = []
+    work(lambda done, total: told.append((done, total)), tmp_path / "out")
+    assert told
+    assert all(0 <= done <= total for done, total in told)
+    assert told[-1][0] == told[-1][1]
 
 
 def test_torch_tensors_and_a_config_are_taken_where_they_are_natural() -> None:

@@ -303,7 +303,7 @@ class TestCommand:
 def test_a_merge_is_the_same_file_every_time(tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "della", "seed": 9, "rank": 4}
     for name, threads in (("a", 1), ("b", 3)):
-        merge_files([TINY, WEAK], tmp_path / name, threads=threads, **options)
+        merge_files([TINY, WEAK], tmp_path / name, jobs=threads, **options)
     first, second = (tmp_path / n / "adapter_model.safetensors" for n in "ab")
     assert first.read_bytes() == second.read_bytes()
     assert np.isfinite(next(iter(deltas(tmp_path / "a").values()))).all()

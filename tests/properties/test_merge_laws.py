@@ -64,7 +64,7 @@ def run(adapters: list[AdapterTensorSet], method: str, **more: Any) -> dict[str,
     """Merge at full rank where the method has no small one; return ΔW by module."""
     if SPECS[method].kind is Kind.ELEMENTWISE and SPECS[method].space == "delta":
         more.setdefault("rank", 14)
-    return oracle.deltas(merge(adapters, method=method, threads=1, **more).adapter)
+    return oracle.deltas(merge(adapters, method=method, jobs=1, **more).adapter)
 
 
 def close(found: dict[str, Any], wanted: dict[str, Any], tolerance: float = 1e-8) -> None:
@@ -302,8 +302,8 @@ def test_random_masks_depend_on_the_seed_alone(
 ) -> None:
     adapters = [oracle.adapter(each) for each in both]
     options: dict[str, Any] = {"method": method, "rank": 14, "density": 0.5}
-    once = oracle.deltas(merge(adapters, seed=seed, threads=1, **options).adapter)
-    again = oracle.deltas(merge(adapters, seed=seed, threads=3, **options).adapter)
+    once = oracle.deltas(merge(adapters, seed=seed, jobs=1, **options).adapter)
+    again = oracle.deltas(merge(adapters, seed=seed, jobs=3, **options).adapter)
     other = oracle.deltas(merge(adapters, seed=seed + 1, **options).adapter)
     for module, value in once.items():
         np.testing.assert_array_equal(again[module], value)

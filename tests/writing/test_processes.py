@@ -97,7 +97,7 @@ def results(weights: Path, out: Path) -> dict[str, Any]:
     into = adapterkit.merge_into([TINY], weights, out / "merged")
     return {
         "audit": adapterkit.audit(TINY, TINY, suggest=True, base=weights),
-        "bank": adapterkit.bank(TINY, path=out / "bank.json"),
+        "bank": adapterkit.bank(TINY, destination=out / "bank.json"),
         "compress": adapterkit.compress(TINY, rank=2),
         "compress_file": adapterkit.compress_file(TINY, out / "compressed", rank=2),
         "convert": adapterkit.convert(TINY, out / "x.gguf", base=BASE),

@@ -11,7 +11,7 @@ from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, NotFoundError
 from adapterkit.json_file import read_json_object
 from adapterkit.notes import Note
-from adapterkit.storage import readable
+from adapterkit.storage import alike, readable
 from adapterkit.strangers import of_training
 from adapterkit.tables import Table, mapped, text
 from adapterkit.tensor import LazyTensor
@@ -45,7 +45,7 @@ def locate(path: Path) -> tuple[Path, Path]:
     if path.is_dir():
         return _locate_in(path)
     if not path.is_file():
-        raise NotFoundError("no such file or directory", path=path)
+        raise NotFoundError(f"no such file or directory{alike(path)}", path=path)
     folder = path.parent
     if path.name == CONFIG or path.name in _INDEXES:
         return folder / CONFIG, _weights(folder)

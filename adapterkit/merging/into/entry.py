@@ -36,6 +36,7 @@ from adapterkit.merging.into.tying import check_choice
 from adapterkit.merging.into.writing import SEGMENT, write_files
 from adapterkit.merging.planning import Source
 from adapterkit.merging.registry import remark
+from adapterkit.model import AdapterTensorSet
 from adapterkit.output import Output
 from adapterkit.saving import stored_type
 from adapterkit.work import counter, threads
@@ -46,8 +47,8 @@ _NOISE = 1.0
 
 
 def merge_into(
-    sources: Sequence[Path | str],
-    base: Path | str,
+    sources: Sequence[AdapterTensorSet | Path | str],
+    base: BaseModel | Path | str,
     destination: Path | str,
     *,
     weights: Sequence[float] | None = None,
@@ -56,7 +57,7 @@ def merge_into(
     params: Mapping[str, float] | None = None,
     seed: int | None = None,
     normalize: bool = False,
-    dtype: str | None = None,
+    dtype: DType | str | None = None,
     gguf_type: str | None = None,
     rounding: str | None = None,
     calibrate: Path | str | None = None,
@@ -217,7 +218,7 @@ def _directory(base: BaseModel) -> Directory | None:
 
 
 def _check_places(
-    base: BaseModel, destination: Path, *, dtype: str | None, gguf_type: str | None
+    base: BaseModel, destination: Path, *, dtype: DType | str | None, gguf_type: str | None
 ) -> None:
     if base.layout and dtype is not None:
         raise UsageError("a diffusion model keeps its stored types; leave out dtype (--dtype)")

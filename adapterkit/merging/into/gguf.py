@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mixtures import mixtures
 from adapterkit.containers.gguf import GGUFValue, gguf_layout, read_gguf, uint32
 from adapterkit.dtype import DType
-from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.errors import UnsupportedError, UsageError, unknown
 from adapterkit.merging.into.calibration import calibrated_inputs
 from adapterkit.merging.into.engine import EMBEDDING, OUTPUT, engine_steps
 from adapterkit.merging.into.inputs import drawn_inputs
@@ -106,9 +106,8 @@ def check_type(kind: str | None) -> None:
     Raises:
         UsageError: the message lists all.
     """
-    if kind not in {None, "keep", *TYPES, *mixtures()}:
-        known = ", ".join(("keep", *TYPES, *mixtures()))
-        raise UsageError(f"unknown gguf type {kind!r}; known: {known}")
+    if kind is not None and kind not in {"keep", *TYPES, *mixtures()}:
+        raise unknown("gguf type", kind, ("keep", *TYPES, *mixtures()))
 
 
 def plan_gguf(
@@ -258,8 +257,8 @@ def check_rounding(rounding: str | None, kind: str | None, calibrate: Path | Non
     Raises:
         UsageError: the message lists what there is.
     """
-    if rounding not in {None, *ROUNDINGS}:
-        raise UsageError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDINGS)}")
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise unknown("rounding", rounding, ROUNDINGS)
     if rounding == "shaped" and (kind is None or kind in TYPES):
         raise UsageError(
             "shaped rounding is for block types of 4 to 6 bits: it goes with gguf_type "

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base.model import BaseModel
+    from adapterkit.model import AdapterTensorSet
 
 _NO_UPDATE = {
     "layer_replication": "replicates layers; build that base first, then merge into it",
@@ -25,7 +26,7 @@ _NO_UPDATE = {
 
 
 def read_sources(
-    paths: Sequence[Path | str],
+    given: Sequence[AdapterTensorSet | Path | str],
     weights: Sequence[float] | None,
     base: BaseModel,
     *,
@@ -47,15 +48,15 @@ def read_sources(
         FormatError: if one is malformed or broken.
         UnsupportedError: if one is no constant update of this base.
     """
-    if not paths:
+    if not given:
         raise UsageError("nothing to merge; name one adapter or more")
-    if weights is not None and len(weights) != len(paths):
-        raise UsageError(f"{len(paths)} adapters and {len(weights)} weights; give one for each")
-    weights = list(map(checked_weight, weights or [1.0] * len(paths)))
+    if weights is not None and len(weights) != len(given):
+        raise UsageError(f"{len(given)} adapters and {len(weights)} weights; give one for each")
+    weights = list(map(checked_weight, weights or [1.0] * len(given)))
     found: list[Source] = []
     said: list[str] = []
     loaded = load_all(
-        paths,
+        given,
         base=base,
         dialect=dialect,
         alpha=alpha,

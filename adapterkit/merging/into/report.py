@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
+
+from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, size
+
+_MEANING = (
+    "the first is the error that the model sees where the adapter listens; the last, over all "
+    "inputs alike, grows in exchange"
+)
+# Below this the error of the stored change says nothing.
+_EXACT = 5e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +65,8 @@ class TensorReport:
     quantised: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeIntoReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class MergeIntoReport(Shown):
     """A whole merge into a base.
 
     Attributes:
@@ -93,3 +103,59 @@ class MergeIntoReport:
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    _entries = "tensors"
+
+    def text(self, pen: Pen = PLAIN) -> str:
+        """Return what was written, how large the update is, and what rounding left of it."""
+        del pen
+        written = line(
+            self.destination,
+            self.format,
+            f"{count(len(self.tensors), 'tensor')} changed",
+            f"{self.decoded:,} decoded" if self.decoded else "",
+            f"{self.untouched:,} unchanged",
+            size(self.bytes),
+        )
+        return "\n".join([written, self._update(), *self._shaped()])
+
+    def _update(self) -> str:
+        norms = [t.relative_norm for t in self.tensors if t.relative_norm is not None]
+        low, high = (short(f(norms)) if norms else "-" for f in (min, max))
+        said = f"‖ΔW‖/‖W‖ {low if low == high else f'{low} to {high}'}"
+        if self.min_survival is None:
+            return said
+        worst = next(t for t in self.tensors if t.survival == self.min_survival)
+        share = f"{min(max(self.min_survival, 0.0), 1.0):.1%}"
+        where = "" if share == "100.0%" else f" ({printable(worst.tensor)})"
+        kept = f"at least {share} of the update is left after rounding{where}"
+        return f"{said}; {kept}{self._noise()}"
+
+    def _noise(self) -> str:
+        """Return what the stored change is off by, where rounding is to nearest."""
+        found = [(t.noise, t.tensor) for t in self.tensors if t.noise and t.nearest is None]
+        if not found:
+            return ""
+        noise, tensor = max(found)
+        if noise < _EXACT:
+            return f"; the change stored is within {_EXACT:.2%} of it"
+        share = f"{noise:.1%}" if noise < 1 else f"{noise:.0%}"
+        return f"; the change stored is off by up to {share} of it ({printable(tensor)})"
+
+    def _shaped(self) -> list[str]:
+        """Return what shaped rounding did, beside what nearest would have done."""
+        shaped = [(t, t.nearest) for t in self.tensors if t.nearest is not None]
+        if not shaped:
+            return []
+        pairs = {
+            "direction error": [(t.direction_error or 0.0, n.direction_error) for t, n in shaped],
+            "survival": [(t.survival or 0.0, n.survival) for t, n in shaped],
+            "noise": [(t.noise or 0.0, n.noise) for t, n in shaped],
+        }
+        shown = [
+            f"{name} {median(a for a, _ in each):.0%} ({median(b for _, b in each):.0%})"
+            for name, each in pairs.items()
+        ]
+        return [
+            f"shaped rounding, medians beside nearest's: {', '.join(shown)}",
+            _MEANING,
+        ]
