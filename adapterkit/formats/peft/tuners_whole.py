@@ -79,7 +79,7 @@ def token_indices(context: Context) -> tuple[int, ...]:
     """Return the tokens that TRAINABLE_TOKENS has rows of; none for other tuners."""
     if context.config.get("peft_type") != "TRAINABLE_TOKENS":
         return ()
-    return context.fields.get("token_indices", listed(whole(0, _TOKENS)), ())
+    return context.fields.optional("token_indices", listed(whole(0, _TOKENS))) or ()
 
 
 def _full(module: str, name: str) -> TensorKey:
