@@ -27,7 +27,7 @@ _NAMES = {
     ),
     "base.model": "BaseModel",
     "base.opening": "open_base",
-    "checks.findings": "CoveredModule Explanation Finding Outcome Severity explanations",
+    "checks.findings": "CoveredModule Explanation Finding Outcome Severity Verdict explanations",
     "comparison": "DiffReport ModuleDifference diff",
     "compressed": "CompressReport CompressResult CompressedFile",
     "compression": "compress compress_file",
@@ -37,7 +37,6 @@ _NAMES = {
     "dtype": "DType",
     "engines.engine": "EngineRule NameRule Target load_target target_names",
     "engines.judgement": "EngineCoverage",
-    "engines.verdict": "Verdict",
     "errors": (
         "AdapterKitError BaseRequiredError DestinationExistsError FormatError "
         "IncompatibleBaseError LossyConversionError NotFoundError ProofError TruncatedFileError "

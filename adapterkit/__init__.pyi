@@ -33,6 +33,7 @@ from adapterkit.checks.findings import Explanation as Explanation
 from adapterkit.checks.findings import Finding as Finding
 from adapterkit.checks.findings import Outcome as Outcome
 from adapterkit.checks.findings import Severity as Severity
+from adapterkit.checks.findings import Verdict as Verdict
 from adapterkit.checks.findings import explanations as explanations
 from adapterkit.comparison import DiffReport as DiffReport
 from adapterkit.comparison import ModuleDifference as ModuleDifference
@@ -56,7 +57,6 @@ from adapterkit.engines.engine import Target as Target
 from adapterkit.engines.engine import load_target as load_target
 from adapterkit.engines.engine import target_names as target_names
 from adapterkit.engines.judgement import EngineCoverage as EngineCoverage
-from adapterkit.engines.verdict import Verdict as Verdict
 from adapterkit.errors import AdapterKitError as AdapterKitError
 from adapterkit.errors import BaseRequiredError as BaseRequiredError
 from adapterkit.errors import DestinationExistsError as DestinationExistsError

@@ -118,7 +118,7 @@ def project_file(
     known = open_model(loaded.base or base)
     check_fit(loaded.adapter, known)
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
-    lost = [*loaded.losses, *lost_trained(loaded.adapter)]
+    lost = [*loaded.losses, *lost_trained(loaded.adapter.beside)]
     ready = admitted(result, target, replace(loaded.options, alpha=None), passed=lost)
     save(ready.adapter, destination, target, loaded.options, force=force)
     return ProjectedFile(

@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
@@ -57,10 +58,13 @@ class Shown:
     __slots__ = ()
     # The field whose entries are the rows of its table; without one the report is its own row.
     _entries: ClassVar[str] = ""
+    # The function of report and pen that writes its text, as module:function, if it is no method.
+    _view: ClassVar[str] = ""
 
     def text(self, pen: Pen = PLAIN) -> str:
         """Return what people read."""
-        raise NotImplementedError
+        module, _, name = self._view.partition(":")
+        return getattr(import_module(module), name)(self, pen)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the report as rows of a table, one for each thing that it is about."""
@@ -109,8 +113,6 @@ class Shown:
 
 
 def _library(name: str) -> Any:
-    from importlib import import_module
-
     from adapterkit.errors import UnsupportedError
 
     try:

@@ -301,6 +301,7 @@ class AuditReport(Shown):
     suggestions: tuple[Suggestion, ...] = ()
     interference: Interference | None = None
     failed: tuple[Attempt[AdapterAudit], ...] = ()
+    _view = "adapterkit.auditing.view:view"
 
     @property
     def summary(self) -> AuditSummary:
@@ -316,12 +317,6 @@ class AuditReport(Shown):
     def plans(self) -> tuple[RankPlan, ...]:
         """The suggested rank plan of each adapter."""
         return tuple(each.plan for each in self.suggestions)
-
-    def text(self, pen: Pen = PLAIN) -> str:
-        """Return the whole view of one adapter, or one line for each of several."""
-        from adapterkit.auditing.view import view
-
-        return view(self, pen)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each matrix of each adapter."""

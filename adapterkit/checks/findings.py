@@ -73,6 +73,22 @@ class Outcome(StrEnum):
     UNMATCHED = "unmatched"
 
 
+class Verdict(StrEnum):
+    """What an engine does with an adapter; refusals come before what happens later.
+
+    `garbage` is loaded and computed with, and what comes out is chance, or the end of the process;
+    `altered` is another update than the file's.
+    """
+
+    REFUSED = "refused"
+    ABORTS = "aborts"
+    GARBAGE = "garbage"
+    NOTHING = "no effect"
+    ALTERED = "altered"
+    PARTLY = "partly applied"
+    APPLIED = "applied"
+
+
 @dataclass(frozen=True, slots=True)
 class CoveredModule:
     """One module on one engine.

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapterkit.architectures.expressions import evaluate
-from adapterkit.checks.findings import Finding, Outcome, Severity
-from adapterkit.engines.verdict import Verdict
+from adapterkit.checks.findings import Finding, Outcome, Severity, Verdict
 from adapterkit.errors import UsageError, unknown
 
 # Release numbers with what follows them (0.33.0rc1), and llama.cpp's builds (b9549).

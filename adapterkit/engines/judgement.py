@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.checks.adapter import check
-from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
+from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity, Verdict
 from adapterkit.checks.gguf_file import check_gguf_file
 from adapterkit.engines.coverage import cover, unserved
 from adapterkit.engines.facts import facts
-from adapterkit.engines.verdict import FAILED, Verdict, deciding, verdict
+from adapterkit.engines.verdict import FAILED, deciding, verdict
 from adapterkit.errors import UnsupportedError
 from adapterkit.notes import first_and_more
 

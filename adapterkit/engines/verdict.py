@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
+from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from adapterkit.engines.engine import Target
-
-
-class Verdict(StrEnum):
-    """What an engine does with an adapter; refusals come before what happens later.
-
-    `garbage` is loaded and computed with, and what comes out is chance, or the end of the process;
-    `altered` is another update than the file's.
-    """
-
-    REFUSED = "refused"
-    ABORTS = "aborts"
-    GARBAGE = "garbage"
-    NOTHING = "no effect"
-    ALTERED = "altered"
-    PARTLY = "partly applied"
-    APPLIED = "applied"
 
 
 # What an engine does not load; nothing of the adapter is applied then.

@@ -117,7 +117,9 @@ def merge_files(
         target,
         options,
         allow_lossy=allow_lossy,
-        passed=[loss for each in loaded for loss in (*each.losses, *lost_trained(each.adapter))],
+        passed=[
+            loss for each in loaded for loss in (*each.losses, *lost_trained(each.adapter.beside))
+        ],
     )
     read = [each.source.path for each in loaded if each.source]
     proven = save(ready.adapter, destination, target, options, force=force, spared=read)

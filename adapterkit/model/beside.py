@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkit.notes import Loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from adapterkit.model.adapter import AdapterTensorSet
+    from collections.abc import Iterable, Iterator
 
 
 class BesideKind(StrEnum):
@@ -63,9 +61,9 @@ class BesideFile:
         return self.kind is BesideKind.WEIGHTS
 
 
-def lost_beside(adapter: AdapterTensorSet) -> Iterator[Loss]:
+def lost_beside(files: Iterable[BesideFile]) -> Iterator[Loss]:
     """Name what lies beside an adapter, for a target that has no place for it."""
-    for file in adapter.beside:
+    for file in files:
         if file.trained:
             message = (
                 f"{file.what}, trained with the adapter, has no place in the output: keep it with "
@@ -79,9 +77,9 @@ def lost_beside(adapter: AdapterTensorSet) -> Iterator[Loss]:
             yield lost_copy(file)
 
 
-def lost_trained(adapter: AdapterTensorSet) -> list[Loss]:
+def lost_trained(files: Iterable[BesideFile]) -> list[Loss]:
     """Name the trained files beside an adapter, for what makes another adapter or model of it."""
-    return [loss for loss in lost_beside(adapter) if loss.blocks]
+    return [loss for loss in lost_beside(files) if loss.blocks]
 
 
 def lost_copy(file: BesideFile) -> Loss:

@@ -39,7 +39,7 @@ def losses(adapter: AdapterTensorSet, *, holds: Container[Role] = ()) -> list[Lo
         found.append(Loss("not-an-update", named, message, tuple(others)))
     if carried(adapter) is None:
         found.append(Loss("not-tinylora", "the update", _PROJECT))
-    found += [*lost_settings(adapter), *undeclared(adapter), *lost_beside(adapter)]
+    found += [*lost_settings(adapter), *undeclared(adapter), *lost_beside(adapter.beside)]
     return [*found, *lost_metadata(adapter)]
 
 

@@ -107,6 +107,18 @@ def test_imports_go_down(path: Path) -> None:
     assert {name for name in used if LEVEL[name] >= LEVEL[own]} == set()
 
 
+def test_no_two_files_need_each_other() -> None:
+    left = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): imports(path)
+        for path in LIBRARY
+        if path not in WAYS_IN and path.name != "__init__.py"
+    }
+    # What imports nothing that is left goes; those that stay import each other in a circle.
+    while free := {name for name, used in left.items() if not used & left.keys()}:
+        left = {name: used for name, used in left.items() if name not in free}
+    assert sorted(left) == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "adapterkit" / "formats").rglob("*.py")), ids=shown)
 def test_a_format_imports_no_other_format(path: Path) -> None:
     folder = "adapterkit.formats."

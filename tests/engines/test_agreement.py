@@ -12,7 +12,8 @@ import pytest
 from terminal import ROOT, invoke
 
 from adapterkit import load_target, target_names, validate
-from adapterkit.engines.verdict import FAILED, Verdict
+from adapterkit.checks.findings import Verdict
+from adapterkit.engines.verdict import FAILED
 from adapterkit.errors import AdapterKitError
 from adapterkit.serving.launch import SERVED
 

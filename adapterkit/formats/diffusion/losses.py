@@ -34,7 +34,7 @@ def losses(adapter: AdapterTensorSet, options: Options, spelling: str) -> list[L
     plan = planned(adapter, spelling)
     found = [*lost_settings(adapter), *_by_role(adapter), *_misplaced(adapter, plan)]
     found += [*_by_kind(adapter), *_partly(adapter, plan), *_by_spelling(adapter, spelling)]
-    found += [*undeclared(adapter), *lost_beside(adapter)]
+    found += [*undeclared(adapter), *lost_beside(adapter.beside)]
     if options.dtype is DType.Q8_0:
         message = "LoRA files of diffusion models hold f32, f16 or bf16; choose with --outtype"
         found.append(Loss("quantised", "q8_0", message))

@@ -58,7 +58,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     adapter = spelled_out(adapter)
     base = options.base
     found = [*_by_role(adapter), *_saved(adapter, base), *_by_setting(adapter)]
-    found += [*undeclared(adapter), *lost_beside(adapter), *lost_metadata(adapter)]
+    found += [*undeclared(adapter), *lost_beside(adapter.beside), *lost_metadata(adapter)]
     engine = engine_adapter(adapter, options)
     found += [*_early(adapter), *_convolutions(adapter)]
     found += _unmatched(adapter, engine, options)

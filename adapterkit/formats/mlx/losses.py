@@ -57,7 +57,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     mapped = mlx_adapter(adapter, options.base)
     found = [*_by_role(adapter), *_by_setting(adapter), *_unplaced(adapter, mapped)]
     found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]
-    found += [*undeclared(adapter), *lost_beside(adapter)]
+    found += [*undeclared(adapter), *lost_beside(adapter.beside)]
     found += [*_unserved(options.base), *_rigid(adapter, options.base)]
     if options.dtype is DType.Q8_0:
         message = "MLX adapters hold f32, f16 or bf16; choose one with --outtype"

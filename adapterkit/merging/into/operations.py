@@ -14,39 +14,11 @@ from adapterkit.merging.into.steps import Added, Product, Replaced, RowsReplaced
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.merging.into.rows import Place
+    from adapterkit.merging.into.rows import Place, Unmerged
     from adapterkit.merging.into.steps import Applied, Magnitude, Step
     from adapterkit.tensor import LazyTensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-class Unmerged(Protocol):
-    """The tensor that is being changed, as far as an operation looks at it.
-
-    Attributes:
-        kind: type of the sums.
-        rows: of one matrix.
-        columns: of one matrix.
-        steps: how many there are in all.
-    """
-
-    kind: np.dtype[Any]
-    rows: int
-    columns: int
-
-    @property
-    def steps(self) -> int:
-        """Return how many steps there are in all."""
-        ...
-
-    def places(self) -> list[Place]:
-        """Return all blocks."""
-        ...
-
-    def base_block(self, place: Place) -> Array:
-        """Return the rows of the unmerged base."""
-        ...
 
 
 class Operation(Protocol):

@@ -68,7 +68,7 @@ def read_sources(
         for setting, reason in _NO_UPDATE.items():
             if setting in each.adapter.settings:
                 raise UnsupportedError(f"{reason} ({setting})", path=each.label)
-        lost = lost_trained(each.adapter)
+        lost = lost_trained(each.adapter.beside)
         if (each.losses or lost) and not allow_lossy:
             raise LossyConversionError([*each.losses, *lost], path=each.label)
         said += [f"{each.label}: {loss.subject} is left out" for loss in lost]

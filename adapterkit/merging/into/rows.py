@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,34 @@ class Place:
     matrix: int
     start: int
     stop: int
+
+
+class Unmerged(Protocol):
+    """The tensor that is being changed, as far as an operation looks at it.
+
+    Attributes:
+        kind: type of the sums.
+        rows: of one matrix.
+        columns: of one matrix.
+        steps: how many there are in all.
+    """
+
+    kind: np.dtype[Any]
+    rows: int
+    columns: int
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps there are in all."""
+        ...
+
+    def places(self) -> list[Place]:
+        """Return all blocks."""
+        ...
+
+    def base_block(self, place: Place) -> Array:
+        """Return the rows of the unmerged base."""
+        ...
 
 
 def reader(tensor: LazyTensor, columns: int) -> Callable[[int, int], LazyTensor]:

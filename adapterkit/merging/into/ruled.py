@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from adapterkit.lowrank.products import Array as Wide
-    from adapterkit.merging.into.operations import Unmerged
-    from adapterkit.merging.into.rows import Place
+    from adapterkit.merging.into.rows import Place, Unmerged
     from adapterkit.merging.into.steps import Applied, Step
     from adapterkit.merging.planning import Source
 
