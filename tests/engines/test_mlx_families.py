@@ -70,7 +70,7 @@ def test_mlx_lm_answers_as_peft_does(name: str, tmp_path: Path) -> None:
     convert(tuned.path, tmp_path / "mlx", to="mlx", base=base.hf)
     convert(tmp_path / "mlx", tmp_path / "back", to="peft", base=base.hf)
     assert diff(tuned.path, tmp_path / "back", base=base.hf).equal
-    found = ask(for_mlx(base.hf), tmp_path / "mlx", PROMPTS, tmp_path)
+    found = ask(for_mlx(base.hf, base.model.config), tmp_path / "mlx", PROMPTS, tmp_path)
     plain = answers(base.model)
     apart = isinstance(found.base, str) or max_kl(plain, found.base) > CLOSE
     assert apart is (name in known()["apart"]), found.base if isinstance(found.base, str) else ""
