@@ -33,7 +33,7 @@ for name in ("base", "tuned"):
         if name == "tuned":
             model = load_adapters(model, str(adapter))
         rows = [model(mx.array([prompt]))[0, -1].astype(mx.float32) for prompt in asked]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         (out / f"{name}.txt").write_text(f"{type(error).__name__}: {error}")
         break
     np.save(out / f"{name}.npy", np.stack([np.array(row) for row in rows]))
@@ -86,13 +86,15 @@ def for_mlx(folder: Path, known: Any) -> Path:
     for name, part in [("", config), *inner]:
         owner = getattr(known, name) if name else known
         for field in fields_of(str(part.get("model_type"))) if hasattr(owner, "to_dict") else ():
+            if part.get(field) is not None:
+                continue
             rope = getattr(owner, "rope_parameters", None) or {}
             value = rope.get(field, getattr(owner, field, ...))
             if field == "rope_scaling":
                 value = None  # of a tiny model, whatever transformers makes of it
             if field == "head_dim" and not isinstance(value, int):
                 value = part["hidden_size"] // part["num_attention_heads"]
-            if part.get(field) is None and value is not ...:
+            if value is not ...:
                 part[field] = value
     config.setdefault("rope_theta", 10000.0)
     path.write_text(json.dumps(config, default=str))

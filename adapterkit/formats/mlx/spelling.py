@@ -167,6 +167,7 @@ SWITCHES: Mapping[str, str] = {
     "granitemoe": "block_sparse_moe.switch_mlp",
     "granitehybrid": "block_sparse_moe.switch_mlp",
     "afmoe": "mlp.experts",
+    "dots1": "mlp.experts",
     "jamba": "feed_forward.switch_mlp",
     "lfm2moe": "feed_forward.switch_mlp",
 }
