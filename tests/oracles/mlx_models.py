@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 # mlx and torch each bring a runtime of their own: mlx-lm runs in a process that has no torch.
 WORKER = """
@@ -31,7 +33,7 @@ for name in ("base", "tuned"):
         if name == "tuned":
             model = load_adapters(model, str(adapter))
         rows = [model(mx.array([prompt]))[0, -1].astype(mx.float32) for prompt in asked]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         (out / f"{name}.txt").write_text(f"{type(error).__name__}: {error}")
         break
     np.save(out / f"{name}.npy", np.stack([np.array(row) for row in rows]))
@@ -69,19 +71,47 @@ def ask(base: Path, adapter: Path, prompts: Sequence[Sequence[int]], folder: Pat
     return Answers(answer("base"), answer("tuned"))
 
 
-def for_mlx(folder: Path) -> Path:
-    """Add what mlx-lm looks for at the top of a config that transformers 5 has written."""
+def for_mlx(folder: Path, known: Any) -> Path:
+    """Write into a base's config.json what mlx-lm looks for and transformers 5 spells otherwise.
+
+    Args:
+        folder: the base; its config.json is changed.
+        known: the transformers config, which answers to the names of hub files too.
+    """
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text())
-    inner = [v for k, v in config.items() if isinstance(v, dict) and k.endswith("config")]
-    for part in (config, *inner):
-        rope = part.get("rope_parameters") or {}
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name in rope:
-                part.setdefault(name, rope[name])
-        heads, latent = part.get("num_attention_heads"), "kv_lora_rank" in part
-        if heads and "hidden_size" in part and not part.get("head_dim") and not latent:
-            part["head_dim"] = part["hidden_size"] // heads
+    inner = [
+        (name, v) for name, v in config.items() if isinstance(v, dict) and hasattr(known, name)
+    ]
+    for name, part in [("", config), *inner]:
+        owner = getattr(known, name) if name else known
+        for field in fields_of(str(part.get("model_type"))) if hasattr(owner, "to_dict") else ():
+            if part.get(field) is not None:
+                continue
+            rope = getattr(owner, "rope_parameters", None) or {}
+            value = rope.get(field, getattr(owner, field, ...))
+            if field == "rope_scaling":
+                value = None  # of a tiny model, whatever transformers makes of it
+            if field == "head_dim" and not isinstance(value, int):
+                value = part["hidden_size"] // part["num_attention_heads"]
+            if value is not ...:
+                part[field] = value
     config.setdefault("rope_theta", 10000.0)
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config, default=str))
     return folder
+
+
+def fields_of(kind: str) -> tuple[str, ...]:
+    """Return the fields of the config that mlx-lm has for a model type; nothing is imported."""
+    spec = importlib.util.find_spec("mlx_lm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent / "models" / f"{kind}.py"
+    tree = ast.parse(source.read_text()) if source.is_file() else ast.Module([], [])
+    arguments = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "ModelArgs")
+    body = [node for each in arguments for node in each.body]
+    return tuple(
+        node.target.id
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    )

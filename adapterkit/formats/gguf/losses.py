@@ -104,7 +104,9 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
         ("saved-norm", "llama.cpp loads norms and never applies them", _is_norm),
         ("saved-module", "a whole trained weight has no place in a GGUF adapter", _is_weight),
     )
-    foreign = [key for key in full if _foreign(key.module, base)]
+    # llama.cpp's names are in no table of Hugging Face's.
+    told = bool(base and base.names) or not isinstance(adapter.source, GgufSource)
+    foreign = [key for key in full if told and _foreign(key.module, base)]
     for code, reason, fits in kinds:
         if keys := [key for key in full if fits(key.module) and key not in foreign]:
             yield _loss(code, keys, f"{reason}; {_MERGE}")

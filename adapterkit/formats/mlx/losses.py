@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
 
+# Whose multipliers mlx-lm folds into the weights (sanitize in mlx_lm/models/falcon_h1.py), so that
+# the same factors would be another update.
+_FOLDED = {"falcon_h1"}
 _ROLES: Mapping[Role, tuple[str, str]] = {
     Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in an MLX adapter; {_MERGE}"),
     Role.FULL: ("saved-module", f"a whole trained parameter has no place there; {_MERGE}"),
@@ -75,6 +78,9 @@ def _unserved(base: BaseModel | None) -> Iterator[Loss]:
 def _rigid(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     # Of a wrapper these are the facts of its text tower, whose layers mlx-lm has of its own.
     kind = str(base.facts.get("model_type") or "") if base else ""
+    if kind in _FOLDED:
+        message = f"mlx-lm multiplies the weights of {kind} when it loads them, and no adapter"
+        yield _loss("folded", [*adapter.tensors], f"{message}; {_MERGE}")
     layers = served("mlx").rigid.get(kind, frozenset())
     if found := [p.module for p in adapter.pairs() if p.module.rpartition(".")[2] in layers]:
         message = f"in mlx-lm it is no layer that takes LoRA, and the file would not load; {_MERGE}"

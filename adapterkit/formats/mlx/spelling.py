@@ -167,6 +167,7 @@ SWITCHES: Mapping[str, str] = {
     "granitemoe": "block_sparse_moe.switch_mlp",
     "granitehybrid": "block_sparse_moe.switch_mlp",
     "afmoe": "mlp.experts",
+    "dots1": "mlp.experts",
     "jamba": "feed_forward.switch_mlp",
     "lfm2moe": "feed_forward.switch_mlp",
 }
@@ -241,7 +242,7 @@ def mlx(module: str, base: BaseModel | None) -> str | None:
     for rule in RENAMED:
         if not rule.hf.match(module):
             continue
-        if rule.family and base is None:
+        if rule.family and base is None and not rule.shared:
             return None
         if rule.family in {None, base and base.architecture.gguf}:
             return rule.hf.sub(rule.to_mlx, module)

@@ -60,7 +60,7 @@ def read_weights(path: Path, options: Options) -> AdapterTensorSet:
         options: `alpha` is the scale numerator.
 
     Raises:
-        NotFoundError: if a shard is missing.
+        NotFoundError: if a shard is missing, or the config of a directory and alpha.
         FormatError: if a file is malformed, or holds one rank's part.
         UnsupportedError: if it holds several adapters, or something beside one.
         UsageError: if alpha is not given.
@@ -68,6 +68,11 @@ def read_weights(path: Path, options: Options) -> AdapterTensorSet:
     weights = weights_of(path)
     if weights is None:
         raise NotFoundError(f"holds no weights of an adapter ({', '.join(WEIGHTS)})", path=path)
+    if path.is_dir() and options.alpha is None:
+        scaled = (
+            f"no {CONFIG} here, which scales {weights.name}; pass the alpha of the training run"
+        )
+        raise NotFoundError(f"{scaled} with --alpha", path=path)
     stored = stored_tensors(weights)
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     halves = {name: name.replace(".lora_A.", ".lora_B.") for name in shapes if ".lora_A." in name}
