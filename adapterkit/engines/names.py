@@ -36,7 +36,10 @@ _PAIRS = {
     ".lora_A.default.weight": "default",
     ".lora_A": "lora_A bare",
     ".processor": "processor",
+    ".down.weight": "stream",
 }
+# Both are in every file of USO; without them ComfyUI knows none of its names.
+_USO = {"single_blocks.37.processor.qkv_lora", "double_blocks.18.processor.qkv_lora2"}
 _PRODUCTS = (".hada_", ".lokr_")
 _DORA = {
     ".dora_scale": "dora_scale",
@@ -162,6 +165,7 @@ class _File:
                 for m, s in zip(self.modules, spellings, strict=True)
             ),
             "any_fun": any("blocks_0_cross_attn_k" in s.path for s in spellings),
+            "any_uso": {s.stem for s in spellings} >= _USO,
             "any_published_attention": any("img_attn_qkv" in s.path for s in spellings),
             "encoder_out": any(name.endswith("out_proj") for name in encoders),
             "encoder_mlp": any(".mlp." in name for name in encoders),
@@ -259,8 +263,8 @@ def name_facts() -> dict[str, Any]:
 
     Of the file: `all_kohya`, `any_kohya`, `any_transformer`, `any_base_model` (prefixes);
     `any_down`, `any_alpha`, `any_unnamed` (a name without `lora` in it), `any_flat_diffusers`,
-    `any_fun` (the key by which ComfyUI knows Wan-Fun), `any_published_attention` (HunyuanVideo's
-    img_attn_qkv), `encoder_out`, `encoder_mlp` (what of the text encoder there is), `complete`
+    `any_fun` and `any_uso` (keys by which ComfyUI knows Wan-Fun and USO), `any_published_attention`
+    (HunyuanVideo's img_attn_qkv), `encoder_out`, `encoder_mlp` (what of the text encoder there is), `complete`
     (every block, with all its modules). Of the module: `module`, `path` (as it is spelled),
     `prefix`, `flat`, `known`, `encoder`, `network`, `original` (a name that diffusers has not),
     `native` (of ComfyUI), `published` (by another name than ComfyUI's), `fused`, `outside` (of all

@@ -61,6 +61,8 @@ _PROCESSOR = re.compile(
     r"\.(?P<side>down|up)\.weight$"
 )
 _PROCESSED = ".processor"
+# XLabs and USO name the pairs of Flux by stream; a table knows which module each is.
+_STREAM = re.compile(r"^(?P<path>.+\.(?:qkv|proj)_lora[12]?)\.(?P<side>down|up)\.weight$")
 _WRAPPER = re.compile(
     r"^(?P<component>(?:transformer|unet|text_encoder(?:_[23])?)\.)?"
     r"base_model\.model\."
@@ -154,6 +156,8 @@ def _ended(name: str) -> tuple[str, str]:
     if match := _PROCESSOR.match(name):
         layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
         return f"{match['path']}.{layer}", match["side"]
+    if match := _STREAM.match(name):
+        return match["path"], match["side"]
     for end in _ENDS:
         if name.endswith(end):
             return name.removesuffix(end), _LEAVES.get(end, end)
