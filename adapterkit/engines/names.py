@@ -19,6 +19,7 @@ from adapterkit.architectures.expressions import evaluate
 from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
 from adapterkit.formats.diffusion.table import Model, models
 from adapterkit.formats.diffusion.telling import Place, Spelled, placed
+from adapterkit.keys import Role
 from adapterkit.model import DiffusionSource, Spelling
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def cover_names(
     if not isinstance(source, DiffusionSource) or not source.models:
         return [], []  # a rule, or the reader, says why
     known = {model.name: model for model in models()}
-    found = [_File(known[name], source).decisions(target.names) for name in source.models]
+    columns = {key.module for key in adapter.tensors if key.role is Role.COLUMN_MAGNITUDE}
+    files = [_File(known[name], source, frozenset(columns)) for name in source.models]
+    found = [file.decisions(target.names) for file in files]
     covered = [_covered(pair.module, found[0].get(pair.module)) for pair in adapter.pairs()]
     findings = [
         Finding(rule.code, rule.severity, (module,), message, rule.hint, target.name, rule.fix)
@@ -105,10 +108,17 @@ class _Module:
 
 @dataclass(frozen=True)
 class _File:
-    """All modules of a file, as those of one model."""
+    """All modules of a file, as those of one model.
+
+    Attributes:
+        model: which.
+        source: how the file spells them.
+        columns: modules with DoRA magnitudes by column.
+    """
 
     model: Model
     source: DiffusionSource
+    columns: frozenset[str] = frozenset()
     _memory: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def decisions(self, rules: Sequence[NameRule]) -> dict[str, tuple[NameRule, str]]:
@@ -203,6 +213,7 @@ class _File:
             "usual_alpha": spelling.alpha == self._usual_alpha,
             "attention": module.name.endswith(_ATTENTION),
             "dora": next((_DORA[end] for end in ends if end in _DORA), ""),
+            "by_column": module.name in self.columns,
             "mid": ".lora_mid.weight" in ends,
             "product": any(end.startswith(_PRODUCTS) or end == ".diff" for end in ends),
             "bias": next((e for e in ends if e in {".diff_b", ".lora_B.bias"}), ""),
@@ -264,11 +275,12 @@ def name_facts() -> dict[str, Any]:
     Of the file: `all_kohya`, `any_kohya`, `any_transformer`, `any_base_model` (prefixes);
     `any_down`, `any_alpha`, `any_unnamed` (a name without `lora` in it), `any_flat_diffusers`,
     `any_fun` and `any_uso` (keys by which ComfyUI knows Wan-Fun and USO), `any_published_attention`
-    (HunyuanVideo's img_attn_qkv), `encoder_out`, `encoder_mlp` (what of the text encoder there is), `complete`
-    (every block, with all its modules). Of the module: `module`, `path` (as it is spelled),
-    `prefix`, `flat`, `known`, `encoder`, `network`, `original` (a name that diffusers has not),
-    `native` (of ComfyUI), `published` (by another name than ComfyUI's), `fused`, `outside` (of all
-    blocks), `pair`, `alpha`, `usual_alpha`, `attention`, `dora`, `mid`, `product`, `bias`.
+    (HunyuanVideo's img_attn_qkv), `encoder_out`, `encoder_mlp` (what of the text encoder there is),
+    `complete` (every block, with all its modules). Of the module: `module`, `path` (as it is
+    spelled), `prefix`, `flat`, `known`, `encoder`, `network`, `original` (a name that diffusers has
+    not), `native` (of ComfyUI), `published` (by another name than ComfyUI's), `fused`, `outside`
+    (of all blocks), `pair`, `alpha`, `usual_alpha`, `attention`, `dora`, `by_column` (its
+    magnitudes), `mid`, `product`, `bias`.
     """
     empty = _File(models()[0], DiffusionSource((), {}))
     module = _Module("", Spelling("", "", "", "", flat=False, ends=()), None)

@@ -147,13 +147,6 @@ def test_dora_is_split_and_joined_with_its_rows(tmp_path: Path) -> None:
     assert contents(tmp_path / "c.safetensors") == contents(source)
 
 
-def test_dora_by_column_is_refused(tmp_path: Path) -> None:
-    tensors = kohya({SD: (8, 16)})
-    tensors[f"{SD}.dora_scale"] = drawn(1, 16)
-    with pytest.raises(UnsupportedError, match="one for each column"):
-        read(saved(tmp_path / "a.safetensors", tensors))
-
-
 def product(core: Any, left: Any, right: Any) -> Any:
     """ΔW of a core (r, s, k, k) with left (r, out) and right (s, in), as LyCORIS defines it."""
     return np.einsum("ijkl,jr,ip->prkl", core, right, left)

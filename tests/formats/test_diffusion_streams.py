@@ -83,7 +83,7 @@ def test_streams_go_exactly_into_every_spelling(tmp_path: Path) -> None:
 def test_loaders_are_said_to_do_what_they_do(
     prefix: str, blocks: tuple[int, ...], *, comfyui: bool, tmp_path: Path
 ) -> None:
-    """diffusers takes every such file; ComfyUI those with the last blocks of Flux, by its source."""
+    """diffusers takes every such file; ComfyUI, by its source, those with Flux's last blocks."""
     tensors = {
         name: x
         for name, x in streams(prefix, blocks).items()
