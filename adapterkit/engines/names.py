@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
+from adapterkit.formats.diffusion.of_base import of_base
 from adapterkit.formats.diffusion.table import Model, models
 from adapterkit.formats.diffusion.telling import Place, Spelled, placed
 from adapterkit.keys import Role
@@ -25,6 +26,7 @@ from adapterkit.model import DiffusionSource, Spelling
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from adapterkit.base.model import BaseModel
     from adapterkit.engines.engine import NameRule, Target
     from adapterkit.model import AdapterTensorSet
 
@@ -52,15 +54,19 @@ _DORA = {
 
 
 def cover_names(
-    adapter: AdapterTensorSet, target: Target
+    adapter: AdapterTensorSet, target: Target, base: BaseModel | None = None
 ) -> tuple[list[CoveredModule], list[Finding]]:
-    """Return what a loader does with each module of a file in one of the diffusion formats."""
+    """Return what a loader does with each module of a file in one of the diffusion formats.
+
+    A base tells between models that the file may be for.
+    """
     source = adapter.source
     if not isinstance(source, DiffusionSource) or not source.models:
         return [], []  # a rule, or the reader, says why
     known = {model.name: model for model in models()}
     columns = {key.module for key in adapter.tensors if key.role is Role.COLUMN_MAGNITUDE}
-    files = [_File(known[name], source, frozenset(columns)) for name in source.models]
+    possible = of_base([known[name] for name in source.models], base)
+    files = [_File(model, source, frozenset(columns)) for model in possible]
     found = [file.decisions(target.names) for file in files]
     covered = [_covered(pair.module, found[0].get(pair.module)) for pair in adapter.pairs()]
     findings = [
@@ -70,7 +76,7 @@ def cover_names(
     ]
     apart = [m for m in found[0] if len({each[m][0].outcome for each in found}) > 1]
     if apart:
-        titles = " or ".join(known[name].title for name in source.models)
+        titles = " or ".join(model.title for model in possible)
         message = f"the model may be {titles}, and {target.title} loads it differently there"
         hint = "name it in the file's metadata (modelspec.architecture)"
         findings.append(

@@ -30,7 +30,7 @@ _OTHERS = {
 
 def losses(adapter: AdapterTensorSet, options: Options, spelling: str) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
-    plan = planned(adapter, spelling)
+    plan = planned(adapter, spelling, base=options.base)
     found = [*lost_settings(adapter), *_by_role(adapter), *_misplaced(adapter, plan)]
     found += [*_by_kind(adapter), *_partly(adapter, plan), *_by_spelling(adapter, spelling)]
     found += [*undeclared(adapter), *lost_beside(adapter)]

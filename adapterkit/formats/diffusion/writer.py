@@ -39,7 +39,7 @@ def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spe
     """
     updates = {pair.module: pair for pair in adapter.pairs()}
     tensors: dict[str, LazyTensor] = {}
-    for stem, members in planned(adapter, spelling).fused().items():
+    for stem, members in planned(adapter, spelling, base=options.base).fused().items():
         parts = {
             destination.part: with_others(adapter, updates[module])
             for module, destination in members
