@@ -377,6 +377,20 @@ def test_a_model_without_a_table_is_looked_at_and_not_converted(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    "stem",
+    [
+        "lora_prior_unet_down_blocks_0_2_attention_attn_to_q",
+        "lora_prior_te_text_model_encoder_layers_0_mlp_fc1",
+    ],
+)
+def test_stable_cascade_is_refused_by_name(stem: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", kohya({stem: (8, 8)}))
+    assert adapterkit.inspect(path).format == "kohya"
+    with pytest.raises(UnsupportedError, match=f"{stem}: is of Stable Cascade, whose names"):
+        adapterkit.convert(path, tmp_path / "p", to="peft")
+
+
+@pytest.mark.parametrize(
     ("rows", "columns", "model"), [(11520, 3840, "Z-Image"), (3840, 2304, "Lumina 2")]
 )
 def test_sizes_tell_models_whose_names_are_the_same(

@@ -68,10 +68,13 @@ _WRAPPER = re.compile(
     r"base_model\.model\."
 )
 
-DENOISER = "denoiser"
+DENOISER, _PRIOR = "denoiser", "prior"
+# Components of models without a table, whose prefix says it -> the model.
+UNTABLED = {_PRIOR: "Stable Cascade"}
 # Beginnings of names -> component and spelling, the longest first.
 _PREFIXES = (
-    ("lora_prior_unet_", "prior", "kohya"),
+    ("lora_prior_unet_", _PRIOR, "kohya"),
+    ("lora_prior_te_", _PRIOR, "kohya"),
     ("lora_unet__", DENOISER, "kohya"),
     ("lora_unet_", DENOISER, "kohya"),
     ("oft_unet_", DENOISER, "kohya"),
