@@ -323,6 +323,6 @@ def _check(
 
 def _notes(whole: AdapterTensorSet) -> list[str]:
     notes: list[str] = []
-    if any(key.role is Role.MAGNITUDE for key in whole.tensors):
+    if any(key.role in {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE} for key in whole.tensors):
         notes.append("DoRA: the error is that of B · A; magnitudes are kept as they are")
     return notes

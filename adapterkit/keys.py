@@ -16,9 +16,10 @@ class Role(StrEnum):
 
     Shapes: LORA_A (r, in), LORA_B (out, r), of experts (E, r, in) and (E, out, r), of convolutions
     (r, in, *kernel) and (out, r, 1...); EMBEDDING_A (r, vocabulary), EMBEDDING_B (width, r);
-    MAGNITUDE (out,) of DoRA; LORA_BIAS (out,) added after B, scaled like it; FULL, an absolute
-    replacement of a parameter; TOKEN_ROWS (tokens, width), absolute rows of an embedding;
-    BASE_COPY, the frozen weight under an adapted embedding, which PEFT saves and never trains.
+    MAGNITUDE (out,) of DoRA, COLUMN_MAGNITUDE (in,) of the DoRA by column that LyCORIS and
+    OneTrainer train; LORA_BIAS (out,) added after B, scaled like it; FULL, an absolute replacement
+    of a parameter; TOKEN_ROWS (tokens, width), absolute rows of an embedding; BASE_COPY, the frozen
+    weight under an adapted embedding, which PEFT saves and never trains.
     """
 
     LORA_A = "lora_A"
@@ -26,6 +27,7 @@ class Role(StrEnum):
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
     MAGNITUDE = "magnitude"
+    COLUMN_MAGNITUDE = "column_magnitude"
     LORA_BIAS = "lora_bias"
     FULL = "full"
     BASE_COPY = "base_copy"

@@ -30,6 +30,7 @@ _BLOCK = 1 << 20
 _WHOLE = {Role.FULL, Role.TOKEN_ROWS}
 _SHOWN_ROLES = {
     Role.MAGNITUDE: "DoRA magnitudes",
+    Role.COLUMN_MAGNITUDE: "DoRA magnitudes by column",
     Role.LORA_BIAS: "biases on B (lora_bias)",
     Role.EMBEDDING_A: "LoRA of embeddings",
     Role.BASE_COPY: "frozen copies of base weights",
@@ -236,7 +237,7 @@ def _adapted(adapter: AdapterTensorSet) -> tuple[str, ...]:
 
 def _tuner(adapter: AdapterTensorSet) -> str:
     roles = {key.role for key in adapter.tensors}
-    if Role.MAGNITUDE in roles:
+    if roles & {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE}:
         return "DoRA"
     return "LoRA" if roles - _WHOLE else "none"
 

@@ -67,7 +67,7 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
         raise BaseRequiredError("there are no weights here to compare with", path=base.path)
     base = as_floats(base)
     base = base.suited([pair.module for pair in adapter.pairs()])
-    found, missing = sites(adapter, base)
+    found, missing = _sites(adapter, base)
     rows: list[WeightAudit] = []
     compared = in_threads(lambda site: _compared(site, base, exact=exact), found, _AT_A_TIME)
     for site, of_site in zip(found, compared, strict=True):
@@ -86,6 +86,20 @@ def against_base(adapter: AdapterTensorSet, base: BaseModel, *, exact: bool = Fa
         summary=_summary(rows),
         weights=tuple(rows),
         not_compared=tuple(missing),
+    )
+
+
+def _sites(adapter: AdapterTensorSet, base: BaseModel) -> tuple[list[Site], list[NotCompared]]:
+    """Return the sites of an adapter's modules; a diffusion model may have other names for them."""
+    if not base.layout:
+        return sites(adapter, base)
+    from adapterkit.formats.diffusion.on_base import with_origins
+
+    named, origins = with_origins(adapter, base)
+    found, missing = sites(named, base)
+    return (
+        [replace(s, modules=tuple(o for m in s.modules for o in origins[m])) for s in found],
+        [replace(each, module=o) for each in missing for o in origins.get(each.module, ())],
     )
 
 

@@ -31,6 +31,7 @@ _OTHERS = {
     Role.FULL: "is a parameter that was trained whole, and no update",
     Role.TOKEN_ROWS: "holds rows of tokens that were trained whole, and no update",
     Role.LORA_BIAS: "has a bias beside its update",
+    Role.COLUMN_MAGNITUDE: "has DoRA magnitudes by column, which are not measured",
 }
 
 
@@ -60,7 +61,12 @@ def sites(adapter: AdapterTensorSet, base: BaseModel) -> tuple[list[Site], list[
     magnitudes = {
         key.module: tensor for key, tensor in adapter.tensors.items() if key.role is Role.MAGNITUDE
     }
-    pairs = [_with_magnitude(pair, magnitudes.get(pair.module)) for pair in adapter.pairs()]
+    by_column = {key.module for key in adapter.tensors if key.role is Role.COLUMN_MAGNITUDE}
+    pairs = [
+        _with_magnitude(pair, magnitudes.get(pair.module))
+        for pair in adapter.pairs()
+        if pair.module not in by_column
+    ]
     if base.kind == "gguf":
         found, missing = _in_gguf(pairs, base)
     else:

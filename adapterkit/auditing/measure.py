@@ -28,6 +28,7 @@ from adapterkit.work import in_threads, watchable
 
 _REASONS = {
     Role.MAGNITUDE: "DoRA's magnitude acts on base and update together; the base is needed",
+    Role.COLUMN_MAGNITUDE: "DoRA's magnitude acts on base and update together",
     Role.LORA_BIAS: "a bias is no part of the weight's update",
     Role.FULL: "stored whole; what it changes depends on the base",
     Role.TOKEN_ROWS: "rows stored whole; what they change depends on the base",
@@ -223,7 +224,8 @@ def audit_one(adapter: AdapterTensorSet, jobs: int | None = None) -> AdapterAudi
     if not pairs:
         message = "holds no low-rank factors to audit; `adapterkit inspect` shows what it holds"
         raise UncheckableError(message, path=path)
-    magnitudes = {key.module for key in adapter.tensors if key.role is Role.MAGNITUDE}
+    norms = {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE}
+    magnitudes = {key.module for key in adapter.tensors if key.role in norms}
 
     def measured(pair: Update) -> list[ModuleAudit]:
         return _measured(pair, low_rank_only=pair.module in magnitudes)

@@ -46,7 +46,7 @@ def cover(
     if target.coverage == "names":
         from adapterkit.engines.names import cover_names
 
-        return ([], []) if problems(adapter) else cover_names(adapter, target)
+        return ([], []) if problems(adapter) else cover_names(adapter, target, base)
     if base is None:
         message = f"what {target.title} does with each module depends on the base model"
         hint = "give it with --base"

@@ -57,7 +57,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             "max_rank": max(ranks, default=0),
             "ranks_differ": len(ranks) > 1,
             "scales_differ": len({pair.scale for pair in pairs}) > 1,
-            "dora": Role.MAGNITUDE in roles,
+            "dora": bool(roles & {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE}),
             "lora_bias": Role.LORA_BIAS in roles,
             "saved_biases": sum(name.endswith(".bias") for name in full),
             "saved_modules": sum(not name.endswith(".bias") for name in full),

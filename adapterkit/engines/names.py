@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.expressions import evaluate
 from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
+from adapterkit.formats.diffusion.of_base import of_base
 from adapterkit.formats.diffusion.table import Model, models
 from adapterkit.formats.diffusion.telling import Place, Spelled, placed
+from adapterkit.keys import Role
 from adapterkit.model import DiffusionSource, Spelling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from adapterkit.base.model import BaseModel
     from adapterkit.engines.engine import NameRule, Target
     from adapterkit.model import AdapterTensorSet
 
@@ -36,7 +39,10 @@ _PAIRS = {
     ".lora_A.default.weight": "default",
     ".lora_A": "lora_A bare",
     ".processor": "processor",
+    ".down.weight": "stream",
 }
+# Both are in every file of USO; without them ComfyUI knows none of its names.
+_USO = {"single_blocks.37.processor.qkv_lora", "double_blocks.18.processor.qkv_lora2"}
 _PRODUCTS = (".hada_", ".lokr_")
 _DORA = {
     ".dora_scale": "dora_scale",
@@ -48,14 +54,20 @@ _DORA = {
 
 
 def cover_names(
-    adapter: AdapterTensorSet, target: Target
+    adapter: AdapterTensorSet, target: Target, base: BaseModel | None = None
 ) -> tuple[list[CoveredModule], list[Finding]]:
-    """Return what a loader does with each module of a file in one of the diffusion formats."""
+    """Return what a loader does with each module of a file in one of the diffusion formats.
+
+    A base tells between models that the file may be for.
+    """
     source = adapter.source
     if not isinstance(source, DiffusionSource) or not source.models:
         return [], []  # a rule, or the reader, says why
     known = {model.name: model for model in models()}
-    found = [_File(known[name], source).decisions(target.names) for name in source.models]
+    columns = {key.module for key in adapter.tensors if key.role is Role.COLUMN_MAGNITUDE}
+    possible = of_base([known[name] for name in source.models], base)
+    files = [_File(model, source, frozenset(columns)) for model in possible]
+    found = [file.decisions(target.names) for file in files]
     covered = [_covered(pair.module, found[0].get(pair.module)) for pair in adapter.pairs()]
     findings = [
         Finding(rule.code, rule.severity, (module,), message, rule.hint, target.name, rule.fix)
@@ -64,7 +76,7 @@ def cover_names(
     ]
     apart = [m for m in found[0] if len({each[m][0].outcome for each in found}) > 1]
     if apart:
-        titles = " or ".join(known[name].title for name in source.models)
+        titles = " or ".join(model.title for model in possible)
         message = f"the model may be {titles}, and {target.title} loads it differently there"
         hint = "name it in the file's metadata (modelspec.architecture)"
         findings.append(
@@ -102,10 +114,17 @@ class _Module:
 
 @dataclass(frozen=True)
 class _File:
-    """All modules of a file, as those of one model."""
+    """All modules of a file, as those of one model.
+
+    Attributes:
+        model: which.
+        source: how the file spells them.
+        columns: modules with DoRA magnitudes by column.
+    """
 
     model: Model
     source: DiffusionSource
+    columns: frozenset[str] = frozenset()
     _memory: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def decisions(self, rules: Sequence[NameRule]) -> dict[str, tuple[NameRule, str]]:
@@ -162,6 +181,7 @@ class _File:
                 for m, s in zip(self.modules, spellings, strict=True)
             ),
             "any_fun": any("blocks_0_cross_attn_k" in s.path for s in spellings),
+            "any_uso": {s.stem for s in spellings} >= _USO,
             "any_published_attention": any("img_attn_qkv" in s.path for s in spellings),
             "encoder_out": any(name.endswith("out_proj") for name in encoders),
             "encoder_mlp": any(".mlp." in name for name in encoders),
@@ -199,6 +219,7 @@ class _File:
             "usual_alpha": spelling.alpha == self._usual_alpha,
             "attention": module.name.endswith(_ATTENTION),
             "dora": next((_DORA[end] for end in ends if end in _DORA), ""),
+            "by_column": module.name in self.columns,
             "mid": ".lora_mid.weight" in ends,
             "product": any(end.startswith(_PRODUCTS) or end == ".diff" for end in ends),
             "bias": next((e for e in ends if e in {".diff_b", ".lora_B.bias"}), ""),
@@ -259,12 +280,13 @@ def name_facts() -> dict[str, Any]:
 
     Of the file: `all_kohya`, `any_kohya`, `any_transformer`, `any_base_model` (prefixes);
     `any_down`, `any_alpha`, `any_unnamed` (a name without `lora` in it), `any_flat_diffusers`,
-    `any_fun` (the key by which ComfyUI knows Wan-Fun), `any_published_attention` (HunyuanVideo's
-    img_attn_qkv), `encoder_out`, `encoder_mlp` (what of the text encoder there is), `complete`
-    (every block, with all its modules). Of the module: `module`, `path` (as it is spelled),
-    `prefix`, `flat`, `known`, `encoder`, `network`, `original` (a name that diffusers has not),
-    `native` (of ComfyUI), `published` (by another name than ComfyUI's), `fused`, `outside` (of all
-    blocks), `pair`, `alpha`, `usual_alpha`, `attention`, `dora`, `mid`, `product`, `bias`.
+    `any_fun` and `any_uso` (keys by which ComfyUI knows Wan-Fun and USO), `any_published_attention`
+    (HunyuanVideo's img_attn_qkv), `encoder_out`, `encoder_mlp` (what of the text encoder there is),
+    `complete` (every block, with all its modules). Of the module: `module`, `path` (as it is
+    spelled), `prefix`, `flat`, `known`, `encoder`, `network`, `original` (a name that diffusers has
+    not), `native` (of ComfyUI), `published` (by another name than ComfyUI's), `fused`, `outside`
+    (of all blocks), `pair`, `alpha`, `usual_alpha`, `attention`, `dora`, `by_column` (its
+    magnitudes), `mid`, `product`, `bias`.
     """
     empty = _File(models()[0], DiffusionSource((), {}))
     module = _Module("", Spelling("", "", "", "", flat=False, ends=()), None)

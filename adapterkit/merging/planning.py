@@ -195,7 +195,7 @@ def check(found: Sequence[Source], *, any_base: bool) -> None:
 def _check_kinds(source: Source) -> None:
     held = source.adapter.tensors
     for key in held:
-        if key.role is Role.MAGNITUDE:
+        if key.role in {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE}:
             raise UnsupportedError(
                 f"has a DoRA magnitude, and its update depends on the base weights; {_INTO}",
                 path=source.label,

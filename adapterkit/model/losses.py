@@ -51,6 +51,16 @@ def lost_settings(adapter: AdapterTensorSet) -> Iterator[Loss]:
         yield Loss("engine-layout", first_and_more(list(adapter.engine_layout)), message)
 
 
+def lost_columns(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    """Name DoRA by column, for a format whose magnitudes are those of rows."""
+    if keys := tuple(key for key in adapter.tensors if key.role is Role.COLUMN_MAGNITUDE):
+        message = (
+            "DoRA by column has a place in kohya and comfyui alone; merge it into the base instead "
+            "(adapterkit merge --into)"
+        )
+        yield Loss("dora-columns", first_and_more([key.module for key in keys]), message, keys)
+
+
 def lost_metadata(adapter: AdapterTensorSet) -> Iterator[Loss]:
     """Say that free text is left out, which changes nothing that an adapter does."""
     if adapter.metadata:

@@ -42,13 +42,19 @@ def truncated(adapter: AdapterTensorSet, context: Context) -> Passed:
 
     Raises:
         BaseRequiredError: if the base or its weights are missing.
-        UnsupportedError: if a magnitude is that of an embedding or of experts.
+        UnsupportedError: if a magnitude is that of an embedding or of experts, or by column.
         IncompatibleBaseError: if a module is not in the base, or has another shape.
         FormatError: if a magnitude has not one number for each output.
     """
     held = {key.module: key for key in adapter.tensors if key.role is Role.MAGNITUDE}
     if context.dora_rank is None:
         return Passed(adapter)
+    for key in adapter.tensors:
+        if key.role is Role.COLUMN_MAGNITUDE:
+            message = (
+                "is a DoRA by column; merge it into the base instead (adapterkit merge --into)"
+            )
+            raise UnsupportedError(message, where=key.module)
     if not held:
         return Passed(adapter, (Note("holds no DoRA: a rank for it changes nothing"),))
     path = adapter.provenance.path if adapter.provenance else None

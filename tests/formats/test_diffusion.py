@@ -147,13 +147,6 @@ def test_dora_is_split_and_joined_with_its_rows(tmp_path: Path) -> None:
     assert contents(tmp_path / "c.safetensors") == contents(source)
 
 
-def test_dora_by_column_is_refused(tmp_path: Path) -> None:
-    tensors = kohya({SD: (8, 16)})
-    tensors[f"{SD}.dora_scale"] = drawn(1, 16)
-    with pytest.raises(UnsupportedError, match="one for each column"):
-        read(saved(tmp_path / "a.safetensors", tensors))
-
-
 def product(core: Any, left: Any, right: Any) -> Any:
     """ΔW of a core (r, s, k, k) with left (r, out) and right (s, in), as LyCORIS defines it."""
     return np.einsum("ijkl,jr,ip->prkl", core, right, left)
@@ -381,6 +374,20 @@ def test_a_model_without_a_table_is_looked_at_and_not_converted(tmp_path: Path) 
     with pytest.raises(UnsupportedError, match=r"lora_unet_zig_0_zag.*is no module of .*Wan"):
         adapterkit.convert(path, tmp_path / "p", to="peft")
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "lora_prior_unet_down_blocks_0_2_attention_attn_to_q",
+        "lora_prior_te_text_model_encoder_layers_0_mlp_fc1",
+    ],
+)
+def test_stable_cascade_is_refused_by_name(stem: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", kohya({stem: (8, 8)}))
+    assert adapterkit.inspect(path).format == "kohya"
+    with pytest.raises(UnsupportedError, match=f"{stem}: is of Stable Cascade, whose names"):
+        adapterkit.convert(path, tmp_path / "p", to="peft")
 
 
 @pytest.mark.parametrize(

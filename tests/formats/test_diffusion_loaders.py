@@ -114,7 +114,32 @@ def forms(
         "peft inside": renamed(own, bare(f"{prefix}base_model.model.")),
         "onetrainer": renamed(scaled, flat("lora_transformer_")),
         "lycoris": renamed(scaled, flat("lycoris_")),
+        "xlabs": streams(styled(comfyui, AB, alpha=False)) if name == "flux" else own,
     }
+
+
+STREAMS = {
+    "img_attn.qkv": "processor.qkv_lora1",
+    "txt_attn.qkv": "processor.qkv_lora2",
+    "img_attn.proj": "processor.proj_lora1",
+    "txt_attn.proj": "processor.proj_lora2",
+    "linear1": "processor.qkv_lora",
+    "linear2": "processor.proj_lora",
+}
+
+
+def streams(tensors: Tensors) -> Tensors:
+    """Return what XLabs has of Flux: of linear1, the rows of attention."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        stem, leaf = split(name)
+        block, _, module = stem.removeprefix("diffusion_model.").partition("s.")
+        number, _, module = module.partition(".")
+        if new := STREAMS.get(module):
+            rows = 3 * len(tensor) // 7 if module == "linear1" and leaf == AB[1] else len(tensor)
+            end = "down" if leaf == AB[0] else "up"
+            found[f"{block}s.{number}.{new}.{end}.weight"] = tensor[:rows]
+    return found
 
 
 def some(tensors: Tensors) -> Tensors:
@@ -262,6 +287,7 @@ CONVERTERS = {
     "_maybe_map_sgm_blocks_to_diffusers": "sdxl",
     "_convert_non_diffusers_lora_to_diffusers": "sd",
     "_convert_kohya_flux_lora_to_diffusers": "flux",
+    "_convert_xlabs_flux_lora_to_diffusers": "flux",
     "_convert_kohya_flux2_lora_to_diffusers": "flux2",
     "_convert_non_diffusers_flux2_lora_to_diffusers": "flux2",
     "_convert_hunyuan_video_lora_to_diffusers": "hunyuan_video",
@@ -276,7 +302,6 @@ CONVERTERS = {
 NO_CASE = {
     "_convert_fal_kontext_lora_to_diffusers": "base_model. in a Flux file, which it raises on",
     "_convert_bfl_flux_control_lora_to_diffusers": "replaces norms, which no LoRA file here holds",
-    "_convert_xlabs_flux_lora_to_diffusers": "qkv_lora1 of XLabs: not read, refused by name",
     "_convert_non_diffusers_lokr_to_diffusers": "LoKr, judged by its formula",
     "_convert_non_diffusers_flux2_lokr_to_diffusers": "LoKr, judged by its formula",
     "_convert_lycoris_flux2_lokr_to_diffusers": "LoKr, judged by its formula",

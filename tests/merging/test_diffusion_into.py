@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers_factors import dense, factors
+from diffusion_bases import TOLD, checkpoint, pipeline
 from diffusion_files import drawn, kohya, saved, update
-from diffusion_models import FAMILIES, clip, converted
+from diffusion_models import FAMILIES, converted
 from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import DestinationExistsError, IncompatibleBaseError
-from adapterkit.formats.diffusion.table import models
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated")
 ALPHA = 0.7
-Tensors = dict[str, torch.Tensor]
-
-
-def pipeline(folder: Path, name: str) -> Path:
-    """Save a tiny pipeline of a denoiser and a text encoder, with a part that nobody adapts."""
-    component = FAMILIES[name].component
-    FAMILIES[name].model().save_pretrained(folder / component)
-    clip().save_pretrained(folder / "text_encoder")
-    index = {"_class_name": "Tiny", component: ["diffusers", FAMILIES[name].cls]}
-    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "vae": ["diffusers", "Vae"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    (folder / "vae").mkdir()
-    save_file({"w": torch.ones(3)}, folder / "vae" / "diffusion_pytorch_model.safetensors")
-    return folder
 
 
 def adapter(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
     tensors, metadata = factors(name, alpha=ALPHA)
     save_file(tensors, path, metadata | {"modelspec.architecture": TOLD.get(name, name)})
     return path, dense(tensors, ALPHA / 2)
-
-
-TOLD = {"z_image": "zimage", "hunyuan_video": "hunyuan-video"}
 
 
 @pytest.mark.parametrize("spelling", ["diffusers", "kohya"])
@@ -69,24 +51,6 @@ def test_adapters_are_merged_into_a_directory_of_diffusers(
     for path in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert (tmp_path / "out" / path).read_bytes() == (base / path).read_bytes()
     assert (tmp_path / "out" / "model_index.json").is_file()
-
-
-def checkpoint(path: Path, name: str, prefix: str) -> tuple[Path, Tensors]:
-    """Save random weights under a model's original names, of the sizes that an adapter has."""
-    tensors, metadata = factors(name, alpha=2)
-    told = {"modelspec.architecture": TOLD.get(name, name)}
-    save_file(tensors, path.with_name("shapes.safetensors"), metadata | told)
-    written = path.with_name("original.safetensors")
-    adapterkit.convert(path.with_name("shapes.safetensors"), written, to="comfyui", force=True)
-    names = next(model.names for model in models() if model.name == name)
-    generator = torch.Generator().manual_seed(2)
-    found: Tensors = {}
-    for stem, change in dense(load_file(written), 1.0).items():
-        site = names.original(stem.removeprefix("diffusion_model."))
-        assert site is not None
-        found[site.published] = torch.randn(change.shape, generator=generator)
-    save_file({f"{prefix}{key}.weight": x for key, x in found.items()}, path)
-    return path, found
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

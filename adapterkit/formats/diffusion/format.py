@@ -96,7 +96,15 @@ def _spelling_of(path: Path, *version: int) -> str:
 
 
 _SPELLINGS = ("kohya", "diffusers", "comfyui")
-_OWN = ("lora_unet_", "oft_unet_", "lora_te", "diffusion_model.", "text_encoders.", "unet.")
+_OWN = (
+    "lora_unet_",
+    "lora_prior_",
+    "oft_unet_",
+    "lora_te",
+    "diffusion_model.",
+    "text_encoders.",
+    "unet.",
+)
 
 
 def _certain(keys: list[Key]) -> bool:

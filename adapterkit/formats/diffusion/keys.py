@@ -61,15 +61,20 @@ _PROCESSOR = re.compile(
     r"\.(?P<side>down|up)\.weight$"
 )
 _PROCESSED = ".processor"
+# XLabs and USO name the pairs of Flux by stream; a table knows which module each is.
+_STREAM = re.compile(r"^(?P<path>.+\.(?:qkv|proj)_lora[12]?)\.(?P<side>down|up)\.weight$")
 _WRAPPER = re.compile(
     r"^(?P<component>(?:transformer|unet|text_encoder(?:_[23])?)\.)?"
     r"base_model\.model\."
 )
 
-DENOISER = "denoiser"
+DENOISER, _PRIOR = "denoiser", "prior"
+# Components of models without a table, whose prefix says it -> the model.
+UNTABLED = {_PRIOR: "Stable Cascade"}
 # Beginnings of names -> component and spelling, the longest first.
 _PREFIXES = (
-    ("lora_prior_unet_", "prior", "kohya"),
+    ("lora_prior_unet_", _PRIOR, "kohya"),
+    ("lora_prior_te_", _PRIOR, "kohya"),
     ("lora_unet__", DENOISER, "kohya"),
     ("lora_unet_", DENOISER, "kohya"),
     ("oft_unet_", DENOISER, "kohya"),
@@ -154,6 +159,8 @@ def _ended(name: str) -> tuple[str, str]:
     if match := _PROCESSOR.match(name):
         layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
         return f"{match['path']}.{layer}", match["side"]
+    if match := _STREAM.match(name):
+        return match["path"], match["side"]
     for end in _ENDS:
         if name.endswith(end):
             return name.removesuffix(end), _LEAVES.get(end, end)

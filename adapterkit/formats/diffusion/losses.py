@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from adapterkit.dtype import DType
 from adapterkit.formats.diffusion.plan import planned
-from adapterkit.keys import FACTORS, Role, TensorKey
+from adapterkit.keys import Role, TensorKey
 from adapterkit.model import Kind
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import undeclared
-from adapterkit.model.losses import lost_settings
+from adapterkit.model.losses import lost_columns, lost_settings
 from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
 
-_HELD = {*FACTORS, Role.MAGNITUDE, Role.LORA_BIAS}
 _OTHERS = {
     Role.FULL: ("saved-module", "a whole trained parameter has no place in a LoRA file"),
     Role.TOKEN_ROWS: ("token-rows", "trained token rows have no place in a LoRA file"),
@@ -31,7 +30,7 @@ _OTHERS = {
 
 def losses(adapter: AdapterTensorSet, options: Options, spelling: str) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
-    plan = planned(adapter, spelling)
+    plan = planned(adapter, spelling, base=options.base)
     found = [*lost_settings(adapter), *_by_role(adapter), *_misplaced(adapter, plan)]
     found += [*_by_kind(adapter), *_partly(adapter, plan), *_by_spelling(adapter, spelling)]
     found += [*undeclared(adapter), *lost_beside(adapter.beside)]
@@ -70,6 +69,10 @@ def _partly(adapter: AdapterTensorSet, plan: Plan) -> Iterator[Loss]:
     for members in plan.fused().values():
         row = members[0][1].row
         parts = len(row.shares) if row else 1
+        by_column = [TensorKey(module, Role.COLUMN_MAGNITUDE) for module, _ in members]
+        if parts > 1 and (by_column := [key for key in by_column if key in adapter.tensors]):
+            message = "DoRA by column has the norm of all rows of a layer, which is fused there"
+            yield _loss("dora-columns", by_column, f"{message}; merge it into its base instead")
         keys = [TensorKey(module, Role.MAGNITUDE) for module, _ in members]
         keys = [key for key in keys if key in adapter.tensors]
         if keys and len(keys) < parts:
@@ -83,6 +86,8 @@ def _by_spelling(adapter: AdapterTensorSet, spelling: str) -> Iterator[Loss]:
     if spelling == "kohya" and biases:
         message = "kohya's scripts read no bias; write comfyui or diffusers"
         yield _loss("lora-bias", biases, message)
+    if spelling == "diffusers":
+        yield from lost_columns(adapter)
     magnitudes = [key for key in adapter.tensors if key.role is Role.MAGNITUDE]
     if spelling == "comfyui" and magnitudes:
         names = first_and_more([key.module for key in magnitudes])

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 from adapterkit.formats.diffusion.keys import DENOISER
+from adapterkit.formats.diffusion.of_base import DENOISER_PREFIXES, of_base
 from adapterkit.formats.diffusion.plan import Destination, planned
 from adapterkit.formats.diffusion.reader import pieces_of
 from adapterkit.formats.diffusion.rows import Moved, matrix
 from adapterkit.formats.diffusion.table import models, network
 from adapterkit.formats.diffusion.telling import Spelled, placed, told
 from adapterkit.formats.diffusion.writer import whole_of, with_others
-from adapterkit.keys import TensorKey
+from adapterkit.keys import Role, TensorKey
 from adapterkit.model import Kind, Update
 from adapterkit.tensor import LazyTensor
 
@@ -32,7 +34,7 @@ _MATRIX = 2
 _DENOISER = "diffusion_model."
 # What stands before a network in files: one of these, the first that the file has.
 _PREFIXES = {
-    _DENOISER: ("model.diffusion_model.", "diffusion_model.", ""),
+    _DENOISER: DENOISER_PREFIXES,
     "text_encoders.clip_l.transformer.": (
         *("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
         *("text_encoders.clip_l.transformer.", "cond_stage_model.model."),
@@ -53,9 +55,21 @@ def on_base(adapter: AdapterTensorSet, base: BaseModel) -> AdapterTensorSet:
         UnsupportedError: if a module has no name there.
         IncompatibleBaseError: if updates that are one there do not fit together.
     """
-    named = _named(adapter, base) if base.layout == "checkpoint" else _placed(adapter, base)
+    return with_origins(adapter, base)[0]
+
+
+def with_origins(
+    adapter: AdapterTensorSet, base: BaseModel
+) -> tuple[AdapterTensorSet, Mapping[str, tuple[str, ...]]]:
+    """Return the same, and the modules of the adapter that each module there is made of.
+
+    Raises:
+        UnsupportedError: if a module has no name there.
+        IncompatibleBaseError: if updates that are one there do not fit together.
+    """
+    named, origins = (_named if base.layout == "checkpoint" else _placed)(adapter, base)
     fitted = [replace(pair, **_axes(pair, base)) for pair in named.pairs()]
-    return named.updated(fitted)
+    return named.updated(fitted), origins
 
 
 def from_base(adapter: AdapterTensorSet, base: BaseModel) -> AdapterTensorSet:
@@ -64,13 +78,22 @@ def from_base(adapter: AdapterTensorSet, base: BaseModel) -> AdapterTensorSet:
     Convolutions, which were matrices, get their axes; what is fused in a single file is split.
 
     Raises:
-        UnsupportedError: if no model that is known has such modules.
+        UnsupportedError: if no model that is known has such modules, or a parameter of a single
+            file is saved whole.
     """
     folded = [_folded(pair, base) for pair in adapter.pairs()]
     if base.layout == "pipeline":
         return adapter.updated(folded)
+    for key in adapter.tensors:
+        if key.role is Role.FULL:
+            raise UnsupportedError(
+                "is no factor, and what diffusers calls it is in no table; give both models "
+                "as directories of diffusers, or leave --save-rest out",
+                path=base.path,
+                where=key.module,
+            )
     spelled = {pair.module: _spelled_out(pair, base) for pair in folded}
-    found = told(list(spelled.values()), {})
+    found = of_base(told(list(spelled.values()), {}), base)
     if not found:
         names = ", ".join(model.title for model in models())
         raise UnsupportedError(f"is no checkpoint of {names}", path=base.path)
@@ -120,25 +143,30 @@ def flattened(base: BaseModel) -> BaseModel:
     return replace(base, tensors=tensors)
 
 
-def _placed(adapter: AdapterTensorSet, base: BaseModel) -> AdapterTensorSet:
+def _placed(
+    adapter: AdapterTensorSet, base: BaseModel
+) -> tuple[AdapterTensorSet, Mapping[str, tuple[str, ...]]]:
     """Return an adapter whose modules have their component's name, where only one has them."""
     moved: dict[str, str] = {}
     for module in adapter.modules:
         found = [name for name in base.folders if f"{name}.{module}.weight" in base.tensors]
         if f"{module}.weight" not in base.tensors and len(found) == 1:
             moved[module] = f"{found[0]}.{module}"
+    origins = {moved.get(module, module): (module,) for module in adapter.modules}
     if not moved:
-        return adapter
+        return adapter, origins
     tensors = {
         TensorKey(moved.get(key.module, key.module), key.role): tensor
         for key, tensor in adapter.tensors.items()
     }
     scales = {moved.get(module, module): scale for module, scale in adapter.scales.items()}
     kinds = {moved.get(module, module): kind for module, kind in adapter.kinds.items()}
-    return adapter.replace(tensors=tensors, scales=scales, kinds=kinds)
+    return adapter.replace(tensors=tensors, scales=scales, kinds=kinds), origins
 
 
-def _named(adapter: AdapterTensorSet, base: BaseModel) -> AdapterTensorSet:
+def _named(
+    adapter: AdapterTensorSet, base: BaseModel
+) -> tuple[AdapterTensorSet, Mapping[str, tuple[str, ...]]]:
     plan = planned(adapter, "comfyui", base=base)
     path = adapter.provenance.path if adapter.provenance else None
     for module, why in plan.misplaced.items():
@@ -162,7 +190,11 @@ def _named(adapter: AdapterTensorSet, base: BaseModel) -> AdapterTensorSet:
         for role, tensor in whole.others.items()
     }
     renamed = [replace(whole.update, module=stem) for stem, whole in wholes.items()]
-    return adapter.replace(tensors={}, scales={}, kinds={}).updated(renamed, others)
+    origins = {
+        stem: tuple(module for module, _ in sorted(members, key=lambda member: member[1].part))
+        for stem, members in found.items()
+    }
+    return adapter.replace(tensors={}, scales={}, kinds={}).updated(renamed, others), origins
 
 
 def _prefix(name: str, base: BaseModel) -> str:

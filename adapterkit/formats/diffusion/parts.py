@@ -35,7 +35,7 @@ class Made:
 
     Attributes:
         update: the factors; its module is empty.
-        others: magnitudes (out,) and biases (out,) by role.
+        others: magnitudes (out,), or (in,) by column, and biases (out,) by role.
         written_out: whether the factors are computed from other ones.
     """
 
@@ -236,7 +236,8 @@ def _others(parts: Parts, update: Update) -> dict[Role, LazyTensor]:
     found: dict[Role, LazyTensor] = {}
     rows = update.matrix_shape[0]
     if "dora" in parts:
-        found[Role.MAGNITUDE] = _by_row(parts["dora"], rows)
+        role, tensor = _magnitude(parts["dora"], update)
+        found[role] = tensor
     if "magnitude" in parts:
         found[Role.MAGNITUDE] = _vector(parts["magnitude"], rows)
     if "scaled_bias" in parts:
@@ -250,19 +251,15 @@ def _others(parts: Parts, update: Update) -> dict[Role, LazyTensor]:
     return found
 
 
-def _by_row(tensor: LazyTensor, rows: int) -> LazyTensor:
-    """Return DoRA's magnitudes (out, 1...) as (out,).
-
-    Raises:
-        ValueError: if they are (1, in, 1...), which older LyCORIS and OneTrainer train.
-    """
-    shape = tensor.shape
-    if len(shape) > 1 and shape[0] == 1 != shape[1]:
-        raise ValueError(
-            f"has magnitudes of shape {list(shape)}, one for each column of the weight, which only "
-            "the program that trained it computes; merge it into its base there"
-        )
-    return _vector(tensor, rows)
+def _magnitude(tensor: LazyTensor, update: Update) -> tuple[Role, LazyTensor]:
+    """Return DoRA's magnitudes: (out, 1...) by row, (1, in, 1...) by column, as vectors."""
+    shape, rows, inputs = tensor.shape, update.matrix_shape[0], update.a.shape[1]
+    by_column = len(shape) > 1 and shape[0] == 1 and (shape[1] != 1 or rows != 1)
+    if not by_column:
+        return Role.MAGNITUDE, _vector(tensor, rows)
+    if tensor.size != inputs:
+        raise ValueError(f"has {inputs} inputs, and magnitudes of shape {list(shape)} beside them")
+    return Role.COLUMN_MAGNITUDE, tensor.map(lambda x: x.reshape(inputs), shape=(inputs,))
 
 
 def _vector(tensor: LazyTensor, rows: int) -> LazyTensor:

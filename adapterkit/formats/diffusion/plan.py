@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.formats.diffusion.keys import DENOISER
+from adapterkit.formats.diffusion.of_base import of_base
 from adapterkit.formats.diffusion.patterns import underscored
 from adapterkit.formats.diffusion.table import Row
 from adapterkit.formats.diffusion.telling import Spelled, nearest, placed, title, told
@@ -68,7 +69,7 @@ class Plan:
 def planned(adapter: AdapterTensorSet, spelling: str, *, base: BaseModel | None = None) -> Plan:
     """Return where every module of an adapter goes in a spelling; no tensor data is read.
 
-    Of models that have all modules, those count of which a base holds the tensors, if one is given.
+    Of models that have all modules, those count that a base is nearest to, if one is given.
     """
     spelled = {module: _spelled(module) for module in adapter.modules}
     sized = {pair.module: pair.matrix_shape for pair in adapter.pairs() if pair.sound}
@@ -77,9 +78,7 @@ def planned(adapter: AdapterTensorSet, spelling: str, *, base: BaseModel | None 
         for module, each in spelled.items()
         for rows, columns in [sized.get(module, (0, 0))]
     ]
-    found = told(everything, adapter.metadata)
-    if base is not None and len(found) > 1:
-        found = tuple(model for model in found if _held(model, everything, base)) or found
+    found = of_base(told(everything, adapter.metadata), base)
     destinations: dict[str, Destination] = {}
     misplaced: dict[str, str] = {}
     for module, each in spelled.items():
@@ -97,17 +96,6 @@ def planned(adapter: AdapterTensorSet, spelling: str, *, base: BaseModel | None 
 def _of_language(adapter: AdapterTensorSet) -> bool:
     """Tell whether PEFT trained it for a task of language: GPT-2 has a `transformer` too."""
     return isinstance(adapter.source, PeftSource) and bool(adapter.source.config.get("task_type"))
-
-
-def _held(model: Model, modules: list[Spelled], base: BaseModel) -> bool:
-    """Tell whether a base has every module of the denoiser under the model's original names."""
-    sites = [place.site for each in modules if (place := placed(model, each)) and not place.encoder]
-    names = {name.removesuffix(".weight") for name in base.names}
-    prefixes = ("model.diffusion_model.", "diffusion_model.", "")
-    return all(
-        any(prefix + name in names for prefix in prefixes for name in {s.original, s.published})
-        for s in sites
-    )
 
 
 def _spelled(module: str) -> Spelled:

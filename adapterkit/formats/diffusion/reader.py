@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.diffusion.keys import DENOISER, Key, parse
+from adapterkit.formats.diffusion.keys import DENOISER, UNTABLED, Key, parse
 from adapterkit.formats.diffusion.lora_config import FIELD, LoraConfigs
 from adapterkit.formats.diffusion.parts import made
 from adapterkit.formats.diffusion.rows import Moved, moved
@@ -146,6 +146,8 @@ class _Places:
 
     def of(self, group: _Group) -> Place | str | None:
         """Return where a module stands, None if diffusers calls it so, or why nobody knows."""
+        if model := UNTABLED.get(group.key.component):
+            return f"is of {model}, whose names are in no table; convert it where it was trained"
         chosen = (self._nearest,) if self._nearest else self.found
         places = [place for model in chosen if (place := placed(model, group.spelled))]
         if len({place.meaning for place in places}) > 1:

@@ -27,7 +27,7 @@ class Moved:
 
     Attributes:
         update: factors.
-        others: MAGNITUDE and LORA_BIAS, (out,).
+        others: MAGNITUDE and LORA_BIAS, (out,), which go with the rows; COLUMN_MAGNITUDE (in,).
     """
 
     update: Update
@@ -45,6 +45,8 @@ def moved(whole: Moved, shares: Sequence[int], order: Sequence[int] | None = Non
     rows, unit = whole.update.matrix_shape[0], sum(shares)
     if rows % unit:
         raise ValueError(f"has {rows} rows, which are no multiple of {unit}")
+    if order is None and len(shares) > 1:
+        _check_columns([whole])
     flat = matrix(whole.update)
     edges = [0]
     for share in shares:
@@ -57,7 +59,10 @@ def moved(whole: Moved, shares: Sequence[int], order: Sequence[int] | None = Non
         ]
     chosen = [spans[place] for place in order]
     b = _chosen(flat.b, chosen)
-    others = {role: _chosen(tensor, chosen) for role, tensor in whole.others.items()}
+    others = {
+        role: tensor if role is Role.COLUMN_MAGNITUDE else _chosen(tensor, chosen)
+        for role, tensor in whole.others.items()
+    }
     return [Moved(replace(flat, b=b), others)]
 
 
@@ -70,6 +75,7 @@ def joined(parts: Sequence[Moved | None], shares: Sequence[int]) -> Moved:
         ValueError: if the parts disagree on the rows of a share or on their inputs.
     """
     present = [(part, share) for part, share in zip(parts, shares, strict=True) if part]
+    _check_columns([part for part, _ in present])
     units = {part.update.matrix_shape[0] / share for part, share in present}
     inputs = {part.update.matrix_shape[1] for part, _ in present}
     if len(units) > 1 or len(inputs) > 1 or not next(iter(units)).is_integer():
@@ -83,6 +89,15 @@ def joined(parts: Sequence[Moved | None], shares: Sequence[int]) -> Moved:
     update = fuse_rows(updates, heights, present[0][0].update.module)
     roles = dict.fromkeys(role for part, _ in present for role in part.others)
     return Moved(update, {role: _stacked(role, ready, heights) for role in roles})
+
+
+def _check_columns(parts: Sequence[Moved]) -> None:
+    """Refuse DoRA by column of a layer with parts: a norm of all rows is none of theirs."""
+    if any(Role.COLUMN_MAGNITUDE in part.others for part in parts):
+        raise ValueError(
+            "has DoRA magnitudes for each column, whose norm is that of all rows of a fused layer; "
+            "merge it into its base where it was trained"
+        )
 
 
 def rescaled(whole: Moved, scale: float) -> Moved:

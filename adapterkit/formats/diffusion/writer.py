@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet, Update
 
-BESIDE = (Role.MAGNITUDE, Role.LORA_BIAS)
+BESIDE = (Role.MAGNITUDE, Role.COLUMN_MAGNITUDE, Role.LORA_BIAS)
 
 
 def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spelling: str) -> None:
@@ -39,7 +39,7 @@ def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spe
     """
     updates = {pair.module: pair for pair in adapter.pairs()}
     tensors: dict[str, LazyTensor] = {}
-    for stem, members in planned(adapter, spelling).fused().items():
+    for stem, members in planned(adapter, spelling, base=options.base).fused().items():
         parts = {
             destination.part: with_others(adapter, updates[module])
             for module, destination in members
@@ -94,6 +94,9 @@ def _named(stem: str, whole: Moved, spelling: str, dtype: DType | None) -> dict[
         found[f"{stem}.alpha"] = _number(update.scale * update.rank, update.b.dtype)
     if (magnitude := others.get(Role.MAGNITUDE)) is not None:
         found |= _magnitude(stem, magnitude, len(update.b.shape), spelling)
+    if (columns := others.get(Role.COLUMN_MAGNITUDE)) is not None:
+        shape = (1, columns.size, *[1] * (len(update.a.shape) - 2))
+        found[f"{stem}.dora_scale"] = columns.map(lambda x: x.reshape(shape), shape=shape)
     if (bias := others.get(Role.LORA_BIAS)) is not None:
         name = "lora_B.bias" if spelling == "diffusers" else "diff_b"
         scale = update.scale

@@ -12,7 +12,7 @@ from adapterkit.model import GgufSource, Kind, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import undeclared
-from adapterkit.model.losses import lost_metadata
+from adapterkit.model.losses import lost_columns, lost_metadata
 from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
     for role, (code, message) in _ROLES.items():
         if keys := [key for key in adapter.tensors if key.role is role]:
             yield _loss(code, keys, message)
+    yield from lost_columns(adapter)
 
 
 def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:

@@ -13,7 +13,7 @@ from adapterkit.model import Kind, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import undeclared
-from adapterkit.model.losses import lost_metadata
+from adapterkit.model.losses import lost_columns, lost_metadata
 from adapterkit.notes import Loss, first_and_more
 from adapterkit.served import served
 
@@ -102,6 +102,7 @@ def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
     for role, (code, message) in _ROLES.items():
         if keys := [key for key in adapter.tensors if key.role is role]:
             yield _loss(code, keys, message)
+    yield from lost_columns(adapter)
     for key in adapter.tensors:
         if key.role is Role.BASE_COPY:
             yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)

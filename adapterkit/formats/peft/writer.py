@@ -24,7 +24,7 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.model import DiffusionSource, Kind, PeftSource, spelled_out
 from adapterkit.model.beside import BesideKind, lost_copy
 from adapterkit.model.declared import undeclared
-from adapterkit.model.losses import lost_metadata
+from adapterkit.model.losses import lost_columns, lost_metadata
 from adapterkit.notes import Loss, first_and_more
 from adapterkit.tensor import LazyTensor
 
@@ -84,7 +84,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     if missing := _without(adapter, Role.MAGNITUDE):
         message = "use_dora holds for all modules or none, and this one has none"
         found.append(Loss("dora-partly", missing[0], message))
-    found += _lost_biases(adapter)
+    found += [*lost_columns(adapter), *_lost_biases(adapter)]
     copies = (lost_copy(file) for file in adapter.beside if file.kind is BesideKind.COPY)
     return [*found, *copies, *undeclared(adapter), *lost_metadata(adapter)]
 

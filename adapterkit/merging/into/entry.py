@@ -367,7 +367,7 @@ def _with_decoded(report: MergeIntoReport, decoded: DecodedBase) -> MergeIntoRep
 def _order(sources: Sequence[Source]) -> list[str]:
     """Say that the order counts, where it does."""
     held = {key.role for source in sources for key in source.adapter.tensors}
-    if len(sources) == 1 or Role.MAGNITUDE not in held:
+    if len(sources) == 1 or not held & {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE}:
         return []
     return ["DoRA scales what the adapters before it have made, as in PEFT: their order counts"]
 

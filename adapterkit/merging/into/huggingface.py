@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import from_engine, to_engine
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
-from adapterkit.merging.into.magnitudes import magnitude_of, moved_magnitudes
+from adapterkit.merging.into.magnitudes import column_magnitude_of, magnitude_of, moved_magnitudes
 from adapterkit.merging.into.reading import token_rows
 from adapterkit.merging.into.steps import Added, Magnitude, Product, Replaced, RowsReplaced
 
@@ -73,7 +73,7 @@ def _product(source: Source, names: Places, name: str, pair: Update) -> Product:
             where=pair.module,
         )
     held = magnitude_of(source, pair)
-    magnitude = None if held is None else Magnitude(held)
+    magnitude = column_magnitude_of(source, pair) if held is None else Magnitude(held)
     weight = source.weight_of(pair.module)
     return Product(source.label, pair.module, pair, weight, turned, magnitude)
 

@@ -278,10 +278,15 @@ def journalled(output: Output, plan: str) -> Generator[Journal]:
 
 
 def _sweep(folder: Path, kept: set[Path]) -> None:
-    """Remove what is not kept, links and whatever else lies there in the place of a file."""
+    """Remove what is not kept, links and whatever else lies there in the place of a file.
+
+    A folder in which something is kept is swept in its turn: diffusers has one for each component.
+    """
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
-            if path not in kept:
+            if any(path in each.parents for each in kept):
+                _sweep(path, kept)
+            elif path not in kept:
                 shutil.rmtree(path)
         elif path not in kept or path.is_symlink():
             path.unlink()

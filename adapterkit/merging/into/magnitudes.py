@@ -24,6 +24,25 @@ if TYPE_CHECKING:
     from adapterkit.model import Update
 
 
+def column_magnitude_of(source: Source, pair: Update) -> Magnitude | None:
+    """Return the magnitudes by column of a module, or None if it has none.
+
+    Raises:
+        UnsupportedError: if it has not one number for each input.
+    """
+    found = source.adapter.tensors.get(TensorKey(pair.module, Role.COLUMN_MAGNITUDE))
+    if found is None:
+        return None
+    if pair.kind not in {Kind.LINEAR, Kind.CONVOLUTION} or found.shape != pair.a.shape[1:2]:
+        raise UnsupportedError(
+            f"has DoRA magnitudes by column of shape {list(found.shape)}, and A of "
+            f"{list(pair.a.shape)}",
+            path=source.label,
+            where=pair.module,
+        )
+    return Magnitude(found, by_column=True)
+
+
 def magnitude_of(source: Source, pair: Update) -> LazyTensor | None:
     """Return the magnitude of a module, or None if it is no DoRA.
 
@@ -56,8 +75,16 @@ def moved_magnitudes(
         move: what becomes of updates in the base's layout.
 
     Raises:
-        UnsupportedError: if rows become columns on the way.
+        UnsupportedError: if rows become columns on the way, or there are some by column.
     """
+    for pair in pairs:
+        if column_magnitude_of(source, pair):
+            raise UnsupportedError(
+                "has DoRA magnitudes by column, and the base keeps its weight in other rows; merge "
+                "it into the model's own checkpoint",
+                path=source.label,
+                where=pair.module,
+            )
     held = {pair.module: magnitude_of(source, pair) for pair in pairs if not pair.embedding}
     if not any(held.values()):
         return {}

@@ -95,17 +95,19 @@ class Sum:
 
 
 class _Dora:
-    """X + w · (m / ‖W + ΔW‖ · (X + ΔW) - X), norms over the inputs."""
+    """X + w · (m / ‖W + ΔW‖ · (X + ΔW) - X), norms over inputs or, by column, outputs."""
 
     def __init__(self, step: Product, magnitude: Magnitude, tensor: Unmerged) -> None:
         # The direction has the adapter's own scale; w is how far to go there.
         self.weight = step.weight
         self.sum = Sum([_unweighted(step)], tensor.kind)
         values = _finite(magnitude.values, step, tensor.kind)
-        self.turned = step.turned
-        self.values = values.reshape(-1, tensor.columns if step.turned else tensor.rows)
-        if step.turned:
-            self.values = (self.values / np.sqrt(self._squares(tensor))).astype(tensor.kind)
+        # Whether the norms are those of stored columns.
+        self.across = step.turned != magnitude.by_column
+        if self.across:
+            self.values = _normed(values, self._squares(tensor)).astype(tensor.kind)
+        else:
+            self.values = values.reshape(-1, tensor.rows)
         covered = magnitude.covered
         self.covered = None if covered is None else covered.reshape(self.values.shape)
 
@@ -114,7 +116,7 @@ class _Dora:
         return self.sum
 
     def _squares(self, tensor: Unmerged) -> Array:
-        """Return the squared norms of the columns of W + ΔW, which hold the outputs here."""
+        """Return the squared norms of the columns of W + ΔW, (E, columns)."""
         places = tensor.places()
         squares = np.zeros((places[-1].matrix + 1, tensor.columns))
         for place in places:
@@ -124,16 +126,23 @@ class _Dora:
 
     def apply(self, merged: Array, base: Array, place: Place) -> Array:
         delta = self.sum.delta(place)
-        outputs = slice(None) if self.turned else slice(place.start, place.stop)
-        factor = self.values[place.matrix, outputs]
-        if not self.turned:
+        normed = slice(None) if self.across else slice(place.start, place.stop)
+        factor = self.values[place.matrix, normed]
+        if not self.across:
             factor = factor / np.linalg.norm(base + delta, axis=1)
         if self.covered is not None:
             # Outputs of a part that has no magnitude are a plain sum.
             one = np.ones_like(factor)
-            factor = np.where(self.covered[place.matrix, outputs], factor, one)
-        factor = factor if self.turned else factor[:, None]
+            factor = np.where(self.covered[place.matrix, normed], factor, one)
+        factor = factor if self.across else factor[:, None]
         return merged + self.weight * (factor * (merged + delta) - merged)
+
+
+def _normed(values: Array, squares: Array) -> Array:
+    """Return m / ‖·‖ for every column; columns of one kernel share their m and their norm."""
+    size = squares.shape[1] * len(squares) // values.size
+    together = squares.reshape(len(squares), -1, size).sum(axis=2)
+    return np.repeat(values.reshape(together.shape) / np.sqrt(together), size, axis=1)
 
 
 class _Vector:

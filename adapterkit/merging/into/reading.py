@@ -100,6 +100,7 @@ def token_rows(source: Source, module: str) -> tuple[int, ...]:
 def _check_halves(source: Source) -> None:
     """Refuse what stands beside factors without factors: nothing would say what it means."""
     adapted = {pair.module for pair in source.adapter.pairs()}
+    beside = {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE, Role.LORA_BIAS}
     for key in source.adapter.tensors:
-        if key.role in {Role.MAGNITUDE, Role.LORA_BIAS} and key.module not in adapted:
+        if key.role in beside and key.module not in adapted:
             raise FormatError("has no factors beside it", path=source.label, where=str(key))

@@ -20,13 +20,16 @@ class Magnitude:
     """DoRA's magnitudes of a stored tensor, one for each row that factors write to.
 
     Attributes:
-        values: (out,), or (E, out) of stacked experts.
+        values: (out,), or (E, out) of stacked experts; by column (in,).
         covered: of the same shape, which rows have one; None for all. Rows of a fused tensor, or
             experts, that were trained without DoRA have none.
+        by_column: whether there is one for each input instead, all of whose columns have one norm
+            together: those of a convolution are its kernel's.
     """
 
     values: LazyTensor
     covered: np.ndarray[Any, np.dtype[np.bool_]] | None = None
+    by_column: bool = False
 
 
 @dataclass(frozen=True, slots=True)
