@@ -19,8 +19,12 @@ from adapterkit.storage import alike, readable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# The hub's own names are shorter; longer ones are the name of no folder of the cache.
+_WORD = r"\w[\w.-]{0,95}"
 _ID = re.compile(
-    r"^(?:hf://)?(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<inside>.+))?$"
+    rf"^(?:hf://)?(?P<name>{_WORD}/{_WORD})(?:@(?P<revision>[\w.-]{{1,255}}))?"
+    r"(?:/(?P<inside>.+))?$",
+    re.ASCII,
 )
 _ADAPTER_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.npz", "*.pt")
 _BASE_FILES = ("config.json", "*.index.json")

@@ -78,6 +78,23 @@ def read_document(path: Path, limit: int) -> bytes:
         return path.read_bytes()
 
 
+def read_lines(path: Path, limit: int) -> list[str]:
+    """Return the lines of a small text that are not blank.
+
+    Raises:
+        NotFoundError: if there is nothing at the path.
+        FormatError: if it is no UTF-8 text, has more than `limit` bytes, or cannot be read.
+    """
+    data = read_document(path, limit)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"is no UTF-8 text at byte {error.start}", path=path) from None
+    if "\0" in text:
+        raise FormatError(f"is no text: character {text.index(chr(0))} is NUL", path=path)
+    return [line for line in text.splitlines() if line.strip()]
+
+
 @dataclass(frozen=True, slots=True)
 class FileSlice:
     """A range of bytes in a file, read anew at each call.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import UsageError
-from adapterkit.storage import read_document
+from adapterkit.storage import read_lines
 
 _LONGEST = 1 << 20
 _MOST = 100
@@ -39,10 +39,9 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
     Raises:
         UsageError: if there are none, or too many.
-        FormatError: if the file cannot be read.
+        FormatError: if the file is no text or cannot be read.
     """
-    lines = read_document(path, _LONGEST).decode(errors="replace").splitlines()
-    prompts = tuple(Prompt(line) for line in lines if line.strip())
+    prompts = tuple(map(Prompt, read_lines(path, _LONGEST)))
     if not 0 < len(prompts) <= _MOST:
         raise UsageError(f"holds {len(prompts)} prompts, not 1 to {_MOST}", path=path)
     return prompts

@@ -7,15 +7,17 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from adapterkit.errors import AdapterKitError, NotFoundError
+from adapterkit.errors import AdapterKitError, FormatError, NotFoundError
 from adapterkit.hub import cache_folder, located
 from adapterkit.loading import recognise
-from adapterkit.storage import alike, readable
+from adapterkit.storage import alike, read_lines, readable
 
 # What a user types for all that the hub cache holds.
 HUB_CACHE = "hub-cache"
 _CONFIG = "adapter_config.json"
 _LIST = ".txt"
+# Bytes of a list: a million long paths.
+_LONGEST = 1 << 28
 _GGUF = ".gguf"
 _FILES = {_GGUF, ".safetensors", ".npz", ".pt", ".bin"}
 # Words of an adapter's keys, which stand before the vocabulary of a GGUF model.
@@ -33,34 +35,41 @@ def discover(sources: Iterable[Path | str]) -> list[Path]:
 
     Raises:
         NotFoundError: if there is nothing at a source.
+        FormatError: if a list is no text, or names itself.
     """
     found: dict[str, Path] = {}
     for source in sources:
-        for path in _of(source):
+        for path in _of(source, ()):
             found.setdefault(os.path.realpath(path), Path(os.path.abspath(path)))  # noqa: PTH100
     return sorted(found.values())
 
 
-def _of(source: Path | str) -> Iterator[Path]:
+def _of(source: Path | str, lists: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield what a source means; `lists` are those that it stands in, the outermost first."""
     if str(source) == HUB_CACHE:
         for snapshot in sorted(cache_folder().glob("models--*/snapshots/*")):
             yield from _within(snapshot)
         return
+    if not str(source):
+        raise NotFoundError("a source is empty; the folder that you are in is `.`")
     path = located(source)
     with readable(path):
         if path.suffix == _LIST and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            yield from _listed(path, lists)
         elif path.is_dir():
             yield from _within(path)
-            return
         elif path.exists():
             yield path
-            return
         else:
             raise NotFoundError(f"no such file or directory{alike(path)}", path=path)
-    for line in lines:
-        if line.strip():
-            yield from _of(line.strip())
+
+
+def _listed(path: Path, lists: tuple[Path, ...]) -> Iterator[Path]:
+    real = path.resolve()
+    if real in lists:
+        raise FormatError("names itself, directly or by another list", path=path)
+    for line in read_lines(path, _LONGEST):
+        yield from _of(line.strip(), (*lists, real))
 
 
 def _within(root: Path) -> Iterator[Path]:

@@ -110,7 +110,7 @@ def updates(pair: Update, least: float = _LEAST) -> Iterator[LowRank]:
         UncheckableError: as `unscaled`.
     """
     for each in unscaled(pair, least):
-        yield LowRank(each.b * pair.scale, each.a, pair.scale)
+        yield _scaled(each, pair.scale)
 
 
 def whole(pair: Update) -> LowRank:
@@ -120,7 +120,13 @@ def whole(pair: Update) -> LowRank:
         UncheckableError: as `unscaled`.
     """
     stack = _with_room(LowRank(*pair.stacked(wide)), pair)
-    return LowRank(stack.b * pair.scale, stack.a, pair.scale)
+    return _scaled(stack, pair.scale)
+
+
+def _scaled(stored: LowRank, scale: float) -> LowRank:
+    # What is infinite times 0 is no number, and shows itself.
+    with np.errstate(invalid="ignore"):
+        return LowRank(stored.b * scale, stored.a, scale)
 
 
 def _with_room(stored: LowRank, pair: Update, least: float = _LEAST) -> LowRank:

@@ -24,6 +24,10 @@ EDGES: dict[str, tuple[float, ...]] = {
     "f": (0.0, -0.0, 3.4e38, -3.4e38, 1e-45, 1e20, 1e-20, 1e30, float("inf"), float("nan")),
     "d": (0.0, -0.0, 1.7e308, -1.7e308, 5e-324, 1e160, 1e-160, float("inf"), float("nan")),
 }
+# Types of GGUF's values: how a number is packed, by the type's own number.
+PACKED = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+TEXT, ARRAY = 8, 9
+STRANGE = (b"", b"\0", b"\xff\xfe", b"n" * 5000, b"../../x", b"{}", b"general.alignment", b"1e400")
 WORDS = (b"{", b"}", b"[", b",", b'"', b":", b"\0", b"\xff", b"PK\x03\x04", b"GGUF", b"\x93NUMPY")
 
 
@@ -108,6 +112,111 @@ def header(data: bytes, random: Random) -> bytes:
     return struct.pack("<Q", len(made)) + made + data[end:]
 
 
+def fields(data: bytes, random: Random) -> bytes:
+    """Change entries of a GGUF file's header, one as likely as the other; or its bytes.
+
+    The header stays well formed: what is wrong is a type, a value, a name, or that one is gone.
+    """
+    if random.random() < 0.4:
+        return damaged(data, random)
+    entries, tensors, values = opened(data)
+    for _ in range(random.choice((1, 1, 1, 2, 4))):
+        place = random.randrange(len(entries)) if entries else 0
+        key, kind, value = entries[place] if entries else (b"", TEXT, _sized(b""))
+        what = random.random()
+        if what < 0.05 and entries:
+            del entries[place]
+        elif what < 0.1:
+            entries.insert(place, (key, kind, value))
+        elif what < 0.2:
+            entries[place : place + 1] = [(random.choice(STRANGE), kind, value)]
+        elif what < 0.6:
+            entries[place : place + 1] = [(key, kind, _alike(kind, value, random))]
+        else:
+            other = random.choice((*PACKED, TEXT, ARRAY, ARRAY))
+            entries[place : place + 1] = [(key, other, _value(other, random))]
+    return closed(data, entries, tensors, values)
+
+
+Entry = tuple[bytes, int, bytes]
+
+
+def opened(data: bytes) -> tuple[list[Entry], bytes, bytes]:
+    """Return the entries of a GGUF file's header, its table of tensors, and their values."""
+    count, entries = struct.unpack_from("<QQ", data, 8)
+    place, found = 24, list[Entry]()
+    for _ in range(entries):
+        begin, place = place + 8, _past_text(data, place)
+        key = data[begin:place]
+        (kind,) = struct.unpack_from("<I", data, place)
+        begin, place = place + 4, _past_value(data, place + 4, kind)
+        found.append((key, kind, data[begin:place]))
+    begin = place
+    for _ in range(count):
+        place = _past_text(data, place)
+        (axes,) = struct.unpack_from("<I", data, place)
+        place += 4 + 8 * axes + 12
+    return found, data[begin:place], data[place + -place % _ALIGNED :]
+
+
+def closed(data: bytes, entries: list[Entry], tensors: bytes, values: bytes) -> bytes:
+    """Return a GGUF file of these parts, with the magic, version and tensor count of another."""
+    head = b"".join(_sized(key) + struct.pack("<I", kind) + value for key, kind, value in entries)
+    made = data[:16] + struct.pack("<Q", len(entries)) + head + tensors
+    return made + bytes(-len(made) % _ALIGNED) + values
+
+
+_ALIGNED = 32
+
+
+def _past_text(data: bytes, place: int) -> int:
+    return place + 8 + int(struct.unpack_from("<Q", data, place)[0])
+
+
+def _past_value(data: bytes, place: int, kind: int) -> int:
+    if kind == TEXT:
+        return _past_text(data, place)
+    if kind != ARRAY:
+        return place + struct.calcsize(f"<{PACKED[kind]}")
+    inner, count = struct.unpack_from("<IQ", data, place)
+    place += 12
+    if inner in PACKED:
+        return place + count * struct.calcsize(f"<{PACKED[inner]}")
+    for _ in range(min(count, len(data))):
+        place = _past_value(data, place, inner)
+    return place
+
+
+def _alike(kind: int, value: bytes, random: Random) -> bytes:
+    """Return another value of a type; of an array, elements of the same type."""
+    return _array(value[0], random) if kind == ARRAY else _value(kind, random)
+
+
+def _value(kind: int, random: Random) -> bytes:
+    if kind == TEXT:
+        return _sized(random.choice(STRANGE))
+    if kind == ARRAY:
+        return _array(random.choice((*PACKED, TEXT, ARRAY, 13, 255)), random)
+    code = PACKED[kind]
+    if code in EDGES:
+        return struct.pack(f"<{code}", random.choice((*EDGES[code], -1.0, 1.0, 1e10)))
+    size = struct.calcsize(f"<{code}")
+    return (random.choice((*NUMBERS, -1)) % (1 << 8 * size)).to_bytes(size, "little")
+
+
+def _array(kind: int, random: Random) -> bytes:
+    """Return an array of a few elements, whose count now and then is not theirs."""
+    count = random.choice((0, 1, 2, 3, 5))
+    known = kind in PACKED or kind in {TEXT, ARRAY}
+    parts = [_value(kind, random) for _ in range(count)] if known else [b"\0" * 8]
+    told = count if random.random() < 0.9 else random.choice(NUMBERS)
+    return struct.pack("<IQ", kind, told) + b"".join(parts)
+
+
+def _sized(letters: bytes) -> bytes:
+    return struct.pack("<Q", len(letters)) + letters
+
+
 def numbers(data: bytes, random: Random) -> bytes:
     """Put numbers from the edges of their types into the data of tensors."""
     made = bytearray(data)
@@ -149,5 +258,6 @@ _BY_SUFFIX: dict[str, Callable[[bytes, Random], bytes]] = {
     ".json": text,
     ".jsonl": lines,
     ".safetensors": header,
+    ".gguf": fields,
     **dict.fromkeys((".npz", ".pt", ".pth", ".bin"), member),
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from adapterkit import (
     open_base,
     read,
     validate,
+    verify,
 )
 from adapterkit.auditing.reference_bank import read_bank
 from adapterkit.containers.gguf import read_gguf
@@ -37,8 +40,10 @@ from adapterkit.merging.into.report import TensorReport
 from adapterkit.merging.recipe import read_recipe
 from adapterkit.projection import project_file
 from adapterkit.registry import formats
+from adapterkit.stamps import stamp
 from adapterkit.tinylora import TinySettings
-from fuzz import judges
+from fuzz import judges, making
+from fuzz.making import made, proven, weights
 from fuzz.samples import FIXTURES, ROOT, Sample, by_format, found, kept
 
 DIALECTS = ROOT / "adapterkit" / "formats" / "handwritten" / "dialects"
@@ -90,23 +95,22 @@ def raw(tensors: Any) -> dict[str, Any]:
 def adapter(path: Path) -> None:
     """Show, check and read an adapter; what one refuses, the others are still asked."""
     refused: list[AdapterKitError] = []
-    for ask in (
+    asked = (
         lambda: inspect(path),
         lambda: raw(read(path).tensors),
         lambda: raw(read(path, base=BASE).tensors),
+        lambda: raw(read(path, base=BASE, alpha=6).tensors),
         lambda: validate(path, base=BASE, targets=["peft", "llama.cpp"]),
         lambda: audit(path),
         lambda: _converted(path),
-    ):
+    )
+    for ask in asked:
         try:
             ask()
         except AdapterKitError as error:
             refused.append(error)
-    if len(refused) == _ASKED:
+    if len(refused) == len(asked):
         raise refused[0]
-
-
-_ASKED = 6
 
 
 def _converted(path: Path) -> None:
@@ -119,13 +123,6 @@ def _converted(path: Path) -> None:
 
 
 _WRITTEN = [spec for spec in formats() if spec.writes]
-
-
-def made(make: Callable[[Path], object], given: str = "") -> Sample:
-    """Return what a function writes into an empty folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder))
-        return Sample.of(Path(folder), given)
 
 
 def _bank(folder: Path) -> None:
@@ -200,7 +197,47 @@ def projected(path: Path) -> None:
         project_file(path / "a1", Path(folder, "out"), base=path / "base", settings=settings)
 
 
+def proof(path: Path) -> None:
+    """Put the proof into the adapter beside it, and hold the two against each other."""
+    written = next(each for each in path.iterdir() if each.suffix == ".gguf" or each.is_dir())
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, written.name)
+        (shutil.copytree if written.is_dir() else shutil.copy)(written, copy)
+        text = (path / "proof.json").read_text(encoding="utf-8", errors="surrogateescape")
+        try:
+            stamp(copy, text)
+        except UnicodeEncodeError:
+            text = text.encode(errors="replace").decode()
+            stamp(copy, text)
+        verify(copy, against=TINY, base=BASE)
+
+
+def megatron(path: Path) -> None:
+    for base in (None, path / "base"):
+        with suppress(AdapterKitError):
+            raw(read(path / "adapter.pt", alpha=2, base=base, dialect="megatron").tensors)
+    adapter(path / "adapter.pt")
+
+
+def diffusion(path: Path) -> None:
+    """Open a diffusion model, and merge into it what was trained on it."""
+    base = path / "base"
+    base = base if base.is_dir() else path / "base.safetensors"
+    open_base(base)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, f"out{base.suffix}")
+        merge_into([path / "adapter.safetensors"], base, out, force=True)
+
+
 _METHODS = [spec.name for spec in adapterkit.merge_methods()]
+
+
+_MADE = {
+    "peft-weights": (
+        weights("adapter_model.safetensors"),
+        weights("model-1-of-2.safetensors", "model-2-of-2.safetensors"),
+    ),
+}
 
 
 def _bases() -> tuple[Sample, ...]:
@@ -232,7 +269,9 @@ TARGETS: dict[str, Target] = {
         forgiven=("Unsupported operand",),
     ),
     **{
-        f"format {spec.name}": Target(by_format().get(spec.name, ()), adapter)
+        f"format {spec.name}": Target(
+            (*by_format().get(spec.name, ()), *_MADE.get(spec.name, ())), adapter
+        )
         for spec in formats()
         if spec.reads
     },
@@ -247,6 +286,9 @@ TARGETS: dict[str, Target] = {
     "merge": Target((made(_two),), merged),
     "extract": Target((made(_two),), extracted),
     "project": Target((made(_two),), projected),
+    "proof": Target((proven("x.gguf"), proven("peft"), proven("mlx")), proof),
+    "megatron": Target((made(making.megatron),), megatron),
+    "diffusion base": Target((made(making.pipeline), made(making.checkpoint)), diffusion),
     "index": Target(
         (
             Sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -30,6 +31,7 @@ def test_a_slice_of_fuzzing_is_clean(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fuzz.harness", name, "7", "60", str(INPUTS)],
         cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

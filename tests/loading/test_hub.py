@@ -77,7 +77,22 @@ def test_a_download_asks_for_what_is_needed(cache: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "text", ["adapter", "./a/b", "/a/b", "a/b/c", "a b/c", "../a/b", "~/a", "hf://a", "a/.b", ""]
+    "text",
+    [
+        "adapter",
+        "n" * 97 + "/b",
+        "b/" + "n" * 5000,
+        "é/b",
+        "./a/b",
+        "/a/b",
+        "a/b/c",
+        "a b/c",
+        "../a/b",
+        "~/a",
+        "hf://a",
+        "a/.b",
+        "",
+    ],
 )
 def test_paths_are_no_hub_ids(text: str) -> None:
     assert hub.parse(text) is None
