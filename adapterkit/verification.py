@@ -11,7 +11,7 @@ from adapterkit.base import BaseModel
 from adapterkit.base.identity import identified
 from adapterkit.certificates import Certificate, mark, read_certificate, source_digest
 from adapterkit.diagnosis import diagnose
-from adapterkit.errors import FormatError, UncheckableError
+from adapterkit.errors import BaseRequiredError, FormatError, UncheckableError
 from adapterkit.fingerprints import fingerprinted
 from adapterkit.hub import located
 from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
@@ -139,9 +139,10 @@ def verify(
     path = located(source)
     document = stamped(path) if path.exists() else None
     if document is None:
-        place = recognise(source, as_format=as_format)
+        if not path.exists():
+            recognise(source, as_format=as_format)
         message = "carries no proof: it was not written by adapterkit, or saved again by another"
-        raise UncheckableError(message, path=place.path)
+        raise UncheckableError(message, path=path)
     proof = read_certificate(document, path)
     known = open_model(base)
     notes: list[str] = []
@@ -212,6 +213,9 @@ def _updates(
     try:
         loaded = load(place, base=base, moe_layout=layout, need=Need.STORED)
         found = fingerprinted(loaded.adapter)
+    except BaseRequiredError as error:
+        notes.append(f"compared by bytes alone: {error.message}")
+        return []
     except FormatError as error:
         return [Change("update", error.where or str(place.path), error.message)]
     if found.version != written.version:

@@ -161,7 +161,7 @@ def merge_into(
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
     said = {
-        "weights": list(weights or ()),
+        "weights": [source.weight for source in adapters],
         "normalize": normalize,
         **settings_of(how),
         "dtype": stored_type(dtype) if dtype else None,
