@@ -182,6 +182,7 @@ def compress_file(
     as_format: str | None = None,
     outtype: str = "auto",
     force: bool = False,
+    proof: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompressedFile:
     """Compress an adapter into a file of any format, proven as a conversion is.
@@ -201,6 +202,7 @@ def compress_file(
         as_format: name of the format to read it as, where its content does not tell.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
         force: replace an existing destination.
+        proof: whether the file carries what it was made from and what it holds, for `verify`.
         progress: told how many modules of how many are done, stage by stage.
 
     Raises:
@@ -212,6 +214,7 @@ def compress_file(
         WriteError: if the output cannot be written.
     """
     del progress  # told by `watchable`
+    from adapterkit.certificates import Making
     from adapterkit.saving import admitted, destination_format, save, stored_type
 
     destination = Path(destination)
@@ -230,7 +233,10 @@ def compress_file(
         policy=policy,
         threshold=threshold,
     )
-    proven = save(result.adapter, destination, target, options, force=force)
+    said = {"rank": rank, "tol": tol, "budget": budget, "policy": policy, "threshold": threshold}
+    made_from = [loaded.source.path] if loaded.source else []
+    making = Making("compress", said, made_from) if proof else None
+    proven = save(result.adapter, destination, target, options, force=force, making=making)
     return CompressedFile(
         source=loaded.label,
         destination=str(destination),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.attempts import Attempt, for_each
 from adapterkit.base import BaseModel
+from adapterkit.certificates import Making
 from adapterkit.errors import UsageError
 from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
@@ -133,7 +134,7 @@ def convert(
         force=force,
         against=named.adapter,
         accept=accept,
-        proof=proof,
+        making=Making("convert", {"for": for_engine, "dora_rank": dora_rank}) if proof else None,
     )
     return ConversionReport(
         **vars(proven),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adapterkit.base import BaseModel
+from adapterkit.certificates import Making
 from adapterkit.formats.protocol import Options
 from adapterkit.loading import Need, load, open_model
 from adapterkit.model import AdapterTensorSet
@@ -62,6 +63,7 @@ def write(
     base: BaseModel | Path | str | None = None,
     outtype: str = "auto",
     force: bool = False,
+    proof: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProvenFile:
     """Write an adapter, read the file back, and keep it only if every update is the same.
@@ -73,6 +75,7 @@ def write(
         base: the base model, where the format's layout depends on it.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
         force: replace what is there.
+        proof: whether the file carries what it was made from and what it holds, for `verify`.
         progress: told how many modules of how many are done, stage by stage.
 
     Raises:
@@ -88,4 +91,5 @@ def write(
     options = Options(base=open_model(base), dtype=stored_type(outtype))
     adapter = source if isinstance(source, AdapterTensorSet) else read(source, base=options.base)
     ready = admitted(adapter, target, options)
-    return save(ready.adapter, destination, target, options, force=force)
+    making = Making("write") if proof else None
+    return save(ready.adapter, destination, target, options, force=force, making=making)

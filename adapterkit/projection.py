@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapterkit import tinylora
 from adapterkit.base import BaseModel
 from adapterkit.base.fit import check_fit
+from adapterkit.certificates import Making
 from adapterkit.loading import load, open_model
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.beside import lost_trained
@@ -88,6 +89,7 @@ def project_file(
     alpha: float | None = None,
     as_format: str | None = None,
     force: bool = False,
+    proof: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProjectedFile:
     """Write the TinyLoRA that comes nearest to an adapter, proven to be what was computed.
@@ -102,6 +104,7 @@ def project_file(
         alpha: scale numerator of the source, where its file does not hold it.
         as_format: name of the format to read it as, where its content does not tell.
         force: replace an existing destination.
+        proof: whether the file carries what it was made from and what it holds, for `verify`.
         progress: told how many modules of how many are done, stage by stage.
 
     Raises:
@@ -120,7 +123,9 @@ def project_file(
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
     lost = [*loaded.losses, *lost_trained(loaded.adapter.beside)]
     ready = admitted(result, target, replace(loaded.options, alpha=None), passed=lost)
-    save(ready.adapter, destination, target, loaded.options, force=force)
+    made_from = [loaded.source.path] if loaded.source else []
+    making = Making("tinylora project", asdict(settings), made_from) if proof else None
+    save(ready.adapter, destination, target, loaded.options, force=force, making=making)
     return ProjectedFile(
         source=str(source),
         destination=str(destination),

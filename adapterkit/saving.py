@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
+    from adapterkit.certificates import Making
     from adapterkit.formats.protocol import Options
     from adapterkit.registry import FormatSpec
 
@@ -221,7 +222,7 @@ def save(
     against: AdapterTensorSet | None = None,
     spared: Iterable[Path] = (),
     accept: Callable[[AdapterTensorSet], None] | None = None,
-    proof: bool = True,
+    making: Making | None,
 ) -> ProvenFile:
     """Write an adapter, read the file back, compare every update, and only then keep it.
 
@@ -234,7 +235,7 @@ def save(
         against: what the file must be equal to, where `adapter` is a changed form of it.
         spared: further files that the output is made from and must not replace.
         accept: raises if what was read back is not what was wanted.
-        proof: whether the file carries what it was made from and what it holds.
+        making: what the file carries beside what it holds, for `verify`; None for no proof.
 
     Raises:
         FormatError: if a factor of the adapter is not finite.
@@ -251,9 +252,10 @@ def save(
         worst, error = prove(against or adapter, written, path=destination)
         if accept is not None:
             accept(written)
-        if proof:
-            made_from = _sources(against or adapter, spared)
-            _certify(staging, written, options, error, made_from, destination)
+        if making is not None:
+            sources = _sources(against or adapter, [*spared, *making.sources])
+            certificate = replace(making, sources=tuple(sources))
+            _certify(staging, written, options, error, certificate, destination)
         return ProvenFile(
             destination=str(destination),
             format=target.name,
@@ -270,12 +272,12 @@ def _certify(
     written: AdapterTensorSet,
     options: Options,
     error: float,
-    sources: list[Path],
+    making: Making,
     destination: Path,
 ) -> None:
     """Have a file carry its certificate, and nothing else of it change by that."""
     found = contents(staging)
-    stamp(staging, certified(written, found, options, error=error, sources=sources))
+    stamp(staging, certified(written, found, options, error=error, making=making))
     if contents(staging) != found:
         raise ProofError("was changed by writing its proof into it", path=destination)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from adapterkit.containers.safetensors import read_safetensors, write_safetensor
 from adapterkit.errors import AdapterKitError, FormatError
 from adapterkit.json_file import read_json_object
 from adapterkit.storage import read_document, readable
+from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +37,8 @@ BESIDE = "adapterkit-proof.json"
 LONGEST = 1 << 16
 _BLOCK = 1 << 20
 _GGUF, _SAFETENSORS = b"GGUF", ".safetensors"
+# The type of a text in the metadata of GGUF.
+_STRING = 8
 # The weights of a directory, by format.
 _MAIN = ("adapter_model.safetensors", "adapters.safetensors")
 # What may be added to a directory without changing the adapter.
@@ -82,6 +87,23 @@ def stamp(path: Path, text: str) -> None:
     stamped.replace(weights)
 
 
+def fill(path: Path, text: str) -> None:
+    """Write a text over the blank one of at least its length that a GGUF file holds already.
+
+    Raises:
+        FormatError: if the file holds no such blank.
+    """
+    blank = read_gguf(path).metadata.get(KEY)
+    length = len(blank) if isinstance(blank, str) and not blank.strip() else 0
+    entry = KEY.encode() + struct.pack("<IQ", _STRING, length)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as whole:
+        found = whole.find(entry)
+        if not len(text) <= length or found < 0:
+            raise FormatError(f"has no room for {len(text)} letters in {KEY}", path=path)
+        start = found + len(entry)
+        whole[start : start + length] = text.ljust(length).encode("ascii")
+
+
 def stamped(path: Path) -> str | None:
     """Return the text that a file or directory carries; None if there is none.
 
@@ -109,16 +131,42 @@ def contents(path: Path) -> Contents:
     settings: dict[str, str] = {}
     weights = _weights(path)
     if weights is not None:
-        found, metadata = _opened(weights)
-        tensors = {name: _of_tensor(tensor) for name, tensor in found.items()}
-        settings = {key: _short(value) for key, value in metadata if key != KEY}
+        tensors, settings = _of_weights(weights)
     if path.is_dir():
         with readable(path):
             files = [p for p in sorted(path.rglob("*")) if p.is_file() and p != weights]
         for file in files:
-            if file.name != BESIDE and file.suffix not in _NOTES:
-                settings |= _of_file(file, file.relative_to(path).as_posix())
+            if file.name == BESIDE or file.suffix in _NOTES:
+                continue
+            name = file.relative_to(path).as_posix()
+            more = _of_shard(file, name) if file.suffix == _SAFETENSORS else None
+            if more is None or more[0].keys() & tensors.keys():
+                settings |= _of_file(file, name)
+            else:
+                tensors |= more[0]
+                settings |= more[1]
     return Contents(tensors, settings)
+
+
+def _of_weights(weights: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return a hash of each tensor, and of each key of the header but the stamp."""
+    found, metadata = _opened(weights)
+    hashes = in_threads(_of_tensor, found.values())
+    settings = {key: _short(value) for key, value in metadata if key != KEY}
+    return dict(zip(found, hashes, strict=True)), settings
+
+
+def _of_shard(file: Path, name: str) -> tuple[dict[str, str], dict[str, str]] | None:
+    """Return the same of a file of a directory, by its place there; None if it cannot be read."""
+    try:
+        tensors, settings = _of_weights(file)
+    except AdapterKitError:
+        return None
+    folder = name.rpartition("/")[0]
+    return (
+        {f"{folder}/{key}" if folder else key: value for key, value in tensors.items()},
+        {f"{name}: {key}": value for key, value in settings.items()},
+    )
 
 
 def _opened(weights: Path) -> tuple[Mapping[str, LazyTensor], Iterator[tuple[str, bytes]]]:

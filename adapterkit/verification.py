@@ -11,8 +11,9 @@ from adapterkit.base import BaseModel
 from adapterkit.base.identity import identified
 from adapterkit.certificates import Certificate, mark, read_certificate, source_digest
 from adapterkit.diagnosis import diagnose
-from adapterkit.errors import FormatError, UncheckableError
+from adapterkit.errors import BaseRequiredError, FormatError, UncheckableError
 from adapterkit.fingerprints import fingerprinted
+from adapterkit.hub import located
 from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
 from adapterkit.notes import first_and_more
 from adapterkit.proof import compare, tolerance_for
@@ -21,7 +22,7 @@ from adapterkit.text import PLAIN, Pen, Shown, count, printable, short
 from adapterkit.work import watchable
 
 if TYPE_CHECKING:
-    from adapterkit.fingerprints import ModuleFingerprint
+    from adapterkit.fingerprints import Fingerprint, ModuleFingerprint
     from adapterkit.stamps import Contents
 
 # Sixteen numbers of float16 are right to this; storage in 8 to 16 bits moves them less than that.
@@ -29,6 +30,8 @@ _SAME, _ROUNDED = 2e-3, 2e-2
 # Norms are computed alike from the same bytes.
 _EXACT = 1e-9
 _MOST = 20
+# Commands whose output does what its source does; of old proofs none is known.
+_FAITHFUL = ("", "convert", "write")
 # Changes that are listed.
 _SHOWN = 20
 
@@ -58,6 +61,8 @@ class VerifyReport(Shown):
         format: its format.
         sound: whether everything is as it was, and agrees with what it was held against.
         written_by: version of adapterkit that wrote it.
+        command: of adapterkit that wrote it.
+        options: of that command.
         sources: sha256 of what it was made from, by name.
         max_relative_error: largest error of a module when it was written.
         tensors: how many there are.
@@ -70,6 +75,8 @@ class VerifyReport(Shown):
     format: str
     sound: bool
     written_by: str
+    command: str
+    options: Mapping[str, str]
     sources: Mapping[str, str]
     max_relative_error: float
     tensors: int
@@ -89,9 +96,10 @@ class VerifyReport(Shown):
         lines += [f"  {change.kind}: {change.where}: {change.message}" for change in told]
         if more := len(self.changes) - len(told):
             lines.append(f"  and {more:,} more; --json lists all")
+        by = f" {self.command}" if self.command else ""
         names = ", ".join(f"{name} ({digest[:12]})" for name, digest in self.sources.items())
         lines.append(
-            f"written by adapterkit {self.written_by} from {names or 'memory'}, largest "
+            f"written by adapterkit {self.written_by}{by} from {names or 'memory'}, largest "
             f"relative error {short(self.max_relative_error)}"
         )
         return "\n".join(map(printable, lines))
@@ -108,13 +116,17 @@ def verify(
     as_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check an adapter that adapterkit wrote against the proof in its metadata.
+    """Check an adapter or merged model that adapterkit wrote against the proof that it carries.
+
+    Of a model every tensor and setting is compared, and what it was merged from: the adapters by
+    their updates, the base by its bytes.
 
     The proof is no signature: who can change a file can write another proof into it.
 
     Args:
-        source: adapter file or directory.
-        against: what it was made from, or should be equal to: every update is compared.
+        source: adapter or model, file or directory.
+        against: what it was made from, or should be equal to: every update is compared. Of a model:
+            an adapter that was merged into it.
         base: the base model; it must be the one that the file was written with.
         dialect: key grammar of `against`, where its file cannot tell.
         alpha: scale numerator of `against`, where its file does not hold it.
@@ -126,29 +138,41 @@ def verify(
         FormatError: if a file or the proof cannot be read.
     """
     del progress  # told by `watchable`
-    place = recognise(source, as_format=as_format)
-    document = stamped(place.path)
+    path = located(source)
+    document = stamped(path) if path.exists() else None
     if document is None:
+        if not path.exists():
+            recognise(source, as_format=as_format)
         message = "carries no proof: it was not written by adapterkit, or saved again by another"
-        raise UncheckableError(message, path=place.path)
-    proof = read_certificate(document, place.path)
+        raise UncheckableError(message, path=path)
+    proof = read_certificate(document, path)
     known = open_model(base)
-    found = contents(place.path)
     notes: list[str] = []
-    changes = [*_stored(proof, found), *_updates(proof, place, known, notes)]
-    if against is not None:
-        changes += _source(proof, place, against, known, dialect, alpha, notes)
+    changes: list[Change] = []
+    kind = "model"
+    if proof.fingerprint is not None:
+        place = recognise(source, as_format=as_format)
+        kind = place.format.name
+        changes += _updates(proof, proof.fingerprint, place, known, notes)
+        if against is not None:
+            changes += _source(proof, place, against, known, dialect, alpha, notes)
+    elif against is not None:
+        changes += _merged(proof, against, known, dialect, alpha, notes)
+    found = contents(path)
+    changes = [*_stored(proof, found), *changes]
     if known is not None:
         changes += _base(proof, known, notes)
     return VerifyReport(
-        path=str(place.path),
-        format=place.format.name,
+        path=str(path),
+        format=kind,
         sound=not changes,
         written_by=proof.version,
+        command=proof.command,
+        options=proof.options,
         sources=proof.sources,
         max_relative_error=proof.max_relative_error,
         tensors=len(found.tensors),
-        modules=len(proof.fingerprint.modules),
+        modules=len(proof.fingerprint.modules) if proof.fingerprint else 0,
         changes=tuple(changes),
         notes=tuple(notes),
     )
@@ -180,25 +204,32 @@ def _unlike(written: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tupl
 
 
 def _updates(
-    proof: Certificate, place: Source, base: BaseModel | None, notes: list[str]
+    proof: Certificate,
+    written: Fingerprint,
+    place: Source,
+    base: BaseModel | None,
+    notes: list[str],
 ) -> list[Change]:
     """Compare what the file does, module by module, by norms and sketches."""
     layout = proof.options.get("moe_layout")
     try:
         loaded = load(place, base=base, moe_layout=layout, need=Need.STORED)
         found = fingerprinted(loaded.adapter)
+    except BaseRequiredError as error:
+        notes.append(f"compared by bytes alone: {error.message}")
+        return []
     except FormatError as error:
         return [Change("update", error.where or str(place.path), error.message)]
-    if found.version != proof.fingerprint.version:
+    if found.version != written.version:
         notes.append("its sketches are of another version and were not compared")
         return []
     # Rows in llama.cpp's order are not those of the proof, or the other way round.
-    turned = set(found.unplaced) ^ set(proof.fingerprint.unplaced)
+    turned = set(found.unplaced) ^ set(written.unplaced)
     if turned:
         notes.append(
             f"{first_and_more(sorted(turned))}: compared by bytes alone; give --base for its update"
         )
-    known = {n: m for n, m in proof.fingerprint.modules.items() if n not in turned}
+    known = {n: m for n, m in written.modules.items() if n not in turned}
     now = {n: m for n, m in found.modules.items() if n not in turned}
     if not known:
         return []
@@ -270,12 +301,58 @@ def _source(
     """Compare every update with what the file was made from."""
     origin = recognise(against, dialect=dialect)
     digests = proof.sources.values()
-    if digests and source_digest(origin.path) not in digests:
+    known = source_digest(origin.path) in digests
+    if known and proof.command not in _FAITHFUL:
+        notes.append(
+            f"it was made from {origin.path}, by its sha256; {proof.command} makes other updates "
+            "of it, so they are not compared"
+        )
+        return
+    if digests and not known:
         notes.append(f"{origin.path} is not the file that it was made from, by its sha256")
     one, other = load_all(
         [origin, place], base=base, dialect=dialect, alpha=alpha, need=Need.FITTED
     )
     yield from _held_against(one, other, str(origin.path))
+
+
+def _merged(
+    proof: Certificate,
+    against: Path | str,
+    base: BaseModel | None,
+    dialect: str | None,
+    alpha: float | None,
+    notes: list[str],
+) -> Iterator[Change]:
+    """Tell whether an adapter is one of those that were merged into a model, by its update."""
+    origin = recognise(against, dialect=dialect)
+    if source_digest(origin.path) in proof.sources.values():
+        return
+    notes.append(f"{origin.path} is none of the files that were merged, by their sha256")
+    if not proof.adapters:
+        notes.append("the merged adapters were too many to list, and are not compared")
+        return
+    loaded = load(origin, base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
+    found = fingerprinted(loaded.adapter)
+    if found.unplaced:
+        raise UncheckableError("is in llama.cpp's row order; give --base", path=origin.path)
+    known = {k: each for k, each in proof.adapters.items() if each.version == found.version}
+    apart = {name: _apart(each, found) for name, each in known.items()}
+    if not apart:
+        notes.append("its sketches are of another version and were not compared")
+    elif (closest := min(apart, key=lambda name: apart[name])) and apart[closest] > _ROUNDED:
+        message = f"is not what was merged; the closest, {closest}, is {apart[closest]:.2g} away"
+        yield Change("source", str(origin.path), message)
+
+
+def _apart(one: Fingerprint, other: Fingerprint) -> float:
+    """Return about how far the second update is from the first, as a share of the first."""
+    import numpy as np
+
+    if not one.norm:
+        return 0.0 if not other.norm else float("inf")
+    ratio = other.norm / one.norm
+    return float(np.linalg.norm(other.vector * ratio - one.vector))
 
 
 def _held_against(one: Loaded, other: Loaded, name: str) -> Iterator[Change]:

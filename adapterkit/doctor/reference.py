@@ -97,7 +97,7 @@ class Reference:
     def _write(self, adapter: AdapterTensorSet, path: Path, name: str) -> None:
         target, options = spec(name), replace(self._loaded.options, unverified=True)
         ready = admitted(adapter, target, options)
-        save(ready.adapter, path, target, options, proof=False)
+        save(ready.adapter, path, target, options, making=None)
 
 
 def reference(

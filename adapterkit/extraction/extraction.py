@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.base.model import BaseModel
+from adapterkit.certificates import Making
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.extraction.assembly import assembled, fitting
@@ -43,6 +44,7 @@ def extract(
     seed: int = 0,
     jobs: int | None = None,
     force: bool = False,
+    proof: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractReport:
     """Write the adapter that turns one checkpoint into another, and say what it does not hold.
@@ -74,6 +76,7 @@ def extract(
         seed: of the random directions; the result depends on it by less than its error.
         jobs: tensors at a time; by default one for each processor, 4 at most.
         force: replace the destination.
+        proof: whether the file carries what it was made from and what it holds, for `verify`.
         progress: called with the bytes that are done, and all of them.
 
     Raises:
@@ -107,7 +110,17 @@ def extract(
     if original.layout:
         adapter, options = from_base(adapter, original), replace(options, base=None)
     ready = admitted(adapter, target, options, allow_lossy=allow_lossy)
-    proven = save(ready.adapter, destination, target, options, force=force, spared=[after.path])
+    said = {"rank": rank, "tol": tol, "energy": energy, "max_rank": max_rank, "seed": seed}
+    making = Making("extract", {**said, "save_rest": save_rest}) if proof else None
+    proven = save(
+        ready.adapter,
+        destination,
+        target,
+        options,
+        force=force,
+        spared=[after.path],
+        making=making,
+    )
     return ExtractReport(
         base=str(before.path),
         tuned=str(after.path),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapterkit.errors import AdapterKitError, WriteError, unknown
+from adapterkit.fleets.limits import TimeUpError, limited
 
 # What an adapter can be found as.
 DONE, REFUSED, FAILED = "done", "refused", "failed"
@@ -44,11 +45,21 @@ class Outcome:
     seconds: float | None = None
 
 
-def perform(action: str, path: str, options: Options) -> Outcome:
-    """Do one thing to one adapter; whatever goes wrong is the outcome."""
+def perform(action: str, path: str, options: Options, timeout: float | None = None) -> Outcome:
+    """Do one thing to one adapter; whatever goes wrong, or takes too long, is the outcome.
+
+    Args:
+        action: one of `ACTIONS`.
+        path: where the adapter is.
+        options: further arguments of the action.
+        timeout: seconds that it may take; only in the main thread of a process.
+    """
     began = time.perf_counter()
     try:
-        exit_code, headline, badness, result = ACTIONS[action](Path(path), options)
+        with limited(timeout):
+            exit_code, headline, badness, result = ACTIONS[action](Path(path), options)
+    except TimeUpError:
+        return late(timeout or 0.0)
     except AdapterKitError as error:
         state = FAILED if isinstance(error, WriteError) else REFUSED
         return _wrong(state, error, error.exit_code, began)
@@ -62,6 +73,13 @@ def died(message: str) -> Outcome:
     """Return the outcome of an adapter that ends the process that looks at it."""
     told = {"error": {"kind": "WorkerDied", "message": message[:_LONGEST], "exit": UNCHECKED}}
     return Outcome(FAILED, UNCHECKED, f"its worker died: {message}"[:_LONGEST], math.inf, told)
+
+
+def late(seconds: float) -> Outcome:
+    """Return the outcome of an adapter that took longer than it may."""
+    message = f"took longer than {seconds:g} s; --timeout says how long it may"
+    told = {"error": {"kind": "TimeUp", "message": message, "exit": UNCHECKED}}
+    return Outcome(FAILED, UNCHECKED, message, math.inf, told, seconds)
 
 
 def _wrong(state: str, error: Exception, exit_code: int, began: float) -> Outcome:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adapterkit.errors import FormatError
+from adapterkit.errors import FormatError, WriteError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -85,13 +85,21 @@ class Ledger:
 
         Raises:
             FormatError: if the file is no ledger.
+            WriteError: if it cannot be written.
         """
-        self._base = sqlite3.connect(path, isolation_level=None)
+        self._path = path
+        try:
+            self._base = sqlite3.connect(path, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise _unwritten(path, error) from error
         try:
             # Readers do not wait for the writer; where that is not possible, SQLite says so here.
             self._base.execute("pragma journal_mode = wal")
             self._base.execute("pragma synchronous = normal")
             self._base.execute(_TABLE)
+        except sqlite3.OperationalError as error:
+            self._base.close()
+            raise _unwritten(path, error) from error
         except sqlite3.DatabaseError as error:
             self._base.close()
             raise FormatError(f"is no ledger ({error}); name another folder", path=path) from error
@@ -122,7 +130,11 @@ class Ledger:
                 yield job
 
     def note(self, action: str, options: str, rows: Iterable[tuple[Job, Outcome]]) -> None:
-        """Write outcomes in one step."""
+        """Write outcomes in one step.
+
+        Raises:
+            WriteError: if the disk is full or fails; what was written before stays.
+        """
         values = [
             (
                 *(job.path, action, options, job.identity, outcome.state, outcome.exit_code),
@@ -131,9 +143,12 @@ class Ledger:
             )
             for job, outcome in rows
         ]
-        self._base.execute("begin immediate")
-        self._base.executemany(_NOTE, values)
-        self._base.execute("commit")
+        try:
+            self._base.execute("begin immediate")
+            self._base.executemany(_NOTE, values)
+            self._base.execute("commit")
+        except sqlite3.OperationalError as error:
+            raise _unwritten(self._path, error) from error
 
     def rows(self, action: str, options: str, paths: Iterable[str]) -> Iterator[FleetRow]:
         """Yield what is known of some adapters, the worst first."""
@@ -152,3 +167,8 @@ class Ledger:
                     badness=math.inf if badness >= _INFINITE else badness,
                     result=json.loads(result),
                 )
+
+
+def _unwritten(path: Path, error: sqlite3.OperationalError) -> WriteError:
+    message = f"could not be written ({error}); what it has is kept, and the same again goes on"
+    return WriteError(message, path=path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -13,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from adapterkit.errors import AdapterKitError, WriteError
-from adapterkit.fleets.actions import Outcome, check_action, died, perform
+from adapterkit.errors import AdapterKitError, UsageError, WriteError
+from adapterkit.fleets.actions import Outcome, check_action, died, late, perform
 from adapterkit.fleets.discovery import discover, identity
 from adapterkit.fleets.execution import carried_out, dask_executor, process_pool
 from adapterkit.fleets.ledger import FleetRow, Job, Ledger
@@ -83,6 +84,7 @@ def run_fleet(
     dask: str | None = None,
     jobs: int | None = None,
     tries: int = 3,
+    timeout: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FleetReport:
     """Validate, audit, convert, inspect or fingerprint every adapter; what is known is kept.
@@ -100,15 +102,19 @@ def run_fleet(
         dask: address of a Dask scheduler, in place of an executor.
         jobs: how many run side by side; by default one for each processor.
         tries: how often an adapter that fails is tried in all.
+        timeout: seconds that one adapter may take, in processes of this machine; more is a failure.
         progress: takes how many adapters are done, and of how many.
 
     Raises:
-        UsageError: if the action is unknown, or Dask is not there.
+        UsageError: if the action is unknown, Dask is not there, or a time-out is given to what is
+            no process of this machine.
         NotFoundError: if there is nothing at a source.
-        WriteError: if another process writes the ledger, or the folder cannot be made.
+        WriteError: if another process writes the ledger, or it cannot be written.
         UncheckableError: if an executor of yours broke; what was done is kept.
     """
     check_action(action)
+    if timeout is not None and (dask is not None or executor is not None):
+        raise UsageError("timeout (--timeout) is for processes of this machine, not for executors")
     folder = Path(folder)
     given = _given(action, dict(options or {}), folder)
     told = json.dumps([given, import_module("adapterkit").__version__], sort_keys=True)
@@ -133,12 +139,24 @@ def run_fleet(
             if progress is not None:
                 progress(count, len(open_jobs))
 
+        begun: dict[str, float] = {}
+
+        def call(job: Job) -> tuple[Any, ...]:
+            begun[job.path] = time.monotonic()
+            return perform, action, job.path, given, timeout
+
+        def lost(job: Job, error: BaseException) -> Outcome:
+            """Say why a process ended that had this one call: a limit that it would not obey."""
+            if timeout is not None and time.monotonic() - begun[job.path] > timeout:
+                return late(timeout)
+            return died(str(error) or type(error).__name__)
+
         carried_out(
             open_jobs,
-            lambda job: (perform, action, job.path, given),
+            call,
             lambda: chosen if chosen is not None else process_pool(workers),
             note,
-            lambda _, error: died(str(error) or type(error).__name__),
+            lost,
             workers=workers,
         )
         rows = tuple(ledger.rows(action, told, paths))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.base import BaseModel
+from adapterkit.certificates import Making
 from adapterkit.dtype import DType
 from adapterkit.errors import UsageError
 from adapterkit.loading import load_all
@@ -69,6 +70,7 @@ def merge_files(
     unverified: bool = False,
     allow_lossy: bool = False,
     force: bool = False,
+    proof: bool = True,
     progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> MergeFilesReport:
@@ -88,6 +90,7 @@ def merge_files(
         unverified: allow families without a passing engine test.
         allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
+        proof: whether the file carries what it was made from and what it holds, for `verify`.
         settings: further arguments of `merge`.
         progress: told how many modules of how many are done, stage by stage.
 
@@ -122,7 +125,15 @@ def merge_files(
         ],
     )
     read = [each.source.path for each in loaded if each.source]
-    proven = save(ready.adapter, destination, target, options, force=force, spared=read)
+    proven = save(
+        ready.adapter,
+        destination,
+        target,
+        options,
+        force=force,
+        spared=read,
+        making=Making("merge", settings) if proof else None,
+    )
     return MergeFilesReport(
         **vars(proven),
         sources=tuple(each.label for each in loaded),

@@ -60,6 +60,7 @@ def command(
     as_format: str | None,
     outtype: str,
     *,
+    no_proof: bool,
     force: bool,
     as_json: bool,
     **thresholds: float | None,
@@ -98,5 +99,6 @@ def command(
             as_format=as_format,
             outtype=outtype,
             force=force,
+            proof=not no_proof,
         )
     rendering.answer(written, as_json=as_json)

@@ -62,7 +62,6 @@ _STREAM = "-"
 @options.moe_layout
 @options.unverified
 @options.allow_lossy
-@click.option("--no-proof", is_flag=True, help="Do not write a proof into DST for `verify`.")
 @options.jobs
 @options.as_results
 @click.pass_context

@@ -62,6 +62,7 @@ from adapterkit_cli.threads import single_threaded_blas
 @options.allow_lossy
 @click.option("--seed", type=int, metavar="N", default=0, help="Of the random directions.")
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Tensors at a time.")
+@options.no_proof
 @options.force
 @options.as_json
 def command(
@@ -81,6 +82,7 @@ def command(
     save_rest: bool,
     unverified: bool,
     allow_lossy: bool,
+    no_proof: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -110,6 +112,7 @@ def command(
             seed=seed,
             jobs=jobs,
             force=force,
+            proof=not no_proof,
             progress=progress,
         )
     rendering.answer(report, as_json=as_json)

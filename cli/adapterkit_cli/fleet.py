@@ -72,6 +72,12 @@ def command() -> None:
 @click.option(
     "--tries", type=click.IntRange(min=1), default=3, show_default=True, help="Of what fails."
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="For each adapter; one that takes longer has failed, and the others go on.",
+)
 @options.as_json
 @click.pass_context
 def run(
@@ -82,6 +88,7 @@ def run(
     jobs: int | None,
     dask: str | None,
     tries: int,
+    timeout: float | None,
     *,
     as_json: bool,
     **given: Any,
@@ -103,6 +110,7 @@ def run(
             dask=dask,
             jobs=jobs,
             tries=tries,
+            timeout=timeout,
             progress=progress,
         )
     written = write_fleet_tables(report, folder)

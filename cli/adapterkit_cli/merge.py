@@ -77,6 +77,7 @@ def _method_names(
 @options.unverified
 @options.allow_lossy
 @merge_into.options
+@options.no_proof
 @options.force
 @options.as_json
 def command(
@@ -88,6 +89,7 @@ def command(
     recipe: str | None,
     into: str | None,
     *,
+    no_proof: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -106,6 +108,7 @@ def command(
     # What is not given is left to the library, and to the recipe.
     arguments = {n: value for n, value in given.items() if value is not None and value is not False}
     arguments |= _numeric(weights, rank, params)
+    arguments["proof"] = not no_proof
     if recipe is not None:
         sources, destination = _with_recipe(recipe, sources, destination, arguments)
     if not sources:

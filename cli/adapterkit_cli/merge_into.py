@@ -37,6 +37,7 @@ _BOTH = (
     "as_format",
     "allow_lossy",
     "force",
+    "proof",
 )
 
 

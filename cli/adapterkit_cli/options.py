@@ -176,9 +176,12 @@ unverified = click.option(
 allow_lossy = click.option(
     "--allow-lossy", is_flag=True, help="Drop what the target cannot hold, and list it."
 )
+no_proof = click.option(
+    "--no-proof", is_flag=True, help="Do not write a proof into DST for `verify`."
+)
 force = click.option("--force", is_flag=True, help="Replace what is at the destination.")
 html = click.option(
     "--html", metavar="FILE", type=PATH, help="Write the report as one self-contained page too."
 )
 # What every command takes that writes an adapter in a format of choice.
-writing = _all(to, outtype, force)
+writing = _all(to, outtype, no_proof, force)

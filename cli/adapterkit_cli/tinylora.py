@@ -143,6 +143,7 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
     help="Seed of the projections.",
 )
 @_targets
+@options.no_proof
 @options.force
 @options.as_json
 def project(
@@ -156,6 +157,7 @@ def project(
     as_format: str | None,
     numerator: float,
     *,
+    no_proof: bool,
     force: bool,
     as_json: bool,
     **settings: Any,
@@ -181,6 +183,7 @@ def project(
             alpha=alpha,
             as_format=as_format,
             force=force,
+            proof=not no_proof,
         )
     if as_json:
         places = {"source": source, "destination": destination, "format": to}

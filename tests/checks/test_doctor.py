@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from click.testing import CliRunner
 from engine import AdapterFixture, convert_adapter, family_row, make_adapter, make_base
 from llama_server import served
@@ -146,6 +150,70 @@ def test_healthy_servers_raise_no_alarm(tuned: AdapterFixture, healthy: Path) ->
     for settings in ({"n_batch": 8}, {"flash_attn_type": "LLAMA_FLASH_ATTN_TYPE_DISABLED"}):
         with served(tuned.base.gguf, [(healthy, 1.0)], **settings) as url:
             assert examine(url, source=tuned.path, base=tuned.base.gguf).healthy
+
+
+# What to expect, computed by transformers and PEFT.
+
+
+# PEFT 0.21 asks transformers 5.23 for a property by its old name.
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tuned: AdapterFixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the base's directory with a tokenizer that agrees with its GGUF file: bytes."""
+    folder = tmp_path_factory.mktemp("transformers") / "base"
+    shutil.copytree(tuned.base.hf, folder)
+    fields = gguf.GGUFReader(tuned.base.gguf).fields
+    words = fields["tokenizer.ggml.tokens"].contents()
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    model = tokenizers.models.BPE(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[],
+        unk_token=named["unk_token"],
+        byte_fallback=True,
+    )
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", words.index("<s>"))]
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(folder)
+    return folder
+
+
+@PEFTS_OWN
+def test_transformers_and_peft_say_what_to_expect(
+    tuned: AdapterFixture, healthy: Path, with_tokenizer: Path
+) -> None:
+    for scale, condition in ((1.0, Condition.RIGHT), (0.25, Condition.STRENGTH)):
+        with served(tuned.base.gguf, [(healthy, scale)]) as url:
+            report = examine(url, source=tuned.path, base=with_tokenizer)
+        assert report.condition is condition
+        assert report.strength == pytest.approx(scale, rel=0.1)
+    broken = changed(healthy, "rows", unpermuted)
+    with served(tuned.base.gguf, [(broken, 1.0)]) as url:
+        # An adapter of another format is the same adapter.
+        assert examine(url, source=healthy, base=with_tokenizer).condition is Condition.ANOTHER
+    with served(tuned.base.gguf, [(healthy, 1.0)]) as url:
+        assert examine(url, source=healthy, base=with_tokenizer).condition is Condition.RIGHT
+
+
+@PEFTS_OWN
+def test_transformers_name_another_base_and_want_a_tokenizer(
+    tuned: AdapterFixture, healthy: Path, with_tokenizer: Path, tmp_path: Path
+) -> None:
+    other = make_base(family_row("llama"), tmp_path, seed=7)
+    with served(other.gguf, [(healthy, 1.0)]) as url:
+        report = examine(url, source=tuned.path, base=with_tokenizer)
+    assert report.condition is Condition.BASE
+    with (
+        served(tuned.base.gguf, [(healthy, 1.0)]) as url,
+        pytest.raises(UncheckableError, match="transformers does not take it"),
+    ):
+        examine(url, source=tuned.path, base=tuned.base.hf)
 
 
 def test_the_program(tuned: AdapterFixture, healthy: Path, tmp_path: Path) -> None:

@@ -205,6 +205,15 @@ def test_another_source_is_named(tmp_path: Path) -> None:
     assert "by its sha256" in report.notes[0]
 
 
+def test_the_source_of_a_command_that_changes_updates_is_told_by_its_bytes(tmp_path: Path) -> None:
+    adapterkit.compress_file(TINY, tmp_path / "made", rank=1)
+    report = verify(tmp_path / "made", against=TINY)
+    assert report.sound
+    assert "compress makes other updates of it" in report.notes[0]
+    assert report.options["rank"] == "1"
+    assert kinds(verify(tmp_path / "made", against=FIXTURES / "peft" / "tiny-weak")) == {"source"}
+
+
 def test_what_carries_none_is_uncheckable_and_what_is_none_refused(tmp_path: Path) -> None:
     with pytest.raises(UncheckableError, match="carries no proof"):
         verify(TINY)

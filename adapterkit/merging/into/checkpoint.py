@@ -26,6 +26,7 @@ from adapterkit.merging.into.steps import Added, Change, Product, Replaced, Rows
 from adapterkit.merging.into.tying import Tying, as_spelled, resolved
 from adapterkit.merging.into.vocabulary import grown
 from adapterkit.merging.into.writing import write_files
+from adapterkit.stamps import BESIDE as STAMP
 from adapterkit.storage import copy_file
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ MODEL = Directory(
         "spiece.model",
         "chat_template*",
         "*processor_config.json",
+        STAMP,
     ),
 )
 _PLAIN = {DType.F64, DType.F32, DType.F16, DType.BF16}
@@ -329,7 +331,7 @@ def _other_files(folder: Path, shards: set[str]) -> tuple[tuple[Path, ...], tupl
         for path in folder.rglob("*")
         if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     )
-    found = [path for path in found if str(path) not in {*shards, INDEX}]
+    found = [path for path in found if str(path) not in {*shards, INDEX, STAMP}]
     weights = [
         path
         for path in found

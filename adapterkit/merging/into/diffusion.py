@@ -16,6 +16,7 @@ from adapterkit.merging.into.huggingface import checkpoint_steps
 from adapterkit.merging.into.shards import Shard, planned_shards
 from adapterkit.merging.into.steps import Change
 from adapterkit.merging.into.writing import write_files
+from adapterkit.stamps import BESIDE
 from adapterkit.storage import copy_file
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def _other_files(base: BaseModel, shards: set[Path]) -> tuple[tuple[Path, ...], 
     for path in sorted(base.path.rglob("*")):
         relative = path.relative_to(base.path)
         if path.is_dir() or path in shards or any(p.startswith(".") for p in relative.parts):
+            continue
+        if relative.as_posix() == BESIDE:
             continue
         copy = path.parent in merged and path.name.endswith(_WEIGHTS) and path not in indexes
         (left if copy else copied).append(relative)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adapterkit.base.model import BaseModel
 from adapterkit.base.quantised import DecodedBase
+from adapterkit.certificates import ModelProof
 from adapterkit.destination import Directory, check_destination
 from adapterkit.dtype import DType
 from adapterkit.errors import NotFoundError, UnsupportedError, UsageError
@@ -27,6 +28,7 @@ from adapterkit.merging.into.diffusion import MODEL as DIFFUSION
 from adapterkit.merging.into.diffusion import plan_diffusion, respelled, write_diffusion_base
 from adapterkit.merging.into.gguf import MOST_ERROR, Allowed, check_rounding, check_type, plan_gguf
 from adapterkit.merging.into.journal import journalled, plan_hash
+from adapterkit.merging.into.proving import carry, model_proof, with_room
 from adapterkit.merging.into.reading import read_sources
 from adapterkit.merging.into.report import MergeIntoReport, TensorReport
 from adapterkit.merging.into.ruled import rule_of, settings_of, shares
@@ -71,6 +73,7 @@ def merge_into(
     allow_weak: bool = False,
     resume: bool = False,
     force: bool = False,
+    proof: bool = True,
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeIntoReport:
@@ -114,6 +117,7 @@ def merge_into(
         allow_weak: keep a GGUF type that loses much of the update.
         resume: go on where a killed merge with the same arguments ended.
         force: replace a file, or the parts of a model directory, that is there.
+        proof: whether the model carries what it was made from and what it holds, for `verify`.
         jobs: tensors at a time; by default one for each processor, 4 at most.
         progress: called with the bytes that are done, and all of them.
 
@@ -140,6 +144,7 @@ def merge_into(
     check_destination(destination, force=force, directory=_directory(opened))
     if dequantize and opened.kind == "gguf":
         raise UsageError("dequantize is for Hugging Face bases; use gguf_type (--gguf-type)")
+    original = opened
     plain = opened.kind == "hf" and not opened.layout
     decoded = checked(opened, dequantize=dequantize) if plain else None
     opened = decoded.base if decoded else opened
@@ -155,7 +160,19 @@ def merge_into(
     )
     if not any(key.role is not Role.BASE_COPY for s in adapters for key in s.adapter.tensors):
         raise UnsupportedError("holds nothing that was trained", path=adapters[0].label)
-    write = _Write(destination, threads(jobs), progress, resume, force)
+    said = {
+        "weights": [source.weight for source in adapters],
+        "normalize": normalize,
+        **settings_of(how),
+        "dtype": stored_type(dtype) if dtype else None,
+        "gguf_type": gguf_type,
+        "rounding": rounding,
+        "calibrate": calibration and calibration.name,
+        "tied": tied,
+        "dequantize": dequantize,
+    }
+    proven = model_proof(adapters, original, said) if proof else None
+    write = _Write(destination, threads(jobs), progress, resume, force, proven)
     if opened.kind == "gguf":
         allow = Allowed(requantise=allow_requantise, weak=allow_weak)
         tensors, more = _merge_file(
@@ -197,6 +214,7 @@ class _Write:
     progress: Callable[[int, int], None] | None
     resume: bool
     force: bool
+    proof: ModelProof | None
 
     def output(self, sources: Sequence[Source], directory: Directory | None = None) -> Output:
         """Return the destination; the adapters are not replaced by it."""
@@ -256,6 +274,7 @@ def _merge_directory(
         count = counter(plan.nbytes, write.progress)
         with journalled(output, key) as journal:
             tensors = write_checkpoint(plan, output.path, journal, write.jobs, count)
+            carry(write.proof, output.path, tensors)
     left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
     return tensors, [*said, *_grown(plan), *left]
 
@@ -282,6 +301,7 @@ def _merge_diffusion(
         folder = output.folder if single else output.path
         with journalled(output, key) as journal:
             tensors = write_diffusion_base(plan, folder, journal, write.jobs, count)
+            carry(write.proof, output.path, tensors)
     left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
     return tensors, left
 
@@ -308,8 +328,11 @@ def _merge_file(
         allow=allow,
         how=how,
     )
+    if write.proof is not None:
+        plan = with_room(write.proof, plan)
     file = plan.output(write.destination.name)
     settings = {"gguf_type": kind, "tied": tied, "segment": SEGMENT, "weak": allow.weak}
+    settings["proof"] = write.proof is not None
     settings |= {"rounding": rounding, **settings_of(how)}
     if calibrate is not None:
         settings["calibrate"] = blake2b(calibrate.read_bytes()).hexdigest()
@@ -318,6 +341,7 @@ def _merge_file(
         count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)
         with journalled(output, key) as journal:
             tensors = write_files([file], output.folder, journal, write.jobs, count)
+            carry(write.proof, output.path, tensors)
     return tensors, [*plan.notes, *unplaced(sources)]
 
 

@@ -20,6 +20,7 @@ from adapterkit.merging.into.steps import Change
 from adapterkit.merging.into.tying import Tying, as_spelled, resolved
 from adapterkit.merging.into.writing import OutputFile, Piece
 from adapterkit.quantisation import check_encodable
+from adapterkit.stamps import OURS
 from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 
@@ -298,7 +299,9 @@ def _metadata(
     notes: list[str],
 ) -> dict[str, GGUFValue]:
     """Return the base's metadata with the file type of what is stored now."""
-    found = {key: value for key, value in file.typed().items() if not key.startswith("split.")}
+    found = {
+        key: value for key, value in file.typed().items() if not key.startswith(("split.", OURS))
+    }
     before, after = _main_type(base.tensors), _main_type(tensors)
     if mixture:
         found["general.file_type"] = uint32(mixture.file_type)

@@ -11,6 +11,7 @@ from adapterkit.containers.safetensors import PREFIX, read_safetensors
 from adapterkit.errors import UnsupportedError
 from adapterkit.merging.into.steps import Change
 from adapterkit.merging.into.writing import OutputFile, Piece
+from adapterkit.stamps import OURS
 from adapterkit.storage import FileSlice, readable
 from adapterkit.tensor import LazyTensor
 
@@ -90,13 +91,15 @@ def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
 
 def _header(shard: Shard) -> bytes:
     """Return the base's own header, or one with the new types and shapes, metadata kept."""
-    if not shard.rewritten:
+    metadata = read_safetensors(shard.path).metadata
+    kept = {key: text for key, text in metadata.items() if not key.startswith(OURS)}
+    if not shard.rewritten and kept == metadata:
         with readable(shard.path), shard.path.open("rb") as file:
             prefix = file.read(PREFIX)
             return prefix + file.read(int.from_bytes(prefix, "little"))
     fields: dict[str, object] = {}
-    if metadata := read_safetensors(shard.path).metadata:
-        fields["__metadata__"] = dict(metadata)
+    if kept:
+        fields["__metadata__"] = kept
     end = 0
     for entry in shard.entries:
         begin, end = end, end + entry.tensor.nbytes

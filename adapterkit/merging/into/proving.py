@@ -1,0 +1,62 @@
+"""A merged model carries its proof: in a GGUF's metadata, else in a file of its directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.certificates import Making, ModelProof
+from adapterkit.errors import ProofError
+from adapterkit.stamps import KEY, contents, fill, stamp
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from adapterkit.base.model import BaseModel
+    from adapterkit.merging.into.gguf import EnginePlan
+    from adapterkit.merging.into.report import TensorReport
+    from adapterkit.merging.planning import Source
+    from adapterkit.model import AdapterTensorSet
+
+
+def model_proof(
+    sources: Sequence[Source], base: BaseModel, options: Mapping[str, object]
+) -> ModelProof:
+    """Look at what a model is merged from.
+
+    Raises:
+        FormatError: if a factor holds NaN or infinity.
+    """
+    adapters: dict[str, AdapterTensorSet] = {}
+    for source in sources:
+        name = Path(source.label).name
+        number = sum(1 for known in adapters if known.split(" (")[0] == name)
+        adapters[f"{name} ({number + 1})" if number else name] = source.adapter
+    origins = [source.adapter.provenance for source in sources]
+    making = Making("merge --into", options, [origin.path for origin in origins if origin])
+    return ModelProof(making, base, adapters)
+
+
+def with_room(proof: ModelProof, plan: EnginePlan) -> EnginePlan:
+    """Return the plan of a file whose metadata have room for its proof."""
+    blank = " " * proof.room(plan.tensors, plan.metadata)
+    return replace(plan, metadata={**plan.metadata, KEY: blank})
+
+
+def carry(proof: ModelProof | None, path: Path, reports: Sequence[TensorReport]) -> None:
+    """Have a finished model carry its proof; every byte of it is read once more.
+
+    Raises:
+        ProofError: if it is another one with it.
+    """
+    if proof is None:
+        return
+    found = contents(path)
+    text = proof.text(found, max((each.noise or 0.0 for each in reports), default=0.0))
+    if path.suffix == ".gguf" and path.is_file():
+        fill(path, text)
+        return
+    stamp(path, text)
+    if path.is_file() and contents(path) != found:
+        raise ProofError("was changed by writing its proof into it", path=path)
