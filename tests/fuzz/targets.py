@@ -203,6 +203,13 @@ def projected(path: Path) -> None:
 _METHODS = [spec.name for spec in adapterkit.merge_methods()]
 
 
+def _below_its_config() -> Sample:
+    """Return weights in a checkpoint whose adapter lies in the folder above it."""
+    config, weights = "adapter_config.json", "adapter_model.safetensors"
+    read = {name: (TINY / name).read_bytes() for name in (config, weights)}
+    return Sample({config: read[config], f"global_step5/{weights}": read[weights]}, "global_step5")
+
+
 def _bases() -> tuple[Sample, ...]:
     return found("*/*/config.json", "validation/bases/*/config.json")
 
@@ -236,6 +243,7 @@ TARGETS: dict[str, Target] = {
         for spec in formats()
         if spec.reads
     },
+    "format peft-weights": Target((_below_its_config(),), adapter),
     "config": Target(_bases(), lambda path: validate(TINY, base=path, targets=["vllm"])),
     "gguf base": Target(
         found("validation/bases/*/*.gguf", "validation/gguf*/*.gguf"),
