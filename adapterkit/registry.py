@@ -23,7 +23,7 @@ from adapterkit.storage import alike, readable
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004
+    from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004  (slow to import)
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss
 
