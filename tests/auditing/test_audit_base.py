@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from audit_adapters import adapter, gaussian, layered, written
-from audit_bases import Array, decaying, found_by_name, tuned
+from audit_adapters import adapter, decaying, gaussian, layered, written
+from audit_bases import Array, found_by_name, tuned
 from engine import BaseFixture, family_row, make_base
 from peft.tuners.lora import LoraLayer
 from terminal import PEFT, invoke

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from audit_adapters import orthonormal
-from audit_bases import decaying, found_by_name, tuned
+from audit_adapters import decaying, orthonormal
+from audit_bases import found_by_name, tuned
 from engine import BaseFixture, family_row, make_base
 from peft.tuners.lora import intruders as of_peft
 

@@ -9,7 +9,6 @@ import numpy as np
 import peft
 import torch
 import transformers
-from audit_adapters import orthonormal
 
 from adapterkit import BaseAudit, WeightAudit
 
@@ -54,10 +53,3 @@ def found_by_name(report: Any) -> dict[str, WeightAudit]:
     assert isinstance(base, BaseAudit)
     assert base.not_compared == ()
     return {row.name: row for row in base.weights}
-
-
-def decaying(rows: int, columns: int, power: float, seed: int = 0) -> Array:
-    random = np.random.default_rng(seed)
-    count = min(rows, columns)
-    values = (1.0 + np.arange(count)) ** -power
-    return (orthonormal(random, rows, count) * values) @ orthonormal(random, columns, count).T

@@ -50,13 +50,6 @@ def read(path: Path, **options: Any) -> AdapterTensorSet:
     return read_mlx(path, Options(**options))
 
 
-def dense(adapter: AdapterTensorSet) -> dict[str, np.ndarray]:
-    return {
-        pair.module: pair.scale * pair.b.numpy().astype(float) @ pair.a.numpy().astype(float)
-        for pair in adapter.pairs()
-    }
-
-
 def same(got: np.ndarray, want: np.ndarray) -> None:
     """Equal but for the order in which float64 products were summed."""
     assert got.shape == want.shape

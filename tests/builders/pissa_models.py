@@ -13,8 +13,6 @@ from transformers import LlamaForCausalLM
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from adapterkit.model import AdapterTensorSet
-
 
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
 TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]
@@ -70,13 +68,6 @@ def merged(base: Path, adapter: Path, model_class: Any = LlamaForCausalLM) -> di
     }
     after = loaded(base, adapter, model_class).merge_and_unload().named_parameters()
     return {name: (x.detach().double() - before[name].double()).numpy() for name, x in after}
-
-
-def dense(adapter: AdapterTensorSet) -> dict[str, np.ndarray]:
-    return {
-        pair.module: pair.scale * pair.b.numpy().astype(float) @ pair.a.numpy().astype(float)
-        for pair in adapter.pairs()
-    }
 
 
 def relative(got: Any, want: Any) -> float:

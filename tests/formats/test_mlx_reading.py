@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlx_files import FIXTURES, IN, OUT, E, Q, R, dense, drawn, hf, linear, read, same, saved, stack
+from dense_updates import dense
+from mlx_files import FIXTURES, IN, OUT, E, Q, R, drawn, hf, linear, read, same, saved, stack
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, MixtralConfig
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dense_updates import dense
 from mlx_files import (
     FIXTURES,
     IN,
@@ -14,7 +15,6 @@ from mlx_files import (
     E,
     R,
     change,
-    dense,
     drawn,
     hf,
     linear,

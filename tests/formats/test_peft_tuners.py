@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from dense_updates import dense
 from peft import PeftModel, get_peft_model
 from quiet_peft import quiet_peft
 from safetensors.torch import load_file
@@ -31,7 +32,6 @@ from adapterkit.registry import detect
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adapterkit.model import AdapterTensorSet
 
 transformers.utils.logging.disable_progress_bar()
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
@@ -89,13 +89,6 @@ def merged(base: Path, adapter: Path, model_class: Any = LlamaForCausalLM) -> di
     model = PeftModel.from_pretrained(model_class.from_pretrained(base), adapter)
     after = model.double().merge_and_unload()
     return {n: x.detach().double().numpy() - before[n] for n, x in after.named_parameters()}
-
-
-def dense(adapter: AdapterTensorSet) -> dict[str, np.ndarray]:
-    return {
-        pair.module: pair.scale * pair.b.numpy().astype(float) @ pair.a.numpy().astype(float)
-        for pair in adapter.pairs()
-    }
 
 
 def logits(model: Any) -> torch.Tensor:

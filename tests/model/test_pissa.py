@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pissa_models import TARGETS, apart, dense, loaded, logits, merged, relative, tuned
+from dense_updates import dense
+from pissa_models import TARGETS, apart, loaded, logits, merged, relative, tuned
 from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
 from small_llama import saved_llama
