@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ class Comparison:
         for name, found in self.differences.items():
             if module is None or not found.relative_error <= error:
                 module, error = name, found.relative_error
-                if error != error:  # noqa: PLR0124  (NaN: nothing is worse)
+                if math.isnan(error):  # nothing is worse
                     break
         return module, error
 
@@ -158,7 +159,7 @@ def prove(
     """
     comparison = compare(source, written)
     module, error = comparison.worst
-    if error != error or error == float("inf"):  # noqa: PLR0124  (NaN)
+    if not math.isfinite(error):
         _blame(source, module or "")
     missing = (*comparison.only_in_first, *comparison.only_in_second)
     if missing:

@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from adapterkit import strangers
 from adapterkit.beside import trained_names
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.destination import Directory
-from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError, UsageError, unknown
+from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError
 from adapterkit.json_file import read_json_object
 from adapterkit.notes import Provenance
+from adapterkit.plugins import named, plugged_in
 from adapterkit.stamps import BESIDE
 from adapterkit.storage import alike, readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from importlib.metadata import EntryPoint
 
-    from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004
+    from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004  (slow to import)
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss
 
 _GROUP = "adapterkit.formats"
 _CONFIG = "adapter_config.json"
-
-
-class _HasName(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-_Named = TypeVar("_Named", bound=_HasName)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,43 +265,9 @@ def _replaced_files() -> tuple[str, ...]:
     return (*_adapter_files(), *trained_names(), BESIDE)
 
 
-@functools.cache
-def plugins(group: str) -> tuple[Any, ...]:
-    """Return what the entry points of a group name."""
-    # Looked up only when nothing built in answers: the import alone is slow.
-    from importlib.metadata import entry_points
-
-    return tuple(_loaded(entry) for entry in entry_points(group=group))
-
-
-def _loaded(entry: EntryPoint) -> Any:
-    try:
-        return entry.load()
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UsageError(
-            f"the plug-in {entry.name!r} ({entry.value}) cannot be imported: {reason}; mend it, or "
-            "uninstall the package that brings it"
-        ) from error
-
-
-def named(what: str, name: str, builtin: Sequence[_Named], group: str) -> _Named:
-    """Return the row of a name, built in or from the entry points of a group.
-
-    Raises:
-        UsageError: if there is none; the message lists all.
-    """
-    if found := next((known for known in builtin if known.name == name), None):
-        return found
-    every: tuple[_Named, ...] = (*builtin, *plugins(group))
-    if found := next((known for known in every if known.name == name), None):
-        return found
-    raise unknown(what, name, (known.name for known in every))
-
-
 def formats() -> tuple[FormatSpec, ...]:
     """Return every format: built in, then from the entry points in group adapterkit.formats."""
-    return (*BUILTIN, *plugins(_GROUP))
+    return (*BUILTIN, *plugged_in(_GROUP))
 
 
 def spec(name: str) -> FormatSpec:
@@ -339,7 +296,7 @@ def detect(path: Path) -> FormatSpec:
             raise UnknownFormatError(left, path=path)
         found = _recognised(path, BUILTIN[:-1])
         # What a plug-in knows is no hand-written file.
-        found = found or _recognised(path, (*plugins(_GROUP), BUILTIN[-1]))
+        found = found or _recognised(path, (*plugged_in(_GROUP), BUILTIN[-1]))
         if found:
             return found
         stranger = strangers.named(path)
@@ -382,9 +339,11 @@ def claims(known: FormatSpec, path: Path) -> bool:
 
 def by_suffix(suffix: str) -> FormatSpec | None:
     """Return the format that a destination's suffix means, None if it means none."""
-    return next((known for known in BUILTIN if suffix in known.suffixes), None) or next(
-        (known for known in (plugins(_GROUP) if suffix else ()) if suffix in known.suffixes), None
-    )
+    for known in BUILTIN:
+        if suffix in known.suffixes:
+            return known
+    added: tuple[FormatSpec, ...] = plugged_in(_GROUP) if suffix else ()
+    return next((known for known in added if suffix in known.suffixes), None)
 
 
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:

@@ -214,7 +214,7 @@ def _measured(
 def _update(changed: Operator) -> tuple[Triplets, float]:
     """Return the leading r triplets of ΔW, and ‖ΔW‖_F: from the factors, unless it is a DoRA."""
     assert changed.left is not None  # noqa: S101  (the update's operator)
-    assert changed.right is not None  # noqa: S101
+    assert changed.right is not None  # noqa: S101  (as is its left)
     if changed.rows is not None:
         rank = min(changed.left.shape[1], *changed.shape)
         update = replace(changed, minus=True)

@@ -161,7 +161,7 @@ def hoyer(energy: Array) -> float | None:
         energy: (n,) squared norms.
     """
     count, total = energy.size, float(energy.sum())
-    if count < 2 or not total:  # noqa: PLR2004
+    if count <= 1 or not total:
         return None
     spread = float(np.sqrt(energy).sum()) / math.sqrt(total)
     return max((math.sqrt(count) - spread) / (math.sqrt(count) - 1), 0.0)

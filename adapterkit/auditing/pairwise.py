@@ -1,8 +1,7 @@
 """What clashes when adapters are merged: their updates held against each other, module by module.
 
-Everything comes from r x r products of the factors. With ΔW = U Σ Vᵀ, U = B·T and V = Aᵀ·S for
-small T and S, so UᵢᵀUⱼ = Tᵢᵀ(BᵢᵀBⱼ)Tⱼ; the vectors themselves are never formed. The one exception
-is the conflict of signs, which is a matter of entries: it is counted on a grid of them.
+Everything comes from r x r products of the factors (`overlaps`). The one exception is the conflict
+of signs, which is a matter of entries: it is counted on a grid of them.
 
 No number here sees data: orthogonal updates may still disturb each other on real activations.
 """
@@ -22,10 +21,17 @@ from adapterkit.auditing.interference import (
     ModuleInterference,
     PairInterference,
 )
+from adapterkit.auditing.overlaps import (
+    Products,
+    SpectralUpdate,
+    overlap,
+    products_of,
+    spectral,
+    task_interference,
+)
 from adapterkit.auditing.sketches import copies, sketched_gram
 from adapterkit.errors import UncheckableError
-from adapterkit.lowrank.decomposition import decompose
-from adapterkit.lowrank.products import Array, LowRank, expert, unscaled
+from adapterkit.lowrank.products import Array, expert, unscaled
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
@@ -34,44 +40,12 @@ if TYPE_CHECKING:
     from adapterkit.auditing.report import AdapterAudit
     from adapterkit.model import AdapterTensorSet, Update
 
-# Directions that hold less than 1e-12 of the energy are no directions to compare.
-_NOTHING = 1e-6
 _GRID = 192
 # Adapters up to which every two are compared in detail; of more, as many pairs.
 _CLOSELY = 12
 OPPOSED = -0.1
 REDUNDANT = 0.5
 ENTANGLED = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """One matrix of one adapter; U = B·to_u and V = Aᵀ·to_v."""
-
-    a: Array
-    b: Array
-    values: Array
-    to_u: Array
-    to_v: Array
-    sign: float
-
-    @property
-    def energy(self) -> float:
-        return float((self.values**2).sum())
-
-
-@dataclass(frozen=True, slots=True)
-class _Products:
-    """UᵢᵀUⱼ and VᵢᵀVⱼ of every two updates of one matrix, as blocks."""
-
-    left: dict[tuple[int, int], Array]
-    right: dict[tuple[int, int], Array]
-
-    def inner(self, updates: dict[int, _Update], i: int, j: int) -> float:
-        """Return ⟨ΔWᵢ, ΔWⱼ⟩."""
-        first, second = updates[i], updates[j]
-        weight = np.outer(first.values, second.values) * (first.sign * second.sign)
-        return float((weight * self.left[i, j] * self.right[i, j]).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +180,7 @@ def _compare_alike(alike: dict[int, Update], wanted: set[tuple[int, int]]) -> li
     found: list[_Compared] = []
     for place, experts in enumerate(zip(*(unscaled(p) for p in alike.values()), strict=True)):
         updates = {
-            number: _update(each, pair.scale)
+            number: spectral(each, pair.scale)
             for (number, pair), each in zip(alike.items(), experts, strict=True)
         }
         first = next(iter(alike.values()))
@@ -216,43 +190,23 @@ def _compare_alike(alike: dict[int, Update], wanted: set[tuple[int, int]]) -> li
     return found
 
 
-def _update(each: LowRank, scale: float) -> _Update:
-    found = decompose(LowRank(each.b * abs(scale), each.a), _NOTHING)
-    return _Update(
-        each.a,
-        found.update.b,
-        found.values,
-        found.left,
-        found.right.T,
-        math.copysign(1.0, scale),
-    )
-
-
-def _matrix(name: str, updates: dict[int, _Update], wanted: set[tuple[int, int]]) -> _Compared:
+def _matrix(
+    name: str, updates: dict[int, SpectralUpdate], wanted: set[tuple[int, int]]
+) -> _Compared:
     here = [pair for pair in combinations(updates, 2) if pair in wanted]
-    products = _products(updates, here)
+    products = products_of(updates, here)
     signs = _signs(updates)
     inner = {(i, j): products.inner(updates, i, j) for i, j in here}
     pairs = {(i, j): _module(name, updates, products, (i, j), inner[i, j], signs) for i, j in here}
     task, relative, ratio = None, None, None
     if len(here) == len(updates) * (len(updates) - 1) // 2:
-        task, relative = _task_interference(updates, products, list(updates))
+        task, relative = task_interference(updates, products, list(updates))
         energy = sum(update.energy for update in updates.values())
         ratio = _ratio(energy, sum(inner.values()))
     return _Compared(pairs, inner, JointInterference(name, len(updates), ratio, task, relative))
 
 
-def _products(updates: dict[int, _Update], pairs: Sequence[tuple[int, int]]) -> _Products:
-    left: dict[tuple[int, int], Array] = {}
-    right: dict[tuple[int, int], Array] = {}
-    for i, j in pairs:
-        first, second = updates[i], updates[j]
-        left[i, j] = first.to_u.T @ (first.b.T @ second.b) @ second.to_u
-        right[i, j] = first.to_v.T @ (first.a @ second.a.T) @ second.to_v
-    return _Products(left, right)
-
-
-def _signs(updates: dict[int, _Update]) -> dict[int, Array]:
+def _signs(updates: dict[int, SpectralUpdate]) -> dict[int, Array]:
     """Return the signs of ΔW on one grid of rows and columns, all of them where they are few."""
     first = next(iter(updates.values()))
     out, inputs = first.b.shape[0], first.a.shape[1]
@@ -267,8 +221,8 @@ def _signs(updates: dict[int, _Update]) -> dict[int, Array]:
 
 def _module(
     name: str,
-    updates: dict[int, _Update],
-    products: _Products,
+    updates: dict[int, SpectralUpdate],
+    products: Products,
     numbers: tuple[int, int],
     inner: float,
     signs: dict[int, Array],
@@ -278,11 +232,11 @@ def _module(
     if not first.values.size or not second.values.size:
         return ModuleInterference(**_UNKNOWN, module=name, lost_energy=0.0)
     ranks = first.values.size, second.values.size
-    left, left_angles = _overlap(products.left[i, j])
-    right, right_angles = _overlap(products.right[i, j])
+    left, left_angles = overlap(products.left[i, j])
+    right, right_angles = overlap(products.right[i, j])
     chance = [max(ranks) / size for size in (first.b.shape[0], first.a.shape[1])]
     cosine = _clipped(inner / math.sqrt(first.energy) / math.sqrt(second.energy))
-    task, relative = _task_interference(updates, products, [i, j])
+    task, relative = task_interference(updates, products, [i, j])
     meeting = signs[i] * signs[j]
     decided = np.count_nonzero(meeting)
     return ModuleInterference(
@@ -321,38 +275,6 @@ _UNKNOWN: dict[str, Any] = {
     "left_angles": (),
     "right_angles": (),
 }
-
-
-def _overlap(product: Array) -> tuple[float, tuple[float, ...]]:
-    """Return ‖U₁ᵀU₂‖² / min(r₁, r₂) and the principal angles in degrees (Björck and Golub 1973)."""
-    cosines = np.clip(np.linalg.svd(product, compute_uv=False), 0.0, 1.0)
-    angles = np.degrees(np.arccos(cosines))
-    return float((cosines**2).mean()), tuple(angles.tolist())
-
-
-def _task_interference(
-    updates: dict[int, _Update], products: _Products, numbers: Sequence[int]
-) -> tuple[float | None, float | None]:
-    """Return ‖(UᵀU - I) Σ (VᵀV - I)‖₁ over all singular vectors side by side, and it over Σσ.
-
-    Within one adapter the vectors are orthonormal, so that only blocks of two adapters are not 0.
-    A negative scale is a turned V; that of the outer adapter does not change a magnitude.
-    """
-    total = 0.0
-    for i in numbers:
-        for j in numbers:
-            block: Array | float = 0.0
-            for k in numbers:
-                if k not in {i, j}:
-                    left, right = _block(products.left, i, k), _block(products.right, k, j)
-                    block = block + (left * updates[k].values) @ right * updates[k].sign
-            total += float(np.abs(block).sum())
-    amplitude = sum(float(updates[number].values.sum()) for number in numbers)
-    return (total, total / amplitude) if amplitude else (None, None)
-
-
-def _block(products: dict[tuple[int, int], Array], i: int, j: int) -> Array:
-    return products[i, j] if (i, j) in products else products[j, i].T
 
 
 def _verdict(cosine: float, left: tuple[float, float], right: tuple[float, float]) -> str:

@@ -272,7 +272,7 @@ def _other_shards(path: Path, metadata: Mapping[str, Any], name: str) -> dict[st
     from adapterkit.containers.gguf import read_gguf
 
     count = Table(metadata, path).get("split.count", whole(0, _MOST_PARTS), 0)
-    if count < 2:  # noqa: PLR2004  (one file is no split)
+    if count <= 1:  # one file is no split
         return {}
     named = _SPLIT.match(path.name)
     if named is None:

@@ -182,7 +182,7 @@ class _Machine:
     def ask_for_stacked(self, _: None) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("STACK_GLOBAL without two strings")  # noqa: TRY004
+            raise ValueError("STACK_GLOBAL without two strings")  # noqa: TRY004  (as any bad pickle)
         self._ask(module, name)
 
     def call(self, _: None) -> None:
@@ -371,8 +371,8 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.remember),
     "NONE": lambda machine, _: machine.push(None),
-    "NEWTRUE": lambda machine, _: machine.push(True),  # noqa: FBT003
-    "NEWFALSE": lambda machine, _: machine.push(False),  # noqa: FBT003
+    "NEWTRUE": lambda machine, _: machine.push(True),  # noqa: FBT003  (a value)
+    "NEWFALSE": lambda machine, _: machine.push(False),  # noqa: FBT003  (a value)
     "EMPTY_DICT": lambda machine, _: machine.push_container({}),
     "EMPTY_LIST": lambda machine, _: machine.push_container([]),
     "EMPTY_SET": lambda machine, _: machine.push_container(set[object]()),

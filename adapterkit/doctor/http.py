@@ -70,7 +70,7 @@ class Client:
         """
         data = json.dumps(document).encode()
         headers = {"Content-Type": "application/json"}
-        return self._asked(Request(self.url + path, data, headers), optional=optional)  # noqa: S310
+        return self._asked(Request(self.url + path, data, headers), optional=optional)  # noqa: S310  (http)
 
     def _asked(self, request: Request, *, optional: bool) -> Any | None:
         left = self._until - time.monotonic()

@@ -306,7 +306,7 @@ def _objects(value: Any, *way: str | int) -> list[dict[str, Any]]:
 
 def _distribution(told: Iterable[tuple[int | str, float]], client: Client) -> Distribution:
     found = {token: float(value) for token, value in told if value is not None}  # pyright: ignore[reportUnnecessaryComparison]
-    if len(found) < 2:  # noqa: PLR2004  (one token is no distribution)
+    if len(found) <= 1:  # one token is no distribution
         message = "tells no log-probabilities; it is too old, or they are switched off"
         raise UncheckableError(message, path=client.url)
     return found

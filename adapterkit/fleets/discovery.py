@@ -40,7 +40,8 @@ def discover(sources: Iterable[Path | str]) -> list[Path]:
     found: dict[str, Path] = {}
     for source in sources:
         for path in _of(source, ()):
-            found.setdefault(os.path.realpath(path), Path(os.path.abspath(path)))  # noqa: PTH100
+            whole = os.path.abspath(path)  # noqa: PTH100  (links stay links)
+            found.setdefault(os.path.realpath(path), Path(whole))
     return sorted(found.values())
 
 

@@ -129,7 +129,7 @@ def _pursued(chosen: Array, narrow: NDArray[np.float32], place: int) -> Sum | No
     parents = [picked[i] for i in kept]
     weights = _solved(chosen[parents], target)
     residual = float(np.linalg.norm(target - weights @ chosen[parents]))
-    if len(parents) < 2 or residual > _EXPLAINED:  # noqa: PLR2004  (a sum has two terms)
+    if len(parents) <= 1 or residual > _EXPLAINED:
         return None
     cosines = np.abs(narrow[parents] @ narrow[parents].T) - np.eye(len(parents))
     if residual > ROUNDED and float(cosines.max()) > _STAGES:

@@ -87,7 +87,7 @@ def orthogonal_triangle(tall: Array) -> Array:
     *stack, rows, columns = tall.shape
     height = max(_BLOCK_ROWS, 4 * columns)
     whole = rows // height
-    if whole < 2 or not columns:  # noqa: PLR2004  (one block is the plain decomposition)
+    if whole <= 1 or not columns:  # one block is the plain decomposition
         return _upper(tall)
     blocks = tall[..., : whole * height, :].reshape(*stack, whole, height, columns)
     heads = _upper(blocks).reshape(*stack, -1, columns)

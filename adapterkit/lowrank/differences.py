@@ -146,4 +146,4 @@ def silent(pair: Update) -> bool:
 def _over(apart: float, reference: float) -> float:
     if reference:
         return apart / reference
-    return 0.0 if apart == 0 else float("nan") if apart != apart else float("inf")  # noqa: PLR0124
+    return 0.0 if apart == 0 else math.nan if math.isnan(apart) else math.inf

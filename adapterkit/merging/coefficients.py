@@ -147,7 +147,7 @@ def model_stock(gram: Array, weights: Array, parameters: Parameters) -> Array:
     lengths = np.sqrt(np.diag(gram))
     there = np.flatnonzero(lengths)
     count = there.size
-    if count < 2:  # noqa: PLR2004  (no pair)
+    if count <= 1:
         return weights
     cosines = gram[np.ix_(there, there)] / np.outer(lengths[there], lengths[there])
     cosine = float(cosines.sum() - np.trace(cosines)) / (count * (count - 1))

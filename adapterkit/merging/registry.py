@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from adapterkit.merging.aliases import ALIASES, MethodAlias, alias
-from adapterkit.registry import named, plugins
+from adapterkit.plugins import named, plugged_in
 
 _GROUP = "adapterkit.merge_methods"
 SPACES = ("delta", "knots", "core", "core-balanced")
@@ -331,7 +331,7 @@ BUILTIN = (
 
 def merge_methods() -> tuple[MethodSpec, ...]:
     """Return every method: built in, then from entry points in group adapterkit.merge_methods."""
-    return (*BUILTIN, *plugins(_GROUP))
+    return (*BUILTIN, *plugged_in(_GROUP))
 
 
 def method(name: str) -> MethodSpec:

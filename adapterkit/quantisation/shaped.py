@@ -113,7 +113,7 @@ def _better_blocks(x: Array, starts: tuple[Array, ...], dtype: DType, weights: A
             continue
         better = errors < least
         best[better], least[better] = raw[better], errors[better]
-    assert best is not None  # noqa: S101
+    assert best is not None  # noqa: S101  (there is a start)
     return best.reshape(x.shape[1], -1)
 
 

@@ -82,8 +82,8 @@ def _mixed(selection: Selection, bank: Array) -> Array:
         powers = np.exp(chosen - chosen.max(-1, keepdims=True))
         weights = powers / powers.sum(-1, keepdims=True)
     else:
-        assert selection.indices is not None  # noqa: S101
-        assert selection.weights is not None  # noqa: S101
+        assert selection.indices is not None  # noqa: S101  (where there are no logits)
+        assert selection.weights is not None  # noqa: S101  (beside indices)
         indices = selection.indices.numpy().astype(np.intp)
         stored = wide(selection.weights)
         weights = np.concatenate([stored, 1 - stored.sum(-1, keepdims=True)], axis=-1)

@@ -6,67 +6,34 @@ import json
 import math
 import re
 import tracemalloc
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import peft
 import pytest
-import torch
-import transformers
-from audit_adapters import adapter, gaussian, layered, orthonormal, written
+from audit_adapters import adapter, decaying, gaussian, layered, written
+from audit_bases import Array, found_by_name, tuned
 from engine import BaseFixture, family_row, make_base
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora import intruders as of_peft
 from terminal import PEFT, invoke
 
-from adapterkit import BaseAudit, WeightAudit, audit, read
+from adapterkit import WeightAudit, audit, read
 from adapterkit.auditing.against_base import against_base
-from adapterkit.auditing.intruders import intruders
 from adapterkit.base import open_base
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UncheckableError, UsageError
 from adapterkit.keys import Role, TensorKey
-from adapterkit.lowrank.operators import Operator
-from adapterkit.lowrank.sketching import leading
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
-# transformers and peft have no types that a strict checker can follow.
-hub: Any = transformers
-lora: Any = peft
-randomness: Any = torch
-peft_intruders: Any = of_peft
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseFixture]:
     names = ("llama", "gpt2", "mixtral")
     return {name: make_base(family_row(name), tmp_path_factory.mktemp(name)) for name in names}
-
-
-def tuned(base: BaseFixture, folder: Path, **settings: Any) -> Any:
-    """Save a random adapter of a base; return the live model."""
-    model = hub.AutoModelForCausalLM.from_pretrained(base.hf, dtype=torch.float32)
-    config = lora.LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "init_lora_weights": False, **settings},
-        fan_in_fan_out=base.row.name == "gpt2",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        randomness.manual_seed(3)
-        live = lora.get_peft_model(model, config)
-        with torch.no_grad():
-            for name, parameter in live.named_parameters():
-                if "magnitude" in name:
-                    parameter.mul_(1 + 0.3 * torch.rand(parameter.shape))
-        live.save_pretrained(folder, save_embedding_layers=False)
-    return live
 
 
 def weights_of(live: Any) -> dict[str, tuple[Array, Array]]:
@@ -105,13 +72,6 @@ def check(row: WeightAudit, old: Array, new: Array, rank: int) -> None:
     assert row.amplification == pytest.approx(np.linalg.norm(update) / seen, rel=1e-3)
     retention = np.linalg.norm(old.T @ u[:, :10], axis=0) / after[:10]
     assert row.retention == pytest.approx(retention, rel=1e-3)
-
-
-def found_by_name(report: Any) -> dict[str, WeightAudit]:
-    base = report.adapters[0].base
-    assert isinstance(base, BaseAudit)
-    assert base.not_compared == ()
-    return {row.name: row for row in base.weights}
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -153,84 +113,6 @@ def test_experts_are_measured_one_by_one(bases: dict[str, BaseFixture], tmp_path
             assert row.expert == number
             assert row.update_frobenius_norm is not None
             check(row, old[number], new[number], 4)
-
-
-@pytest.mark.parametrize("scale", [0.5, 8, 64])
-def test_exact_intruders_are_those_that_peft_finds(
-    bases: dict[str, BaseFixture], tmp_path: Path, scale: float
-) -> None:
-    live = tuned(
-        bases["llama"], tmp_path / "a", target_modules=["q_proj", "o_proj"], lora_alpha=scale
-    )
-    said: list[str] = []
-    peft_intruders.reduce_intruder_dimension(live, logging_sink=said.append)
-    counts = {
-        line.split(": ")[0].removeprefix("base_model.model."): line.rsplit(" ", 1)[1]
-        for line in said
-        if "ntruders" in line
-    }
-    rows = found_by_name(audit(tmp_path / "a", base=bases["llama"].hf, exact=True))
-    assert rows.keys() == counts.keys()
-    assert any(count.isdigit() for count in counts.values()) == (scale > 1)
-    for module, row in rows.items():
-        wanted = 0 if counts[module] == "intruders" else int(counts[module])
-        assert row.intruder_dimensions == wanted
-        assert row.intruder_cosines is not None
-        assert sum(value < 0.5 for value in row.intruder_cosines) == wanted
-
-
-def decaying(rows: int, columns: int, power: float, seed: int = 0) -> Array:
-    random = np.random.default_rng(seed)
-    count = min(rows, columns)
-    values = (1.0 + np.arange(count)) ** -power
-    return (orthonormal(random, rows, count) * values) @ orthonormal(random, columns, count).T
-
-
-@pytest.mark.parametrize("gain", [0.0, 0.01, 0.5, 2.0, 6.0])
-def test_the_estimate_counts_planted_intruders(gain: float) -> None:
-    weight = decaying(300, 260, 0.5)
-    random = np.random.default_rng(5)
-    left, right = orthonormal(random, 300, 3), orthonormal(random, 260, 3)
-    changed = Operator(weight, gain * left, np.ascontiguousarray(right.T))
-    found = leading(changed, 10, tolerance=1e-3)
-    retention = np.linalg.norm(weight.T @ found.left, axis=0) / found.values
-    old = np.linalg.svd(weight)[0]
-    new = np.linalg.svd(changed.plane.dense())[0][:, :10]
-    exact = int((np.abs(new.T @ old).max(axis=1) < 0.5).sum())
-    assert exact == (3 if gain >= 0.5 else 0)
-    assert int((retention < 0.7).sum()) == exact
-    if not gain:
-        assert retention == pytest.approx(np.ones(10), abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["falling", "steep", "flat", "bulk"])
-@pytest.mark.parametrize("gain", [0.1, 0.3, 0.6, 1.0, 3.0])
-def test_the_definition_is_within_the_range(
-    gain: float, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    random = np.random.default_rng(7)
-    rows, columns, rank = 300, 260, 6
-    noise = random.standard_normal((rows, columns)) / rows**0.5
-    weight = {
-        "falling": decaying(rows, columns, 0.5),
-        "steep": decaying(rows, columns, 1.0),
-        "flat": noise,
-        "bulk": noise + 6 * decaying(rows, columns, 1.0),
-    }[kind]
-    size = gain * np.linalg.norm(weight, 2) * np.linspace(1, 0.3, rank)
-    left, right = orthonormal(random, rows, rank), orthonormal(random, columns, rank)
-    plain = Operator(weight)
-    changed = Operator(weight, left * size, np.ascontiguousarray(right.T))
-    old, new = (leading(each, 11, tolerance=1e-3) for each in (plain, changed))
-    retention = np.linalg.norm(weight.T @ new.left[:, :10], axis=0) / new.values[:10]
-    exact = intruders(plain, changed, old, new, retention, exact=True)
-    assert exact.least == exact.count == exact.most
-    assert intruders(plain, changed, old, new, retention, exact=False).count == exact.count
-    monkeypatch.setattr("adapterkit.auditing.intruders._AFFORDABLE", 0)
-    found = intruders(plain, changed, old, new, retention, exact=False)
-    assert found.least <= exact.count <= found.most
-    assert found.least <= found.count <= found.most
-    assert abs(found.count - exact.count) <= (2 if kind == "flat" else 1)
 
 
 def model_of(folder: Path, weights: dict[str, Array], **config: Any) -> Path:

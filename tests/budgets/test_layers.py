@@ -43,6 +43,7 @@ LAYERS = (
         "training",
         "served",
         "destination",
+        "plugins",
     },
     {"tensor", "output"},
     {"page"},

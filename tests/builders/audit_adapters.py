@@ -88,3 +88,10 @@ def written(whole: AdapterTensorSet, path: Path, form: str = "peft") -> Path:
     """Write an adapter to disk and return where."""
     spec(form).write(whole, path, Options())
     return path
+
+
+def decaying(rows: int, columns: int, power: float, seed: int = 0) -> Array:
+    random = np.random.default_rng(seed)
+    count = min(rows, columns)
+    values = (1.0 + np.arange(count)) ** -power
+    return (orthonormal(random, rows, count) * values) @ orthonormal(random, columns, count).T

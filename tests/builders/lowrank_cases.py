@@ -12,6 +12,12 @@ from adapterkit.lowrank.products import LowRank, stacked
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
+def update(seed: int, out: int = 40, inputs: int = 30, rank: int = 5) -> LowRank:
+    """Return a random update."""
+    rng = np.random.default_rng(seed)
+    return LowRank(rng.standard_normal((out, rank)), rng.standard_normal((rank, inputs)))
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One update.

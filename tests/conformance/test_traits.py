@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapterkit.errors import AdapterKitError, LossyConversionError
+from adapterkit.registry import BUILTIN
 from conformance import bases, judges, making
 from conformance.commands import COMMANDS, Asked, Command, said
 from conformance.page import PAGE, page
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     Run = Callable[..., tuple[int, str, AdapterKitError | None]]
 
 REFUSALS = (3, 4)
+# No LoRA is TinyLoRA, whichever way it is stored: to-tinylora speaks for these.
+TINYLORA = {"to-tinylora-pack", "to-tinylora-peft"}
 BY_NAME = {command.name: command for command in COMMANDS}
 # Where the answers of the language model alone are what the output can give.
 SPOKEN = ("to-gguf", "to-mlx", "into-gguf")
@@ -63,11 +66,24 @@ def cells() -> list[pytest.ParameterSet]:
 
 def test_no_cell_is_empty() -> None:
     assert traits().keys() == RECIPES.keys()
+    names = [command.name for command in COMMANDS]
     for trait in traits().values():
-        assert list(trait.cells) == [command.name for command in COMMANDS], trait.name
+        lacking = [name for name in names if name not in trait.cells]
+        assert not lacking, f"[{trait.name}] of traits.toml has no cell for {lacking}"
+        assert list(trait.cells) == names, f"[{trait.name}]: in the order of commands.py"
         for cell in trait.cells.values():
             assert cell.word or cell.kind in {"exact", "told"}, trait.name
     assert not known().keys() - {f"{t.name}/{name}" for t in traits().values() for name in t.cells}
+
+
+def test_every_format_that_is_written_has_a_column() -> None:
+    lacking = {f"to-{each.name}" for each in BUILTIN if each.writes} - BY_NAME.keys() - TINYLORA
+    assert not lacking, f"no Command of commands.py is called {sorted(lacking)}"
+    judged = {
+        name for name in BY_NAME if any(t.cells[name].kind == "exact" for t in traits().values())
+    }
+    unjudged = {name for name in judged if name.startswith("to-")} - judges.JUDGES.keys()
+    assert not unjudged, f"no judge of judges.py runs what {sorted(unjudged)} wrote"
 
 
 @pytest.mark.parametrize("trait", traits().values(), ids=traits())

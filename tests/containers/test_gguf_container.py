@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_oracle import accepted_by_llama_cpp, saved
+from gguf_tensors import tensor
 
 from adapterkit.containers.gguf import (
     GGUFArray,
@@ -35,15 +36,6 @@ from adapterkit.tensor import LazyTensor
 from fixtures.generators import gguf as generator
 
 MEGABYTE = 1 << 20
-
-
-def tensor(dtype: DType, *shape: int, seed: int = 0) -> LazyTensor:
-    """Make a tensor of random values, or of random bits where there is no encoder."""
-    random = np.random.default_rng(seed)
-    if dtype.quantised:
-        data = random.bytes(dtype.nbytes(shape))
-        return LazyTensor(dtype, shape, lambda: data)
-    return LazyTensor.of(random.normal(0, 9, shape).astype(dtype.numpy()), dtype)
 
 
 def plain(value: Any) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from gguf_oracle import accepted_by_llama_cpp, saved
+from gguf_tensors import tensor
 
 from adapterkit.containers.gguf import (
     GGUFArray,
@@ -37,15 +37,6 @@ if TYPE_CHECKING:
 
 SOUND = generator.file()
 STORABLE = tuple(GGML_TYPES.values())
-
-
-def tensor(dtype: DType, *shape: int, seed: int = 0) -> LazyTensor:
-    """Make a tensor of random values, or of random bits where there is no encoder."""
-    random = np.random.default_rng(seed)
-    if dtype.quantised:
-        data = random.bytes(dtype.nbytes(shape))
-        return LazyTensor(dtype, shape, lambda: data)
-    return LazyTensor.of(random.normal(0, 9, shape).astype(dtype.numpy()), dtype)
 
 
 def test_a_byte_range_of_another_size_is_not_copied(tmp_path: Path) -> None:

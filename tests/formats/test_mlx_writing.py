@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import mlx_oracle
@@ -20,11 +19,11 @@ from engine import (
     max_kl,
     prompts_for,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from mlx_trained import document, llama, tuned, without_base
+from peft import PeftModel
+from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
 from transformers import (
-    GPT2Config,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -41,33 +40,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 transformers.utils.logging.disable_progress_bar()
-
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
-        warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)
+    with quiet_peft("Setting `save_embedding_layers`", ".*tie_word_embeddings"):
         yield
-
-
-def llama(folder: Path, *, tied: bool) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,28 +54,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama(tmp_path_factory.mktemp("base"), tied=False)
 
 
-def tuned(base: Path, folder: Path, model_class: Any = LlamaForCausalLM, **settings: Any) -> Any:
-    """Save an adapter with random values everywhere, and return the model that carries it."""
-    torch.manual_seed(1)
-    config = LoraConfig(**{"init_lora_weights": False, "task_type": "CAUSAL_LM", **settings})
-    model = get_peft_model(model_class.from_pretrained(base), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
-            elif "lora_" in name:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return model.eval()
-
-
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(PROMPT).logits.double()
-
-
-def document(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "adapter_config.json").read_text())
 
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -136,13 +96,6 @@ def test_mlx_runs_the_model_that_peft_runs(
     want = logits(model)
     assert (want - before).norm() > 1e-2
     assert (logits(plain) - want).norm() < 2e-6 * (want - before).norm()
-
-
-def without_base(folder: Path) -> None:
-    """Take out the path by which the base would be found."""
-    path = folder / "adapter_config.json"
-    known = json.loads(path.read_text()) | {"base_model_name_or_path": "nobody/base"}
-    path.write_text(json.dumps(known))
 
 
 @pytest.mark.parametrize(
@@ -351,79 +304,6 @@ def test_experts_one_by_one_become_switch_layers(mixtral: Path, tmp_path: Path) 
                 assert (change - want).norm() < 1e-6 * want.norm(), name
             else:
                 assert not change.any(), name
-
-
-def codes(folder: Path, base: Path | None, **options: Any) -> list[str]:
-    known = open_base(base) if base else None
-    found = losses(read_peft(folder, Options()), Options(base=known, **options))
-    return [loss.code for loss in found if loss.blocks]
-
-
-LOST: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "bias": ({"bias": "all"}, ["saved-module"]),
-    "lora-bias": ({"lora_bias": True}, ["lora-bias"]),
-    "saved": ({"modules_to_save": ["lm_head"]}, ["saved-module"]),
-    "rows": ({"trainable_token_indices": {"embed_tokens": [1, 5]}}, ["token-rows"]),
-    "pissa": ({"init_lora_weights": "pissa"}, ["base-changing-init"]),
-    "alora": ({"alora_invocation_tokens": [1, 2]}, ["alora"]),
-    "nothing": ({}, []),
-}
-
-
-@pytest.mark.parametrize(("settings", "lost"), LOST.values(), ids=LOST)
-def test_what_mlx_cannot_hold_is_listed(
-    settings: dict[str, Any], lost: list[str], tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*modules outside of its modules.*", UserWarning)
-        # PEFT takes a bias of lora_B for a factor that was not gathered.
-        warnings.filterwarnings("ignore", ".*have invalid shape", UserWarning)
-        tuned(tmp_path / "base", tmp_path / "peft", r=4, target_modules=["o_proj"], **settings)
-    assert codes(tmp_path / "peft", tmp_path / "base") == lost
-    without_base(tmp_path / "peft")
-    if lost:
-        with pytest.raises(adapterkit.LossyConversionError):
-            adapterkit.convert(tmp_path / "peft", tmp_path / "mlx", to="mlx")
-        assert not (tmp_path / "mlx").exists()
-
-
-def test_q8_0_and_embeddings_without_a_base_are_listed(base: Path, tmp_path: Path) -> None:
-    tuned(base, tmp_path / "peft", r=4, target_modules=["embed_tokens", "q_proj"])
-    assert codes(tmp_path / "peft", None) == ["needs-base"]
-    assert codes(tmp_path / "peft", base, dtype=adapterkit.DType.Q8_0) == ["quantised"]
-
-
-def test_gpt2_names_need_the_base(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
-    )
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    tuned(
-        tmp_path / "base",
-        tmp_path / "peft",
-        transformers.GPT2LMHeadModel,
-        target_modules=["c_attn", "mlp.c_proj"],
-        fan_in_fan_out=True,
-    )
-    assert codes(tmp_path / "peft", None) == ["needs-base"]
-    adapterkit.convert(tmp_path / "peft", tmp_path / "mlx", to="mlx", base=tmp_path / "base")
-    parameters = document(tmp_path / "mlx")["lora_parameters"]
-    assert parameters["keys"] == ["attn.c_attn", "mlp.c_proj"]
-    names = load_file(tmp_path / "mlx" / "adapters.safetensors")
-    assert names["model.h.1.attn.c_attn.lora_b"].shape == (8, 96)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "qwen3moe"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,18 @@ import peft
 import pytest
 import torch
 import transformers
+from dense_updates import dense
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from quiet_peft import quiet_peft
+from safetensors.torch import load_file
+from small_llama import saved_llama
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from tuner_models import FIXTURES, TARGETS, tuned
 
 import adapterkit
 from adapterkit.base import open_base
 from adapterkit.formats.lycoris.reader import read_lycoris
 from adapterkit.formats.peft.tuners import read_tuner
-from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import RULES
 from adapterkit.formats.peft.tuners_whole import WHOLE
 from adapterkit.formats.protocol import Options
@@ -30,14 +32,10 @@ from adapterkit.registry import detect
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adapterkit.model import AdapterTensorSet
 
 transformers.utils.logging.disable_progress_bar()
-
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
-TARGETS = ["q_proj", "k_proj", "down_proj"]
 BANK = {"num_vectors": 10, "vector_length": 4}
-
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adalora": ("AdaLora", {"init_r": 6, "target_r": 3, "total_step": 10, "lora_alpha": 5}),
     "adalora-no-alpha": ("AdaLora", {"init_r": 6, "total_step": 9, "tfinal": 1, "lora_alpha": 0}),
@@ -74,42 +72,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        # Said of every loaded topk-only VB-LoRA.
-        warnings.filterwarnings("ignore", "Found infinity values", UserWarning)
+    # Said of every loaded topk-only VB-LoRA.
+    with quiet_peft("Found infinity values"):
         yield
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def tuned(kind: str, base: Path, folder: Path, model_class: Any = None, **settings: Any) -> Path:
-    """Save an adapter whose trained tensors are all random, as PEFT saves it."""
-    torch.manual_seed(1)
-    config = getattr(peft, f"{kind}Config")(**{"target_modules": TARGETS, **settings})
-    model = get_peft_model((model_class or LlamaForCausalLM).from_pretrained(base), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def merged(base: Path, adapter: Path, model_class: Any = LlamaForCausalLM) -> dict[str, np.ndarray]:
@@ -119,13 +89,6 @@ def merged(base: Path, adapter: Path, model_class: Any = LlamaForCausalLM) -> di
     model = PeftModel.from_pretrained(model_class.from_pretrained(base), adapter)
     after = model.double().merge_and_unload()
     return {n: x.detach().double().numpy() - before[n] for n, x in after.named_parameters()}
-
-
-def dense(adapter: AdapterTensorSet) -> dict[str, np.ndarray]:
-    return {
-        pair.module: pair.scale * pair.b.numpy().astype(float) @ pair.a.numpy().astype(float)
-        for pair in adapter.pairs()
-    }
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -289,57 +252,6 @@ def test_files_without_module_sizes_ask_for_the_base(kind: str, base: Path, tmp_
         np.testing.assert_array_equal(update, full[module])
 
 
-def rewrite(path: Path, **fields: Any) -> None:
-    config = path / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
-
-
-def test_vera_without_its_projections_is_refused(base: Path, tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*save_projection.*", UserWarning)
-        path = tuned("Vera", base, tmp_path, r=4, save_projection=False)
-    with pytest.raises(adapterkit.UnsupportedError, match="save_projection"):
-        read_tuner(path, Options(base=open_base(base)))
-
-
-def test_bat_is_refused_because_it_multiplies_the_base(base: Path, tmp_path: Path) -> None:
-    path = tuned("Miss", base, tmp_path, r=4, init_weights="bat")
-    with pytest.raises(adapterkit.UnsupportedError, match="bat"):
-        read_tuner(path, Options(base=open_base(base)))
-
-
-@pytest.mark.parametrize(("kind", "leaf"), [("LoHa", "hada_t1"), ("LoKr", "lokr_t2")])
-def test_convolutions_are_refused_by_name(kind: str, leaf: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plain = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3))
-    settings = {"r": 2, "use_effective_conv2d": True, "target_modules": ["0"]}
-    model = get_peft_model(plain, getattr(peft, f"{kind}Config")(**settings))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(adapterkit.UnsupportedError, match=f"convolution \\({leaf}"):
-        read_tuner(tmp_path, Options())
-
-
-def test_every_other_peft_type_is_refused_with_its_reason(tmp_path: Path) -> None:
-    known = {kind.value for kind in peft.PeftType} - {"LORA", "TINYLORA"}
-    assert known == (RULES.keys() | WHOLE.keys() | REFUSED.keys()) - {"BONE"}
-    assert not (RULES.keys() | WHOLE.keys()) & REFUSED.keys()
-    save_file({"base_model.model.x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    for kind, reason in REFUSED.items():
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
-        with pytest.raises(adapterkit.UnsupportedError) as caught:
-            adapterkit.inspect(tmp_path)
-        assert kind in str(caught.value)
-        assert reason in str(caught.value)
-
-
-def test_an_unknown_peft_type_is_refused_by_name(tmp_path: Path) -> None:
-    save_file({"base_model.model.x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "NEXTLORA"}')
-    with pytest.raises(adapterkit.UnsupportedError, match="NEXTLORA is not read"):
-        adapterkit.inspect(tmp_path)
-
-
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 RANKS = {
     "adalora": 2,
     "delora": 2,
@@ -390,50 +302,3 @@ def test_lycoris_and_peft_mean_the_same_by_the_same_tensors(kind: str) -> None:
     assert dense(theirs).keys() == dense(ours).keys()
     for module, update in dense(ours).items():
         np.testing.assert_array_equal(dense(theirs)[module], update)
-
-
-def test_hostile_fixtures_are_refused_by_name() -> None:
-    folders = sorted((FIXTURES / "hostile" / "tuners").iterdir())
-    assert folders
-    for folder in folders:
-        with pytest.raises(adapterkit.UnsupportedError, match=folder.name.upper()):
-            adapterkit.inspect(folder)
-
-
-DEFECTS: dict[str, tuple[str, str, tuple[int, ...] | None, str]] = {
-    "missing-half": ("LoHa", "hada_w2_b", None, "has no hada_w2_b"),
-    "ranks": ("LoHa", "hada_w1_a", (32, 4), "ranks of w1 disagree: 4, 3"),
-    "outputs": ("LoHa", "hada_w2_a", (31, 3), "output sizes disagree"),
-    "no-matrix": ("Delora", "delora_A", (3,), "not that of a matrix"),
-    "singular-values": ("AdaLora", "lora_E", (2, 1), "ranks disagree"),
-}
-
-
-@pytest.mark.parametrize(("kind", "leaf", "shape", "message"), DEFECTS.values(), ids=DEFECTS)
-def test_broken_files_are_refused_by_module(
-    kind: str, leaf: str, shape: tuple[int, ...] | None, message: str, base: Path, tmp_path: Path
-) -> None:
-    settings = {"init_r": 3, "total_step": 10} if kind == "AdaLora" else {"r": 3}
-    path = tuned(kind, base, tmp_path, **settings)
-    stored = load_file(path / "adapter_model.safetensors")
-    name = f"base_model.model.model.layers.1.self_attn.q_proj.{leaf}"
-    del stored[name]
-    if shape:
-        stored[name] = torch.ones(shape)
-    save_file(stored, path / "adapter_model.safetensors")
-    with pytest.raises(adapterkit.FormatError, match=message) as caught:
-        read_tuner(path, Options())
-    assert "model.layers.1.self_attn.q_proj" in str(caught.value)
-
-
-def test_a_rank_that_the_config_contradicts_is_no_scale(base: Path, tmp_path: Path) -> None:
-    path = tuned("LoHa", base, tmp_path, r=3)
-    rewrite(path, r=4)
-    with pytest.raises(adapterkit.FormatError, match="has rank 3, the config declares 4"):
-        read_tuner(path, Options())
-
-
-def test_the_format_writes_nothing(base: Path, tmp_path: Path) -> None:
-    path = tuned("LoHa", base, tmp_path / "tuner", r=3)
-    with pytest.raises(adapterkit.UsageError, match="can be read but not written"):
-        adapterkit.convert(path, tmp_path / "out", to="peft-tuners")

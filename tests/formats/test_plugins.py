@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import adapterkit
-from adapterkit import registry
+from adapterkit import plugins, registry
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.registry import FormatSpec
@@ -74,9 +74,9 @@ ENTRIES: dict[str, EntryPoint] = {
 def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     entry = ENTRIES[request.param]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] * (group == GROUP))
-    registry.plugins.cache_clear()
+    plugins.plugged_in.cache_clear()
     yield
-    registry.plugins.cache_clear()
+    plugins.plugged_in.cache_clear()
 
 
 text = pytest.mark.parametrize("installed", ["text"], indirect=True)

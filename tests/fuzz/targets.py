@@ -232,8 +232,16 @@ def diffusion(path: Path) -> None:
 _METHODS = [spec.name for spec in adapterkit.merge_methods()]
 
 
+def _below_its_config() -> Sample:
+    """Return weights in a checkpoint whose adapter lies in the folder above it."""
+    config, weights = "adapter_config.json", "adapter_model.safetensors"
+    read = {name: (TINY / name).read_bytes() for name in (config, weights)}
+    return Sample({config: read[config], f"global_step5/{weights}": read[weights]}, "global_step5")
+
+
 _MADE = {
     "peft-weights": (
+        _below_its_config(),
         weights("adapter_model.safetensors"),
         weights("model-1-of-2.safetensors", "model-2-of-2.safetensors"),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lowrank_cases import CASES, Case
+from lowrank_cases import CASES, Case, update
 
 from adapterkit.lowrank.decomposition import (
     EXACT_ZERO,
@@ -17,11 +17,6 @@ from adapterkit.lowrank.decomposition import (
 )
 from adapterkit.lowrank.products import LowRank, nothing, stacked
 from adapterkit.lowrank.ranks import predicted_error
-
-
-def update(seed: int, out: int = 40, inputs: int = 30, rank: int = 5) -> LowRank:
-    rng = np.random.default_rng(seed)
-    return LowRank(rng.standard_normal((out, rank)), rng.standard_normal((rank, inputs)))
 
 
 def test_the_spectrum_is_that_of_the_product() -> None:

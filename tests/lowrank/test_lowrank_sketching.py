@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from audit_adapters import orthonormal
+from audit_adapters import decaying
+from lowrank_cases import update
 
 from adapterkit.lowrank import operators
 from adapterkit.lowrank.operators import Operator, Plane
@@ -16,18 +17,6 @@ from adapterkit.lowrank.sketching import compressed, leading
 from adapterkit.merging import elementwise
 
 Array = np.ndarray[Any, Any]
-
-
-def update(seed: int, out: int = 40, inputs: int = 30, rank: int = 5) -> LowRank:
-    rng = np.random.default_rng(seed)
-    return LowRank(rng.standard_normal((out, rank)), rng.standard_normal((rank, inputs)))
-
-
-def decaying(rows: int, columns: int, power: float, seed: int = 0) -> Array:
-    random = np.random.default_rng(seed)
-    count = min(rows, columns)
-    values = (1.0 + np.arange(count)) ** -power
-    return (orthonormal(random, rows, count) * values) @ orthonormal(random, columns, count).T
 
 
 @pytest.mark.parametrize("power", [0.0, 0.2, 0.5, 1.0])

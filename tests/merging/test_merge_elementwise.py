@@ -6,14 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from lowrank_cases import update
 
 from adapterkit.lowrank.products import LowRank
 from adapterkit.merging import elementwise
-
-
-def update(seed: int, out: int = 40, inputs: int = 30, rank: int = 5) -> LowRank:
-    rng = np.random.default_rng(seed)
-    return LowRank(rng.standard_normal((out, rank)), rng.standard_normal((rank, inputs)))
 
 
 class TestNthLargest:

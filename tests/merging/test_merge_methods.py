@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import adapterkit
-from adapterkit import merge, merge_methods
+from adapterkit import merge, merge_methods, plugins
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merging import registry
 from adapterkit.merging.registry import Kind
@@ -291,7 +291,7 @@ def test_a_plugin_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "halved", halved, raising=False)
     entry = SimpleNamespace(load=lambda: spec)
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] * (group == GROUP))
-    registry.plugins.cache_clear()
+    plugins.plugged_in.cache_clear()
     try:
         parts = related()
         result = merge([oracle.adapter(part) for part in parts], method="halved")
@@ -299,4 +299,4 @@ def test_a_plugin_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
         assert oracle.relative(oracle.deltas(result.adapter)[M], wanted) < 1e-12
         assert merge_methods()[-1] is spec
     finally:
-        registry.plugins.cache_clear()
+        plugins.plugged_in.cache_clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from quiet_peft import quiet_peft
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import adapterkit
@@ -48,9 +48,7 @@ MODELS: dict[str, tuple[Any, Any, list[str]]] = {
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with quiet_peft():
         yield
 
 

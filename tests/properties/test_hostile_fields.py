@@ -5,27 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import signal
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moments import a_moment
 
 import adapterkit
 from adapterkit.auditing.reference_bank import read_bank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 TINY, BASE = FIXTURES / "peft" / "tiny", FIXTURES / "peft" / "base"
 EXAMPLES = 40
-# A second, with room for a machine that does other things too.
-SECONDS = 5.0
 LONGEST = 3000
 
 HOSTILE = st.sampled_from(
@@ -100,22 +97,6 @@ def changed(draw: st.DrawFn, *documents: dict[str, Any]) -> dict[str, Any]:
         holder = holder[key]
     holder[last] = draw(HOSTILE)
     return document
-
-
-@contextmanager
-def a_moment() -> Generator[None]:
-    """Raise if the block takes longer than a user would wait."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"took more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def answers(*calls: Callable[[], object]) -> None:

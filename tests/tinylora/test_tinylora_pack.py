@@ -2,63 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
-import transformers
-from click.testing import CliRunner
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from tinylora_pack import TARGETS, Injected, by_kind, chunked, inject, linear_names
+from safetensors.torch import load_file
+from tinylora_pack import by_kind, chunked, inject
+from tinylora_pack_models import (
+    EXACT,
+    SETTINGS,
+    injected,
+    llama,
+    names,
+    read,
+    state_settings,
+    worst,
+)
 
-from adapterkit.base import open_base
 from adapterkit.conversion import convert
 from adapterkit.errors import (
     BaseRequiredError,
     FormatError,
     IncompatibleBaseError,
-    LossyConversionError,
     UncheckableError,
     UsageError,
 )
 from adapterkit.formats.protocol import Options
-from adapterkit.formats.tinylora.pack import read as read_pack
 from adapterkit.registry import detect
 from adapterkit.tinylora import TinySettings, streams
 from adapterkit.tinylora.inference import tie_groups
-from adapterkit.tinylora.targets import target_modules
-from adapterkit_cli.main import cli
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from adapterkit.model import AdapterTensorSet
-
 torch.set_num_threads(1)
-
-SETTINGS = {"frozen_rank": 2, "projection_dim": 4, "alpha": 2.0, "seed": 7}
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-EXACT = 1e-6
-
-
-def llama(seed: int = 0, layers: int = 2) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=40,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -66,39 +48,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     llama().save_pretrained(folder)
     return folder
-
-
-def names() -> list[str]:
-    return linear_names(llama(), TARGETS)
-
-
-def injected(groups: dict[str, int] | None = None, **changes: Any) -> Injected:
-    every = names()
-    groups = chunked(every, 4) if groups is None else groups
-    return inject(llama(), groups, {**SETTINGS, **changes})
-
-
-def state_settings(folder: Path, **settings: Any) -> Path:
-    stated = {"frozen_rank": 2, "alpha": 2.0, **settings}
-    (folder / "tinylora.json").write_text(json.dumps(stated))
-    return folder
-
-
-def read(path: Path, base: Path | None, **options: Any) -> AdapterTensorSet:
-    assert detect(path).name == "tinylora-pack"
-    return read_pack(path, Options(base=open_base(base) if base else None, **options))
-
-
-def worst(adapter: AdapterTensorSet, model: Injected) -> float:
-    """Return the largest relative error of an update against the live model's."""
-    found: list[float] = []
-    pairs = {pair.module: pair for pair in adapter.pairs()}
-    assert pairs.keys() == model.layers.keys()
-    for name, layer in model.layers.items():
-        pair, truth = pairs[name], layer.delta().numpy()
-        mine = pair.scale * (pair.b.numpy().astype(float) @ pair.a.numpy().astype(float))
-        found.append(float(np.linalg.norm(mine - truth) / np.linalg.norm(truth)))
-    return max(found)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -310,237 +259,3 @@ def test_without_torch_the_streams_are_asked_for(
     monkeypatch.setattr(streams, "available", lambda: False)
     with pytest.raises(UncheckableError, match="pip install torch"):
         read(folder, base)
-
-
-# What adapterkit writes.
-
-
-def written(base: Path, tmp_path: Path) -> tuple[Path, Injected]:
-    model = injected()
-    source = state_settings(model.save(tmp_path / "step"))
-    convert(source, tmp_path / "pack", to="tinylora-pack", base=base)
-    return tmp_path / "pack", model
-
-
-def test_checkpoint_is_written_as_the_pack_does(base: Path, tmp_path: Path) -> None:
-    pack, model = written(base, tmp_path)
-    state = torch.load(pack / "adapter_state.pt", weights_only=True)
-    assert list(state) == list(model.state())
-    assert all(torch.equal(state[name], vector) for name, vector in model.state().items())
-    manifest = json.loads((pack / "manifest.json").read_text())
-    assert {entry["path"] for entry in manifest["files"]} == {"adapter_state.pt", "tinylora.json"}
-    for entry in manifest["files"]:
-        data = (pack / entry["path"]).read_bytes()
-        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
-    assert manifest["metadata"]["seed"] == 7
-    assert (pack / "COMPLETED").is_file()
-
-
-def test_self_contained_form_goes_back_to_the_pack(base: Path, tmp_path: Path) -> None:
-    model = injected()
-    source = state_settings(model.save(tmp_path / "step"))
-    convert(source, tmp_path / "self.safetensors", to="tinylora", base=base)
-    adapter = detect(tmp_path / "self.safetensors").read(tmp_path / "self.safetensors", Options())
-    assert worst(adapter, model) < EXACT
-    report = convert(
-        tmp_path / "self.safetensors", tmp_path / "pack", to="tinylora-pack", base=base
-    )
-    assert report.max_relative_error == 0
-    state = torch.load(tmp_path / "pack" / "adapter_state.pt", weights_only=True)
-    assert all(torch.equal(state[name], vector) for name, vector in model.state().items())
-
-
-def test_witness_restores_the_signs_on_any_machine(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pack, model = written(base, tmp_path)
-    true_svd = torch.linalg.svd
-
-    def flipped(matrix: torch.Tensor, **options: Any) -> Any:
-        u, s, vh = true_svd(matrix, **options)
-        sign = torch.ones(len(s))
-        sign[1] = -1
-        return u * sign, s, vh * sign[:, None]
-
-    monkeypatch.setattr(torch.linalg, "svd", flipped)
-    assert worst(read(pack, base), model) < EXACT
-    assert not any("recomputed" in note for note in read(pack, base).provenance.notes)
-    # The same file without its witness is off by what the note says it may be.
-    shutil.copytree(pack, tmp_path / "bare")
-    for name in ("manifest.json", "tinylora.json"):
-        (tmp_path / "bare" / name).unlink()
-    state_settings(tmp_path / "bare", seed=7)
-    adapter = read(tmp_path / "bare", base)
-    (note,) = (note for note in adapter.provenance.notes if "recomputed with torch" in note)
-    assert note.endswith(f"off by {worst(adapter, model):.0%}")
-
-
-def test_witness_refuses_other_weights(base: Path, tmp_path: Path) -> None:
-    pack, _ = written(base, tmp_path)
-    llama(seed=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(IncompatibleBaseError, match=r"q_proj.*sha256 differs"):
-        read(pack, tmp_path / "other")
-    llama().bfloat16().save_pretrained(tmp_path / "rounded")
-    with pytest.raises(IncompatibleBaseError, match=r"was made on F32 weights, .* has BF16"):
-        read(pack, tmp_path / "rounded")
-
-
-def tampered(pack: Path, **fields: Any) -> None:
-    """Change the witness of one module, and vouch for it in the manifest."""
-    path = pack / "tinylora.json"
-    document = json.loads(path.read_text())
-    document["witness"]["model.layers.0.self_attn.q_proj"].update(fields)
-    path.write_text(json.dumps(document))
-    manifest = json.loads((pack / "manifest.json").read_text())
-    manifest["files"] = [e for e in manifest["files"] if e["path"] != "tinylora.json"]
-    (pack / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_witness_refuses_other_singular_values(base: Path, tmp_path: Path) -> None:
-    pack, _ = written(base, tmp_path)
-    tampered(pack, singular_values=[0.9, 0.8, 0.7])
-    with pytest.raises(IncompatibleBaseError, match="singular values are not those"):
-        read(pack, base)
-
-
-def test_witness_of_another_rank_is_malformed(base: Path, tmp_path: Path) -> None:
-    pack, _ = written(base, tmp_path)
-    tampered(pack, anchors=[1], signs=[1])
-    with pytest.raises(FormatError, match="does not fit the weight"):
-        read(pack, base)
-
-
-def with_close_values(gap: float, folder: Path) -> Any:
-    """Return a model whose first q_proj has two leading singular values `gap` apart."""
-    model = llama()
-    weight = model.model.layers[0].self_attn.q_proj.weight
-    u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    s[0], s[1] = 1.0, 1.0 - gap
-    s[2:] = torch.linspace(0.5, 0.1, len(s) - 2)
-    with torch.no_grad():
-        weight.copy_(u @ torch.diag(s) @ vh)
-    model.save_pretrained(folder)
-    return model
-
-
-def test_close_singular_values_are_warned_of(tmp_path: Path) -> None:
-    model = inject(with_close_values(1e-4, tmp_path / "base"), chunked(names(), 4), SETTINGS)
-    folder = state_settings(model.save(tmp_path / "step"))
-    notes = read(folder, tmp_path / "base").provenance.notes
-    (note,) = (note for note in notes if "so close" in note)
-    assert "layers.0.self_attn.q_proj" in note
-    predicted = float(note.split("up to ")[1].split()[0])
-    assert predicted == pytest.approx(6e-3, rel=0.05)
-
-
-def test_equal_singular_values_cannot_be_witnessed(tmp_path: Path) -> None:
-    model = inject(with_close_values(1e-6, tmp_path / "base"), chunked(names(), 4), SETTINGS)
-    folder = state_settings(model.save(tmp_path / "step"))
-    with pytest.raises(UncheckableError, match=r"q_proj.*cannot be found again"):
-        convert(folder, tmp_path / "pack", to="tinylora-pack", base=tmp_path / "base")
-    assert not (tmp_path / "pack").exists()
-    convert(folder, tmp_path / "self.safetensors", to="tinylora", base=tmp_path / "base")
-
-
-def test_conv1d_and_embeddings_are_no_targets_of_the_pack(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, n_positions=16)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    model = open_base(tmp_path)
-    wanted = ("c_attn", "c_fc", "wte", "wpe")
-    assert target_modules(model, wanted, conv1d=False) == ()
-    assert target_modules(model, wanted) == tuple(
-        f"transformer.h.{layer}.{name}" for layer in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")
-    )
-
-
-def test_base_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    folder = state_settings(injected().save(tmp_path / "step"))
-    model = llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    model.save_pretrained(tmp_path / "base")
-    with pytest.raises(
-        FormatError, match=r"layers\.1\.mlp\.up_proj: its weight in the base holds NaN"
-    ):
-        read(folder, tmp_path / "base")
-
-
-# Projection of other adapters.
-
-
-def test_projection_finds_the_coefficients_again(base: Path, tmp_path: Path) -> None:
-    model = injected()
-    source = state_settings(model.save(tmp_path / "step"))
-    convert(source, tmp_path / "lora", base=base)
-    with pytest.raises(LossyConversionError, match="adapterkit tinylora project"):
-        convert(tmp_path / "lora", tmp_path / "pack", to="tinylora-pack", base=base)
-    report = project("lora", "pack", base, tmp_path)
-    assert report["residual"] < 1e-4
-    assert report["parameters"] == 16
-    state = torch.load(tmp_path / "pack" / "adapter_state.pt", weights_only=True)
-    assert list(state) == list(model.state())
-    for name, vector in model.state().items():
-        assert torch.linalg.norm(state[name] - vector) < 1e-4 * torch.linalg.norm(vector)
-    # In float64 every machine finds the same factors: what is read is what was fitted.
-    assert worst(read(tmp_path / "pack", base), model) < 1e-4
-
-
-def project(source: str, destination: str, base: Path, folder: Path, *more: str) -> dict[str, Any]:
-    arguments = [folder / source, "-o", folder / destination, "--base", base, "--json"]
-    ties = ["--size", "4", "--tie", "tiled", "--tie-factor", "4", "--numerator", "2", "--seed", "7"]
-    options = [str(each) for each in (*arguments, *ties, *more)]
-    done = CliRunner().invoke(cli, ["tinylora", "project", *options])
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
-
-
-def test_projection_of_a_foreign_adapter_reports_what_is_lost(base: Path, tmp_path: Path) -> None:
-    convert(state_settings(injected().save(tmp_path / "step")), tmp_path / "lora", base=base)
-    path = tmp_path / "lora" / "adapter_model.safetensors"
-    generator = torch.Generator().manual_seed(3)
-    noise = {
-        name: torch.randn(tensor.shape, generator=generator)
-        for name, tensor in load_file(path).items()
-    }
-    save_file(noise, path)
-    report = project("lora", "pack", base, tmp_path)
-    source = detect(tmp_path / "lora").read(tmp_path / "lora", Options())
-    result = read(tmp_path / "pack", base)
-    dense = [
-        {p.module: p.b.numpy().astype(float) @ p.a.numpy().astype(float) for p in adapter.pairs()}
-        for adapter in (source, result)
-    ]
-    for row in report["modules"]:
-        before, after = (each[row["module"]] for each in dense)
-        lost = np.linalg.norm(after - before) / np.linalg.norm(before)
-        assert row["residual"] == pytest.approx(lost, rel=1e-4)
-        assert row["norm"] == pytest.approx(np.linalg.norm(before), rel=1e-5)
-        weight = load_file(base / "model.safetensors")[f"{row['module']}.weight"].double().numpy()
-        u, _, vt = np.linalg.svd(weight)
-        inside = u[:, :2].T @ before @ vt[:2].T
-        rest = np.sqrt(1 - np.linalg.norm(inside) ** 2 / np.linalg.norm(before) ** 2)
-        assert row["out_of_reach"] == pytest.approx(rest, rel=1e-4)
-        assert row["residual"] >= 0.9 * row["out_of_reach"]
-
-
-def test_projection_refuses_what_is_not_finite(base: Path, tmp_path: Path) -> None:
-    convert(state_settings(injected().save(tmp_path / "step")), tmp_path / "lora", base=base)
-    path = tmp_path / "lora" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    tensors[next(iter(tensors))][0, 0] = float("inf")
-    save_file(tensors, path)
-    arguments = [tmp_path / "lora", "-o", tmp_path / "x", "--base", base, "--size", 4]
-    done = CliRunner().invoke(cli, ["tinylora", "project", *map(str, arguments)])
-    assert done.exit_code == 3
-    assert "holds NaN or infinity" in done.stderr
-
-
-def test_projection_refuses_what_is_no_target(base: Path, tmp_path: Path) -> None:
-    convert(state_settings(injected().save(tmp_path / "step")), tmp_path / "lora", base=base)
-    arguments = [tmp_path / "lora", "-o", tmp_path / "x", "--base", base, "--size", 4]
-    done = CliRunner().invoke(
-        cli, ["tinylora", "project", *map(str, arguments), "--targets", "q_proj"]
-    )
-    assert done.exit_code == 4
-    assert "is no low-rank update of a target module" in done.stderr
-    assert not (tmp_path / "x").exists()

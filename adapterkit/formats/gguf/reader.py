@@ -136,9 +136,10 @@ def _halves(file: GGUFFile) -> dict[str, dict[str, LazyTensor]]:
         stem, dot, half = name.rpartition(".")
         if half not in {"lora_a", "lora_b"} or not dot:
             continue
-        if half == "lora_a" and _is_embedding(stem) and len(tensor.shape) > 1:
-            tensor = turned(tensor)  # noqa: PLW2901  (stored as (vocabulary, r))
-        groups.setdefault(stem.removesuffix(".weight"), {})[half] = tensor
+        # That of an embedding is stored as (vocabulary, r).
+        other = half == "lora_a" and _is_embedding(stem) and len(tensor.shape) > 1
+        factor = turned(tensor) if other else tensor
+        groups.setdefault(stem.removesuffix(".weight"), {})[half] = factor
     return groups
 
 
@@ -160,12 +161,12 @@ def _kind(name: str, b: LazyTensor) -> Kind:
     """Return what a pair is of: a tensor of more than two axes stacks experts or heads."""
     if _is_embedding(name):
         return Kind.EMBEDDING
-    return Kind.LINEAR if len(b.shape) == 2 else Kind.EXPERTS  # noqa: PLR2004
+    return Kind.LINEAR if len(b.shape) == 2 else Kind.EXPERTS  # noqa: PLR2004  (a matrix)
 
 
 def _is_pair(group: Mapping[str, LazyTensor]) -> bool:
     """Tell whether both halves are there and have rows and columns to give meaning to."""
-    return len(group) == 2 and all(len(half.shape) >= 2 for half in group.values())  # noqa: PLR2004
+    return len(group) > 1 and all(len(half.shape) > 1 for half in group.values())
 
 
 def _family(

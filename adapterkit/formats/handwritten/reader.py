@@ -196,7 +196,7 @@ def _update(
 
 def _kind(factor: LazyTensor) -> Kind:
     """Return what a factor is of: only the axes `r in *` and `out r *` of a dialect exceed two."""
-    return Kind.LINEAR if len(factor.shape) <= 2 else Kind.CONVOLUTION  # noqa: PLR2004
+    return Kind.LINEAR if len(factor.shape) <= 2 else Kind.CONVOLUTION  # noqa: PLR2004  (a matrix)
 
 
 def _check_vectors(halves: dict[str, LazyTensor], document: Document, site: Site) -> None:

@@ -133,7 +133,7 @@ def _with_config(
 
 def _with_alpha(state: State, name: str, path: Path, options: Options) -> AdapterTensorSet:
     ranks = Counter(
-        tensor.shape[-2 if "embedding" not in name and len(tensor.shape) < 4 else 0]  # noqa: PLR2004
+        tensor.shape[-2 if "embedding" not in name and len(tensor.shape) < 4 else 0]  # noqa: PLR2004  (a convolution)
         for name, tensor in state.tensors.items()
         if _A.search(name) and len(tensor.shape) > 1
     )

@@ -222,7 +222,7 @@ def _selection(parts: Parts, name: str, count: int) -> Selection:
 
 def _no_convolution(module: str, parts: Parts, context: Context, *cores: str) -> None:
     convolved = [name for name in cores if name in parts]
-    convolved += [name for name, tensor in parts.items() if len(tensor.shape) > 2]  # noqa: PLR2004
+    convolved += [name for name, tensor in parts.items() if len(tensor.shape) > 2]  # noqa: PLR2004  (no matrix)
     if convolved:
         raise UnsupportedError(
             f"is the update of a convolution ({convolved[0]}), which is not read",

@@ -312,7 +312,7 @@ def _decoded_again(data: memoryview, dtype: DType, like: Array) -> Array:
 def _geometry(change: Change) -> tuple[int, int, int]:
     """Return (matrices, rows, columns); a vector is one row."""
     shape = change.shape
-    if len(shape) < 2:  # noqa: PLR2004  (a vector)
+    if len(shape) <= 1:
         return 1, 1, change.stored.size
     stacked = len(shape) == _STACK and any(
         isinstance(step, (Product, Ruled)) and step.pair.kind is Kind.EXPERTS

@@ -20,7 +20,6 @@ from adapterkit.merging.combination import Combination
 from adapterkit.merging.into.checkpoint import (
     MODEL,
     CheckpointPlan,
-    checked,
     plan_checkpoint,
     write_checkpoint,
 )
@@ -35,6 +34,7 @@ from adapterkit.merging.into.ruled import rule_of, settings_of, shares
 from adapterkit.merging.into.tokenizers import unplaced, with_tokenizer
 from adapterkit.merging.into.trained_on import beside_trained
 from adapterkit.merging.into.tying import check_choice
+from adapterkit.merging.into.whole_base import checked
 from adapterkit.merging.into.writing import SEGMENT, write_files
 from adapterkit.merging.planning import Source
 from adapterkit.merging.registry import remark

@@ -189,7 +189,7 @@ def _changed_type(tensor: LazyTensor, kind: str | None) -> DType:
 
     Low-bit grids are so coarse that a small update rounds back to where it was; q8_0 keeps it.
     """
-    if len(tensor.shape) < 2:  # noqa: PLR2004  (engines want vectors as they are)
+    if len(tensor.shape) <= 1:  # engines want vectors as they are
         return tensor.dtype
     if kind in TYPES:
         wanted = TYPES[kind]

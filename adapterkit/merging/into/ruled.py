@@ -125,7 +125,7 @@ def _ruled(
                 path=step.label,
                 where=step.module,
             )
-        assert isinstance(step, Product)  # noqa: S101
+        assert isinstance(step, Product)  # noqa: S101  (all else is a fault)
         products[number] = step
     module = next(iter(products.values())).module
     weights = tuple(source.weight_of(module) for source in sources)

@@ -215,16 +215,17 @@ def _intact(segment: Sequence[Piece], noted: Segment, path: Path) -> bool:
             place = ends[place]
         if place != begin + nbytes:
             return False
-    copied = [piece for piece in segment if isinstance(piece.content, FileSlice)]
-    return all(_same(piece, path) for piece in copied)
+    return all(
+        _same(span, path, piece.at)
+        for piece in segment
+        if isinstance(span := piece.content, FileSlice)
+    )
 
 
-def _same(piece: Piece, path: Path) -> bool:
-    span = piece.content
-    assert isinstance(span, FileSlice)  # noqa: S101
+def _same(span: FileSlice, path: Path, at: int) -> bool:
     for begin in range(0, span.length, _COMPARED):
         length = min(_COMPARED, span.length - begin)
-        here = FileSlice(path, piece.at + begin, length)()
+        here = FileSlice(path, at + begin, length)()
         if here != FileSlice(span.path, span.offset + begin, length)():
             return False
     return True

@@ -207,7 +207,7 @@ def _axes(
     if text is None:
         return ()
     axes = tuple(text.split())
-    plain = len(axes) == 2 and frozenset(axes) in _AXES and set(axes) <= set(allowed)  # noqa: PLR2004
+    plain = len(axes) == 2 and frozenset(axes) in _AXES and set(axes) <= set(allowed)  # noqa: PLR2004  (each once)
     if not plain and (axes not in _CONVOLUTION_AXES or "in" not in allowed):
         raise table.error(key, f"{text!r} are no axes of a factor, such as 'r in' or 'out r'")
     return axes

@@ -1,0 +1,21 @@
+"""PEFT without what it always says."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def quiet_peft(*messages: str) -> Iterator[None]:
+    """Ignore the warnings of these beginnings, and those of every use of PEFT."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        for message in messages:
+            warnings.filterwarnings("ignore", message, UserWarning)
+        yield
