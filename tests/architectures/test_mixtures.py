@@ -134,7 +134,9 @@ def test_what_cannot_be_made_is_refused_with_the_way_out(
 ) -> None:
     trained(llama, tmp_path / "adapter", target_modules=["v_proj"])
     target = tmp_path / "merged.gguf"
-    with pytest.raises(UsageError, match=r"unknown gguf type 'iq2_xs'; known: keep, .*q4_k_m"):
+    with pytest.raises(
+        UsageError, match=r"unknown gguf type 'iq2_xs'; did you mean iq4_xs\? known: keep, .*q4_k_m"
+    ):
         merge_into([tmp_path / "adapter"], llama.gguf, target, gguf_type="iq2_xs")
     monkeypatch.setattr(ggml, "_quantiser", lambda: None)
     with pytest.raises(UnsupportedError, match=r"pip install xllamacpp"):

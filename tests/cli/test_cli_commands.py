@@ -137,6 +137,7 @@ def test_convert_passes_its_switches_on(tmp_path: Path, monkeypatch: pytest.Monk
         "destination": "b",
         "to": "gguf",
         "outtype": "q8_0",
+        "dora_rank": None,
         "moe_layout": "fused",
         "for_engine": "sglang",
         "dialect": "torchtune",

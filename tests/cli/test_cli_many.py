@@ -101,7 +101,7 @@ def test_a_gate_fails_on_what_it_is_told_to() -> None:
     assert (passed.exit_code, passed.stdout) == (0, "nothing found\n")
     wrong = invoke(*leaked, "--ignore", "AK11")
     assert wrong.exit_code == 2
-    assert "did you mean AK1" in wrong.stderr
+    assert "did you mean AK3" in wrong.stderr
 
 
 def test_csv_has_a_row_for_each_and_says_why_one_has_none() -> None:
