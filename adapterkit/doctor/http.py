@@ -50,6 +50,7 @@ class Client:
             raise UsageError(f"{url!r} is no address of a server, such as http://127.0.0.1:8080")
         self.url = f"{parts.scheme}://{parts.netloc}"
         self.requests = 0
+        self._answered = False
         self._most = most
         self._until = time.monotonic() + seconds
         self._opener: OpenerDirector = build_opener(ProxyHandler({}), _Stay())
@@ -78,9 +79,12 @@ class Client:
             what = "time" if left <= 0 else f"{self._most} requests"
             raise UncheckableError(f"the {what} for it ran out; see --seconds", path=self.url)
         self.requests += 1
+        # Who has answered is there, and may be slow.
+        patience = left if self._answered else min(left, _PATIENCE)
         try:
-            with self._opener.open(request, timeout=min(left, _PATIENCE)) as answer:
+            with self._opener.open(request, timeout=patience) as answer:
                 data = answer.read(_MOST_BYTES + 1)
+            self._answered = True
             if len(data) > _MOST_BYTES:
                 raise UncheckableError("answers with too much", path=self.url)
             return json.loads(data)
@@ -92,6 +96,9 @@ class Client:
             raise UncheckableError(message, path=self.url) from error
         except (URLError, HTTPException, OSError) as error:
             reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError):
+                message = f"{request.selector}: no answer within {patience:.0f} s; see --seconds"
+                raise UncheckableError(message, path=self.url) from error
             raise UncheckableError(f"nothing answers there ({reason})", path=self.url) from error
         except ValueError as error:
             if optional:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def merge_files(
         options,
         force=force,
         spared=read,
-        making=Making("merge", settings) if proof else None,
+        making=Making("merge", _said(settings)) if proof else None,
     )
     return MergeFilesReport(
         **vars(proven),
@@ -144,6 +144,15 @@ def merge_files(
             *ready.warnings,
         ),
     )
+
+
+def _said(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the result depends on, the same however it was said."""
+    numbers = dict(settings.get("params") or {})
+    if settings.get("density") is not None:
+        numbers["density"] = settings["density"]
+    kept = {k: v for k, v in settings.items() if k not in {"jobs", "density", "params"}}
+    return dict(sorted({**kept, "params": numbers or None}.items()))
 
 
 def _rounded_in_merge(dtype: DType | None) -> DType | None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -347,6 +348,18 @@ def test_a_redirect_is_not_followed() -> None:
         examine(f"http://127.0.0.1:{server.server_port}")
     server.shutdown()
     server.server_close()
+
+
+def test_a_slow_server_is_no_missing_one() -> None:
+    def slow(path: str, _: Any) -> Any:
+        time.sleep(3 if path == "/late" else 0)
+        return []
+
+    with pretending(slow) as url:
+        client = Client(url, most=3, seconds=1)
+        client.get("/")
+        with pytest.raises(UncheckableError, match=r"/late: no answer within 1 s; see --seconds"):
+            client.get("/late")
 
 
 def test_unknown_servers_and_silent_ones(tmp_path: Path) -> None:
