@@ -20,7 +20,7 @@ from adapterkit.containers.gguf import GGUFArray, read_gguf, write_gguf
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
 from adapterkit.errors import AdapterKitError, FormatError
 from adapterkit.json_file import read_json_object
-from adapterkit.storage import read_document, readable
+from adapterkit.storage import FileSlice, read_document, readable
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _of_weights(weights: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return a hash of each tensor, and of each key of the header but the stamp."""
     found, metadata = _opened(weights)
     hashes = in_threads(_of_tensor, found.values())
-    settings = {key: _short(value) for key, value in metadata if key != KEY}
+    settings = {key: value for key, value in metadata if key != KEY}
     return dict(zip(found, hashes, strict=True)), settings
 
 
@@ -169,18 +169,23 @@ def _of_shard(file: Path, name: str) -> tuple[dict[str, str], dict[str, str]] | 
     )
 
 
-def _opened(weights: Path) -> tuple[Mapping[str, LazyTensor], Iterator[tuple[str, bytes]]]:
+def _opened(weights: Path) -> tuple[Mapping[str, LazyTensor], Iterator[tuple[str, str]]]:
     if _is_gguf(weights):
         gguf = read_gguf(weights)
         return gguf.tensors, ((key, _of_value(value)) for key, value in gguf.typed().items())
     file = read_safetensors(weights)
-    return file.tensors, ((key, text.encode()) for key, text in file.metadata.items())
+    return file.tensors, ((key, _short(text.encode())) for key, text in file.metadata.items())
 
 
-def _of_value(value: GGUFValue) -> bytes:
-    if isinstance(value, GGUFArray):
-        return f"{value.kind} {value.length} ".encode() + bytes(value.read())
-    return repr(value).encode(errors="replace")
+def _of_value(value: GGUFValue) -> str:
+    if not isinstance(value, GGUFArray):
+        return _short(repr(value).encode(errors="replace"))
+    whole = hashlib.sha256(f"{value.kind} {value.length} ".encode())
+    # A vocabulary has megabytes.
+    pieces = value.read.chunks(_BLOCK) if isinstance(value.read, FileSlice) else (value.read(),)
+    for piece in pieces:
+        whole.update(piece)
+    return whole.hexdigest()[:16]
 
 
 def _of_tensor(tensor: LazyTensor) -> str:

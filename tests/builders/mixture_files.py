@@ -16,3 +16,8 @@ def stored_as(source: Path, target: Path, dtype: DType) -> Path:
     tensors = {n: t.cast(dtype) if len(t.shape) > 1 else t for n, t in file.tensors.items()}
     write_gguf(target, file.typed(), tensors)
     return target
+
+
+def size_of_weights(path: Path) -> int:
+    """Return the bytes of all tensors of a GGUF."""
+    return sum(tensor.nbytes for tensor in read_gguf(path).tensors.values())

@@ -33,6 +33,7 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
+from adapterkit.stamps import KEY
 from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 
@@ -161,7 +162,7 @@ def test_four_types_are_kept_and_the_rest_is_the_base_s_bytes(
     before, after = read_gguf(base), read_gguf(tmp_path / "merged.gguf")
     assert after.alignment == 64
     assert list(after.metadata) == list(before.metadata) + (
-        ["general.quantization_version"] if dtype is DType.Q8_0 else []
+        ["general.quantization_version", KEY] if dtype is DType.Q8_0 else [KEY]
     )
     assert {key: plain(after.metadata[key]) for key in before.metadata} == {
         key: plain(value) for key, value in before.metadata.items()
@@ -257,7 +258,7 @@ def test_what_a_gguf_cannot_take_is_refused_with_a_way_out(
     adapters = [tmp_path / "adapter"]
     with pytest.raises(UnsupportedError, match=r"--tied shared .* --tied untie"):
         merge_into(adapters, tied.gguf, tmp_path / "merged.gguf")
-    with pytest.raises(UsageError, match="unknown gguf type 'q4_k'; known: keep, f32"):
+    with pytest.raises(UsageError, match="unknown gguf type 'q4_k'; did you mean q4_k_s"):
         merge_into(adapters, base.gguf, tmp_path / "merged.gguf", gguf_type="q4_k")
     with pytest.raises(UsageError, match=r"the base is a GGUF file: name a \.gguf file"):
         merge_into(adapters, base.gguf, tmp_path / "merged")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from declared_settings import PROMPT, TARGETS, logits, trained
+from declared_settings import base as base  # noqa: PLC0414  (a fixture)
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 

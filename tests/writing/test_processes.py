@@ -128,6 +128,7 @@ def results(weights: Path, out: Path) -> dict[str, Any]:
         "write_fleet_tables": adapterkit.write_fleet_tables(fleet, out / "fleet"),
         "write_html": adapterkit.write_html(adapterkit.audit(TINY), out / "page.html"),
         "write_page": adapterkit.write_page("<!doctype html>", out / "other.html"),
+        "lost_beyond_pairs": list(adapterkit.lost_beyond_pairs(adapterkit.read(TINY))),
         "convert_all": adapterkit.convert_all([TINY], out / "all"),
         "for_each": adapterkit.for_each(adapterkit.inspect, [TINY]),
         "validation_page": adapterkit.validation_page(
