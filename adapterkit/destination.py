@@ -46,6 +46,19 @@ class Directory:
         return any(fnmatch.fnmatchcase(name, mark) for name in names for mark in self.marks())
 
 
+def check_name(destination: Path) -> None:
+    """Refuse what names no file or folder that could be made here.
+
+    Raises:
+        UsageError: if it is empty, holds a NUL, or is a reference to the hub.
+    """
+    if not str(destination) or "\0" in str(destination):
+        raise UsageError("no path that could be created", path=str(destination) or "''")
+    if destination.parts[:1] == (_HUB,):
+        message = "is a reference to the hub; name a file or folder here, and upload it then"
+        raise UsageError(message, path=destination)
+
+
 def check_destination(
     destination: Path,
     *,
@@ -60,11 +73,7 @@ def check_destination(
         WriteError: if nothing can be replaced there in one step.
         UsageError: if it is empty, or would replace what it is made from.
     """
-    if not str(destination) or "\0" in str(destination):
-        raise UsageError("no path that could be created", path=str(destination) or "''")
-    if destination.parts[:1] == (_HUB,):
-        message = "is a reference to the hub; name a file or folder here, and upload it then"
-        raise UsageError(message, path=destination)
+    check_name(destination)
     try:
         mode = destination.lstat().st_mode
     except FileNotFoundError:

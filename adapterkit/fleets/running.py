@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from adapterkit.destination import check_name
 from adapterkit.errors import AdapterKitError, UsageError, WriteError
 from adapterkit.fleets.actions import Outcome, check_action, died, late, perform
 from adapterkit.fleets.discovery import discover, identity
@@ -116,6 +117,7 @@ def run_fleet(
     if timeout is not None and (dask is not None or executor is not None):
         raise UsageError("timeout (--timeout) is for processes of this machine, not for executors")
     folder = Path(folder)
+    check_name(folder)
     given = _given(action, dict(options or {}), folder)
     told = json.dumps([given, import_module("adapterkit").__version__], sort_keys=True)
     found = discover(sources)

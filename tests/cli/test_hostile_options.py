@@ -180,6 +180,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run where nothing lies: what names no folder may mean the current one."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("current"))
+
+
 def inside(folder: Path) -> dict[Path, Any]:
     """Return what lies in a folder, and when it was changed."""
     return {path: path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
