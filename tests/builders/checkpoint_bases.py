@@ -55,7 +55,9 @@ def trained(base: BaseFixture, folder: Path, *, seed: int = 1, **settings: Any) 
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
-        tuned = lora.get_peft_model(model, config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # what PEFT itself draws
+            tuned = lora.get_peft_model(model, config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in tuned.named_parameters():

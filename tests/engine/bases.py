@@ -70,10 +70,13 @@ def make_base(row: FamilyRow, folder: Path, *, seed: int = 0) -> BaseFixture:
 
 def random_model(row: FamilyRow, seed: int) -> Any:
     """Return a model in evaluation mode; every parameter is random and matters to the logits."""
-    generator = torch.Generator().manual_seed(crc32(row.name.encode()) + seed)
-    model = getattr(transformers, row.model_class)._from_config(
-        _config(row), attn_implementation="eager", dtype=torch.float32
-    )
+    drawn = crc32(row.name.encode()) + seed
+    generator = torch.Generator().manual_seed(drawn)
+    with torch.random.fork_rng():
+        torch.manual_seed(drawn)  # what the class itself draws and is not drawn anew below
+        model = getattr(transformers, row.model_class)._from_config(
+            _config(row), attn_implementation="eager", dtype=torch.float32
+        )
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():
         for parameter in model.parameters():
