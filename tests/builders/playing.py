@@ -11,8 +11,8 @@ from pathlib import Path
 TRANSCRIPTS = sorted((Path(__file__).parents[1] / "transcripts").glob("*.md"))
 
 
-# What a machine rounds in its own way, and sizes of files that hold such figures in their proof.
-ROUNDING = re.compile(r"\b\d(\.\d+)?e-(0[7-9]|1\d)( \([\w.]+\))?|\b\d+\.\d kB")
+# What a machine rounds in its own way, and tenths of a kB of files that hold such figures.
+ROUNDING = re.compile(r"\b\d(\.\d+)?e-(0[7-9]|1\d)( \([\w.]+\))?|(?<=\d)\.\d(?= kB)")
 
 
 TIME_LIMIT = 60.0  # seconds; a hang must end
