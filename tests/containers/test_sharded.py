@@ -107,7 +107,7 @@ def test_what_the_optimizer_stepped_is_the_adapter(trained: Any, tmp_path: Path)
 
 
 RANKS = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 import torch.multiprocessing as processes
 from torch.distributed._shard.sharded_tensor import Shard as Piece
 from torch.distributed._shard.sharded_tensor import init_from_local_shards
@@ -136,7 +136,9 @@ def train(rank, folder):
             tensor[begin : begin + size].clone(), [begin, 0], rank)
         pieces[name] = init_from_local_shards([local], *tensor.shape)
     dcp.save(pieces, checkpoint_id=f"{folder}/sharded")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # torch's threads may ask a finishing interpreter for its lock, and abort it
 
 if __name__ == "__main__":
     processes.spawn(train, (sys.argv[1],), nprocs=2)
@@ -169,7 +171,7 @@ def test_half_precision_under_other_keys_is_joined(ranks: Path, tmp_path: Path) 
 
 
 MESH = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 import torch.multiprocessing as processes
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -184,7 +186,9 @@ def train(rank, folder):
         dcp.save({"model": parted}, checkpoint_id=f"{folder}/{name}")
         writer = dcp.HuggingFaceStorageWriter(path=f"{folder}/{name}-shards", save_distributed=True)
         dcp.save(parted, storage_writer=writer)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # torch's threads may ask a finishing interpreter for its lock, and abort it
 
 if __name__ == "__main__":
     processes.spawn(train, (sys.argv[1],), nprocs=4)
