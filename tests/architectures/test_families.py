@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+pytestmark = pytest.mark.engine
+
 NAME_LIMIT = 63
 # Sizes of a made-up base, the same for every family.
 VALUES = {

@@ -25,6 +25,8 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.quantisation import ggml
 from adapterkit.tensor import LazyTensor
 
+pytestmark = pytest.mark.engine
+
 ANSWERS = json.loads(
     (Path(__file__).parents[2] / "fixtures" / "mixtures" / "types.json").read_text()
 )

@@ -24,6 +24,8 @@ from adapterkit.lowrank.differences import norm
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 def answer(*arguments: str | Path) -> dict[str, Any]:
     result = invoke(*arguments, "--json")

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from gradience_oracle import Answer
 
+pytestmark = pytest.mark.slow
+
 # Its name of a value for each matrix, and the audit's.
 ROW = {
     "r": "rank",

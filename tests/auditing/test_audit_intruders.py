@@ -19,6 +19,8 @@ from adapterkit.lowrank.sketching import leading
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 peft_intruders: Any = of_peft
 
 

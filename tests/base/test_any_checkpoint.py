@@ -24,6 +24,8 @@ from fixtures.classes.tiny import built
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 CLASSES = Path(__file__).parents[2] / "fixtures" / "classes" / "trained.json"
 NAMES: list[str] = json.loads(CLASSES.read_text(encoding="utf-8"))
 EVERY = 10

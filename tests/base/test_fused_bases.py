@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
     Tensors = dict[str, Array]
 
+pytestmark = pytest.mark.engine
+
 
 GATE_UP = fused("ffn_gate_up_exps", ("ffn_gate_exps", "ffn_up_exps"), 1)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "fixtures" / "peft" / "tiny")
 BASE = str(ROOT / "fixtures" / "peft" / "base")

@@ -35,6 +35,8 @@ from adapterkit.errors import UncheckableError, UsageError
 from adapterkit.lowrank.products import stored
 from adapterkit_cli.main import cli
 
+pytestmark = pytest.mark.slow
+
 HEADS = 4
 
 

@@ -21,6 +21,8 @@ from adapterkit_cli.main import COMMANDS
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = PEFT.parent / "hostile" / "peft"
 BROKEN = HOSTILE / "config-empty"
 DORA, WEAK = PEFT / "dora", PEFT / "tiny-weak"

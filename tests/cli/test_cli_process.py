@@ -14,6 +14,8 @@ from terminal import BASE, TINY, start
 from adapterkit_cli.boundary import told
 from adapterkit_cli.signals import Terminated, stopping_cleanly
 
+pytestmark = pytest.mark.slow
+
 # Stops in the middle of a conversion, when the temporary file is written and the proof begins.
 SLOW = """
 import sys, time

@@ -25,6 +25,8 @@ import adapterkit
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 RUN = re.compile(r"^```(console|python|toml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [

@@ -20,6 +20,8 @@ import adapterkit
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 TIME_LIMIT = 60
 
 

@@ -22,6 +22,8 @@ from terminal import TINY, invoke
 import adapterkit
 from adapterkit_cli.main import cli
 
+pytestmark = pytest.mark.slow
+
 Made = Callable[[Path], str]
 
 

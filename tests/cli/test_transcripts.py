@@ -21,6 +21,8 @@ import pytest
 from playing import ROUNDING, TRANSCRIPTS, environment, played
 from terminal import PEFT
 
+pytestmark = pytest.mark.slow
+
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Workshop = Callable[[Trait], making.Made]
     Run = Callable[..., tuple[int, str, AdapterKitError | None]]
 
+pytestmark = pytest.mark.slow
+
 REFUSALS = (3, 4)
 # No LoRA is TinyLoRA, whichever way it is stored: to-tinylora speaks for these.
 TINYLORA = {"to-tinylora-pack", "to-tinylora-peft"}

@@ -35,6 +35,8 @@ from adapterkit.storage import FileSlice
 from adapterkit.tensor import LazyTensor
 from fixtures.generators import gguf as generator
 
+pytestmark = pytest.mark.engine
+
 MEGABYTE = 1 << 20
 
 

@@ -15,6 +15,8 @@ from terminal import ROOT
 
 from fixtures.generators import torch_zip
 
+pytestmark = pytest.mark.slow
+
 CHILD = """
 import resource, sys, time
 from pathlib import Path

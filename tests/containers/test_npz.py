@@ -23,6 +23,8 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, TruncatedFileError
 from fixtures.generators.handwritten import Member, npy, one, zipped
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = Path(__file__).parents[2] / "fixtures/hostile/npz"
 WEIGHT = "weight.npy"
 

@@ -36,6 +36,8 @@ from fixtures.generators import sharded
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 def written(source: Path, out: Path, alpha: float | None = None) -> tuple[Tensors, dict[str, Any]]:
     """Convert to PEFT; return its tensors and config."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from adapterkit import ValidationReport
 
+pytestmark = pytest.mark.engine
+
 FOLDER = ROOT / "fixtures" / "validation"
 BASES = {
     "experts": "mixtral",

@@ -36,6 +36,8 @@ from adapterkit.errors import BaseRequiredError
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.engine
+
 # What an adapter must do to its base in these tests, in nats, for agreement to mean anything.
 EFFECT = 1e-2
 # A module whose absence would stay under this many tolerances is not proven to be applied.

@@ -31,6 +31,8 @@ from adapterkit.containers.gguf import read_gguf
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.engine
+
 PROMPTS = [[5, 9, 300], [7]]
 SAME = 1e-12
 Tensors = dict[str, np.ndarray[Any, Any]]

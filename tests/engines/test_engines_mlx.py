@@ -17,6 +17,8 @@ from adapterkit import convert, diff
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.engine
+
 # mlx and torch each bring a runtime of their own: mlx-lm runs in a process that has no torch.
 WORKER = """
 import json, sys

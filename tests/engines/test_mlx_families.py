@@ -24,6 +24,8 @@ from adapterkit import convert, diff
 from adapterkit.errors import LossyConversionError
 from adapterkit.served import served
 
+pytestmark = pytest.mark.engine
+
 PROMPTS = [[5, 17, 40, 8], [3], [9, 9, 31, 2, 44, 7, 7]]
 CLOSE = 1e-9
 TARGETS = ("target_modules", "target_parameters")

@@ -23,6 +23,8 @@ from adapterkit.registry import formats
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.engine
+
 PROMPTS = [[5, 9, 300], [7]]
 MIXED: dict[str, Any] = {
     "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8},

@@ -28,6 +28,8 @@ from adapterkit import diff, extract, inspect, merge_into, read
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 # Between two ways to compute the same in float32, in nats; factors of 1e-7 move it a little more.
 EQUAL = 1e-8
 

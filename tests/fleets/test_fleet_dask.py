@@ -16,6 +16,8 @@ from adapterkit import run_fleet
 from adapterkit.errors import UsageError
 from adapterkit.fleets.execution import carried_out, dask_executor
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[2] / "fixtures" / "peft" / "tiny"
 
 

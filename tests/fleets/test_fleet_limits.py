@@ -19,6 +19,8 @@ from adapterkit import run_fleet
 from adapterkit.errors import UsageError
 from adapterkit.fleets.running import LEDGER
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[2] / "fixtures" / "peft" / "tiny"
 # A format whose files say how its reader hangs.
 READER = """

@@ -27,6 +27,8 @@ from adapterkit.fleets.execution import carried_out, process_pool
 from adapterkit.fleets.running import LEDGER
 from adapterkit_cli.main import cli
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 TINY = FIXTURES / "peft" / "tiny"
 BASE = FIXTURES / "peft" / "base"

@@ -24,6 +24,8 @@ from adapterkit.errors import (
 from adapterkit.formats.handwritten.format import read as read_handwritten
 from adapterkit.formats.protocol import Options
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Written:

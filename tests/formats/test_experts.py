@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+pytestmark = pytest.mark.engine
+
 EXPERTS, RANK, ALPHA, HIDDEN = 3, 2, 5, 32
 SCALE = ALPHA / RANK
 

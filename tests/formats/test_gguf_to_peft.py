@@ -29,6 +29,8 @@ from adapterkit.lowrank.differences import difference
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 ROWS = (
     "deepseek2",
     "deepseek3",

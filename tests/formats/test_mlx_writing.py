@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.engine
+
 transformers.utils.logging.disable_progress_bar()
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
 

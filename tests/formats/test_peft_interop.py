@@ -27,6 +27,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
 
 VARIANTS: dict[str, dict[str, Any]] = {

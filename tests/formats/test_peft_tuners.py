@@ -32,6 +32,8 @@ from adapterkit.registry import detect
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 
 transformers.utils.logging.disable_progress_bar()
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])

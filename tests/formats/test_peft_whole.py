@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 transformers.utils.logging.disable_progress_bar()
 
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from adapterkit.model import AdapterTensorSet
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}

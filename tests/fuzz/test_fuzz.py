@@ -16,6 +16,8 @@ from fuzz.harness import Room, outcome
 from fuzz.samples import KEPT, kept
 from fuzz.targets import TARGETS
 
+pytestmark = pytest.mark.slow
+
 INPUTS = 40
 SEEDS = [(target, name) for target in TARGETS for name in kept(target)]
 

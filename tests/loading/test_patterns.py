@@ -29,6 +29,8 @@ from adapterkit.patterns import Allowance, Expression, ending
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 SOUND = ROOT / "fixtures" / "validation" / "sound"
 BASE = ROOT / "fixtures" / "validation" / "bases" / "llama"
 UNSLOTH = (

@@ -21,6 +21,8 @@ import pytest
 
 import adapterkit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(set(adapterkit.__all__) - {"__version__"})
 # What numpy's own types are called where numpy is imported by those alone who use it.

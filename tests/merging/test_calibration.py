@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from adapterkit.base.model import BaseModel
 
+pytestmark = pytest.mark.engine
+
 PIRATE = Path(__file__).parents[2] / "fixtures" / "pirate" / "adapter"
 PROSE = Path(__file__).parents[2] / "benchmarks" / "rounding" / "calibration.txt"
 # "<|im_start|>user\nWho lives in the lighthouse?<|im_end|>\n<|im_start|>assistant\n", and a plain

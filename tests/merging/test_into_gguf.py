@@ -40,6 +40,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+pytestmark = pytest.mark.engine
+
 PIRATE = Path(__file__).parents[2] / "fixtures" / "pirate"
 
 

@@ -20,6 +20,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 ROWS, WIDTH = 160_000, 512
 SIZE = ROWS * WIDTH * 2
 CONFIG = {

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 # A merge that kills itself, as `kill -9` would, as soon as so many bytes are done; at 100 when all
 # are on the disk and noted, and nothing has its name yet.
 SUICIDE = """

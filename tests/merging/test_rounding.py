@@ -25,6 +25,8 @@ from adapterkit.quantisation import quantise
 from adapterkit.quantisation.grids import LAYOUTS, grid
 from adapterkit.quantisation.shaped import Shape, first_pass, shaped
 
+pytestmark = pytest.mark.engine
+
 PIRATE = Path(__file__).parents[2] / "fixtures" / "pirate" / "adapter"
 Array = np.ndarray[Any, np.dtype[Any]]
 TYPES = sorted(LAYOUTS)

@@ -23,6 +23,8 @@ from terminal import invoke
 import adapterkit
 from adapterkit.registry import formats
 
+pytestmark = pytest.mark.slow
+
 Array = np.ndarray[Any, Any]
 Deltas = dict[str, Array]
 # Where nothing is refused, but what no adapter of such a kind can become.

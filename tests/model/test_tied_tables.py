@@ -22,6 +22,8 @@ from adapterkit.model import spelled_out
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 TABLE, OUTPUT = "model.embed_tokens", "lm_head"
 QUERY: dict[str, Any] = {"target_modules": ["q_proj"]}

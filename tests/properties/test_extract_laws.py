@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from checkpoint_pairs import Q, checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterkit import extract, read
 from adapterkit.dtype import DType
+
+pytestmark = pytest.mark.slow
 
 SHAPES = st.tuples(st.integers(24, 70), st.integers(24, 70))
 

@@ -16,6 +16,8 @@ from adapterkit.merging.registry import Kind
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
+pytestmark = pytest.mark.slow
+
 NAMES = [spec.name for spec in merge_methods()]
 SPECS = {spec.name: spec for spec in merge_methods()}
 SUMS = ["svd", "linear", "task-arithmetic", "cat"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,8 @@ from adapterkit.notes import BaseReference
 from adapterkit.proof import tolerance_for
 from adapterkit.registry import spec
 from adapterkit.tensor import LazyTensor
+
+pytestmark = pytest.mark.slow
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB, LAYERS = 4, 2, 6, 20, 28, 40, 3
 GGUF, PEFT = spec("gguf"), spec("peft")

@@ -28,6 +28,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 TINY = FIXTURES / "peft" / "tiny"
 DORA = FIXTURES / "peft" / "dora"

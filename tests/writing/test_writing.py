@@ -15,6 +15,8 @@ from terminal import BASE, PEFT, TINY, invoke, start
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 60  # seconds
 # Command -> arguments before the destination, and its suffix; a directory without one.
 WRITERS = {
