@@ -14,6 +14,7 @@ from adapterkit.errors import FormatError, NotFoundError, TruncatedFileError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from io import RawIOBase
 
 
 @contextmanager
@@ -116,21 +117,6 @@ class FileSlice:
         """Travel with the whole path: another process may stand in another directory."""
         return FileSlice, (self.path.absolute(), self.offset, self.length)
 
-    def read_into(self, buffer: memoryview) -> None:
-        """Read the range into memory of its size, which can be used again.
-
-        Raises:
-            TruncatedFileError: if the file has become shorter than the range.
-            FormatError: if it is gone or cannot be read.
-        """
-        done = 0
-        with readable(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            while done < self.length and (count := file.readinto(buffer[done:])):
-                done += count
-        if done != self.length:
-            raise self._truncated()
-
     def chunks(self, size: int) -> Generator[memoryview]:
         """Yield the range piece by piece, in memory of `size` bytes that is used again.
 
@@ -146,7 +132,7 @@ class FileSlice:
                 yield buffer[:count]
                 left -= count
         if left:
-            raise self._truncated()
+            raise self.truncated()
 
     def __call__(self) -> bytes:
         """Read the range.
@@ -162,9 +148,50 @@ class FileSlice:
             while len(data) < self.length and (more := file.read(self.length - len(data))):
                 data += more
         if len(data) != self.length:
-            raise self._truncated()
+            raise self.truncated()
         return data
 
-    def _truncated(self) -> TruncatedFileError:
+    def truncated(self) -> TruncatedFileError:
+        """Return the error that says that the file has become shorter than the range."""
         end = self.offset + self.length
         return TruncatedFileError(f"the file ends before byte {end}", path=self.path)
+
+
+class Ranges:
+    """Reads ranges into memory that is used again, and holds the last one's file open.
+
+    A file that is opened anew for each range is a dozen calls to the operating system, and as many
+    waits for the interpreter's lock where several threads read.
+    """
+
+    def __init__(self) -> None:
+        """Hold no file yet."""
+        self._path: Path | None = None
+        self._file: RawIOBase | None = None
+
+    def __enter__(self) -> Ranges:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def read(self, span: FileSlice, buffer: memoryview) -> None:
+        """Fill `buffer`, of the range's size.
+
+        Raises:
+            TruncatedFileError: if the file has become shorter than the range.
+            FormatError: if it is gone or cannot be read.
+        """
+        done = 0
+        with readable(span.path):
+            if self._file is None or self._path != span.path:
+                self.__exit__()
+                self._file, self._path = span.path.open("rb", buffering=0), span.path
+            self._file.seek(span.offset)
+            while done < span.length and (count := self._file.readinto(buffer[done:])):
+                done += count
+        if done != span.length:
+            raise span.truncated()

@@ -21,7 +21,7 @@ from adapterkit.merging.into.rows import Place, decoded, reader
 from adapterkit.merging.into.ruled import Rules
 from adapterkit.merging.into.steps import Change, Product, Ruled
 from adapterkit.model import Kind
-from adapterkit.storage import FileSlice
+from adapterkit.storage import FileSlice, Ranges
 from adapterkit.tensor import LazyTensor, encode
 
 if TYPE_CHECKING:
@@ -138,14 +138,14 @@ class Merger:
             UnsupportedError: if the stored type cannot hold a value.
         """
         height = max(place.stop - place.start for place in places)
-        memory = _Memory(height, self.columns, self.kind, self.change.dtype)
         done = Sums()
-        for place in places:
-            # An overflow, in the base or of a sum, is looked for in what the block adds up to.
-            with np.errstate(all="ignore"):
+        # An overflow, in the base or of a sum, is looked for in what the block adds up to.
+        with Ranges() as ranges, np.errstate(all="ignore"):
+            memory = _Memory(height, self.columns, self.kind, self.change.dtype, ranges)
+            for place in places:
                 data, sums = self._block(place, memory)
-            write(data, self.offset(place))
-            done += sums
+                write(data, self.offset(place))
+                done += sums
         return done
 
     def _block(self, place: Place, memory: _Memory) -> tuple[memoryview, Sums]:
@@ -160,28 +160,30 @@ class Merger:
                 self._refuse(base)
             return data, Sums()
         merged, update = self._merged(place, base, memory)
-        data = memory.stored(merged, self.change.via)
         sums = Sums(_inner(base, base), _inner(update, update))
+        data = memory.stored(merged, self.change.via)
+        left = self._left(memory.decoded(data), merged, update, sums.update, place)
         if self._rounder is None or not np.isfinite(sums.update):
-            left = self._left(memory.decoded(data, merged), base, update, place)
             sums = replace(sums, left=left)
         else:
             wanted = merged.astype(np.float32)
-            nearest = self._left(memory.decoded(data, merged), base, update, place)
             data = self._shaped(self._rounder, wanted, data, place)
-            left = self._left(memory.decoded(data, merged), base, update, place)
-            sums = replace(sums, left=left, nearest=nearest)
+            shaped = self._left(memory.decoded(data), merged, update, sums.update, place)
+            sums = replace(sums, left=shaped, nearest=left)
         if not np.isfinite(sums.left.kept):
-            self._refuse(base)
+            self._refuse(self.base_block(place))
         return data, sums
 
-    def _left(self, result: Array, base: Array, update: Array, place: Place) -> Left:
-        """Return what is left of a block's update in `result`, which is written over."""
-        result -= base
-        kept = _inner(result, update)
-        result -= update
-        own = self._rounder.own(result, place) if self._rounder else 0.0
-        return Left(kept, _inner(result, result), own)
+    def _left(
+        self, stored: Array, merged: Array, update: Array, square: float, place: Place
+    ) -> Left:
+        """Return what `stored`, which is written over, has of an update whose ‖ΔW‖² is `square`.
+
+        W' - W is ΔW and what rounding W + ΔW added to it, so one difference gives both sums.
+        """
+        stored -= merged
+        own = self._rounder.own(stored, place) if self._rounder else 0.0
+        return Left(square + _inner(stored, update), _inner(stored, stored), own)
 
     def _shaped(
         self, rounder: Rounder, wanted: Array, nearest: memoryview, place: Place
@@ -267,8 +269,10 @@ class Merger:
 class _Memory:
     """Arrays of a block's size that every block of a task uses again."""
 
-    def __init__(self, height: int, columns: int, kind: np.dtype[Any], dtype: DType) -> None:
-        self.dtype, self.kind = dtype, kind
+    def __init__(
+        self, height: int, columns: int, kind: np.dtype[Any], dtype: DType, ranges: Ranges
+    ) -> None:
+        self.dtype, self.kind, self.ranges = dtype, kind, ranges
         self.base = np.empty((height, columns), kind)
         self.merged = np.empty((height, columns), kind)
         self.update = np.empty((height, columns), kind)
@@ -283,7 +287,7 @@ class _Memory:
         if len(self._raw) < span.length:
             self._raw = bytearray(span.length)
         view = memoryview(self._raw)[: span.length]
-        span.read_into(view)
+        self.ranges.read(span, view)
         return np.frombuffer(view, tensor.dtype.numpy()).reshape(tensor.shape)
 
     def stored(self, values: Array, via: DType | None) -> memoryview:
@@ -296,12 +300,11 @@ class _Memory:
         np.copyto(stored, values, casting="unsafe")
         return stored.reshape(-1).view(np.uint8).data
 
-    def decoded(self, data: memoryview, out: Array) -> Array:
-        """Return what the bytes hold, in `out`, which was their source."""
-        if self._stored is None:
-            np.copyto(out, _decoded_again(data, self.dtype, out))
-        else:
-            np.copyto(out, self._stored[: len(out)])
+    def decoded(self, data: memoryview) -> Array:
+        """Return what the stored bytes hold, in the memory of the base, which is used up."""
+        out = self.base[: len(data) // self.dtype.nbytes(self.base.shape[1:])]
+        held = self._stored[: len(out)] if self._stored is not None else None
+        np.copyto(out, _decoded_again(data, self.dtype, out) if held is None else held)
         return out
 
 
