@@ -15,6 +15,7 @@ from adapterkit.errors import FormatError, NotFoundError, TruncatedFileError
 if TYPE_CHECKING:
     from collections.abc import Generator
     from io import RawIOBase
+    from typing import Self
 
 
 @contextmanager
@@ -169,7 +170,7 @@ class Ranges:
         self._path: Path | None = None
         self._file: RawIOBase | None = None
 
-    def __enter__(self) -> Ranges:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 

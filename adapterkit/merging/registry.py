@@ -340,9 +340,11 @@ def method(name: str) -> MethodSpec:
     Raises:
         UsageError: if there is none; the message lists all.
     """
+    if found := next((known for known in BUILTIN if known.name == name), None):
+        return found
     known = {spec.name for spec in merge_methods()}
-    if name not in known and (found := alias(name)):
-        name = found.method
+    if name not in known and (other := alias(name)):
+        name = other.method
     elif name not in known and name.replace("_", "-") in known:
         name = name.replace("_", "-")
     return named("method", name, BUILTIN, _GROUP)
@@ -350,5 +352,7 @@ def method(name: str) -> MethodSpec:
 
 def remark(name: str) -> str | None:
     """Return what is not the same as in the program whose name of a method this is."""
-    found = None if name in {spec.name for spec in merge_methods()} else alias(name)
-    return f"{name} is {found.method} here: {found.remark}" if found and found.remark else None
+    found = alias(name)
+    if not found or not found.remark or any(known.name == name for known in merge_methods()):
+        return None
+    return f"{name} is {found.method} here: {found.remark}"

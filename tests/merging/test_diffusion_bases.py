@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import LossyConversionError, UnsupportedError
-from adapterkit.merging.into import entry, writing
+from adapterkit.merging.into import journal
 from adapterkit.registry import detect
 
 if TYPE_CHECKING:
@@ -116,9 +116,9 @@ def test_updates_are_audited_against_a_file_where_they_are_fused(tmp_path: Path)
 KILLED = """
 import os, signal, sys, time
 from adapterkit import merge_into
-from adapterkit.merging.into import entry, writing
+from adapterkit.merging.into import journal
 
-writing.SEGMENT = entry.SEGMENT = 5_000
+journal.SEGMENT = 5_000
 
 def progress(done, total):
     if done > total // 2:
@@ -133,8 +133,7 @@ merge_into([sys.argv[1]], sys.argv[2], sys.argv[3], progress=progress, resume=Tr
 def test_killed_and_resumed_a_merge_gives_the_same_bytes(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (writing, entry):
-        monkeypatch.setattr(module, "SEGMENT", 5_000)
+    monkeypatch.setattr(journal, "SEGMENT", 5_000)
     name = "sd" if layout == "directory" else "flux"
     base = opened(tmp_path, name, layout)
     source = adapter(tmp_path / "a.safetensors", name)
@@ -145,8 +144,8 @@ def test_killed_and_resumed_a_merge_gives_the_same_bytes(
     assert subprocess.run(killed, check=False).returncode == -9
     assert not again.exists()
     (left,) = (path for path in tmp_path.iterdir() if path.is_dir() and ".again" in path.name)
-    journal = (left / "journal.jsonl").read_text().splitlines()
-    assert len(journal) > 1, "nothing was finished that could be resumed"
+    lines = (left / "journal.jsonl").read_text().splitlines()
+    assert len(lines) > 1, "nothing was finished that could be resumed"
     report = adapterkit.merge_into([source], base, again, resume=True)
     assert any("resumed" in note for note in report.notes), report.notes
     files = [p for p in whole.rglob("*") if p.is_file()] if whole.is_dir() else [whole]

@@ -22,7 +22,7 @@ from adapterkit import merge_into
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, UsageError, WriteError
-from adapterkit.merging.into import entry, writing
+from adapterkit.merging.into import journal
 from adapterkit.merging.into.blocks import Merger
 from adapterkit.merging.into.journal import JOURNAL, checksum
 from adapterkit.storage import FileSlice
@@ -38,9 +38,9 @@ pytestmark = pytest.mark.slow
 SUICIDE = """
 import os, signal, sys, time
 from adapterkit import merge_into
-from adapterkit.merging.into import checkpoint, entry, writing
+from adapterkit.merging.into import checkpoint, gguf_file, journal, writing
 
-writing.SEGMENT = entry.SEGMENT = 20_000
+journal.SEGMENT = 20_000
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -49,7 +49,7 @@ def written(*arguments, write=writing.write_files):
     write(*arguments)
     die()
 
-checkpoint.write_files = entry.write_files = written
+checkpoint.write_files = gguf_file.write_files = written
 
 def progress(done, total):
     if int(sys.argv[4]) < 100 and done >= int(sys.argv[4]) * total / 100:
@@ -112,8 +112,7 @@ def test_killed_and_resumed_it_gives_the_same_bytes(
     adapter = tmp_path / "adapter"
     trained(tiny, adapter, target_modules=LINEAR)
     whole, target = tmp_path / "whole", tmp_path / "merged"
-    monkeypatch.setattr(writing, "SEGMENT", 20_000)
-    monkeypatch.setattr(entry, "SEGMENT", 20_000)
+    monkeypatch.setattr(journal, "SEGMENT", 20_000)
     merge_into([adapter], base, whole)
     done = subprocess.run(
         [sys.executable, "-c", SUICIDE, str(adapter), str(base), str(target), str(percent)],
@@ -155,8 +154,7 @@ def test_a_gguf_goes_on_too(
     assert not target.exists()
     finished = noted(staging_of(target))
     assert finished or percent < 100
-    monkeypatch.setattr(writing, "SEGMENT", 20_000)
-    monkeypatch.setattr(entry, "SEGMENT", 20_000)
+    monkeypatch.setattr(journal, "SEGMENT", 20_000)
     computed = watched(monkeypatch)
     report = merge_into([adapter], tiny.gguf, target, resume=True)
     assert finished.isdisjoint(computed)
@@ -221,8 +219,7 @@ def killed(adapter: Path, base: Path, target: Path, percent: int = 60) -> Path:
 
 
 def segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "SEGMENT", 20_000)
-    monkeypatch.setattr(entry, "SEGMENT", 20_000)
+    monkeypatch.setattr(journal, "SEGMENT", 20_000)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])

@@ -13,11 +13,13 @@ from adapterkit.base.places import Places
 from adapterkit.destination import Directory
 from adapterkit.formats.diffusion.on_base import on_base
 from adapterkit.merging.into.huggingface import checkpoint_steps
+from adapterkit.merging.into.journal import journalled, plan_hash
 from adapterkit.merging.into.shards import Shard, planned_shards
 from adapterkit.merging.into.steps import Change
 from adapterkit.merging.into.writing import write_files
 from adapterkit.stamps import BESIDE
 from adapterkit.storage import copy_file
+from adapterkit.work import counter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from adapterkit.merging.into.journal import Journal
     from adapterkit.merging.into.report import TensorReport
     from adapterkit.merging.into.steps import Step
+    from adapterkit.merging.into.write import Write
     from adapterkit.merging.into.writing import OutputFile, Progress
     from adapterkit.merging.planning import Source
     from adapterkit.storage import FileSlice
@@ -75,6 +78,30 @@ class DiffusionPlan:
     def spans(self) -> list[FileSlice]:
         """The byte ranges of the base that are read."""
         return [span for file in self.outputs for span in file.spans()]
+
+
+def merge_diffusion(
+    sources: Sequence[Source], base: BaseModel, write: Write
+) -> tuple[list[TensorReport], list[str]]:
+    """Write a diffusion model with adapters merged into it.
+
+    Raises:
+        UnsupportedError: if an adapter does not fit.
+    """
+    plan = plan_diffusion(respelled(sources, base), base)
+    single = base.layout == "checkpoint"
+    if single:
+        plan = plan.named(write.destination.name)
+    with write.output(sources, None if single else MODEL) as output:
+        others = [base.path / path for path in plan.others]
+        key = plan_hash(sources, plan.spans, others, {})
+        count = counter(plan.nbytes, write.progress)
+        folder = output.folder if single else output.path
+        with journalled(output, key) as journal:
+            tensors = write_diffusion_base(plan, folder, journal, write.jobs, count)
+            write.proven(output.path, tensors)
+    left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
+    return tensors, left
 
 
 def respelled(sources: Sequence[Source], base: BaseModel) -> list[Source]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 
 from adapterkit.base.model import BaseModel
 from adapterkit.base.quantised import DecodedBase
-from adapterkit.certificates import ModelProof
 from adapterkit.destination import Directory, check_destination
 from adapterkit.dtype import DType
 from adapterkit.errors import NotFoundError, UnsupportedError, UsageError
@@ -23,29 +19,22 @@ from adapterkit.merging.into.checkpoint import (
     plan_checkpoint,
     write_checkpoint,
 )
-from adapterkit.merging.into.diffusion import MODEL as DIFFUSION
-from adapterkit.merging.into.diffusion import plan_diffusion, respelled, write_diffusion_base
-from adapterkit.merging.into.gguf import MOST_ERROR, Allowed, check_rounding, check_type, plan_gguf
 from adapterkit.merging.into.journal import journalled, plan_hash
-from adapterkit.merging.into.proving import carry, model_proof, with_room
+from adapterkit.merging.into.proving import model_proof
 from adapterkit.merging.into.reading import read_sources
 from adapterkit.merging.into.report import MergeIntoReport, TensorReport
+from adapterkit.merging.into.reporting import order_counts, reported, with_decoded
 from adapterkit.merging.into.ruled import rule_of, settings_of, shares
-from adapterkit.merging.into.tokenizers import unplaced, with_tokenizer
+from adapterkit.merging.into.tokenizers import with_tokenizer
 from adapterkit.merging.into.trained_on import beside_trained
 from adapterkit.merging.into.tying import check_choice
 from adapterkit.merging.into.whole_base import checked
-from adapterkit.merging.into.writing import SEGMENT, write_files
+from adapterkit.merging.into.write import Write
 from adapterkit.merging.planning import Source
 from adapterkit.merging.registry import remark
 from adapterkit.model import AdapterTensorSet
-from adapterkit.output import Output
 from adapterkit.saving import stored_type
 from adapterkit.work import counter, threads
-
-_SURVIVAL = 0.95
-# Errors of rounding, as a share of ‖ΔW‖, above which they are larger than the update.
-_NOISE = 1.0
 
 
 def merge_into(
@@ -131,9 +120,8 @@ def merge_into(
     how = rule_of(method, density, params, seed)
     weights = shares(weights, len(sources), how, normalize=normalize)
     check_choice(tied)
-    check_type(gguf_type)
     calibration = None if calibrate is None else Path(calibrate)
-    check_rounding(rounding, gguf_type, calibration)
+    _check_blocks(gguf_type, rounding, calibration)
     destination = Path(destination)
     opened = open_model(base)
     _check_places(opened, destination, dtype=dtype, gguf_type=gguf_type)
@@ -172,10 +160,13 @@ def merge_into(
         "dequantize": dequantize,
     }
     proven = model_proof(adapters, original, said) if proof else None
-    write = _Write(destination, threads(jobs), progress, resume, force, proven)
+    write = Write(destination, threads(jobs), progress, resume, force, proven)
+    # Each kind of base has much that the others never need.
     if opened.kind == "gguf":
+        from adapterkit.merging.into.gguf_file import Allowed, merge_file
+
         allow = Allowed(requantise=allow_requantise, weak=allow_weak)
-        tensors, more = _merge_file(
+        tensors, more = merge_file(
             adapters,
             opened,
             write,
@@ -187,8 +178,9 @@ def merge_into(
             calibrate=calibration,
         )
     elif opened.layout:
-        adapters = respelled(adapters, opened)
-        tensors, more = _merge_diffusion(adapters, opened, write)
+        from adapterkit.merging.into.diffusion import merge_diffusion
+
+        tensors, more = merge_diffusion(adapters, opened, write)
     else:
         stored = stored_type(dtype) if dtype else None
         tensors, more = _merge_directory(
@@ -198,41 +190,32 @@ def merge_into(
             tensors, apart = beside_trained(tensors, adapters, opened)
             more += apart
     said = remark(method) if method else None
-    notes = (*([said] if said else []), *notes, *_order(adapters), *more)
+    notes = (*([said] if said else []), *notes, *order_counts(adapters), *more)
     if dequantize and decoded is None:
         notes = (*notes, "the base is not quantised; dequantize changes nothing")
-    report = _report(adapters, opened, destination, tensors, notes)
-    return _with_decoded(report, decoded) if decoded else report
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """How the output is written."""
-
-    destination: Path
-    jobs: int
-    progress: Callable[[int, int], None] | None
-    resume: bool
-    force: bool
-    proof: ModelProof | None
-
-    def output(self, sources: Sequence[Source], directory: Directory | None = None) -> Output:
-        """Return the destination; the adapters are not replaced by it."""
-        read = [source.adapter.provenance for source in sources]
-        return Output(
-            self.destination,
-            force=self.force,
-            directory=directory,
-            spared=[provenance.path for provenance in read if provenance],
-            resume=self.resume,
-        )
+    report = reported(adapters, opened, destination, tensors, notes)
+    return with_decoded(report, decoded) if decoded else report
 
 
 def _directory(base: BaseModel) -> Directory | None:
     """Return the kind of directory that the merged model is; None for a file."""
     if base.kind == "gguf" or base.layout == "checkpoint":
         return None
-    return DIFFUSION if base.layout else MODEL
+    if not base.layout:
+        return MODEL
+    from adapterkit.merging.into.diffusion import MODEL as DIFFUSION
+
+    return DIFFUSION
+
+
+def _check_blocks(gguf_type: str | None, rounding: str | None, calibrate: Path | None) -> None:
+    """Refuse types of GGUF and roundings to them that there are not."""
+    if gguf_type is rounding is calibrate is None:
+        return
+    from adapterkit.merging.into.gguf import check_rounding, check_type
+
+    check_type(gguf_type)
+    check_rounding(rounding, gguf_type, calibrate)
 
 
 def _check_places(
@@ -258,7 +241,7 @@ def _check_places(
 def _merge_directory(
     sources: Sequence[Source],
     base: BaseModel,
-    write: _Write,
+    write: Write,
     how: Combination | None,
     *,
     dtype: DType | None,
@@ -270,11 +253,11 @@ def _merge_directory(
     settings = {"dtype": dtype, "tied": tied, "dequantize": decoded is not None, **settings_of(how)}
     with write.output(sources, MODEL) as output:
         others = [plan.origin(path) for path in plan.others]
-        key = plan_hash(sources, plan.spans, others, settings | {"segment": SEGMENT})
+        key = plan_hash(sources, plan.spans, others, settings)
         count = counter(plan.nbytes, write.progress)
         with journalled(output, key) as journal:
             tensors = write_checkpoint(plan, output.path, journal, write.jobs, count)
-            carry(write.proof, output.path, tensors)
+            write.proven(output.path, tensors)
     left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
     return tensors, [*said, *_grown(plan), *left]
 
@@ -285,141 +268,3 @@ def _grown(plan: CheckpointPlan) -> list[str]:
     if now is None or now == before:
         return []
     return [f"the vocabulary has {now} rows, {before} before: the adapter brings its own"]
-
-
-def _merge_diffusion(
-    sources: Sequence[Source], base: BaseModel, write: _Write
-) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_diffusion(sources, base)
-    single = base.layout == "checkpoint"
-    if single:
-        plan = plan.named(write.destination.name)
-    with write.output(sources, _directory(base)) as output:
-        others = [base.path / path for path in plan.others]
-        key = plan_hash(sources, plan.spans, others, {"segment": SEGMENT})
-        count = counter(plan.nbytes, write.progress)
-        folder = output.folder if single else output.path
-        with journalled(output, key) as journal:
-            tensors = write_diffusion_base(plan, folder, journal, write.jobs, count)
-            carry(write.proof, output.path, tensors)
-    left = [f"{path} is not copied: it holds the unmerged weights" for path in plan.left_out]
-    return tensors, left
-
-
-def _merge_file(
-    sources: Sequence[Source],
-    base: BaseModel,
-    write: _Write,
-    allow: Allowed,
-    how: Combination | None,
-    *,
-    kind: str | None,
-    tied: str | None,
-    rounding: str | None,
-    calibrate: Path | None,
-) -> tuple[list[TensorReport], list[str]]:
-    plan = plan_gguf(
-        sources,
-        base,
-        kind=kind,
-        tied=tied,
-        rounding=rounding,
-        calibrate=calibrate,
-        allow=allow,
-        how=how,
-    )
-    if write.proof is not None:
-        plan = with_room(write.proof, plan)
-    file = plan.output(write.destination.name)
-    settings = {"gguf_type": kind, "tied": tied, "segment": SEGMENT, "weak": allow.weak}
-    settings["proof"] = write.proof is not None
-    settings |= {"rounding": rounding, **settings_of(how)}
-    if calibrate is not None:
-        settings["calibrate"] = blake2b(calibrate.read_bytes()).hexdigest()
-    with write.output(sources) as output:
-        key = plan_hash(sources, file.spans(), (), settings)
-        count = counter(sum(piece.nbytes for piece in file.pieces), write.progress)
-        with journalled(output, key) as journal:
-            tensors = write_files([file], output.folder, journal, write.jobs, count)
-            carry(write.proof, output.path, tensors)
-    return tensors, [*plan.notes, *unplaced(sources)]
-
-
-def _report(
-    sources: Sequence[Source],
-    base: BaseModel,
-    destination: Path,
-    tensors: Sequence[TensorReport],
-    notes: Sequence[str],
-) -> MergeIntoReport:
-    files = destination.rglob("*") if destination.is_dir() else [destination]
-    survivals = [t.survival for t in tensors if t.survival is not None]
-    return MergeIntoReport(
-        sources=tuple(source.label for source in sources),
-        weights=tuple(source.weight for source in sources),
-        base=str(base.path),
-        destination=str(destination),
-        format="gguf" if base.kind == "gguf" else "safetensors",
-        tensors=tuple(tensors),
-        untouched=len(base.tensors.keys() - {tensor.tensor for tensor in tensors}),
-        bytes=sum(file.stat().st_size for file in files if file.is_file()),
-        min_survival=min(survivals, default=None),
-        max_noise=max((t.noise for t in tensors if t.noise is not None), default=None),
-        warnings=_warnings(tensors),
-        notes=tuple(notes),
-    )
-
-
-def _with_decoded(report: MergeIntoReport, decoded: DecodedBase) -> MergeIntoReport:
-    """Say what was decoded, and what is no longer there."""
-    changed = {tensor.tensor for tensor in report.tensors}
-    merely = [name for name in decoded.stored if name not in changed]
-    notes: list[str] = []
-    if decoded.left_out:
-        kinds = Counter(name.rpartition(".")[2] for name in decoded.left_out)
-        shown = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        notes = [f"left out, being about activations or the cache in 8 bits: {shown}"]
-    return replace(
-        report,
-        untouched=report.untouched - len(merely),
-        decoded=len(merely),
-        left_out=decoded.left_out,
-        notes=(*report.notes, *notes),
-    )
-
-
-def _order(sources: Sequence[Source]) -> list[str]:
-    """Say that the order counts, where it does."""
-    held = {key.role for source in sources for key in source.adapter.tensors}
-    if len(sources) == 1 or not held & {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE}:
-        return []
-    return ["DoRA scales what the adapters before it have made, as in PEFT: their order counts"]
-
-
-def _warnings(tensors: Sequence[TensorReport]) -> tuple[str, ...]:
-    # Shaped rounding trades survival for errors elsewhere; of it, the error along ΔW tells.
-    low = [
-        t
-        for t in tensors
-        if t.survival is not None
-        and t.survival < _SURVIVAL
-        and (t.direction_error is None or t.direction_error > MOST_ERROR)
-    ]
-    found: list[str] = []
-    if low:
-        worst = min(low, key=lambda t: t.survival or 0.0)
-        found.append(
-            f"less than {_SURVIVAL:.0%} of the update is left after rounding in {len(low)} of "
-            f"{len(tensors)} tensors, least in {worst.tensor} "
-            f"({max(worst.survival or 0.0, 0.0):.0%}); store a wider type"
-        )
-    # Of shaped rounding the error over all inputs alike is the price, not the fault.
-    loud = [(t.noise, t) for t in tensors if t.nearest is None and (t.noise or 0.0) > _NOISE]
-    if loud:
-        noise, worst = max(loud, key=lambda pair: pair[0] or 0.0)
-        found.append(
-            f"rounding changes {len(loud)} of {len(tensors)} tensors by more than the update does, "
-            f"most {worst.tensor} ({noise or 0.0:.3g} times ‖ΔW‖ as {worst.dtype}): what is "
-            "left of the update stands in noise of that size; store a wider type"
-        )
-    return tuple(found)

@@ -14,6 +14,7 @@ from adapterkit.errors import UnsupportedError, UsageError, unknown
 from adapterkit.merging.into.calibration import calibrated_inputs
 from adapterkit.merging.into.engine import EMBEDDING, OUTPUT, engine_steps
 from adapterkit.merging.into.inputs import drawn_inputs
+from adapterkit.merging.into.report import MOST_ERROR
 from adapterkit.merging.into.rounding import can_be_shaped, shaped_changes
 from adapterkit.merging.into.ruled import ruled
 from adapterkit.merging.into.steps import Change
@@ -49,8 +50,6 @@ _PLAIN = _HALVES | {DType.F32, DType.F64}
 _FILE_TYPES = {DType.F32: 0, DType.F16: 1, DType.Q8_0: 7, DType.BF16: 32}
 _QUANTISATION_VERSION = 2
 _LEAST_SURVIVAL = 0.9
-# Where rounding is shaped: the largest error along the adapter's own directions.
-MOST_ERROR = 0.5
 ROUNDINGS = ("nearest", "shaped")
 
 

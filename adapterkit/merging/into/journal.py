@@ -39,6 +39,8 @@ _LARGEST = 1 << 30
 _COUNT = whole(0, (1 << 63) - 1)
 _REPORTS = listed(ANY_MAPPING)
 _WRITTEN = listed(listed(_COUNT, 3, 3))
+# Bytes after which what is written is flushed and noted; no more than this is done again.
+SEGMENT = 1 << 26
 # Numbers of 8 bytes whose sum stands for them in a checksum.
 _BLOCK = 1 << 12
 
@@ -97,10 +99,12 @@ class Journal:
     Attributes:
         path: where it is kept.
         segments: (file name, segment number) -> what is finished.
+        segment: bytes of one, about.
     """
 
     path: Path
     segments: dict[tuple[str, int], Segment] = field(default_factory=dict[tuple[str, int], Segment])
+    segment: int = field(default_factory=lambda: SEGMENT)
 
     def finished(self, file: str, segment: int) -> Segment | None:
         """Return a finished segment, or None if it is to be written."""
@@ -200,7 +204,7 @@ def plan_hash(
         settings: what was asked for.
     """
     digest = hashlib.sha256(f"{_VERSION} ".encode())
-    digest.update(json.dumps(settings, sort_keys=True).encode())
+    digest.update(json.dumps({**settings, "segment": SEGMENT}, sort_keys=True).encode())
     headers: defaultdict[Path, list[int]] = defaultdict(list)
     for span in spans:
         headers[span.path].append(span.offset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def model_proof(
     sources: Sequence[Source], base: BaseModel, options: Mapping[str, object]
-) -> ModelProof:
+) -> CarriedProof:
     """Look at what a model is merged from.
 
     Raises:
@@ -35,28 +35,31 @@ def model_proof(
         adapters[f"{name} ({number + 1})" if number else name] = source.adapter
     origins = [source.adapter.provenance for source in sources]
     making = Making("merge --into", options, [origin.path for origin in origins if origin])
-    return ModelProof(making, base, adapters)
+    return CarriedProof(ModelProof(making, base, adapters))
 
 
-def with_room(proof: ModelProof, plan: EnginePlan) -> EnginePlan:
-    """Return the plan of a file whose metadata have room for its proof."""
-    blank = " " * proof.room(plan.tensors, plan.metadata)
-    return replace(plan, metadata={**plan.metadata, KEY: blank})
+@dataclass(frozen=True, slots=True)
+class CarriedProof:
+    """What a model is made from, and the place for it in the model."""
 
+    proof: ModelProof
 
-def carry(proof: ModelProof | None, path: Path, reports: Sequence[TensorReport]) -> None:
-    """Have a finished model carry its proof; every byte of it is read once more.
+    def with_room(self, plan: EnginePlan) -> EnginePlan:
+        """Return the plan of a file whose metadata have room for the proof."""
+        blank = " " * self.proof.room(plan.tensors, plan.metadata)
+        return replace(plan, metadata={**plan.metadata, KEY: blank})
 
-    Raises:
-        ProofError: if it is another one with it.
-    """
-    if proof is None:
-        return
-    found = contents(path)
-    text = proof.text(found, max((each.noise or 0.0 for each in reports), default=0.0))
-    if path.suffix == ".gguf" and path.is_file():
-        fill(path, text)
-        return
-    stamp(path, text)
-    if path.is_file() and contents(path) != found:
-        raise ProofError("was changed by writing its proof into it", path=path)
+    def carry(self, path: Path, reports: Sequence[TensorReport]) -> None:
+        """Have a finished model carry it; every byte of the model is read once more.
+
+        Raises:
+            ProofError: if the model is another one with it.
+        """
+        found = contents(path)
+        text = self.proof.text(found, max((each.noise or 0.0 for each in reports), default=0.0))
+        if path.suffix == ".gguf" and path.is_file():
+            fill(path, text)
+            return
+        stamp(path, text)
+        if path.is_file() and contents(path) != found:
+            raise ProofError("was changed by writing its proof into it", path=path)

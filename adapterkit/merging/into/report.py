@@ -11,6 +11,8 @@ _MEANING = (
     "the first is the error that the model sees where the adapter listens; the last, over all "
     "inputs alike, grows in exchange"
 )
+# Where rounding is shaped: the largest error along the adapter's own directions.
+MOST_ERROR = 0.5
 # Below this the error of the stored change says nothing.
 _EXACT = 5e-4
 

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int], None]
 
-# Bytes after which what is written is flushed and noted; no more than this is done again.
-SEGMENT = 1 << 26
 # Bytes that one task copies, and elements that one task computes, so that several threads find
 # work at the end too and progress can be seen.
 _RUN = 1 << 26
@@ -89,12 +87,12 @@ class OutputFile:
             if isinstance(read, (FileSlice, RowReader))
         ]
 
-    def segments(self) -> list[tuple[Piece, ...]]:
-        """Return the pieces in groups of about `SEGMENT` bytes."""
+    def segments(self, size: int) -> list[tuple[Piece, ...]]:
+        """Return the pieces in groups of about `size` bytes."""
         found: list[list[Piece]] = []
-        held = SEGMENT
+        held = size
         for piece in self.pieces:
-            if held >= SEGMENT:
+            if held >= size:
                 found.append([])
                 held = 0
             found[-1].append(piece)
@@ -127,7 +125,7 @@ class _Begun:
 
     def __init__(self, file: OutputFile, folder: Path, journal: Journal, opened: ExitStack) -> None:
         self.path, self.name, self.journal = folder / file.name, file.name, journal
-        self.segments = file.segments()
+        self.segments = file.segments(journal.segment)
         numbers = range(len(self.segments))
         self.known = [journal.finished(file.name, number) for number in numbers]
         self.works: dict[int, list[tuple[_Copied | _Computed, list[Task[Sums]]]]] = {}
