@@ -14,8 +14,8 @@ import numpy as np
 
 from adapterkit.base.places import Places
 from adapterkit.base.quantised import decoded
+from adapterkit.base.recorded import recorded_base
 from adapterkit.base.schemes import Scheme, quantisation
-from adapterkit.loading import recorded_base
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
