@@ -70,6 +70,19 @@ def kohya(
     return found
 
 
+SPELLINGS = ("kohya", "diffusers", "comfyui")
+FILES = {"flux": kohya(FLUX), "sdxl": kohya({**SDXL, **SDXL_CONVOLUTIONS})}
+# What a Flux file says of its model, and modules of three models in kohya's spelling.
+FLUX_SAID = {"modelspec.architecture": "flux-1-dev/lora"}
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+SD = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def close(got: Any, want: Any) -> bool:
+    """Tell whether two arrays are the same to 1e-6 of the second's norm."""
+    return bool(np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want))
+
+
 def saved(path: Path, tensors: Mapping[str, Array], metadata: dict[str, str] | None = None) -> Path:
     save_file({name: x.copy(order="C") for name, x in tensors.items()}, path, metadata)
     return path
