@@ -108,6 +108,11 @@ class LazyTensor:
         return self.dtype.nbytes(self.shape)
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it has two axes."""
+        return len(self.shape) == 2  # noqa: PLR2004  (what the name says)
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         count = 1

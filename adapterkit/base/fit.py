@@ -185,7 +185,7 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _expected(pair: Update, match: Match, base: BaseModel) -> tuple[int, ...] | None:
     stored = base.tensors.get(f"{pair.module}.weight")
     # Quantised checkpoints store packed shapes; their config tells the logical ones.
-    if stored is not None and stored.dtype.floating and len(stored.shape) == _MATRIX:
+    if stored is not None and stored.dtype.floating and stored.is_matrix:
         return stored.shape[::-1] if match.rule.conv1d else stored.shape
     if not match.rule.shape:
         return None

@@ -138,7 +138,7 @@ class Places:
         """Yield every module that has a matrix: from the weights, or else from the tables."""
         if self.base.kind == "hf" and self.base.has_tensors:
             for name, tensor in self.base.tensors.items():
-                if name.endswith(_WEIGHT) and len(tensor.shape) == _MATRIX:
+                if name.endswith(_WEIGHT) and tensor.is_matrix:
                     yield name.removesuffix(_WEIGHT)
             return
         for rule in self.base.architecture.rules:
@@ -196,7 +196,7 @@ class Places:
         stored = self.stored(module)
         match = find_rule(self.base.architecture, module)
         # Quantised checkpoints store packed shapes; their config tells the logical ones.
-        if stored is not None and stored.dtype.floating and len(stored.shape) == _MATRIX:
+        if stored is not None and stored.dtype.floating and stored.is_matrix:
             rows, columns = stored.shape
             return (columns, rows) if self.conv1d(module) else (rows, columns)
         if match is None or len(match.rule.shape) != _MATRIX:
@@ -316,7 +316,7 @@ class Places:
         tables = [
             name
             for name, tensor in self.base.tensors.items()
-            if len(tensor.shape) == _MATRIX and tensor.shape[0] == rows
+            if tensor.is_matrix and tensor.shape[0] == rows
         ]
         return {tables[0]: EMBEDDING, "lm_head.weight": OUTPUT} if len(tables) == 1 else {}
 

@@ -321,7 +321,7 @@ def _no_matrix(name: str, tensor: LazyTensor, rule: WeightRule | None, kind: str
     if len(tensor.shape) < _MATRIX:
         kind = "norm" if rule is not None and rule.kind == "norm" else "vector"
         return f"is a {'bias' if name.endswith('.bias') else kind}"
-    if rule is None and kind in {"linear", "embedding", "conv1d"} and len(tensor.shape) == _MATRIX:
+    if rule is None and kind in {"linear", "embedding", "conv1d"} and tensor.is_matrix:
         return ""
     if rule is None:
         return f"is no matrix of a linear layer ({kind})" if kind else _UNKNOWN

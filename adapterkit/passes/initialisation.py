@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _SETTING = "init_lora_weights"
-_MATRIX = 2
 # Training computed the initial factors in float32.
 _ROUNDING = 2.0**-24
 # Errors of the result, predicted from the base, that are worth a note, and that are too much.
@@ -142,7 +141,7 @@ def _weights(base: BaseModel | None, setting: str, path: Path | None) -> Places:
 
 def _weight(pair: Update, weights: Places) -> LazyTensor:
     weight = weight_of(pair, weights)
-    if pair.kind is not Kind.LINEAR or len(weight.shape) != _MATRIX:
+    if pair.kind is not Kind.LINEAR or not weight.is_matrix:
         message = "is no linear layer; what its initialisation changed is not known"
         raise UnsupportedError(message, where=pair.module)
     return weight

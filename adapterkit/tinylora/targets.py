@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 _WEIGHT = ".weight"
-_MATRIX = 2
 
 
 def target_modules(
@@ -39,7 +38,7 @@ def target_modules(
 def _modules(base: BaseModel) -> Iterator[str]:
     if base.kind == "hf" and base.has_tensors:
         for name, tensor in base.tensors.items():
-            if name.endswith(_WEIGHT) and len(tensor.shape) == _MATRIX:
+            if name.endswith(_WEIGHT) and tensor.is_matrix:
                 yield name.removesuffix(_WEIGHT)
         return
     for layer in range(int(base.sizes.value("layers"))):
@@ -64,7 +63,7 @@ def weight_of(base: BaseModel, module: str) -> LazyTensor:
         IncompatibleBaseError: if the base has none of that name, or a quantised one.
     """
     tensor = base.tensors.get(module + _WEIGHT)
-    if tensor is None or len(tensor.shape) != _MATRIX:
+    if tensor is None or not tensor.is_matrix:
         raise IncompatibleBaseError(f"{base.path} has no such linear layer", where=module)
     if not tensor.dtype.floating or tensor.dtype.quantised or tensor.dtype.scaled:
         raise IncompatibleBaseError(

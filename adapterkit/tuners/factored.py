@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.float64]]
 
-_MATRIX = 2
-
 
 class Factors(NamedTuple):
     """An update ΔW = B · A before its scale.
@@ -48,7 +46,7 @@ def matrices(**tensors: LazyTensor) -> None:
         ValueError: naming the first that has not; it belongs to a convolution.
     """
     for name, tensor in tensors.items():
-        if len(tensor.shape) != _MATRIX:
+        if not tensor.is_matrix:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, not that of a matrix")
 
 

@@ -222,7 +222,7 @@ def _axes(pair: Update, base: BaseModel) -> dict[str, object]:
     stored = base.tensors.get(f"{pair.module}.weight")
     if stored is None or len(stored.shape) == len(pair.shape):
         return {}
-    if pair.kind is Kind.CONVOLUTION and len(stored.shape) == _MATRIX:
+    if pair.kind is Kind.CONVOLUTION and stored.is_matrix:
         if pair.matrix_shape != stored.shape:
             return {}
         plain = matrix(pair)

@@ -147,7 +147,7 @@ def _hadamard(parts: Parts, kernel: int) -> tuple[Factors, int | None, tuple[int
 def _sides(core: LazyTensor, left: LazyTensor, right: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
     """Return B (out, r) and A (r, in · kernel) of a core with w_a (r, out) and w_b (r, in)."""
     for tensor in (left, right):
-        if len(tensor.shape) != _MATRIX:
+        if not tensor.is_matrix:
             raise ValueError(f"a factor has shape {list(tensor.shape)}, not that of a matrix")
     if len(core.shape) <= _MATRIX:
         raise ValueError(f"the core has shape {list(core.shape)}, not that of a convolution's")

@@ -181,7 +181,7 @@ def _pair(module: str, parts: Mapping[str, LazyTensor], source: _Source) -> list
     if len(b.shape) == _STACK and len(a.shape) in {_MATRIX, _STACK}:
         kind = Kind.EXPERTS
         a = _unflattened(module, a, b, source.weights)
-    elif len(a.shape) == len(b.shape) == _MATRIX:
+    elif len(a.shape) == b.is_matrix:
         a, b = (a, b) if found[2] else (turned(a), turned(b))
     else:
         raise FormatError(
@@ -327,7 +327,7 @@ def _others(
             ):
                 if leaf in parts and other not in parts:
                     tensor = parts[leaf]
-                    turn = not canonical and len(tensor.shape) == _MATRIX
+                    turn = not canonical and tensor.is_matrix
                     found[TensorKey(name, role)] = turned(tensor) if turn else tensor
     return found
 

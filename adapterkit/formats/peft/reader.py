@@ -235,7 +235,7 @@ def _spelled_out(tensor: LazyTensor, blocks: int, config: LoraConfig, key: Tenso
     """Return block_diag of `blocks` equal groups of rows."""
     import numpy as np
 
-    if len(tensor.shape) != _MATRIX or tensor.shape[0] % blocks:
+    if not tensor.is_matrix or tensor.shape[0] % blocks:
         message = f"has shape {list(tensor.shape)}, not {blocks} equal blocks of rows (use_bdlora)"
         raise FormatError(message, path=config.path, where=str(key))
     rows, width = tensor.shape

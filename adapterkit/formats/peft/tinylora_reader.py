@@ -158,8 +158,8 @@ def _check_module(module: str, parts: Mapping[str, LazyTensor], size: int, path:
     if a is None or b is None:
         missing = "tinylora_A" if a is None else "tinylora_B"
         raise FormatError(f"has no {missing}", path=path, where=module)
-    rank = a.shape[0] if len(a.shape) == _MATRIX else 0
-    fits = rank > 0 and len(b.shape) == _MATRIX and b.shape[1] == rank and a.size and b.size
+    rank = a.shape[0] if a.is_matrix else 0
+    fits = rank > 0 and b.is_matrix and b.shape[1] == rank and a.size and b.size
     if p is not None:
         fits = fits and p.shape == (size, rank, rank)
     if not fits:

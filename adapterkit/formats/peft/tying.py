@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[TensorKey, LazyTensor]
 
-_MATRIX = 2
 _OF_AN_OUTPUT = frozenset({*FACTORS, Role.TOKEN_ROWS, Role.FULL})
 # Embeddings that PEFT ties by name, whether or not the file has their update twice.
 _TIED_BY_NAME = "embed_tokens"
@@ -68,7 +67,7 @@ def _tables(tensors: Tensors, config: LoraConfig) -> dict[str, Role]:
     for key, tensor in tensors.items():
         module = module_of(key)
         named = any(f".{module}".endswith(f".{name}") for name in chosen)
-        whole = key.role is Role.FULL and len(tensor.shape) == _MATRIX
+        whole = key.role is Role.FULL and tensor.is_matrix
         table = key.role in EMBEDDING_FACTORS or (whole and named)
         if table or (key.role is Role.TOKEN_ROWS and not _is_output(module)):
             found[module] = key.role

@@ -231,7 +231,7 @@ def _put(explanation: Explanation, rule: TensorRule, site: Site, tensor: LazyTen
             explanation.embeddings.add(site)
         half = A if {"in", "vocab"} & set(axes) else B
         # A begins with the rank, B does not.
-        if (axes[0] == "r") != (half == A) and len(tensor.shape) == _MATRIX:
+        if (axes[0] == "r") != (half == A) and tensor.is_matrix:
             stored = turned(tensor)
     halves = explanation.sites.setdefault(site, {})
     if half in halves:
@@ -304,7 +304,7 @@ def _contradiction(
 ) -> str | None:
     """Hold an update against the frozen weight of its module, if that is in the file."""
     weight, rule = explanation.weights.get(site.module), explanation.dialect.weight
-    if weight is None or rule is None or len(weight.shape) != _MATRIX or a[0] != b[1] or site.part:
+    if weight is None or rule is None or not weight.is_matrix or a[0] != b[1] or site.part:
         return None
     expected = (a[1], b[0]) if site in explanation.embeddings else (b[0], a[1])
     if weight.shape == expected or (rule.axes == "either" and weight.shape == expected[::-1]):
@@ -314,7 +314,7 @@ def _contradiction(
 
 def _is_factor(explanation: Explanation, tensor: LazyTensor) -> bool:
     convolutions = any("*" in rule.axes for rule in explanation.dialect.tensors)
-    return len(tensor.shape) == _MATRIX or (convolutions and len(tensor.shape) > _MATRIX)
+    return tensor.is_matrix or (convolutions and len(tensor.shape) > _MATRIX)
 
 
 def _folded(explanation: Explanation, site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
