@@ -181,7 +181,7 @@ def _pair(module: str, parts: Mapping[str, LazyTensor], source: _Source) -> list
     if len(b.shape) == _STACK and len(a.shape) in {_MATRIX, _STACK}:
         kind = Kind.EXPERTS
         a = _unflattened(module, a, b, source.weights)
-    elif len(a.shape) == b.is_matrix:
+    elif a.is_matrix and b.is_matrix:
         a, b = (a, b) if found[2] else (turned(a), turned(b))
     else:
         raise FormatError(

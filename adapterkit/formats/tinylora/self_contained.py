@@ -245,7 +245,7 @@ def _check_shapes(
     name: str, left: LazyTensor, right: LazyTensor, projection: LazyTensor, size: int, path: Path
 ) -> None:
     shapes = (left.shape, right.shape, projection.shape)
-    matrices = len(left.shape) == right.is_matrix and len(projection.shape) == _CUBE
+    matrices = left.is_matrix and right.is_matrix and len(projection.shape) == _CUBE
     fits = matrices and left.shape[1] == right.shape[0] and left.size and right.size
     rank = left.shape[-1]
     if not fits or projection.shape != (size, rank, rank):
