@@ -53,12 +53,14 @@ class Making:
     sources: Sequence[Path] = ()
 
     def told(self) -> dict[str, object]:
-        """Return it as a certificate has it."""
+        """Return how a certificate begins."""
         said = {k: v for k, v in self.options.items() if v is not None and v is not False}
         options = {
             k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in said.items()
         }
         return {
+            "schema": _SCHEMA,
+            "adapterkit": str(import_module("adapterkit").__version__),
             "command": self.command,
             "options": {name: value[:_LONGEST_OPTION] for name, value in options.items()},
             "sources": _digests(self.sources),
@@ -131,8 +133,6 @@ def certified(
     stored = {"outtype": options.dtype and options.dtype.value, "moe_layout": options.moe_layout}
     told = replace(making, options={**stored, **making.options}).told()
     document = {
-        "schema": _SCHEMA,
-        "adapterkit": str(import_module("adapterkit").__version__),
         **told,
         "max_relative_error": error,
         "base": asdict(identified(options.base)) if options.base else None,
@@ -164,8 +164,6 @@ class ModelProof:
         """
         prints = {name: fingerprinted(adapter) for name, adapter in adapters.items()}
         self._document = {
-            "schema": _SCHEMA,
-            "adapterkit": str(import_module("adapterkit").__version__),
             **making.told(),
             "base": asdict(identified(base)),
             "adapters": {name: _in_brief(each) for name, each in prints.items()},
