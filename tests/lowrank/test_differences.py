@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from adapterkit.dtype import DType
+from adapterkit.errors import UncheckableError
 from adapterkit.lowrank.differences import difference
 from adapterkit.model import Update
 from adapterkit.tensor import LazyTensor
@@ -53,3 +54,12 @@ def test_nan_is_equal_to_nothing() -> None:
     broken = update(narrow.a, LazyTensor.of(values, DType.BF16))
     wide = update(broken.a.cast(DType.F32), broken.b.cast(DType.F32))
     assert np.isnan(difference(broken, wide).relative_error)
+
+
+def test_what_float64_has_no_room_for_is_not_the_same() -> None:
+    narrow, _ = pair()
+    for scale in (1e308, 9e307):
+        first = update(narrow.a, LazyTensor.of(np.full((30, 4), 1e10)), 1e308)
+        second = update(narrow.a, LazyTensor.of(np.full((30, 4), 1e9)), scale)
+        with pytest.raises(UncheckableError):
+            difference(first, second)
