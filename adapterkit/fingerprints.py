@@ -15,6 +15,7 @@ from adapterkit.errors import FormatError
 from adapterkit.keys import PARTNERS, Role
 from adapterkit.model import AdapterTensorSet, Kind, Update
 from adapterkit.model.tying import spelled_out
+from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,22 +84,14 @@ def fingerprinted(adapter: AdapterTensorSet) -> Fingerprint:
     """
     import numpy as np
 
-    from adapterkit.lowrank import distances, fingerprints
+    from adapterkit.lowrank import fingerprints
 
     whole = np.zeros((fingerprints.WIDTH, fingerprints.WIDTH))
     modules: dict[str, ModuleFingerprint] = {}
     squared = 0.0
-    for pair in spelled_out(adapter).pairs():
-        alone, energy = np.zeros_like(whole), 0.0
-        with np.errstate(all="ignore"):  # what is no number shows in the norm
-            for names, update in _parts(pair):
-                sketches = fingerprints.sketch(update)
-                alone += sketches.sum(axis=0)
-                for name, each in zip(names, sketches, strict=True):
-                    whole += fingerprints.pattern(name) * each
-                energy += distances.norm(update) ** 2
-        if not math.isfinite(energy):
-            raise FormatError("holds NaN or infinity, or overflows", where=pair.module)
+    pairs = list(spelled_out(adapter).pairs())
+    for pair, (signed, alone, energy) in zip(pairs, in_threads(_sketched, pairs), strict=True):
+        whole += signed
         if energy:
             numbers = fingerprints.brief(alone) / energy**0.5
             stored = numbers.astype("<f2").tobytes()
@@ -113,6 +106,26 @@ def fingerprinted(adapter: AdapterTensorSet) -> Fingerprint:
         unplaced=tuple(adapter.engine_layout),
         beside=tuple(_beside(adapter)),
     )
+
+
+def _sketched(pair: Update) -> tuple[Array, Array, float]:
+    """Return the sketch of an update under its names' signs, without them, and ‖ΔW‖²."""
+    import numpy as np
+
+    from adapterkit.lowrank import distances, fingerprints
+
+    signed = np.zeros((fingerprints.WIDTH, fingerprints.WIDTH))
+    alone, energy = np.zeros_like(signed), 0.0
+    with np.errstate(all="ignore"):  # what is no number shows in the norm
+        for names, update in _parts(pair):
+            sketches = fingerprints.sketch(update)
+            alone += sketches.sum(axis=0)
+            for name, each in zip(names, sketches, strict=True):
+                signed += fingerprints.pattern(name) * each
+            energy += distances.norm(update) ** 2
+    if not math.isfinite(energy):
+        raise FormatError("holds NaN or infinity, or overflows", where=pair.module)
+    return signed, alone, energy
 
 
 def unit_distance(first: AdapterTensorSet, second: AdapterTensorSet, *, sign: int = 1) -> float:

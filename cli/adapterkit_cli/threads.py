@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 
+# What runs models in torch, or decomposes whole weights one after another.
+_WIDE = {"doctor", "tinylora"}
 
-def single_threaded_blas() -> None:
-    """Keep BLAS to one thread, unless the user said otherwise.
 
-    The matrices are thin: several modules at once is faster than several threads for each.
+def settle_blas(command: str | None) -> None:
+    """Keep BLAS to one thread where a command's matrices are thin, unless the user said otherwise.
+
+    Several modules at once are faster than several threads for each.
     """
+    if command in _WIDE:
+        return
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
