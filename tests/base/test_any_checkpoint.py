@@ -79,7 +79,7 @@ def updates(model: Any) -> dict[str, tuple[torch.Tensor, bool]]:
             wrapper = module if isinstance(module, ParamWrapper) else None
             name = wrapper.parameter_name if wrapper else "weight"
             turned = (
-                wrapper.num_experts > 1 and not wrapper._did_swap_in_out_features  # noqa: SLF001
+                wrapper.num_experts > 1 and not wrapper._did_swap_in_out_features
                 if wrapper
                 else module.fan_in_fan_out
             )
@@ -93,6 +93,7 @@ def module_of(parameter: str) -> str:
 
 
 def close(value: torch.Tensor, expected: torch.Tensor) -> bool:
+    value, expected = value.double(), expected.double()
     return bool((value - expected).abs().max() <= CLOSE * expected.abs().max().clamp(min=1))
 
 
@@ -118,7 +119,9 @@ def test_merged_validated_and_extracted(name: str, tmp_path: Path) -> None:
     }
     report = validate(tmp_path / "adapter", base=tmp_path / "base", targets=("peft",))
     assert [each for each in report.findings if each.code != "AK307"] == []
-    assert set(report.targets[0].coverage["applied"]) == applied == {module_of(key) for key in changes}
+    assert (
+        set(report.targets[0].coverage["applied"]) == applied == {module_of(key) for key in changes}
+    )
 
     merge_into([tmp_path / "adapter"], tmp_path / "base", tmp_path / "merged")
     merged = cls.from_pretrained(tmp_path / "merged").state_dict()
