@@ -155,7 +155,8 @@ class Sizes:
 
     def _fact(self, name: str, layer: int | None) -> Any:
         value = _at(name, _stated(self.facts, name), layer)
-        if value is None:
+        # A mapping is no fact itself: Lxmert counts the layers of each of its parts.
+        if value is None or isinstance(value, dict):
             raise KeyError(name)
         return self._table.checked(name, value, _FACT)
 

@@ -17,6 +17,8 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 from adapterkit import extract, merge_into, read, validate
 from fixtures.classes.tiny import built
@@ -33,6 +35,8 @@ EVERY = 10
 CLOSE = 1e-6
 # Relative to the update: what is left of it in float32 beside larger weights.
 RECOVERED = 1e-4
+# PEFT gives two parameters fused into one twice the rank.
+RANK, MOST = 4, 8
 
 
 @pytest.fixture(autouse=True)
@@ -58,18 +62,39 @@ def parameters() -> list[Any]:
 def adapted(model: Any) -> Any:
     """Return a model with random factors on every linear layer; magnitudes as after training."""
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False
+        r=RANK, lora_alpha=8, target_modules="all-linear", init_lora_weights=False
     )
     return peft.get_peft_model(model, config)
 
 
-def layers(model: Any) -> dict[str, Any]:
-    """Return PEFT's layers by their path in the model."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-    }
+def updates(model: Any) -> dict[str, tuple[torch.Tensor, bool]]:
+    """Return the dense update of each adapted parameter of a PEFT model, by the parameter's name.
+
+    The second value tells whether the parameter is stored (in, out), as those of Conv1D and of
+    some experts are.
+    """
+    found: dict[str, tuple[torch.Tensor, bool]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            wrapper = module if isinstance(module, ParamWrapper) else None
+            name = wrapper.parameter_name if wrapper else "weight"
+            turned = (
+                wrapper.num_experts > 1 and not wrapper._did_swap_in_out_features
+                if wrapper
+                else module.fan_in_fan_out
+            )
+            place = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            found[f"{place}.{name}"] = module.get_delta_weight("default").detach(), turned
+    return found
+
+
+def module_of(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def close(value: torch.Tensor, expected: torch.Tensor) -> bool:
+    value, expected = value.double(), expected.double()
+    return bool((value - expected).abs().max() <= CLOSE * expected.abs().max().clamp(min=1))
 
 
 @pytest.mark.parametrize("name", parameters())
@@ -81,28 +106,33 @@ def test_merged_validated_and_extracted(name: str, tmp_path: Path) -> None:
     plain = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     live = adapted(model)
     live.save_pretrained(tmp_path / "adapter")
-    adapted_layers = layers(live)
-    changes = {name: layer.get_delta_weight("default") for name, layer in adapted_layers.items()}
+    changes = updates(live)
+    assert changes
 
+    loaded = peft.PeftModel.from_pretrained(
+        cls.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    applied = {
+        module_of(key)
+        for key, (change, _) in updates(loaded).items()
+        if key in changes and torch.equal(change, changes[key][0])
+    }
     report = validate(tmp_path / "adapter", base=tmp_path / "base", targets=("peft",))
     assert [each for each in report.findings if each.code != "AK307"] == []
+    assert (
+        set(report.targets[0].coverage["applied"]) == applied == {module_of(key) for key in changes}
+    )
 
     merge_into([tmp_path / "adapter"], tmp_path / "base", tmp_path / "merged")
     merged = cls.from_pretrained(tmp_path / "merged").state_dict()
-    for key, tensor in plain.items():
-        change = changes.get(key.removesuffix(".weight"), 0)
-        if key not in merged or not tensor.is_floating_point():
-            continue
-        expected = tensor + change
-        assert (merged[key] - expected).abs().max() <= CLOSE * expected.abs().max().clamp(min=1), (
-            key
-        )
+    expected = loaded.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys() == plain.keys()
+    assert [key for key in expected if not close(merged[key], expected[key])] == []
 
-    extract(tmp_path / "base", tmp_path / "merged", tmp_path / "again", rank=4)
+    extract(tmp_path / "base", tmp_path / "merged", tmp_path / "again", rank=MOST)
     found = {pair.module: pair for pair in read(tmp_path / "again").pairs()}
-    assert found.keys() == changes.keys()
-    for module, change in changes.items():
-        ((b, a),) = found[module].matrices()
-        delta = torch.from_numpy(b @ a).double() * found[module].scale
-        expected = (change.T if adapted_layers[module].fan_in_fan_out else change).double()
-        assert (delta - expected).norm() <= RECOVERED * expected.norm(), module
+    assert found.keys() == {module_of(key) for key in changes}
+    for key, (change, turned) in changes.items():
+        whole = (change.transpose(-1, -2) if turned else change).double()
+        delta = torch.from_numpy(found[module_of(key)].delta())
+        assert (delta - whole).norm() <= RECOVERED * whole.norm(), key
