@@ -42,7 +42,8 @@ class Loss:
 class NoteKind(StrEnum):
     """What a program may want to know of a note without reading it.
 
-    ADAPTER_NAME, PREFIX: names of tensors had that to be cleaned up. VOCABULARY: rows of a module
+    ADAPTER_NAME, PREFIX: names of tensors had that to be cleaned up. STRAY: the same of names that
+    are no factor's. VOCABULARY: rows of a module
     were cut or padded to the base's. ORIGINAL: the base is the original of the quantised one that
     the adapter names. OTHER_BASE: the base is of another architecture than the one that the adapter
     names. REMARK: anything else.
@@ -50,6 +51,7 @@ class NoteKind(StrEnum):
 
     ADAPTER_NAME = "adapter-name"
     PREFIX = "prefix"
+    STRAY = "stray"
     VOCABULARY = "vocabulary"
     ORIGINAL = "original"
     OTHER_BASE = "other-base"

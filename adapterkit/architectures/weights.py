@@ -76,6 +76,20 @@ def weight_to_engine(
         IncompatibleBaseError: if its rows do not divide as this base's sizes demand.
         BaseRequiredError: if the base does not state a size that the rule needs.
     """
+    return _moved(_whole(architecture, name), sizes, name, array)
+
+
+def engine_names(architecture: Architecture, name: str) -> list[str]:
+    """Return the names of the llama.cpp tensors that hold a Hugging Face parameter, at least one.
+
+    Raises:
+        UnsupportedError: as `weight_to_engine` does.
+    """
+    return _whole(architecture, name).names
+
+
+def _whole(architecture: Architecture, name: str) -> _Place:
+    """Return where a parameter goes that fills its place alone."""
     place, expert = _place(architecture, name)
     if place.rule.kind == "header":
         raise UnsupportedError(
@@ -88,7 +102,7 @@ def weight_to_engine(
             "with model_to_engine",
             where=name,
         )
-    return _moved(place, sizes, name, array)
+    return place
 
 
 def model_to_engine(

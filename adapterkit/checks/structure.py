@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from adapterkit.model import AdapterTensorSet
 
+_UNCLEAN = frozenset({NoteKind.ADAPTER_NAME, NoteKind.PREFIX, NoteKind.STRAY})
 # kind of defect -> code, and what to do
 _CODES = {
     "half": ("AK101", "save the adapter again"),
@@ -81,7 +82,7 @@ def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
 def unclean_names(adapter: AdapterTensorSet) -> Iterator[Note]:
     """Yield what the reader did to names that are not as PEFT saves them."""
     for note in adapter.provenance.notes if adapter.provenance else ():
-        if isinstance(note, Note) and note.kind in {NoteKind.ADAPTER_NAME, NoteKind.PREFIX}:
+        if isinstance(note, Note) and note.kind in _UNCLEAN:
             yield note
 
 

@@ -75,7 +75,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             "invocation_tokens": bool(adapter.invocation_tokens),
             "unclean_names": bool(unclean),
             # PEFT itself takes names with an adapter's name in them.
-            "foreign_names": any(note.kind is not NoteKind.ADAPTER_NAME for note in unclean),
+            "foreign_names": any(note.kind is NoteKind.PREFIX for note in unclean),
             "trained_beside": any(file.needed for file in adapter.beside),
             "tokens_added": _tokens_added(adapter, base),
             "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),

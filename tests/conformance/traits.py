@@ -243,6 +243,23 @@ def _beside(bench: Bench) -> None:
     save_file(head, bench.path / "value_head.safetensors")
 
 
+@trait("lora-bias-alone", without("lora_B.bias", lora_bias=False))
+def _bias_alone(bench: Bench) -> None:
+    bench.train(lora_bias=True)
+    bench.mergeable = False
+
+
+@trait("value-head", without("v_head"))
+def _value_head(bench: Bench) -> None:
+    bench.train()
+
+    def add(_: Document, tensors: Tensors) -> None:
+        tensors["v_head.summary.weight"] = torch.ones((1, 64))
+        tensors["v_head.summary.bias"] = torch.ones(1)
+
+    bench.edit(add)
+
+
 def _clean(config: Document, tensors: Tensors) -> None:
     del config
     for name in list(tensors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf.engine import EngineAdapter, engine_adapter
 from adapterkit.keys import Role, TensorKey
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
-_HEADS = {"score", "classifier", "classification_head", "pre_classifier", "qa_outputs"}
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
 
 _ROLES = {
@@ -34,7 +34,6 @@ _ROLES = {
             "(--dora-rank N with the base's weights)"
         ),
     ),
-    Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in a GGUF adapter; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }
 _SETTINGS = {
@@ -57,7 +56,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     adapter = spelled_out(adapter)
     base = options.base
-    found = [*_by_role(adapter), *_saved(adapter, base), *_by_setting(adapter)]
+    found = [*_by_role(adapter, base), *_saved(adapter, base), *_by_setting(adapter)]
     found += [*undeclared(adapter), *lost_beside(adapter.beside), *lost_metadata(adapter)]
     engine = engine_adapter(adapter, options)
     found += [*_early(adapter), *_convolutions(adapter)]
@@ -85,10 +84,11 @@ def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKe
     return [key for key in adapter.tensors if key.module in wanted]
 
 
-def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
+def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     for role, (code, message) in _ROLES.items():
         if keys := [key for key in adapter.tensors if key.role is role]:
             yield _loss(code, keys, message)
+    yield from lost_biases(adapter, base, "a GGUF adapter")
     yield from lost_columns(adapter)
 
 
@@ -107,37 +107,11 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     )
     # llama.cpp's names are in no table of Hugging Face's.
     told = bool(base and base.names) or not isinstance(adapter.source, GgufSource)
-    foreign = [key for key in full if told and _foreign(key.module, base)]
+    foreign = foreign_parameters(adapter, base) if told else []
     for code, reason, fits in kinds:
         if keys := [key for key in full if fits(key.module) and key not in foreign]:
             yield _loss(code, keys, f"{reason}; {_MERGE}")
-    heads = [key for key in foreign if key.module.partition(".")[0] in _HEADS]
-    if heads:
-        message = (
-            "is the head of a classifier, which this base is none of; merge it into a base of the "
-            "class that was trained (adapterkit merge --into), and convert that with llama.cpp's "
-            "convert_hf_to_gguf.py"
-        )
-        yield _loss("foreign-head", heads, message)
-    if others := [key for key in foreign if key not in heads]:
-        message = (
-            "is no parameter of the base, a head for training; leave it out with --allow-lossy"
-        )
-        yield _loss("foreign-module", others, message)
-
-
-def _foreign(parameter: str, base: BaseModel | None) -> bool:
-    """Tell whether the base has no such parameter, so that no merge holds it either."""
-    if base is None or base.kind != "hf" or base.text_prefix:
-        return False
-    top = parameter.partition(".")[0]
-    if not base.names:
-        # Only its class is known, whose modules all lie under a few names that the table has.
-        tops = {rule.hf.partition(".")[0] for rule in base.architecture.rules}
-        return base.architecture.known and top not in tops
-    return find_rule(base.architecture, parameter.rpartition(".")[0]) is None and not any(
-        name.startswith(f"{top}.") for name in base.names
-    )
+    yield from lost_heads(foreign, ", and convert that with llama.cpp's convert_hf_to_gguf.py")
 
 
 def _is_bias(name: str) -> bool:

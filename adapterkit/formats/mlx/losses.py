@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import in_tower
+from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.dtype import DType
 from adapterkit.formats.mlx import spelling
 from adapterkit.formats.mlx.writer import MLXAdapter, mlx_adapter
@@ -30,8 +31,6 @@ _MERGE = "merge it into the base instead (adapterkit merge --into)"
 # the same factors would be another update.
 _FOLDED = {"falcon_h1"}
 _ROLES: Mapping[Role, tuple[str, str]] = {
-    Role.LORA_BIAS: ("lora-bias", f"a bias on B has no place in an MLX adapter; {_MERGE}"),
-    Role.FULL: ("saved-module", f"a whole trained parameter has no place there; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }
 _SETTINGS: Mapping[str, tuple[str, str]] = {
@@ -58,7 +57,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     adapter = spelled_out(adapter)
     mapped = mlx_adapter(adapter, options.base)
-    found = [*_by_role(adapter), *_by_setting(adapter), *_unplaced(adapter, mapped)]
+    found = [*_by_role(adapter, options.base), *_by_setting(adapter), *_unplaced(adapter, mapped)]
     found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]
     found += [*undeclared(adapter), *lost_beside(adapter.beside)]
     found += [*_unserved(options.base), *_rigid(adapter, options.base)]
@@ -98,10 +97,17 @@ def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKe
     return [key for key in adapter.tensors if key.module in wanted]
 
 
-def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
+def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     for role, (code, message) in _ROLES.items():
         if keys := [key for key in adapter.tensors if key.role is role]:
             yield _loss(code, keys, message)
+    yield from lost_biases(adapter, base, "an MLX adapter")
+    foreign = foreign_parameters(adapter, base)
+    yield from lost_heads(foreign)
+    full = [key for key in adapter.tensors if key.role is Role.FULL]
+    if kept := [key for key in full if key not in foreign]:
+        message = f"a whole trained parameter has no place there; {_MERGE}"
+        yield _loss("saved-module", kept, message)
     yield from lost_columns(adapter)
     for key in adapter.tensors:
         if key.role is Role.BASE_COPY:

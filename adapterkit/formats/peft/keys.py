@@ -50,6 +50,7 @@ _ADAPTER_NAME = re.compile(
 )
 # Tensors that training uses and inference does not (PEFT drops them when it merges).
 _TRAINING_ONLY = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)(\.|$)")
+_FACTOR = ".lora_"
 # A frozen copy of the base that wrapping left behind; it is no part of the adapter.
 _FROZEN_COPY = re.compile(r"\.original_module\.")
 _COPY_LEFT_OUT = "left out, frozen copy of the base (original_module)"
@@ -84,7 +85,7 @@ class KeyReader:
             return TensorKey(match[1], Role.BASE_COPY)
         if match := _SAVED.match(path) or _BASE_BIAS.match(path):
             return TensorKey(f"{match[1]}.{match[2]}", Role.FULL)
-        if ".lora_" in path:
+        if _FACTOR in path:
             raise UnsupportedError(
                 "is a LoRA tensor of an unknown kind", path=self._path, where=name
             )
@@ -98,7 +99,11 @@ class KeyReader:
             path = path.removeprefix("module.")
             self._seen["module. taken off (DDP, DeepSpeed)", NoteKind.PREFIX] += 1
         if not (path.startswith(PREFIX) or _INNER_PREFIX.search(path)):
-            self._seen[f"had no {PREFIX} prefix", NoteKind.PREFIX] += 1
+            if _FACTOR in path:
+                self._seen[f"had no {PREFIX} prefix", NoteKind.PREFIX] += 1
+            else:
+                told = f"had no {PREFIX} prefix, so that PEFT leaves them out"
+                self._seen[told, NoteKind.STRAY] += 1
         path = path.removeprefix(PREFIX)
         while path.startswith((PREFIX, "module.")):
             path = path.removeprefix(PREFIX).removeprefix("module.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.base.model import BaseModel
@@ -100,8 +101,9 @@ def merge_into(
         dialect: key grammar of hand-written adapters, where the files cannot tell.
         alpha: scale numerator of adapters whose files do not hold it.
         as_format: name of the format to read all as, where their content does not tell.
-        allow_lossy: leave out rows of a vocabulary that the base does not have, trained files
-            beside an adapter, and what its config denies; notes name them.
+        allow_lossy: leave out what the base has no place for (rows of a vocabulary, heads, biases,
+            towers of a GGUF model), trained files beside an adapter, and what its config denies;
+            losses name them.
         allow_requantise: quantise again what a GGUF base has quantised already, for a mixture.
         allow_weak: keep a GGUF type that loses much of the update.
         resume: go on where a killed merge with the same arguments ended.
@@ -136,7 +138,7 @@ def merge_into(
     plain = opened.kind == "hf" and not opened.layout
     decoded = checked(opened, dequantize=dequantize) if plain else None
     opened = decoded.base if decoded else opened
-    adapters, opened, notes = read_sources(
+    adapters, opened, dropped, notes = read_sources(
         sources,
         weights,
         opened,
@@ -193,7 +195,7 @@ def merge_into(
     notes = (*([said] if said else []), *notes, *order_counts(adapters), *more)
     if dequantize and decoded is None:
         notes = (*notes, "the base is not quantised; dequantize changes nothing")
-    report = reported(adapters, opened, destination, tensors, notes)
+    report = replace(reported(adapters, opened, destination, tensors, notes), losses=dropped)
     return with_decoded(report, decoded) if decoded else report
 
 

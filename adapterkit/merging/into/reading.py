@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError, UsageError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import load_all
+from adapterkit.merging.into.losses import losses
 from adapterkit.merging.planning import Source, checked_weight
 from adapterkit.model.beside import lost_trained
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import apply
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from adapterkit.base.model import BaseModel
     from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
 _NO_UPDATE = {
     "layer_replication": "replicates layers; build that base first, then merge into it",
@@ -35,13 +39,13 @@ def read_sources(
     as_format: str | None = None,
     allow_lossy: bool = False,
     growing: bool = False,
-) -> tuple[list[Source], BaseModel, tuple[str, ...]]:
+) -> tuple[list[Source], BaseModel, tuple[Loss, ...], tuple[str, ...]]:
     """Read all adapters with the base's row orders, names and vocabulary.
 
     Where `growing` is true, a vocabulary whose rows an adapter carries stays as it is.
 
     Returns:
-        The adapters in the base's family, that family's base, and notes.
+        The adapters in the base's family, that family's base, what was dropped, and notes.
 
     Raises:
         UsageError: if there is no adapter, or another number of weights.
@@ -54,7 +58,7 @@ def read_sources(
         raise UsageError(f"{len(given)} adapters and {len(weights)} weights; give one for each")
     weights = list(map(checked_weight, weights or [1.0] * len(given)))
     found: list[Source] = []
-    said: list[str] = []
+    dropped: list[Loss] = []
     loaded = load_all(
         given,
         base=base,
@@ -68,15 +72,16 @@ def read_sources(
         for setting, reason in _NO_UPDATE.items():
             if setting in each.adapter.settings:
                 raise UnsupportedError(f"{reason} ({setting})", path=each.label)
-        lost = lost_trained(each.adapter.beside)
-        if (each.losses or lost) and not allow_lossy:
-            raise LossyConversionError([*each.losses, *lost], path=each.label)
-        said += [f"{each.label}: {loss.subject} is left out" for loss in lost]
-        source = Source(each.label, each.adapter, weight)
+        lost = [*lost_trained(each.adapter.beside), *losses(each.adapter, each.base or base)]
+        dropped += [*each.losses, *lost]
+        if dropped and not allow_lossy:
+            raise LossyConversionError(dropped, path=each.label)
+        left = apply(["drop"], each.adapter, Context(losses=tuple(lost))).adapter
+        source = Source(each.label, left, weight)
         _check_halves(source)
         found.append(source)
     notes = (f"{each.label}: {note}" for each in loaded for note in each.notes)
-    return found, loaded[-1].base or base, (*notes, *said)
+    return found, loaded[-1].base or base, tuple(dropped), (*notes,)
 
 
 def token_rows(source: Source, module: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
+from adapterkit.notes import Loss
 from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, size
 
 _MEANING = (
@@ -87,6 +88,7 @@ class MergeIntoReport(Shown):
         min_survival: smallest of the tensors; None where nothing was changed.
         max_noise: largest of the tensors, ‖(W' - W) - ΔW‖ / ‖ΔW‖, what the stored change is off by;
             above 1 the rounding is larger than the update, even where survival is 1.
+        losses: what was dropped, with `allow_lossy`.
         warnings: what the user should know.
         notes: what was normalised on the way.
     """
@@ -103,6 +105,7 @@ class MergeIntoReport(Shown):
     max_noise: float | None = None
     decoded: int = 0
     left_out: tuple[str, ...] = ()
+    losses: tuple[Loss, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     _entries = "tensors"

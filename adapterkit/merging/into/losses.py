@@ -1,0 +1,72 @@
+"""What no merge into a base holds of an adapter, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.architectures.weights import engine_names
+from adapterkit.base.heads import foreign_parameters, lost_heads, without_bias
+from adapterkit.errors import UnsupportedError
+from adapterkit.keys import Role, TensorKey
+from adapterkit.notes import Loss, first_and_more
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from adapterkit.base.model import BaseModel
+    from adapterkit.model import AdapterTensorSet
+
+_ELSEWHERE = (
+    "merge it into the Hugging Face model and convert that with llama.cpp's convert_hf_to_gguf.py, "
+    "or leave it out with --allow-lossy"
+)
+
+
+def losses(adapter: AdapterTensorSet, base: BaseModel) -> list[Loss]:
+    """List what the base has no place for; no tensor data is read.
+
+    Modules that it ought to have are no loss: without them it is another base.
+    """
+    found = list(_biases(adapter, base))
+    foreign = foreign_parameters(adapter, base)
+    if base.kind == "gguf":
+        found += _placeless(adapter, base, foreign)
+    return [*found, *lost_heads(foreign)]
+
+
+def _biases(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:
+    if found := without_bias(adapter, base):
+        message = (
+            "has a bias on B, and the base has no bias here that it could be added to; serve it as "
+            "an adapter with PEFT, or leave the bias out with --allow-lossy"
+        )
+        yield _loss("lora-bias", found, message)
+
+
+def _placeless(
+    adapter: AdapterTensorSet, base: BaseModel, foreign: Sequence[TensorKey]
+) -> Iterator[Loss]:
+    """Name what llama.cpp keeps in another file, or nowhere."""
+    towers = [key for key in adapter.tensors if in_tower(key.module)]
+    towers = [key for key in towers if find_rule(base.architecture, key.module) is None]
+    if towers:
+        message = "is of a vision or audio tower, which llama.cpp keeps in another file"
+        yield _loss("tower", towers, f"{message}; {_ELSEWHERE}")
+    full = [key for key in adapter.tensors if key.role is Role.FULL]
+    others = [key for key in full if key not in foreign and key not in towers]
+    if nowhere := [key for key in others if not _placed(key.module, base)]:
+        message = f"has no place of its own in a GGUF of {base.architecture.title}"
+        yield _loss("saved-module", nowhere, f"{message}; {_ELSEWHERE}")
+
+
+def _placed(parameter: str, base: BaseModel) -> bool:
+    try:
+        return bool(engine_names(base.architecture, parameter))
+    except UnsupportedError:
+        return False
+
+
+def _loss(code: str, keys: Sequence[TensorKey], message: str) -> Loss:
+    modules = list(dict.fromkeys(key.module for key in keys))
+    return Loss(code, first_and_more(modules), message, tuple(keys))
