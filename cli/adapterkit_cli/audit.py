@@ -8,7 +8,6 @@ import click
 
 from adapterkit_cli import answers, manner, options, rendering
 from adapterkit_cli.progress import watching
-from adapterkit_cli.threads import single_threaded_blas
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,7 +97,6 @@ def command(
     """
     if not suggest and (tol is not None or budget is not None):
         raise click.UsageError("--tol and --budget say what to --suggest")
-    single_threaded_blas()
     told: dict[str, Any] = {
         "base": base,
         "dialect": dialect,

@@ -8,7 +8,6 @@ import click
 
 from adapterkit_cli import options, rendering
 from adapterkit_cli.progress import watching
-from adapterkit_cli.threads import single_threaded_blas
 
 
 @click.command(
@@ -80,7 +79,6 @@ def command(
     if len(wishes) > 1:
         raise click.UsageError(f"{' and '.join(wishes)} exclude each other")
     policy, threshold = next(iter(policies.items()), (None, None))
-    single_threaded_blas()
     from adapterkit import compress_file
 
     with watching("compressing"):

@@ -6,7 +6,6 @@ import click
 
 from adapterkit_cli import options, rendering
 from adapterkit_cli.progress import progress_bar
-from adapterkit_cli.threads import single_threaded_blas
 
 
 @click.command(
@@ -91,7 +90,6 @@ def command(
     Both are read in blocks of rows, never as a whole. The error of every module is measured
     against the files. What no factors hold is named, and left over unless --save-rest.
     """
-    single_threaded_blas()
     import adapterkit
 
     with progress_bar("extracting") as progress:

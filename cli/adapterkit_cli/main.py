@@ -11,6 +11,7 @@ from adapterkit_cli import manner
 from adapterkit_cli.boundary import ErrorBoundary
 from adapterkit_cli.signals import ended_by_signal, leave_at_once, stopping_cleanly
 from adapterkit_cli.streams import harden
+from adapterkit_cli.threads import single_threaded_blas
 
 # In the order of `--help`; each is the attribute `command` of the module of its name.
 COMMANDS = (
@@ -95,6 +96,7 @@ def cli(ctx: click.Context) -> None:
 def main() -> None:
     """Run the program and exit."""
     harden()
+    single_threaded_blas()
     with stopping_cleanly():
         try:
             cli.main(prog_name="adapterkit")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from click.shell_completion import CompletionItem
-
-# A pool works on many modules, so a thread of numpy's own for each would only be in its way.
-_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def _method_names(
@@ -101,8 +97,6 @@ def command(
 
     With --into BASE the updates are added to the weights of a model instead, and DST is that model.
     """
-    for name in _THREADS:
-        os.environ.setdefault(name, "1")
     import adapterkit
 
     # What is not given is left to the library, and to the recipe.
