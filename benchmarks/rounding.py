@@ -25,9 +25,9 @@ from engine import Engine
 
 from adapterkit import convert, merge_into
 from adapterkit.architectures.mixtures import mixtures
-from adapterkit.loading import open_model
 from adapterkit.containers.gguf import read_gguf, write_gguf
 from adapterkit.dtype import DType
+from adapterkit.loading import open_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +39,12 @@ TYPES = ("Q4_1", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K_M", "Q6_K")
 
 WAYS: dict[str, dict[str, Any]] = {
     "nearest": {"gguf_type": "keep", "rounding": "nearest", "allow_weak": True},
-    "shaped": {"gguf_type": "keep"},
-    "calibrated": {"gguf_type": "keep", "calibrate": TEXTS / "calibration.txt"},
+    "shaped": {"gguf_type": "keep", "allow_weak": True},
+    "calibrated": {
+        "gguf_type": "keep",
+        "calibrate": TEXTS / "calibration.txt",
+        "allow_weak": True,
+    },
     "q8_0": {},
 }
 
@@ -102,6 +106,8 @@ def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
                 round(float(np.median([getattr(e, "direction_error", 0.0) for e in each])), 3)
                 for each in zip(*errors, strict=True)
             ]
+            most = max(compared, key=lambda t: t.direction_error or 0.0)
+            found[f"{name} worst"] = [most.name, round(most.direction_error or 0.0, 3)]
     return found
 
 

@@ -141,8 +141,10 @@ def _strange(plain: Operator, directions: Array, old: Triplets, room: Array) -> 
             _heaviest(*found, float(old.values[0]) ** 2)
             for found in zip(alphas.T, betas.T, strict=True)
         ]
-        proven = near & (np.sqrt(shares) * size + angles @ held < room)
-        if (proven == near).all():
+        most = np.sqrt(shares) * size + angles @ held
+        proven = near & (most < room)
+        # Twice the steps halve a share at best, where the spectrum has no gaps.
+        if not (near & (most >= room) & (most < 2**0.5 * room)).any():
             break
     return proven
 
