@@ -107,7 +107,7 @@ def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
                 for each in zip(*errors, strict=True)
             ]
             most = max(compared, key=lambda t: t.direction_error or 0.0)
-            found[f"{name} worst"] = [most.name, round(most.direction_error or 0.0, 3)]
+            found[f"{name} worst"] = [most.tensor, round(most.direction_error or 0.0, 3)]
     return found
 
 
