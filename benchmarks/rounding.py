@@ -1,6 +1,7 @@
 """How far a merged GGUF is from base + LoRA in llama.cpp: nearest, shaped, calibrated, and q8_0.
 
-    python benchmarks/rounding.py [--only Q4_1,Q4_K_M] [--adapter DIR] [--model FILE.gguf]
+    python benchmarks/rounding.py [--only Q4_1,Q4_K_M] [--ways nearest,shaped]
+        [--adapter DIR] [--model FILE.gguf]
 
 Mean Kullback-Leibler divergence of the next token over every position of three texts that are used
 for nothing else, from the base with the LoRA beside it, in real llama.cpp. The base is
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(TYPES))
     parser.add_argument("--adapter", type=Path, default=PIRATE)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--ways", default=",".join(WAYS))
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
         for name in given.only.split(","):
@@ -62,7 +64,7 @@ def main() -> None:
             path = source if name == "own" else Path(folder) / f"{name}.gguf"
             if name != "own":
                 retyped(source, path, name)
-            row = measured(Path(folder), path, given.adapter)
+            row = measured(Path(folder), path, given.adapter, given.ways.split(","))
             told = {"model": source.stem, "adapter": given.adapter.name, "type": name}
             print(json.dumps(told | row), flush=True)
 
@@ -87,7 +89,7 @@ def _turn(line: str, turns: dict[str, str]) -> str:
     return line if mark is None else f"{mark}{line[3:]}<|im_end|>"
 
 
-def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
+def measured(folder: Path, base: Path, adapter: Path, ways: Sequence[str]) -> dict[str, Any]:
     """Return divergences by text and of all, and what the last shaped report says."""
     lora, merged = folder / f"{base.stem}-lora.gguf", folder / "merged.gguf"
     convert(adapter, lora, base=base)
@@ -95,9 +97,9 @@ def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
     tokens, wanted = distributions(base, texts(chat=chat), lora)
     found: dict[str, Any] = {"tokens": [len(each) for each in tokens]}
     found["no adapter"] = divergences(wanted, distributions(base, tokens)[1])
-    for name, way in WAYS.items():
+    for name in ways:
         begun = time.process_time()
-        report = merge_into([adapter], base, merged, force=True, **way)
+        report = merge_into([adapter], base, merged, force=True, **WAYS[name])
         seconds = time.process_time() - begun
         found[name] = [*divergences(wanted, distributions(merged, tokens)[1]), round(seconds, 1)]
         if compared := [t for t in report.tensors if t.nearest is not None]:
