@@ -13,13 +13,16 @@ def cases() -> list[Case]:
     large = str(BUILD / "base-150k.gguf")
     script = str(next(BUILD.glob("*/vendor/llama.cpp/convert_lora_to_gguf.py")))
     convert = [KIT, "convert", adapter, "-o", out, "--base", base, "--force"]
-    theirs = [sys.executable, script, "--base", base, "--outtype", "bf16", "--outfile", out]
+    theirs = [sys.executable, script, "--base", base, "--outfile", out, adapter, "--outtype"]
     return [
-        Case(
-            "convert 84 MB PEFT to GGUF, proof included, vs convert_lora_to_gguf.py",
-            convert,
-            [*theirs, adapter],
-            {"times faster": 5, "peak MiB": 100},
+        *(
+            Case(
+                f"convert 84 MB PEFT to GGUF in {kind}, proof included, vs convert_lora_to_gguf.py",
+                [*convert, "--outtype", kind],
+                [*theirs, kind],
+                {"times faster": 5, "peak MiB": 100},
+            )
+            for kind in ("bf16", "f16", "f32")
         ),
         Case("inspect the same adapter", [KIT, "inspect", adapter], None, {"seconds": 0.3}),
         Case(

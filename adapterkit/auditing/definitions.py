@@ -41,7 +41,10 @@ directions that it writes to, ‖ΔW‖ / ‖UᵀWV‖ with U and V its singular
 retention, intruders: ‖Wᵀu‖ / σ of the leading singular vectors u of W + ΔW: 1 for what W had, near
 0 for what is new. An intruder dimension has no cosine of ½ with any singular vector of W (arXiv
 2410.21228). Weights up to 768 are decomposed for that where anything is open; for larger ones the
-number is an estimate, and what is certain stands beside it as a range. --exact decomposes all.
+number is an estimate. Beside it stand how many are proven to be intruders, and how many are
+possible, being not proven to be W's. None proven is not none: where many singular values of W are
+close to each other or to 0, forty Lanczos steps do not tell their vectors apart, and one of them
+could hold the direction. --exact decomposes all.
 
 bank, z, percentile: Where five statistics of a family (σ₁, ‖ΔW‖, σ₁² / Σσ², entropy of σ / Σσ,
 kurtosis of the entries; arXiv 2602.15195) lie among those of other adapters. Far out is unusual. It

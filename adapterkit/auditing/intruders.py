@@ -3,9 +3,11 @@
 An intruder (arXiv 2410.21228) is a left singular vector u of W' with max |cos| < ½ over all left
 singular vectors of W. That needs a whole decomposition, and is done so for small weights. For large
 ones a direction is familiar if it is near one of W's leading vectors, and new if no single vector
-of W can hold a quarter of it. The latter is bounded by what a few Lanczos steps from u know of its
-distribution over the spectrum of W · Wᵀ: no point of it can hold more than 1 / Σ p_k(x)², with the
-orthonormal polynomials of those steps (Christoffel's function; Akhiezer 1965, section 2.5).
+of W can hold a quarter of it. Of the leading vectors that is known. Of all others it is bounded by
+what Lanczos steps from the rest of u know of its distribution over the spectrum of W · Wᵀ: no point
+of it can hold more than 1 / Σ p_k(x)², with the orthonormal polynomials of those steps
+(Christoffel's function; Akhiezer 1965, section 2.5). No bound from as many steps is smaller, and
+where W has several values closer to each other than the steps tell apart, it proves nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 from adapterkit.lowrank.products import Array
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from adapterkit.lowrank.operators import Operator
     from adapterkit.lowrank.sketching import Triplets
 
@@ -30,7 +34,13 @@ LEADING, COSINE = 10, 0.5
 RETENTION = 0.7
 # The smaller side of a weight up to which it is decomposed where anything is left open.
 _AFFORDABLE = 768
-_STEPS, _POINTS = 10, 2000
+_POINTS = 64
+# Lanczos steps after which it is looked whether more are needed, and at most.
+_LOOKS = (10, 20, 40)
+# A vector of W is known if its angle to the computed one is below this.
+_KNOWN = 0.05
+# A node is taken for a single value of W if it has less than this of the last step.
+_CONVERGED = 1e-2
 
 
 Mask = NDArray[np.bool_]
@@ -81,8 +91,8 @@ def intruders(
         return Intruders(count, count, count, cosines)
     strange: Mask = np.zeros(looked, dtype=np.bool_)
     if open_.any():
-        most = _largest_shares(plain, new.left[:, :looked][:, open_], float(old.values[0]))
-        strange[open_] = np.sqrt(most) + unlike[open_] < COSINE
+        room = COSINE - unlike[open_]
+        strange[open_] = _strange(plain, new.left[:, :looked][:, open_], old, room)
     open_ = np.logical_and(open_, np.logical_not(strange))
     apart = float(old.values[-1]) < RETENTION * new.values[:looked]
     guessed = int((open_ & (apart | (retention < RETENTION))).sum())
@@ -111,49 +121,74 @@ def _angles(found: Triplets) -> Array:
     return np.asarray(np.where(errors < room, errors / np.where(room > 0, room, 1.0), 1.0))
 
 
-def _largest_shares(plain: Operator, directions: Array, top: float) -> Array:
-    """Bound, of each unit direction (out, k), the share that any one left vector of W can hold."""
-    diagonal, beside = _lanczos(plain, directions / np.linalg.norm(directions, axis=0))
-    points = np.linspace(0.0, (1 + 1e-3) * top**2, _POINTS)
-    shares = np.empty(directions.shape[1])
-    for place in range(len(shares)):
-        alphas, betas = diagonal[:, place], beside[:, place]
-        nodes = np.linalg.eigvalsh(
-            np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
-        )
-        shares[place] = _christoffel(
-            np.concatenate([points, nodes], dtype=np.float64), alphas, betas
-        ).max()
-    return np.minimum(shares, 1.0)
+def _strange(plain: Operator, directions: Array, old: Triplets, room: Array) -> Mask:
+    """Tell which unit directions (out, k) have less than `room` (k,) as |cos| with all of W's.
+
+    Known vectors hold what is computed, up to their angles. All others are orthogonal to the true
+    ones: they see the rest of a direction, and of the known ones no more than those angles.
+    """
+    angles = _angles(old)
+    known = angles < _KNOWN
+    left, angles = old.left[:, known], angles[known]
+    held = np.abs(left.T @ directions)
+    rest = directions - left @ (left.T @ directions)
+    size = np.maximum(np.linalg.norm(rest, axis=0), 1e-300)
+    near: Mask = (held + angles[:, None]).max(axis=0, initial=0.0) < room
+    proven: Mask = np.zeros_like(near)
+    steps = _lanczos(plain, rest / size) if near.any() else ()
+    for alphas, betas in (found for step, found in enumerate(steps, 1) if step in _LOOKS):
+        shares = [
+            _heaviest(*found, float(old.values[0]) ** 2)
+            for found in zip(alphas.T, betas.T, strict=True)
+        ]
+        most = np.sqrt(shares) * size + angles @ held
+        proven = near & (most < room)
+        # Twice the steps halve a share at best, where the spectrum has no gaps.
+        if not (near & (most >= room) & (most < 2**0.5 * room)).any():
+            break
+    return proven
 
 
-def _christoffel(points: Array, alphas: Array, betas: Array) -> Array:
-    """Return 1 / Σ p_k(x)², k from 0 to one less than the steps."""
-    before, now = np.zeros_like(points), np.ones_like(points)
-    total = np.ones_like(points)
-    for step in range(len(alphas) - 1):
-        last = betas[step - 1] * before if step else 0.0
-        before, now = now, ((points - alphas[step]) * now - last) / betas[step]
-        total += now**2
-    return 1 / total
+def _heaviest(alphas: Array, betas: Array, top: float) -> float:
+    """Return the maximum of 1 / Σ p_k(x)², k from 0 to one less than the steps, from 0 to top.
+
+    The p_k(x) are the last column of (T - x)⁻¹, up to a factor, T the matrix of the steps: so taken
+    they stay right where a node has converged, as the recurrence does not.
+    """
+    nodes, vectors = np.linalg.eigh(
+        np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+    )
+    first, last = vectors[0], vectors[-1]
+    ends = np.unique(np.clip(np.concatenate([[0.0], nodes, [(1 + 1e-3) * top]]), 0.0, None))
+    inside = (1 - np.cos(np.pi * (np.arange(_POINTS) + 0.5) / _POINTS)) / 2
+    points = np.setdiff1d(ends[:-1, None] + np.diff(ends)[:, None] * inside, nodes)
+    columns = last / (nodes - points[:, None])
+    between = np.square(columns @ first) / np.square(columns).sum(axis=1)
+    # The peak beside a node, which may be narrower than any distance of points.
+    gaps = nodes - nodes[:, None]
+    gaps[gaps == 0] = np.inf
+    columns = last / gaps
+    beside = np.square(columns @ first) / np.maximum(np.square(columns).sum(axis=1), 1e-300)
+    return float(max(between.max(), (first**2 + beside)[np.abs(last) < _CONVERGED].max(initial=0)))
 
 
-def _lanczos(plain: Operator, start: Array) -> tuple[Array, Array]:
-    """Return the coefficients (steps, k) of Lanczos runs on W · Wᵀ, one from each unit column.
+def _lanczos(plain: Operator, start: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield the coefficients (steps, k) of Lanczos runs on W · Wᵀ, one from each unit column.
 
     Every run is orthogonalised in full: their bases are a few columns.
     """
     runs = [start]
-    alphas, betas = np.empty((_STEPS, start.shape[1])), np.empty((_STEPS, start.shape[1]))
-    for step in range(_STEPS):
+    alphas, betas = np.empty((0, start.shape[1])), np.empty((0, start.shape[1]))
+    for _ in range(_LOOKS[-1]):
         image = plain.times(plain.transposed_times(runs[-1]))
-        alphas[step] = np.einsum("ij,ij->j", runs[-1], image)
+        alphas = np.vstack([alphas, np.einsum("ij,ij->j", runs[-1], image)])
         for _ in range(2):
             for known in runs:
                 image -= known * np.einsum("ij,ij->j", known, image)
-        betas[step] = np.linalg.norm(image, axis=0)
-        runs.append(image / np.maximum(betas[step], 1e-300))
-    return alphas, np.maximum(betas, 1e-300)
+        norms = np.maximum(np.linalg.norm(image, axis=0), 1e-300)
+        betas = np.vstack([betas, norms])
+        runs.append(image / norms)
+        yield alphas, betas
 
 
 def _cosines(plain: Operator, changed: Operator) -> Array:

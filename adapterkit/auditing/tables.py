@@ -128,7 +128,9 @@ def left_out(found: BaseAudit) -> list[str]:
 def certain(found: BaseAudit) -> str:
     """Say how certain a number of intruders is."""
     least, most = found.summary.intruder_range
-    return "exact" if least == most else f"{least:,} to {most:,} for certain"
+    if least == most:
+        return "exact"
+    return f"estimate: {f'{least:,}' if least else 'none'} proven, {most:,} possible"
 
 
 def _advice(suggestion: Suggestion) -> Iterator[str]:

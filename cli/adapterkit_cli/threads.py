@@ -11,7 +11,8 @@ _WIDE = {"doctor", "tinylora"}
 def settle_blas(command: str | None) -> None:
     """Keep BLAS to one thread where a command's matrices are thin, unless the user said otherwise.
 
-    Several modules at once are faster than several threads for each.
+    Several modules at once are faster than several threads for each, which on a busy machine mostly
+    wait for each other and burn its processors.
     """
     if command in _WIDE:
         return

@@ -14,7 +14,7 @@ from peft.tuners.lora import intruders as of_peft
 from adapterkit import audit
 from adapterkit.auditing.intruders import intruders
 from adapterkit.lowrank.operators import Operator
-from adapterkit.lowrank.sketching import leading
+from adapterkit.lowrank.sketching import Triplets, leading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,3 +99,26 @@ def test_the_definition_is_within_the_range(
     assert found.least <= exact.count <= found.most
     assert found.least <= found.count <= found.most
     assert abs(found.count - exact.count) <= (2 if kind == "flat" else 1)
+    if kind == "falling":
+        assert found.least == exact.count
+
+
+@pytest.mark.parametrize(("power", "share"), [(0.3, 0.8), (1.0, 0.8), (4.0, 0.0)])
+def test_nothing_is_proven_that_is_not_so(
+    power: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapterkit.auditing.intruders._AFFORDABLE", 0)
+    random = np.random.default_rng(3)
+    proven = possible = 0
+    for planted in np.linspace(0, 0.5, 60):
+        plain = Operator(np.diag(np.sort(random.random(200) ** power)[::-1]))
+        shares = random.random(200) ** 4
+        shares[random.integers(200)] += planted * shares.sum()
+        direction = np.sqrt(shares / shares.sum())
+        pair = np.stack([direction, np.zeros(200)], axis=1)
+        new = Triplets(np.array([2.0, 1.0]), pair, pair, np.zeros(2))
+        old = leading(plain, 11, tolerance=1e-3)
+        found = intruders(plain, plain, old, new, np.ones(1), exact=False)
+        assert not found.least or direction.max() < 0.5
+        proven, possible = proven + found.least, possible + int(direction.max() < 0.5)
+    assert proven >= share * possible
