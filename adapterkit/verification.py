@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.alterations import Change, altered
 from adapterkit.base import BaseModel
 from adapterkit.base.identity import identified
-from adapterkit.certificates import Certificate, mark, read_certificate, source_digest
+from adapterkit.certificates import Certificate, read_certificate, source_digest
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import BaseRequiredError, FormatError, UncheckableError
 from adapterkit.fingerprints import fingerprinted
@@ -23,7 +24,6 @@ from adapterkit.work import watchable
 
 if TYPE_CHECKING:
     from adapterkit.fingerprints import Fingerprint, ModuleFingerprint
-    from adapterkit.stamps import Contents
 
 # Sixteen numbers of float16 are right to this; storage in 8 to 16 bits moves them less than that.
 _SAME, _ROUNDED = 2e-3, 2e-2
@@ -34,22 +34,6 @@ _MOST = 20
 _FAITHFUL = ("", "convert", "write")
 # Changes that are listed.
 _SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One thing that is not what it was when the file was written.
-
-    Attributes:
-        kind: `tensor`, `setting`, `scale`, `rounding`, `update`, `renamed`, `dropped`, `added`,
-            `source` or `base`.
-        where: the tensor, setting, module or file.
-        message: what is wrong with it.
-    """
-
-    kind: str
-    where: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -159,7 +143,8 @@ def verify(
     elif against is not None:
         changes += _merged(proof, against, known, dialect, alpha, notes)
     found = contents(path)
-    changes = [*_stored(proof, found), *changes]
+    others = (*known.names, *known.tensors) if known is not None else ()
+    changes = [*altered(proof, found, others), *changes]
     if known is not None:
         changes += _base(proof, known, notes)
     return VerifyReport(
@@ -176,31 +161,6 @@ def verify(
         changes=tuple(changes),
         notes=tuple(notes),
     )
-
-
-def _stored(proof: Certificate, found: Contents) -> Iterator[Change]:
-    """Compare what is stored, to the bit."""
-    if found.digest == proof.digest:
-        return
-    if not proof.contents.tensors and not proof.contents.settings:
-        yield Change("tensor", "its bytes", "are not those that were written")
-        return
-    names = {mark(name): name for name in found.tensors}
-    tensors = {mark(name): digest for name, digest in found.tensors.items()}
-    for key, message in _unlike(proof.contents.tensors, tensors):
-        yield Change("tensor", names.get(key, "one"), message)
-    for key, message in _unlike(proof.contents.settings, found.settings):
-        yield Change("setting", key, message)
-
-
-def _unlike(written: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for key in {**now, **written}:
-        if key not in written:
-            yield key, "was not there when the file was written"
-        elif key not in now:
-            yield key, "was written and is not there"
-        elif written[key] != now[key]:
-            yield key, "is not what was written"
 
 
 def _updates(
