@@ -313,6 +313,16 @@ def test_the_source_of_a_command_that_changes_updates_is_told_by_its_bytes(tmp_p
     assert kinds(verify(tmp_path / "made", against=FIXTURES / "peft" / "tiny-weak")) == {"source"}
 
 
+def test_an_adapter_in_memory_is_held_against_the_proof_of_its_file(written: Path) -> None:
+    adapter = adapterkit.read(written, base=BASE)
+    assert verify(adapter, base=BASE, against=adapterkit.read(TINY)).sound
+    half = adapter.replace(scales={name: scale / 2 for name, scale in adapter.scales.items()})
+    assert updates_changed(verify(half, base=BASE)).keys() == {("scale", "all 6 modules")}
+    assert kinds(verify(written, base=BASE, against=half)) == {"source"}
+    with pytest.raises(UncheckableError, match="made in memory and carries no proof"):
+        verify(adapter.replace(provenance=None))
+
+
 def test_what_carries_none_is_uncheckable_and_what_is_none_refused(tmp_path: Path) -> None:
     with pytest.raises(UncheckableError, match="carries no proof"):
         verify(TINY)
