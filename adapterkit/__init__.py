@@ -12,6 +12,7 @@ __version__ = "0.2.0"
 
 # Module -> the public names that live in it; `__init__.pyi` says the same to type checkers.
 _NAMES = {
+    "alterations": "Change",
     "architectures.sizes": "Sizes",
     "architectures.table": "Architecture",
     "attempts": "Attempt for_each",
@@ -81,7 +82,7 @@ _NAMES = {
     "tensor": "LazyTensor",
     "text": "Pen",
     "validation": "ValidationReport validate validation_page",
-    "verification": "Change VerifyReport verify",
+    "verification": "VerifyReport verify",
     "work": "watched",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -1,3 +1,4 @@
+from adapterkit.alterations import Change as Change
 from adapterkit.architectures.sizes import Sizes as Sizes
 from adapterkit.architectures.table import Architecture as Architecture
 from adapterkit.attempts import Attempt as Attempt
@@ -154,7 +155,6 @@ from adapterkit.text import Pen as Pen
 from adapterkit.validation import ValidationReport as ValidationReport
 from adapterkit.validation import validate as validate
 from adapterkit.validation import validation_page as validation_page
-from adapterkit.verification import Change as Change
 from adapterkit.verification import VerifyReport as VerifyReport
 from adapterkit.verification import verify as verify
 from adapterkit.work import watched as watched

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from adapterkit import tinylora
 from adapterkit.base import BaseModel
@@ -15,43 +14,32 @@ from adapterkit.loading import load, open_model
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.beside import lost_trained
 from adapterkit.saving import admitted, destination_format, save
-from adapterkit.text import PLAIN, Pen, Shown, count, line
+from adapterkit.text import PLAIN, Pen, count, line
 from adapterkit.tinylora import PlanReport, ProjectionReport, TinySettings
 from adapterkit.tinylora.planner import CANDIDATES
 from adapterkit.work import watchable
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ProjectedFile(Shown):
-    """A projection on disk.
+class ProjectedFile(ProjectionReport):
+    """A projection on disk, what it lost, and what was normalised on the way in.
 
     Attributes:
         source: path that was read.
         destination: path that was written.
         format: name of the format that was written.
-        report: what the projection lost.
-        notes: what was normalised on the way in.
     """
 
     source: str
     destination: str
     format: str
-    report: ProjectionReport
-    notes: tuple[str, ...] = ()
 
     def text(self, pen: Pen = PLAIN) -> str:
         """Return what was written, what is lost, and in which modules most."""
-        modules = count(len(self.report.modules), "module")
-        numbers = count(self.report.parameters, "number")
-        return f"{line(self.destination, self.format, modules, numbers)}\n{self.report.text(pen)}"
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each module."""
-        return self.report.rows()
-
-    def remarks(self) -> list[tuple[str, str]]:
-        """Return what was normalised, and what is to be known of the frozen parts."""
-        return [*super().remarks(), *self.report.remarks()]
+        modules = count(len(self.modules), "module")
+        numbers = count(self.parameters, "number")
+        lost = super().text(pen)
+        return f"{line(self.destination, self.format, modules, numbers)}\n{lost}"
 
 
 def plan(
@@ -126,10 +114,10 @@ def project_file(
     made_from = [loaded.source.path] if loaded.source else []
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)
+    known_of_it = {field.name: getattr(report, field.name) for field in fields(report)}
     return ProjectedFile(
-        source=str(source),
+        **{**known_of_it, "notes": (*loaded.told, *ready.warnings, *report.notes)},
+        source=loaded.label,
         destination=str(destination),
         format=target.name,
-        report=report,
-        notes=(*loaded.told, *ready.warnings),
     )

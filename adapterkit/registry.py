@@ -346,6 +346,12 @@ def by_suffix(suffix: str) -> FormatSpec | None:
     return next((known for known in added if suffix in known.suffixes), None)
 
 
+def added_suffixes() -> frozenset[str]:
+    """Return the file suffixes of the formats that other packages bring."""
+    added: tuple[FormatSpec, ...] = plugged_in(_GROUP)
+    return frozenset(suffix for known in added for suffix in known.suffixes)
+
+
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     start = _first_bytes(path)
     for known in specs:

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.alterations import Change, altered
 from adapterkit.base import BaseModel
 from adapterkit.base.identity import identified
-from adapterkit.certificates import Certificate, mark, read_certificate, source_digest
+from adapterkit.certificates import Certificate, read_certificate, source_digest
 from adapterkit.diagnosis import diagnose
 from adapterkit.errors import BaseRequiredError, FormatError, UncheckableError
 from adapterkit.fingerprints import fingerprinted
 from adapterkit.hub import located
 from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
+from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import first_and_more
 from adapterkit.proof import compare, tolerance_for
 from adapterkit.stamps import contents, stamped
@@ -23,7 +25,6 @@ from adapterkit.work import watchable
 
 if TYPE_CHECKING:
     from adapterkit.fingerprints import Fingerprint, ModuleFingerprint
-    from adapterkit.stamps import Contents
 
 # Sixteen numbers of float16 are right to this; storage in 8 to 16 bits moves them less than that.
 _SAME, _ROUNDED = 2e-3, 2e-2
@@ -34,22 +35,6 @@ _MOST = 20
 _FAITHFUL = ("", "convert", "write")
 # Changes that are listed.
 _SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One thing that is not what it was when the file was written.
-
-    Attributes:
-        kind: `tensor`, `setting`, `scale`, `rounding`, `update`, `renamed`, `dropped`, `added`,
-            `source` or `base`.
-        where: the tensor, setting, module or file.
-        message: what is wrong with it.
-    """
-
-    kind: str
-    where: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -107,9 +92,9 @@ class VerifyReport(Shown):
 
 @watchable
 def verify(
-    source: Path | str,
+    source: AdapterTensorSet | Path | str,
     *,
-    against: Path | str | None = None,
+    against: AdapterTensorSet | Path | str | None = None,
     base: BaseModel | Path | str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
@@ -124,7 +109,8 @@ def verify(
     The proof is no signature: who can change a file can write another proof into it.
 
     Args:
-        source: adapter or model, file or directory.
+        source: adapter or model, file or directory; or an adapter that was read from one, whose
+            updates are compared as they are in memory now.
         against: what it was made from, or should be equal to: every update is compared. Of a model:
             an adapter that was merged into it.
         base: the base model; it must be the one that the file was written with.
@@ -134,15 +120,15 @@ def verify(
         progress: told how many modules of how many are done, stage by stage.
 
     Raises:
-        UncheckableError: if the file carries no proof.
+        UncheckableError: if the file carries no proof, or the adapter was never read from one.
         FormatError: if a file or the proof cannot be read.
     """
     del progress  # told by `watchable`
-    path = located(source)
+    path = _place(source)
     document = stamped(path) if path.exists() else None
     if document is None:
         if not path.exists():
-            recognise(source, as_format=as_format)
+            recognise(path, as_format=as_format)
         message = "carries no proof: it was not written by adapterkit, or saved again by another"
         raise UncheckableError(message, path=path)
     proof = read_certificate(document, path)
@@ -151,15 +137,17 @@ def verify(
     changes: list[Change] = []
     kind = "model"
     if proof.fingerprint is not None:
-        place = recognise(source, as_format=as_format)
+        place = recognise(path, as_format=as_format)
         kind = place.format.name
-        changes += _updates(proof, proof.fingerprint, place, known, notes)
+        held = source if isinstance(source, AdapterTensorSet) else place
+        changes += _updates(proof, proof.fingerprint, held, known, notes)
         if against is not None:
-            changes += _source(proof, place, against, known, dialect, alpha, notes)
+            changes += _source(proof, held, against, known, dialect, alpha, notes)
     elif against is not None:
         changes += _merged(proof, against, known, dialect, alpha, notes)
     found = contents(path)
-    changes = [*_stored(proof, found), *changes]
+    others = (*known.names, *known.tensors) if known is not None else ()
+    changes = [*altered(proof, found, others), *changes]
     if known is not None:
         changes += _base(proof, known, notes)
     return VerifyReport(
@@ -178,48 +166,33 @@ def verify(
     )
 
 
-def _stored(proof: Certificate, found: Contents) -> Iterator[Change]:
-    """Compare what is stored, to the bit."""
-    if found.digest == proof.digest:
-        return
-    if not proof.contents.tensors and not proof.contents.settings:
-        yield Change("tensor", "its bytes", "are not those that were written")
-        return
-    names = {mark(name): name for name in found.tensors}
-    tensors = {mark(name): digest for name, digest in found.tensors.items()}
-    for key, message in _unlike(proof.contents.tensors, tensors):
-        yield Change("tensor", names.get(key, "one"), message)
-    for key, message in _unlike(proof.contents.settings, found.settings):
-        yield Change("setting", key, message)
-
-
-def _unlike(written: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for key in {**now, **written}:
-        if key not in written:
-            yield key, "was not there when the file was written"
-        elif key not in now:
-            yield key, "was written and is not there"
-        elif written[key] != now[key]:
-            yield key, "is not what was written"
+def _place(source: AdapterTensorSet | Path | str) -> Path:
+    """Return the path of what carries the proof."""
+    if not isinstance(source, AdapterTensorSet):
+        return located(source)
+    if source.provenance is None:
+        message = "was made in memory and carries no proof; write it, and verify the file"
+        raise UncheckableError(message, where="the adapter")
+    return source.provenance.path
 
 
 def _updates(
     proof: Certificate,
     written: Fingerprint,
-    place: Source,
+    held: Source | AdapterTensorSet,
     base: BaseModel | None,
     notes: list[str],
 ) -> list[Change]:
     """Compare what the file does, module by module, by norms and sketches."""
     layout = proof.options.get("moe_layout")
     try:
-        loaded = load(place, base=base, moe_layout=layout, need=Need.STORED)
+        loaded = load(held, base=base, moe_layout=layout, need=Need.STORED)
         found = fingerprinted(loaded.adapter)
     except BaseRequiredError as error:
         notes.append(f"compared by bytes alone: {error.message}")
         return []
     except FormatError as error:
-        return [Change("update", error.where or str(place.path), error.message)]
+        return [Change("update", error.where or _label(held), error.message)]
     if found.version != written.version:
         notes.append("its sketches are of another version and were not compared")
         return []
@@ -291,58 +264,69 @@ def _altered(
 
 def _source(
     proof: Certificate,
-    place: Source,
-    against: Path | str,
+    held: Source | AdapterTensorSet,
+    against: AdapterTensorSet | Path | str,
     base: BaseModel | None,
     dialect: str | None,
     alpha: float | None,
     notes: list[str],
 ) -> Iterator[Change]:
     """Compare every update with what the file was made from."""
-    origin = recognise(against, dialect=dialect)
-    digests = proof.sources.values()
-    known = source_digest(origin.path) in digests
+    origin, name, known = _origin(proof, against, dialect)
     if known and proof.command not in _FAITHFUL:
         notes.append(
-            f"it was made from {origin.path}, by its sha256; {proof.command} makes other updates "
+            f"it was made from {name}, by its sha256; {proof.command} makes other updates "
             "of it, so they are not compared"
         )
         return
-    if digests and not known:
-        notes.append(f"{origin.path} is not the file that it was made from, by its sha256")
-    one, other = load_all(
-        [origin, place], base=base, dialect=dialect, alpha=alpha, need=Need.FITTED
-    )
-    yield from _held_against(one, other, str(origin.path))
+    if proof.sources and not known and isinstance(origin, Source):
+        notes.append(f"{name} is not the file that it was made from, by its sha256")
+    one, other = load_all([origin, held], base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
+    yield from _held_against(one, other, name)
+
+
+def _origin(
+    proof: Certificate, against: AdapterTensorSet | Path | str, dialect: str | None
+) -> tuple[Source | AdapterTensorSet, str, bool]:
+    """Return what is held against a file, its name, and whether the file was made of its bytes."""
+    if isinstance(against, AdapterTensorSet):
+        return against, _label(against), False
+    origin = recognise(against, dialect=dialect)
+    return origin, str(origin.path), source_digest(origin.path) in proof.sources.values()
+
+
+def _label(held: Source | AdapterTensorSet) -> str:
+    return str(held.path) if isinstance(held, Source) else "the adapter in memory"
 
 
 def _merged(
     proof: Certificate,
-    against: Path | str,
+    against: AdapterTensorSet | Path | str,
     base: BaseModel | None,
     dialect: str | None,
     alpha: float | None,
     notes: list[str],
 ) -> Iterator[Change]:
     """Tell whether an adapter is one of those that were merged into a model, by its update."""
-    origin = recognise(against, dialect=dialect)
-    if source_digest(origin.path) in proof.sources.values():
+    origin, name, known = _origin(proof, against, dialect)
+    if known:
         return
-    notes.append(f"{origin.path} is none of the files that were merged, by their sha256")
+    if isinstance(origin, Source):
+        notes.append(f"{name} is none of the files that were merged, by their sha256")
     if not proof.adapters:
         notes.append("the merged adapters were too many to list, and are not compared")
         return
     loaded = load(origin, base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
     found = fingerprinted(loaded.adapter)
     if found.unplaced:
-        raise UncheckableError("is in llama.cpp's row order; give --base", path=origin.path)
-    known = {k: each for k, each in proof.adapters.items() if each.version == found.version}
-    apart = {name: _apart(each, found) for name, each in known.items()}
+        raise UncheckableError("is in llama.cpp's row order; give --base", where=name)
+    alike = {k: each for k, each in proof.adapters.items() if each.version == found.version}
+    apart = {key: _apart(each, found) for key, each in alike.items()}
     if not apart:
         notes.append("its sketches are of another version and were not compared")
-    elif (closest := min(apart, key=lambda name: apart[name])) and apart[closest] > _ROUNDED:
+    elif (closest := min(apart, key=lambda key: apart[key])) and apart[closest] > _ROUNDED:
         message = f"is not what was merged; the closest, {closest}, is {apart[closest]:.2g} away"
-        yield Change("source", str(origin.path), message)
+        yield Change("source", name, message)
 
 
 def _apart(one: Fingerprint, other: Fingerprint) -> float:

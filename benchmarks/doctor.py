@@ -2,8 +2,8 @@
 
     python benchmarks/doctor.py [HEALTHY] [BROKEN]
 
-HEALTHY servers with random settings (threads, batches, flash attention, the type of the cache, a
-base in 8 bits), then each fault BROKEN times. What to expect is computed once.
+Each fault BROKEN times, then HEALTHY servers with random settings (threads, batches, flash
+attention, a base in 8 bits). What to expect is computed once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from zlib import crc32
 
 import gguf
 import numpy as np
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests/oracles"))
 
 from llama_server import served  # noqa: E402
 
-from adapterkit import convert  # noqa: E402
+from adapterkit import convert, merge_into  # noqa: E402
 from adapterkit.containers.gguf import float32, read_gguf, write_gguf  # noqa: E402
 from adapterkit.doctor.distributions import _FAR, _NEAR, measured  # noqa: E402
 from adapterkit.doctor.examination import judged  # noqa: E402
@@ -62,6 +63,24 @@ def layer(name: str) -> int:
     return int(name.split(".")[1])
 
 
+def another(name: str, x: np.ndarray) -> np.ndarray:
+    """An adapter of the same sizes that was never trained, with an effect of the usual size."""
+    drawn = np.random.default_rng(crc32(name.encode())).standard_normal(x.shape)
+    return drawn * np.linalg.norm(x) / np.linalg.norm(drawn) * (3 if name.endswith("_b") else 1)
+
+
+def elsewhere(source: Path, name: str, by: int = 7) -> Path:
+    """The same adapter with every layer's update on another layer."""
+    file = read_gguf(source)
+    layers = 1 + max(map(layer, file.tensors))
+    tensors = {
+        ".".join(("blk", str((layer(key) + by) % layers), *key.split(".")[2:])): tensor
+        for key, tensor in file.tensors.items()
+    }
+    write_gguf(source.with_name(name), file.typed(), tensors)
+    return source.with_name(name)
+
+
 def requantised(kind: str, path: Path, noise: float = 0.0) -> Path:
     reader, writer = gguf.GGUFReader(BASE), gguf.GGUFWriter(path, "llama")
     generator = np.random.default_rng(0)
@@ -95,10 +114,12 @@ def main(healthy: int, broken: int) -> None:
 def run(folder: Path, healthy: int, broken: int) -> None:
     right = folder / "right.gguf"
     convert(ROOT / "fixtures" / "pirate" / "adapter", right, base=BASE)
-    same, wrong = (
+    same, wrong, tuned = (
         requantised("Q8_0", folder / "8.gguf"),
         requantised("Q8_0", folder / "w.gguf", 0.1),
+        folder / "tuned.gguf",
     )
+    merge_into([ROOT / "fixtures" / "pirate" / "adapter"], BASE, tuned, gguf_type="q8_0")
     chosen = random.Random(5)  # noqa: S311
     with served(BASE, [(right, 1.0)]) as url:
         server = connected(Client(url, most=100, seconds=300))
@@ -107,7 +128,6 @@ def run(folder: Path, healthy: int, broken: int) -> None:
     with llama_cpp(BASE, [right], by_text=False) as ask:
         known = {s: [ask(text, {0: s}) for text in texts] for s in (*_NEAR, *_FAR)}
     print(f"expected at 13 strengths in {time.perf_counter() - began:.1f} s", flush=True)
-    cases = [("right", chosen.choice([BASE, BASE, same]), right, 1.0) for _ in range(healthy)]
     faults = [
         (
             "no effect",
@@ -133,9 +153,13 @@ def run(folder: Path, healthy: int, broken: int) -> None:
             ),
             1.0,
         ),
+        ("another effect", BASE, changed(right, "a.gguf", another), 1.0),
+        ("another effect", BASE, elsewhere(right, "e.gguf"), 1.0),
         ("another base", wrong, right, 1.0),
+        ("another base", tuned, right, 1.0),
     ]
-    cases += faults * broken
+    cases = faults * broken
+    cases += [("right", chosen.choice([BASE, BASE, same]), right, 1.0) for _ in range(healthy)]
     hits: dict[tuple[str, str], list[float]] = {}
     for wanted, base, adapter, scale in cases:
         settings = {"threads": chosen.choice([1, 2]), "n_batch": chosen.choice([8, 64, 512])}

@@ -17,6 +17,7 @@ from adapterkit.doctor.reference import Reference, reference
 from adapterkit.doctor.servers import LlamaServer, ServedAdapter, chosen, connected
 from adapterkit.errors import UsageError
 from adapterkit.loading import open_model
+from adapterkit.model import AdapterTensorSet
 from adapterkit.text import PLAIN, Pen, Shown, printable, sheet, short
 from adapterkit.work import tracked, watchable
 
@@ -133,7 +134,7 @@ def examine(
     url: str,
     *,
     name: str | None = None,
-    source: Path | str | None = None,
+    source: AdapterTensorSet | Path | str | None = None,
     base: BaseModel | Path | str | None = None,
     prompts: Path | str | None = None,
     seconds: float = 300.0,
@@ -149,7 +150,7 @@ def examine(
     Args:
         url: address of the server; nothing else is contacted.
         name: what the server calls it, its id or file there; not needed where there is but one.
-        source: the adapter that it should be, of any format.
+        source: the adapter that it should be, of any format or in memory.
         base: its base model with weights: GGUF file or Hugging Face directory.
         prompts: file with a prompt in each line; by default ten of its own.
         seconds: after which no more is asked.

@@ -101,7 +101,12 @@ class Reference:
 
 
 def reference(
-    source: Path | str, base: BaseModel, *, by_text: bool, dialect: str | None, alpha: float | None
+    source: AdapterTensorSet | Path | str,
+    base: BaseModel,
+    *,
+    by_text: bool,
+    dialect: str | None,
+    alpha: float | None,
 ) -> Reference:
     """Return the reference of an adapter on a base.
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _KINDS = {"hf": "a Hugging Face directory", "gguf": "a GGUF file"}
 
 
-def open_both(base: Path | str, tuned: Path | str) -> tuple[BaseModel, BaseModel]:
+def open_both(
+    base: BaseModel | Path | str, tuned: BaseModel | Path | str
+) -> tuple[BaseModel, BaseModel]:
     """Open both, in one family.
 
     Raises:

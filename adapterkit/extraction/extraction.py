@@ -27,8 +27,8 @@ from adapterkit.work import counter, in_threads
 
 
 def extract(
-    base: Path | str,
-    tuned: Path | str,
+    base: BaseModel | Path | str,
+    tuned: BaseModel | Path | str,
     destination: Path | str,
     *,
     rank: int | str = "auto",
@@ -55,7 +55,7 @@ def extract(
     an adapter was merged into, this is the adapter again.
 
     Args:
-        base: Hugging Face directory or GGUF file.
+        base: Hugging Face directory, GGUF file or hub id, or such a model opened.
         tuned: the same model after training or merging, of the same kind.
         destination: file or directory to create.
         rank: of every module, or `auto`. No module gets ranks that are rounding of its stored type:

@@ -10,6 +10,7 @@ from pathlib import Path
 from adapterkit.errors import AdapterKitError, FormatError, NotFoundError
 from adapterkit.hub import cache_folder, located
 from adapterkit.loading import recognise
+from adapterkit.registry import added_suffixes
 from adapterkit.storage import alike, read_lines, readable
 
 # What a user types for all that the hub cache holds.
@@ -74,13 +75,14 @@ def _listed(path: Path, lists: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _within(root: Path) -> Iterator[Path]:
+    suffixes = _FILES | added_suffixes()
     for folder, inner, names in os.walk(root):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         here = Path(folder)
         if _CONFIG in names:
             yield here
         elif "config.json" not in names:
-            files = [here / name for name in sorted(names) if Path(name).suffix in _FILES]
+            files = [here / name for name in sorted(names) if Path(name).suffix in suffixes]
             yield from (file for file in files if _is_adapter(file))
         else:
             yield from (here / name for name in sorted(names) if _is_gguf_adapter(here / name))

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from adapterkit.base import BaseModel
 from adapterkit.destination import check_name
 from adapterkit.errors import AdapterKitError, UsageError, WriteError
 from adapterkit.fleets.actions import Outcome, check_action, died, late, perform
@@ -174,6 +175,8 @@ def run_fleet(
 
 
 def _given(action: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if isinstance(base := options.get("base"), BaseModel):
+        options["base"] = str(base.path)  # a worker opens it for itself
     if action != "convert":
         return options
     from adapterkit.saving import destination_format

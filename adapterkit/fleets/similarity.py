@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from adapterkit.base import BaseModel
 from adapterkit.fingerprints import unit_distance
 from adapterkit.fleets.ledger import FleetRow
 from adapterkit.fleets.running import run_fleet
@@ -145,7 +146,7 @@ class SimilarityReport(Shown):
 def find_similar(
     sources: Sequence[Path | str],
     *,
-    base: Path | str | None = None,
+    base: BaseModel | Path | str | None = None,
     folder: Path | str | None = None,
     confirm: bool = True,
     merges: bool = True,
@@ -175,7 +176,8 @@ def find_similar(
         NotFoundError: if there is nothing at a source.
         WriteError: if another process uses the folder.
     """
-    options = {"base": str(base)} if base is not None else {}
+    known = str(base.path) if isinstance(base, BaseModel) else base and str(base)
+    options = {"base": known} if known is not None else {}
     with ExitStack() as stack:
         where = folder or stack.enter_context(TemporaryDirectory(prefix="adapterkit-"))
         report = run_fleet(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import click
 
@@ -185,13 +185,7 @@ def project(
             force=force,
             proof=not no_proof,
         )
-    if as_json:
-        places = {"source": source, "destination": destination, "format": to}
-        shown = cast("dict[str, object]", rendering.plain(written.report))
-        notes = [words for _, words in written.remarks()]
-        rendering.emit_json({**places, **shown, "notes": notes})
-        return
-    rendering.show(written)
+    rendering.answer(written, as_json=as_json)
 
 
 def _words(text: str | None) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ LAYERS = (
     {"registry"},
     {"fingerprints"},
     {"proof", "loading", "certificates"},
-    {"attempts", "compressed", "saving", "checks", "diagnosis", "state_dict"},
+    {"alterations", "attempts", "compressed", "saving", "checks", "diagnosis", "state_dict"},
     {"engines"},
     WORKSHOPS,
     {"fleets"},  # does to many what the workshops do to one

@@ -11,6 +11,7 @@ import pytest
 
 import adapterkit
 from adapterkit import plugins, registry
+from adapterkit.fleets.discovery import discover
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.registry import FormatSpec
@@ -87,6 +88,15 @@ broken = pytest.mark.parametrize("installed", ["broken"], indirect=True)
 @pytest.mark.usefixtures("installed")
 def test_a_plugin_passes_the_checks_that_ours_pass(tmp_path: Path) -> None:
     check_format(TEXT, tmp_path)
+
+
+@text
+@pytest.mark.usefixtures("installed")
+def test_a_fleet_finds_the_files_of_a_plugin(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    adapterkit.write(small_adapter(), tmp_path / "inner" / "a.lines")
+    (tmp_path / "strange.lines").write_text("no adapter")
+    assert discover([tmp_path]) == [tmp_path / "inner" / "a.lines"]
 
 
 @text

@@ -113,7 +113,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[type, Any]:
         adapterkit.validate(TINY, base=PEFT / "wider-base", targets=["vllm"]),
         adapterkit.verify(folder / "x.gguf", against=WEAK, base=BASE),
         projected,
-        projected.report,
+        tinylora.project(adapter, base=adapterkit.open_base(base), settings=settings)[1],
         projection.plan(base, budget=20),
     ]
     return {type(report): report for report in reports}

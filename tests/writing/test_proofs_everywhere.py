@@ -221,22 +221,29 @@ def test_a_flipped_byte_of_a_model_names_its_tensor(model: Path) -> None:
 
 
 def test_a_renamed_and_a_dropped_tensor_and_a_setting_of_a_model_are_named(
-    merged: dict[str, Path], tmp_path: Path
+    merged: dict[str, Path], tuned: AdapterFixture, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(merged["hf"], model)
     (file,) = places(model)
     tensors = load_file(file)
-    gone, old, *_ = tensors
-    del tensors[gone]
+    gone, old, lost = (
+        f"model.{name}.weight"
+        for name in ("layers.0.mlp.up_proj", "layers.1.mlp.down_proj", "norm")
+    )
+    del tensors[gone], tensors[lost]
     tensors["model.new.weight"] = tensors.pop(old)
     save_file(tensors, file, {"format": "pt"})
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
-    found = told(model)
-    assert ("tensor", "model.new.weight") in found
-    assert len([kind for kind, _ in found if kind == "tensor"]) >= 2
+    found = {(change.kind, change.where): change.message for change in verify(model).changes}
+    assert found["tensor", gone] == "was written and is not there"
+    assert found["tensor", old] == "is model.new.weight now"
+    assert found["tensor", "1 tensor"].startswith("is not there")
     assert ("setting", "config.json: rope_theta") in found
+    # The base knows what the proof has no room for.
+    with_base = verify(model, base=tuned.base.hf).changes
+    assert ("tensor", lost) in {(change.kind, change.where) for change in with_base}
 
 
 def test_a_merged_model_is_a_base_whose_proof_is_not_passed_on(

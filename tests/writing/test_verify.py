@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from diffusion_files import FLUX, WIDTH, kohya, saved
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -84,7 +85,7 @@ def tampered(written: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]
         with safe_open(file, "np") as opened:
             metadata = opened.metadata()
         save_file(
-            {k: np.ascontiguousarray(v) for k, v in change(load_file(file)).items()}, file, metadata
+            {k: np.array(v, order="C") for k, v in change(load_file(file)).items()}, file, metadata
         )
         return
     reader = gguf.GGUFReader(file)
@@ -150,26 +151,124 @@ def test_a_changed_alpha_is_named_with_what_it_does(written: Path) -> None:
     assert report.changes[1].message.startswith("2 times")
 
 
-@pytest.mark.parametrize("written", ["peft"], indirect=True)
-def test_a_renamed_a_dropped_and_an_added_module_are_named(written: Path) -> None:
-    old, new, gone = "layers.0.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.0.mlp.up"
+# What each format calls a module, what it is renamed to, and another; and their own names. The rows
+# of v are in one order everywhere.
+NAMED = {
+    "peft": ("layers.0.self_attn.v_proj", "layers.2.self_attn.v_proj", "layers.1.mlp.down_proj"),
+    "mlx": ("layers.0.self_attn.v_proj", "layers.2.self_attn.v_proj", "layers.1.mlp.down_proj"),
+    "gguf": ("blk.0.attn_v", "blk.2.attn_v", "blk.1.ffn_down"),
+}
+RENAMED, ADDED, DROPPED = (f"model.{name}" for name in NAMED["peft"])
+
+
+def tensors_changed(report: VerifyReport) -> dict[str, str]:
+    return {change.where: change.message for change in report.changes if change.kind == "tensor"}
+
+
+def updates_changed(report: VerifyReport) -> dict[tuple[str, str], str]:
+    told = (change for change in report.changes if change.kind != "tensor")
+    return {(change.kind, change.where): change.message for change in told}
+
+
+def test_a_renamed_and_a_dropped_module_are_named_with_their_tensors(written: Path) -> None:
+    old, new, gone = NAMED[written.name.removeprefix("made-")]
+    before: list[str] = []
 
     def change(tensors: dict[str, Any]) -> Mapping[str, Any]:
-        left = {n: v for n, v in tensors.items() if gone not in n}
-        return {n.replace(old, new): v for n, v in left.items()}
+        before.extend(tensors)
+        return {n.replace(old, new): v for n, v in tensors.items() if gone not in n}
 
     tampered(written, change)
-    dropped = [n for n in load_file(FIXTURES / "peft/tiny/adapter_model.safetensors") if gone in n]
-    report = verify(written)
-    told = {(c.kind, c.where): c.message for c in report.changes}
-    assert told["renamed", f"model.{old}"] == f"is model.{new} now"
-    assert bool(dropped) == any(kind == "dropped" for kind, _ in told)
+    report = verify(written, base=BASE)
+    assert tensors_changed(report) == {
+        **{name: f"is {name.replace(old, new)} now" for name in before if old in name},
+        **{name: "was written and is not there" for name in before if gone in name},
+    }
+    assert len(tensors_changed(report)) == 4
+    assert updates_changed(report) == {
+        ("renamed", RENAMED): f"is {ADDED} now",
+        ("dropped", DROPPED): "has no update any more",
+    }
 
 
-@pytest.mark.parametrize("written", ["peft"], indirect=True)
+def test_an_added_module_is_named_with_its_tensors(written: Path) -> None:
+    old, new, _ = NAMED[written.name.removeprefix("made-")]
+    tampered(written, lambda t: {**t, **{n.replace(old, new): v for n, v in t.items() if old in n}})
+    report = verify(written, base=BASE)
+    assert len(tensors_changed(report)) == 2
+    for name, message in tensors_changed(report).items():
+        assert (new in name, message) == (True, "was not there when the file was written")
+    assert updates_changed(report) == {("added", ADDED): "had no update when the file was written"}
+
+
+def test_one_dropped_factor_is_named(written: Path) -> None:
+    gone: list[str] = []
+
+    def change(tensors: dict[str, Any]) -> Mapping[str, Any]:
+        gone.append(b_of(tensors, "v")[0])
+        return {name: values for name, values in tensors.items() if name not in gone}
+
+    tampered(written, change)
+    report = verify(written, base=BASE)
+    assert tensors_changed(report) == {gone[0]: "was written and is not there"}
+    assert len(updates_changed(report)) == 1
+
+
+def test_what_no_name_fits_is_counted(tmp_path: Path) -> None:
+    convert(TINY, tmp_path / "made-peft", to="peft")
+    tampered(
+        tmp_path / "made-peft",
+        lambda tensors: {f"x{number}": v * 2 for number, v in enumerate(tensors.values())},
+    )
+    told = tensors_changed(verify(tmp_path / "made-peft"))
+    assert told.pop("12 tensors").startswith("are not there")
+    assert set(told) == {f"x{number}" for number in range(12)}
+
+
+# Files of diffusion models: what each spelling calls a module, and another of its sizes.
+SPELLED = {
+    "kohya": ("lora_unet_double_blocks_1_img_attn_proj", "lora_unet_double_blocks_2_img_attn_proj"),
+    "diffusers": ("transformer_blocks.1.attn.to_out.0", "transformer_blocks.2.attn.to_out.0"),
+    "comfyui": ("double_blocks.1.img_attn.proj", "double_blocks.2.img_attn.proj"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLED)
+def test_what_was_done_to_a_file_of_a_diffusion_model_is_named(
+    spelling: str, tmp_path: Path
+) -> None:
+    old, new = SPELLED[spelling]
+    beside = {"lora_unet_double_blocks_0_img_attn_proj": (WIDTH, WIDTH)}
+    source, path = tmp_path / "source.safetensors", tmp_path / "made.safetensors"
+    saved(source, kohya({**FLUX, **beside}))
+    convert(source, path, to=spelling)
+    assert verify(path, against=source).sound
+    whole = path.read_bytes()
+    names = [name for name in load_file(path) if old in name]
+    up = next(name for name in names if "lora_up" in name or "lora_B" in name)
+
+    def after(change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> VerifyReport:
+        path.write_bytes(whole)
+        tampered(path, change)
+        return verify(path)
+
+    changed = after(lambda t: {**t, up: t[up] + np.eye(WIDTH, 2, dtype="f4")})
+    assert tensors_changed(changed) == {up: "is not what was written"}
+    (module,) = updates_changed(changed)
+    dropped = after(lambda t: {n: v for n, v in t.items() if n not in names})
+    assert tensors_changed(dropped) == dict.fromkeys(names, "was written and is not there")
+    assert list(updates_changed(dropped)) == [("dropped", module[1])]
+    renamed = after(lambda t: {n.replace(old, new): v for n, v in t.items()})
+    told = tensors_changed(renamed)
+    assert {*names, *(name.replace(old, new) for name in names)} >= told.keys() >= {up}
+    assert told[up] == f"is {up.replace(old, new)} now"
+    (found,) = updates_changed(renamed).items()
+    assert found == (("renamed", module[1]), f"is {module[1].replace('1', '2')} now")
+
+
 def test_storage_in_another_dtype_is_told_as_rounding(written: Path) -> None:
     tampered(written, lambda tensors: {n: v.astype(np.float16) for n, v in tensors.items()})
-    assert kinds(verify(written)) == {"tensor", "rounding"}
+    assert kinds(verify(written, base=BASE)) == {"tensor", "rounding"}
 
 
 def test_another_base_is_named(written: Path, tmp_path: Path) -> None:
@@ -212,6 +311,16 @@ def test_the_source_of_a_command_that_changes_updates_is_told_by_its_bytes(tmp_p
     assert "compress makes other updates of it" in report.notes[0]
     assert report.options["rank"] == "1"
     assert kinds(verify(tmp_path / "made", against=FIXTURES / "peft" / "tiny-weak")) == {"source"}
+
+
+def test_an_adapter_in_memory_is_held_against_the_proof_of_its_file(written: Path) -> None:
+    adapter = adapterkit.read(written, base=BASE)
+    assert verify(adapter, base=BASE, against=adapterkit.read(TINY)).sound
+    half = adapter.replace(scales={name: scale / 2 for name, scale in adapter.scales.items()})
+    assert updates_changed(verify(half, base=BASE)).keys() == {("scale", "all 6 modules")}
+    assert kinds(verify(written, base=BASE, against=half)) == {"source"}
+    with pytest.raises(UncheckableError, match="made in memory and carries no proof"):
+        verify(adapter.replace(provenance=None))
 
 
 def test_what_carries_none_is_uncheckable_and_what_is_none_refused(tmp_path: Path) -> None:
