@@ -11,10 +11,7 @@ from adapterkit_cli import manner
 from adapterkit_cli.boundary import ErrorBoundary
 from adapterkit_cli.signals import ended_by_signal, leave_at_once, stopping_cleanly
 from adapterkit_cli.streams import harden
-<<<<<<< HEAD
 from adapterkit_cli.threads import settle_blas
-=======
->>>>>>> h18
 
 # In the order of `--help`; each is the attribute `command` of the module of its name.
 COMMANDS = (
