@@ -1,9 +1,8 @@
 """Any checkpoint that transformers can build is a base, whether a family table describes it or not.
 
-The judges are PEFT's live model (each target's dense W + ΔW) and transformers, which loads what was
-merged. Classes are those of fixtures/classes/trained.json, one for each configuration (why others
-are not among them is in left_out.json beside it); `make test` takes every tenth, and `make test-all`
-all.
+The judges are PEFT's live model, loaded and merged by PEFT, and transformers, which loads what was
+merged. Classes are those of fixtures/classes/trained.json (left_out.json beside it says why others
+are not among them); `make test` takes every tenth, and `make test-all` all.
 """
 
 from __future__ import annotations
