@@ -67,7 +67,12 @@ class Places:
 
     def shared(self, parameter: str) -> str | None:
         """Return the table that an output shares, where it has no tensor of its own."""
-        return self.embedding if self.role(parameter) == OUTPUT else None
+        if self.role(parameter) != OUTPUT:
+            return None
+        # Some classes have several outputs, each with a table of its own.
+        tied = self.cls.tied if self.cls and not self.base.architecture.known else {}
+        table = tied.get(parameter) or tied.get(self.memory(parameter))
+        return self.find(table) if table else self.embedding
 
     def has(self, module: str) -> bool | None:
         """Tell whether the base has a module; None if nothing is known of its modules."""
@@ -75,7 +80,9 @@ class Places:
             return True
         if self.base.kind != "hf" or not self.base.names:
             return False if self.base.architecture.known else None
-        return bool(self.of(module)) or self.names_place(module) is True
+        return bool(
+            self.of(module) or self.names_place(module) or self.shared(module + _WEIGHT) is not None
+        )
 
     def names_place(self, module: str) -> bool | None:
         """Tell whether the checkpoint names anything of a module; None if its names are unknown.
@@ -90,7 +97,9 @@ class Places:
 
     def own(self, module: str) -> bool:
         """Tell whether a path is that of a module in the base's class, as far as names tell."""
-        return not self._named or module in self._named or module in self._live
+        if not self._named or module in self._named or module in self._live:
+            return True
+        return self.cls is not None and module + _WEIGHT in self.cls.tied
 
     def role(self, parameter: str) -> str | None:
         """Return `token_embd` or `output` for the two that may be tied, else None."""
