@@ -39,14 +39,15 @@ def test_tables_of_a_grown_vocabulary_go_into_the_hugging_face_model(
     base: BaseFixture, tmp_path: Path
 ) -> None:
     trained(base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    rows = {
-        f"base_model.model.{name}.weight": (GROWN, 64) for name in ("lm_head", "model.embed_tokens")
-    }
+    tables = ("lm_head", "model.embed_tokens")
+    rows = {f"base_model.model.{name}.weight": (GROWN, 64) for name in tables}
     adapter = with_tensors(tmp_path / "a", **rows)
     for given in (base.hf, base.gguf):
-        with pytest.raises(LossyConversionError, match=r"520 rows, the base 512; merge it into the"):
+        with pytest.raises(
+            LossyConversionError, match=r"520 rows, the base 512; merge it into the"
+        ):
             convert(adapter, tmp_path / "a.gguf", base=given)
-    with pytest.raises(LossyConversionError, match="lm_head.weight: holds 520 rows") as refused:
+    with pytest.raises(LossyConversionError, match=r"lm_head\.weight: holds 520 rows") as refused:
         merge_into([adapter], base.gguf, tmp_path / "m.gguf")
     assert "merge it into the Hugging Face model" in str(refused.value)
     merge_into([adapter], base.hf, tmp_path / "m")
