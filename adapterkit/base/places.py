@@ -364,3 +364,16 @@ class Places:
                 if match:
                     return match.rule.hf, match.layer, match.expert, suffix
         return None
+
+
+def vocabulary_rows(name: str, base: BaseModel) -> int | None:
+    """Return the rows of the base's table of tokens that a module or its weight is; else None."""
+    module = name.removesuffix(_WEIGHT)
+    match = find_rule(base.architecture, module)
+    if match is None or match.rule.shape[:1] != ("vocab",):
+        return None
+    place = match.rule.targets[0].name if base.kind == "gguf" else module
+    if stored := base.tensors.get(place + _WEIGHT):
+        return stored.shape[0]
+    rows = base.sizes.get("vocab")
+    return int(rows) if rows is not None else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.architectures.mapping import find_rule
+from adapterkit.base.places import vocabulary_rows
 from adapterkit.keys import Role, TensorKey
 from adapterkit.notes import Loss, Note, NoteKind, first_and_more
 from adapterkit.passes.protocol import Context, Passed
@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 
 # Padding rounds up to a multiple of at most this; a larger difference is another vocabulary.
 _LARGEST_PADDING = 1024
-_WAYS = (
-    "give the base with the vocabulary of the training (saved after resize_token_embeddings), or "
-    "leave them out with --allow-lossy"
+_LOST = "or leave them out with --allow-lossy"
+_OWN_ROWS = (
+    "the adapter carries these: merge it into the Hugging Face base, which then has them "
+    "(adapterkit merge --into DIRECTORY), and make a GGUF of that with llama.cpp's "
+    f"convert_hf_to_gguf.py, {_LOST}"
+)
+_OTHER_BASE = (
+    "give the base with the vocabulary of the training (saved after resize_token_embeddings), "
+    f"{_LOST}"
 )
 
 
@@ -42,14 +48,15 @@ def matched(adapter: AdapterTensorSet, context: Context) -> Passed:
     resized: list[Update] = []
     notes, losses = list(said.notes), list(said.losses)
     for pair in adapter.pairs():
-        rows = _base_rows(pair.module, context.base)
+        rows = vocabulary_rows(pair.module, context.base)
         stored = pair.a.shape[-1] if pair.embedding else pair.b.shape[-2]
         if rows is None or rows == stored or _grows(adapter, pair, rows, context):
             continue
         if abs(rows - stored) >= _LARGEST_PADDING:
             continue
         if rows < stored and _holds_update(pair, rows):
-            losses.append(_loss(pair, stored, rows))
+            carried = bool(_carried(adapter, pair.module, stored, context.base))
+            losses.append(_loss(pair, stored, rows, carried=carried))
             if not context.allow_lossy:
                 continue
         resized.append(_fitted(pair, rows))
@@ -64,15 +71,18 @@ def _tokens_matched(adapter: AdapterTensorSet, base: BaseModel, context: Context
     notes: list[Note] = []
     losses: list[Loss] = []
     for key, tensor in adapter.tensors.items():
-        rows = _base_rows(key.module, base) if key.role is Role.TOKEN_ROWS else None
+        rows = vocabulary_rows(key.module, base) if key.role is Role.TOKEN_ROWS else None
         tokens = adapter.tokens_of(key.module)
         if rows is None or len(tokens) != tensor.shape[0] or max(tokens, default=-1) < rows:
             continue
         beyond = [token for token in tokens if token >= rows]
-        if context.growing and _carried(adapter, key.module, max(beyond) + 1, base):
+        carried = bool(_carried(adapter, key.module, max(beyond) + 1, base))
+        if context.growing and carried:
             continue
         names = first_and_more([*map(str, beyond)], 8)
-        message = f"its rows of tokens {names} are beyond the base's {rows}; {_WAYS}"
+        message = (
+            f"its rows of tokens {names} are beyond the base's {rows}; {_ways(carried=carried)}"
+        )
         losses.append(Loss("vocabulary", key.module, message))
         if context.allow_lossy:
             adapter = _without_tokens(adapter, key, rows)
@@ -120,13 +130,18 @@ def _carried(
         if key.role is Role.BASE_COPY
         and tensor.shape[0] >= rows
         and (key.module == module or base.tied)
-        and _base_rows(key.module, base) is not None
+        and vocabulary_rows(key.module, base) is not None
     ]
 
 
-def _loss(pair: Update, stored: int, rows: int) -> Loss:
+def _ways(*, carried: bool) -> str:
+    return _OWN_ROWS if carried else _OTHER_BASE
+
+
+def _loss(pair: Update, stored: int, rows: int, *, carried: bool) -> Loss:
     message = (
-        f"its {stored} rows are more than the base's {rows}, and the others hold an update; {_WAYS}"
+        f"its {stored} rows are more than the base's {rows}, and the others hold an update; "
+        f"{_ways(carried=carried)}"
     )
     return Loss("vocabulary", pair.module, message)
 
@@ -138,17 +153,6 @@ def _holds_update(pair: Update, rows: int) -> bool:
     """
     values = pair.a.numpy()[:, rows:] if pair.embedding else pair.b.numpy()[rows:]
     return bool(values.any())
-
-
-def _base_rows(module: str, base: BaseModel) -> int | None:
-    match = find_rule(base.architecture, module)
-    if match is None or match.rule.shape[:1] != ("vocab",):
-        return None
-    name = match.rule.targets[0].name if base.kind == "gguf" else module
-    if stored := base.tensors.get(f"{name}.weight"):
-        return stored.shape[0]
-    rows = base.sizes.get("vocab")
-    return int(rows) if rows is not None else None
 
 
 def _fitted(pair: Update, rows: int) -> Update:

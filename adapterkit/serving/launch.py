@@ -18,7 +18,8 @@ from adapterkit.text import PLAIN, Pen, Shown
 
 # vLLM's --max-lora-rank takes these and no other.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_SUM = "adapterkit merge --method cat --weights ... -o combined"
+# vLLM reads an adapter with these as JSON, and all others as NAME=PATH.
+_OF_JSON = frozenset(",=")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -149,7 +150,8 @@ def _ollama(
     _check_gguf(members)
     if len(members) > 1 or members[0].scale != 1:
         raise UnsupportedError(
-            f"Ollama takes one adapter at scale 1; combine the stack into one first ({_SUM}.gguf)"
+            "Ollama takes one adapter at scale 1; combine the stack into one first "
+            f"({_sum_of(members)}.gguf)"
         )
     told = ["no --base was given: put the GGUF base into FROM yourself"] if base is None else []
     return f"FROM {base or '<base>'}\nADAPTER {members[0].file}", told
@@ -160,10 +162,16 @@ def _vllm(
 ) -> tuple[str, list[str]]:
     del base
     told = _one_a_request(members, "vLLM")
+    named = " ".join(shlex.quote(_for_vllm(member)) for member in members)
     rank = max((pair.rank for member in members for pair in member.adapter.pairs()), default=1)
     allowed = next((size for size in _VLLM_RANKS if size >= rank), rank)
-    words = f"--enable-lora --max-lora-rank {allowed}{flags} --lora-modules {_by_name(members)}"
-    return words, told
+    return f"--enable-lora --max-lora-rank {allowed}{flags} --lora-modules {named}", told
+
+
+def _for_vllm(member: StackedAdapter) -> str:
+    if _OF_JSON.isdisjoint(f"{member.name}{member.file}"):
+        return f"{member.name}={member.file}"
+    return json.dumps({"name": member.name, "path": str(member.file)}, ensure_ascii=False)
 
 
 def _sglang(
@@ -171,7 +179,8 @@ def _sglang(
 ) -> tuple[str, list[str]]:
     del base
     told = _one_a_request(members, "SGLang")
-    return f"--lora-paths {_by_name(members)} --lora-strict-loading{flags}", told
+    named = " ".join(shlex.quote(f"{member.name}={member.file}") for member in members)
+    return f"--lora-paths {named} --lora-strict-loading{flags}", told
 
 
 def _model(base: Path | None) -> str:
@@ -179,8 +188,11 @@ def _model(base: Path | None) -> str:
     return f" -m {shlex.quote(str(base))}" if base and base.suffix == ".gguf" else ""
 
 
-def _by_name(members: Sequence[StackedAdapter]) -> str:
-    return " ".join(shlex.quote(f"{member.name}={member.file}") for member in members)
+def _sum_of(members: Sequence[StackedAdapter]) -> str:
+    """Return the command that makes one adapter of all, at their scales."""
+    paths = " ".join(shlex.quote(str(member.path or member.name)) for member in members)
+    weights = ",".join(f"{member.scale:g}" for member in members)
+    return f"adapterkit merge {paths} --method cat --weights {weights} -o combined"
 
 
 def _one_a_request(members: Sequence[StackedAdapter], engine: str) -> list[str]:
@@ -188,12 +200,16 @@ def _one_a_request(members: Sequence[StackedAdapter], engine: str) -> list[str]:
     for member in members:
         if member.scale != 1:
             raise UnsupportedError(
-                f"{engine} serves an adapter at scale 1; write it at its scale first ({_SUM})",
+                f"{engine} serves an adapter at scale 1; write it at its scale first "
+                f"({_sum_of([member])})",
                 path=member.path,
             )
     if len(members) == 1:
         return []
-    return [f"{engine} serves one of them a request; for their sum, combine the stack ({_SUM})"]
+    return [
+        f"{engine} serves one of them a request; for their sum, combine the stack "
+        f"({_sum_of(members)})"
+    ]
 
 
 def _check_gguf(members: Sequence[StackedAdapter]) -> None:

@@ -198,11 +198,12 @@ class AdapterStack:
 
     def _free_name(self, path: Path) -> str:
         """Return the shortest end of a path that no member has: `ck`, then `run2-ck`."""
-        name = path.stem
+        place = path.resolve()
+        name = place.name if place.is_dir() else place.stem
         known = (member.path for member in self._members.values())
-        if any(other is not None and other.resolve() == path.resolve() for other in known):
+        if any(other is not None and other.resolve() == place for other in known):
             return name  # the same adapter again: no folder tells it apart
-        for folder in path.resolve().parents:
+        for folder in place.parents:
             if name not in self._members or not folder.name:
                 break
             name = f"{folder.name}-{name}"

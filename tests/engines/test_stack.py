@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from typing import TYPE_CHECKING
 
@@ -204,6 +206,34 @@ def test_folders_tell_apart_what_file_names_do_not(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert f"style={paths[0]} checkpoint-500={paths[1]}" in result.stdout
     assert "one of them a request" in result.stderr
+
+
+def test_a_directory_is_called_what_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("v1.5", "a,b", "here"):
+        shutil.copytree(TINY, tmp_path / name)
+    monkeypatch.chdir(tmp_path / "here")
+    result = invoke("stack", "../v1.5", "../a,b", ".", "--for", "vllm")
+    assert result.exit_code == 0
+    named = shlex.split(result.stdout)[-3:]
+    assert named[0] == "v1.5=../v1.5"
+    assert json.loads(named[1]) == {"name": "a,b", "path": "../a,b"}  # vLLM parts at a comma
+    assert named[2] == "here=."
+
+
+def test_the_command_that_makes_one_of_several_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "the other"):
+        shutil.copytree(TINY, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    result = invoke("stack", "one", "the other@0.5", "--for", "vllm")
+    assert result.exit_code == 4
+    (advised,) = re.findall(r"\(adapterkit (.*)\)", result.stderr)
+    assert invoke(*shlex.split(advised)).exit_code == 0
+    halved = adapterkit.merge_files(["the other"], "wanted", weights=[0.5])
+    assert adapterkit.diff("combined", halved.destination).equal
 
 
 def test_a_stray_tensor_is_left_out_where_that_is_allowed(tmp_path: Path) -> None:

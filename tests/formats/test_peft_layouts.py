@@ -23,7 +23,13 @@ from transformers import (
 )
 
 import adapterkit
-from adapterkit.errors import AdapterKitError, BaseRequiredError, FormatError, NotFoundError
+from adapterkit.errors import (
+    AdapterKitError,
+    BaseRequiredError,
+    FormatError,
+    NotFoundError,
+    UnsupportedError,
+)
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.keys import Role, TensorKey
 
@@ -50,12 +56,26 @@ PREFIX = "base_model.model."
         ("llm.base_model.model.model.layers.0.q.lora_A.weight", "llm.model.layers.0.q"),
         ("module.model.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
         ("_forward_module.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
+        ("pretrained_model.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
+        ("actor.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
+        ("module.module.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
     ],
 )
 def test_a_wrapped_part_keeps_its_place_in_the_model(name: str, module: str) -> None:
     keys = KeyReader(Path("x"))
     assert keys.read(name) == TensorKey(module, Role.LORA_A)
     assert any("taken" in str(note) for note in keys.notes())
+
+
+def test_a_name_is_counted_once_however_often_it_is_wrapped() -> None:
+    keys = KeyReader(Path("x"))
+    keys.read(f"module.module.{PREFIX * 3}model.layers.0.q.lora_A.weight")
+    assert [note.text.partition(":")[0] for note in keys.notes()] == ["1 tensor name"] * 2
+
+
+def test_a_flat_parameter_of_fsdp_is_named() -> None:
+    with pytest.raises(UnsupportedError, match="one rank's slice"):
+        KeyReader(Path("x")).read(f"{PREFIX}model.layers.0.q.lora_A._flat_param")
 
 
 def tiny_llama() -> LlamaForCausalLM:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
+from adapterkit.base.places import vocabulary_rows
 from adapterkit.dtype import DType
 from adapterkit.formats.gguf.engine import EngineAdapter, engine_adapter
 from adapterkit.keys import Role, TensorKey
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
+_GROW = (
+    "merge it into the Hugging Face base, which then has these rows (adapterkit merge --into "
+    "DIRECTORY), and convert that with llama.cpp's convert_hf_to_gguf.py"
+)
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
 
 _ROLES = {
@@ -108,6 +113,11 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     # llama.cpp's names are in no table of Hugging Face's.
     told = bool(base and base.names) or not isinstance(adapter.source, GgufSource)
     foreign = foreign_parameters(adapter, base) if told else []
+    resized = {key: rows for key in full if (rows := _other_rows(key, adapter, base))}
+    for key, rows in resized.items():
+        held = adapter.tensors[key].shape[0]
+        yield _loss("resized-vocabulary", [key], f"has {held} rows, the base {rows}; {_GROW}")
+    full = [key for key in full if key not in resized]
     for code, reason, fits in kinds:
         if keys := [key for key in full if fits(key.module) and key not in foreign]:
             yield _loss(code, keys, f"{reason}; {_MERGE}")
@@ -217,13 +227,17 @@ def _copies(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]
     for key, copy in adapter.tensors.items():
         if key.role is not Role.BASE_COPY:
             continue
-        match = find_rule(base.architecture, key.module) if base else None
-        rows = base.sizes.get("vocab") if base else None
-        if match and rows is not None and copy.shape[0] != rows:
-            message = f"was resized to {copy.shape[0]} rows, the base has {rows}; {_MERGE}"
+        if rows := _other_rows(key, adapter, base):
+            message = f"was resized to {copy.shape[0]} rows, the base has {rows}; {_GROW}"
             yield _loss("resized-vocabulary", [key], message)
         else:
             yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
+
+
+def _other_rows(key: TensorKey, adapter: AdapterTensorSet, base: BaseModel | None) -> int:
+    """Return the rows of the base's table where a whole one has others, else 0."""
+    rows = vocabulary_rows(key.module, base) if base else None
+    return 0 if rows in {None, adapter.tensors[key].shape[0]} else rows or 0
 
 
 def _tied(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.errors import UnsupportedError
 from adapterkit.keys import Role, TensorKey
+from adapterkit.model.update import GATHER, ONE_RANK
 from adapterkit.notes import Note, NoteKind
 
 if TYPE_CHECKING:
@@ -43,8 +44,11 @@ _WRAPPERS = {
 _LEAKED = re.compile(rf"(?:^|(?<=\.))({'|'.join(_WRAPPERS)})\.")
 # PEFT around a part of the model, below the names of the whole.
 _INNER_PREFIX = re.compile(r"(?<=\.)base_model\.model\.")
+_MODULES = re.compile(r"^(?:module\.)+")
 # An attribute of the trainer that holds the whole model: no class nests one of this name twice.
 _HOLDER = "model."
+# Attributes of trainers that no model has (TRL's value heads, trainers of policies).
+_HOLDERS = frozenset({"pretrained_model.", "actor.", "state_dict."})
 _ADAPTER_NAME = re.compile(
     r"\.(?:lora_[AB]\.(?!weight$|bias$)[^.]+\.(?:weight|bias)|lora_embedding_[AB]\.[^.]+)$"
 )
@@ -85,9 +89,15 @@ class KeyReader:
             return TensorKey(match[1], Role.BASE_COPY)
         if match := _SAVED.match(path) or _BASE_BIAS.match(path):
             return TensorKey(f"{match[1]}.{match[2]}", Role.FULL)
+        if _FACTOR in path and path.endswith("flat_param"):
+            raise UnsupportedError(f"{ONE_RANK}; {GATHER}", path=self._path, where=name)
         if _FACTOR in path:
             raise UnsupportedError(
-                "is a LoRA tensor of an unknown kind", path=self._path, where=name
+                "is a LoRA tensor of an unknown kind, which may change what the others mean; "
+                "merge the adapter with the PEFT that saved it (merge_and_unload), and pass the "
+                "model to adapterkit extract --base BASE --tuned MODEL -o ADAPTER",
+                path=self._path,
+                where=name,
             )
         return TensorKey(path, Role.FULL)
 
@@ -96,7 +106,7 @@ class KeyReader:
             self._seen[f"{wrapper}. taken out ({_WRAPPERS[wrapper]})", NoteKind.PREFIX] += 1
         path = _LEAKED.sub("", name)
         if path.startswith("module."):
-            path = path.removeprefix("module.")
+            path = _MODULES.sub("", path)
             self._seen["module. taken off (DDP, DeepSpeed)", NoteKind.PREFIX] += 1
         if not (path.startswith(PREFIX) or _INNER_PREFIX.search(path)):
             if _FACTOR in path:
@@ -105,13 +115,15 @@ class KeyReader:
                 told = f"had no {PREFIX} prefix, so that PEFT leaves them out"
                 self._seen[told, NoteKind.STRAY] += 1
         path = path.removeprefix(PREFIX)
+        if path.startswith((PREFIX, "module.")):
+            self._seen[f"doubled {PREFIX} prefix taken off", NoteKind.PREFIX] += 1
         while path.startswith((PREFIX, "module.")):
             path = path.removeprefix(PREFIX).removeprefix("module.")
-            self._seen[f"doubled {PREFIX} prefix taken off", NoteKind.PREFIX] += 1
         if inner := _INNER_PREFIX.search(path):
             self._seen[f"{PREFIX} inside the name taken out", NoteKind.PREFIX] += 1
             outer, rest = path[: inner.start()], path[inner.end() :]
-            path = rest if outer == _HOLDER and rest.startswith(_HOLDER) else outer + rest
+            whole = outer in _HOLDERS or (outer == _HOLDER and rest.startswith(_HOLDER))
+            path = rest if whole else outer + rest
         return path
 
     def notes(self) -> tuple[Note, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.architectures.weights import engine_names
 from adapterkit.base.heads import foreign_parameters, lost_heads, without_bias
+from adapterkit.base.places import vocabulary_rows
 from adapterkit.errors import UnsupportedError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.notes import Loss, first_and_more
@@ -55,6 +56,11 @@ def _placeless(
         yield _loss("tower", towers, f"{message}; {_ELSEWHERE}")
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     others = [key for key in full if key not in foreign and key not in towers]
+    for key in others:
+        held, rows = adapter.tensors[key].shape[0], vocabulary_rows(key.module, base)
+        if rows not in {None, held}:
+            reason = f"holds {held} rows, the base {rows}, and the vocabulary of a GGUF stays"
+            yield _loss("vocabulary", [key], f"{reason}; {_ELSEWHERE}")
     if nowhere := [key for key in others if not _placed(key.module, base)]:
         message = f"has no place of its own in a GGUF of {base.architecture.title}"
         yield _loss("saved-module", nowhere, f"{message}; {_ELSEWHERE}")
