@@ -122,7 +122,7 @@ def run(folder: Path, healthy: int, broken: int) -> None:
     merge_into([ROOT / "fixtures" / "pirate" / "adapter"], BASE, tuned, gguf_type="q8_0")
     chosen = random.Random(5)  # noqa: S311
     with served(BASE, [(right, 1.0)]) as url:
-        server = connected(Client(url, most=100, seconds=300))
+        server = connected(Client(url, most=100, seconds=3600))
         texts = [server.prompt(prompt) for prompt in PROMPTS]
     began = time.perf_counter()
     with llama_cpp(BASE, [right], by_text=False) as ask:
@@ -167,7 +167,7 @@ def run(folder: Path, healthy: int, broken: int) -> None:
             settings["flash_attn_type"] = "LLAMA_FLASH_ATTN_TYPE_DISABLED"
         took = time.perf_counter()
         with served(base, [(adapter, scale)], **settings) as url:
-            server = connected(Client(url, most=100, seconds=300))
+            server = connected(Client(url, most=100, seconds=3600))
             (found,) = server.adapters()
             off, on = ([server.ask(t, found, s) for t in texts] for s in (0.0, scale))
         numbers = measured(off, on, lambda strength: known[strength])

@@ -40,9 +40,10 @@ def transformers_model(base: Path, adapter: Path, *, by_text: bool) -> Generator
         raise UncheckableError(message, path=base) from None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, local_files_only=True
-        )
+        with _without_bars(transformers.utils.logging):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                base, dtype=torch.float32, local_files_only=True
+            )
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -63,3 +64,15 @@ def transformers_model(base: Path, adapter: Path, *, by_text: bool) -> Generator
         return {tokenizer.decode([n]) if by_text else n: value for n, value in pairs}
 
     yield ask
+
+
+@contextmanager
+def _without_bars(logging: Any) -> Generator[None]:
+    """Have transformers draw no progress of its own on its user's terminal."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()

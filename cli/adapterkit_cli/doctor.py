@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import click
 
 from adapterkit_cli import options, rendering
@@ -60,7 +62,9 @@ def command(
     """
     from adapterkit import examine
 
-    with watching("asking", "prompts"):
+    # What transformers and PEFT say to each other's authors.
+    unsaid = warnings.catch_warnings(action="ignore", category=FutureWarning)
+    with watching("asking", "prompts"), unsaid:
         report = examine(
             url,
             name=adapter,

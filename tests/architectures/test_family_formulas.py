@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+pytestmark = pytest.mark.slow
+
 Expected = dict[str, "Array"]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 8, 2, 8, 64, 96
 

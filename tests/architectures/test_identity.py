@@ -15,6 +15,8 @@ from adapterkit.base.classes import model_class
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+pytestmark = pytest.mark.slow
+
 REGISTRY = Path(__file__).parents[2] / "fixtures" / "classes" / "llama.cpp.json"
 CLASSES: Mapping[str, list[str]] = json.loads(REGISTRY.read_text(encoding="utf-8"))["classes"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -202,6 +204,22 @@ def test_transformers_and_peft_say_what_to_expect(
         assert examine(url, source=healthy, base=with_tokenizer).condition is Condition.ANOTHER
     with served(tuned.base.gguf, [(healthy, 1.0)]) as url:
         assert examine(url, source=healthy, base=with_tokenizer).condition is Condition.RIGHT
+
+
+def test_nothing_but_the_answer_reaches_who_asks_by_transformers(
+    tuned: AdapterFixture, healthy: Path, with_tokenizer: Path
+) -> None:
+    told = ["--source", str(tuned.path), "--base", str(with_tokenizer)]
+    with served(tuned.base.gguf, [(healthy, 1.0)]) as url:
+        run = subprocess.run(
+            [sys.executable, "-m", "adapterkit", "doctor", url, *told],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert all(line.startswith("note: ") for line in run.stderr.splitlines()), run.stderr
+    assert run.returncode == 0
+    assert run.stdout.startswith("right: the adapter does what it should\n")
 
 
 @PEFTS_OWN

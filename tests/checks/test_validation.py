@@ -21,6 +21,8 @@ from adapterkit.errors import AdapterKitError, FormatError
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 TINY, BASE = PEFT / "tiny", PEFT / "base"
 CODES = ROOT / "fixtures" / "validation"
 CONFIG: dict[str, Any] = json.loads((BASE / "config.json").read_text())

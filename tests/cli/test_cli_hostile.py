@@ -15,6 +15,8 @@ from terminal import BASE, PEFT, invoke
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 FOLDER = PEFT.parent / "hostile" / "peft"
 MODULE = "model.layers.0.self_attn.q_proj"
 CONFIG, WEIGHTS = "adapter_config.json: ", "adapter_model.safetensors: "

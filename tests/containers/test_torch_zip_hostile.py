@@ -25,6 +25,8 @@ from adapterkit.errors import (
 )
 from fixtures.generators import torch_zip as build
 
+pytestmark = pytest.mark.slow
+
 WEIGHT, RECORD = "weight", "archive/data/0"
 # fixture -> error, the tensor or member it names, and a part of its message
 DEFECTS = {

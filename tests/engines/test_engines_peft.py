@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 PROMPT = torch.tensor([[5, 9, 300]])
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 State = dict[str, torch.Tensor]

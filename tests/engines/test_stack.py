@@ -34,6 +34,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 TINY, WEAK, BASE = PEFT / "tiny", PEFT / "tiny-weak", PEFT / "base"
 CODES = ROOT / "fixtures" / "validation"
 

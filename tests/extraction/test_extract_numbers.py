@@ -29,6 +29,8 @@ from adapterkit.lowrank.operators import Plane
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = np.arange(1, 301)
 SPECTRA = {
     "fast": 0.8**NUMBERS,

@@ -25,6 +25,8 @@ from adapterkit.fleets import relations
 from adapterkit.lowrank.products import stored
 from adapterkit_cli.main import cli
 
+pytestmark = pytest.mark.slow
+
 BASE = Path(__file__).parents[2] / "fixtures" / "peft" / "base"
 MODULES = [
     f"model.layers.{layer}.{name}"

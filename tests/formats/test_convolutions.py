@@ -37,6 +37,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 RANKS = {"line": 4, "image": 4, "volume": 3, "point": 2}
 KERNELS = {"line": (6,), "image": (3, 2), "volume": (2, 1, 3), "point": ()}
 SHAPES = {"line": (10, 6, 6), "image": (10, 4, 3, 2), "volume": (5, 3, 2, 1, 3), "point": (7, 9)}

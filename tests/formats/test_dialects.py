@@ -26,6 +26,8 @@ from adapterkit.keys import Role
 from adapterkit.registry import detect
 from fixtures.generators import torch_zip
 
+pytestmark = pytest.mark.slow
+
 # file -> options, error, a part of its message
 REFUSED = {
     "empty-dictionary.pt": ({"alpha": 1.0}, FormatError, "saved an empty adapter"),

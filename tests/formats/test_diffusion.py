@@ -29,6 +29,8 @@ import adapterkit
 from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 

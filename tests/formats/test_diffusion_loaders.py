@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
-pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated")
+pytestmark = [pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated"), pytest.mark.slow]
 AB = (".lora_A.weight", ".lora_B.weight")
 DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 OLD = (".lora.down.weight", ".lora.up.weight")

@@ -29,6 +29,8 @@ from adapterkit.errors import FormatError, LossyConversionError, UnsupportedErro
 from adapterkit.formats.diffusion.table import models
 from adapterkit.registry import detect
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
 SD_ORIGINAL = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"

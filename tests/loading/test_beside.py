@@ -31,6 +31,8 @@ from adapterkit.serving.stack import AdapterIncompatibleError
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 PROJECTOR, HEAD, UNKNOWN = "non_lora_trainables.bin", "value_head.safetensors", "extra.pt"
 
 

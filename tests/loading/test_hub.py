@@ -13,6 +13,8 @@ import adapterkit
 from adapterkit import hub
 from adapterkit.errors import NotFoundError
 
+pytestmark = pytest.mark.slow
+
 PIRATE = Path(__file__).parents[2] / "fixtures" / "pirate" / "adapter"
 
 

@@ -18,6 +18,8 @@ from adapterkit.storage import FileSlice
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 60  # seconds
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

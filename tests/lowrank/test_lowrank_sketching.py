@@ -16,6 +16,8 @@ from adapterkit.lowrank.ranks import predicted_error
 from adapterkit.lowrank.sketching import compressed, leading
 from adapterkit.merging import elementwise
 
+pytestmark = pytest.mark.slow
+
 Array = np.ndarray[Any, Any]
 
 

@@ -24,7 +24,7 @@ from adapterkit.registry import detect
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated")
+pytestmark = [pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated"), pytest.mark.slow]
 LAYOUTS = ("directory", "file")
 ALPHA = 0.7
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KOHYA = ("sd", "sdxl")
 TABLES = {"chroma": "flux"}
 # Chroma's own module imports what diffusers itself is about to take away.
-pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated")
+pytestmark = [pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated"), pytest.mark.slow]
 
 
 def injected(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from adapterkit.errors import DestinationExistsError, IncompatibleBaseError
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated")
+pytestmark = [pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated"), pytest.mark.slow]
 ALPHA = 0.7
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("parts", ["qkv", "qv", "k"])
 @pytest.mark.parametrize("name", ["llama", "llama-wide-heads"])

@@ -25,6 +25,8 @@ from adapterkit.errors import BaseRequiredError, UnsupportedError, UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 # What is left between two ways to compute the same in float32, in nats; updates move far more.
 EQUAL, EFFECT = 1e-9, 1e-2
 

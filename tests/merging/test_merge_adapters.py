@@ -29,6 +29,8 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
+pytestmark = pytest.mark.slow
+
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.1.mlp.up_proj"
 SHAPES = {Q: (12, 10), UP: (14, 10)}

@@ -17,6 +17,8 @@ from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.merging import registry
 from adapterkit.merging.registry import Kind
 
+pytestmark = pytest.mark.slow
+
 M = "model.layers.0.self_attn.q_proj"
 SHAPE = (17, 13)
 WEIGHTS = [0.7, 0.45]

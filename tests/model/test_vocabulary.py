@@ -18,6 +18,8 @@ from adapterkit.files import read
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 EMBED, HEAD = ["embed_tokens", "q_proj"], ["lm_head", "q_proj"]
 BOTH = ["embed_tokens", "lm_head", "q_proj"]

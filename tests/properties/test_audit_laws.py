@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from adapterkit import audit, compress, suggest
 from adapterkit.auditing.report import ModuleAudit
 
+pytestmark = pytest.mark.slow
+
 Array = np.ndarray[Any, Any]
 SIZES = {"singular_values", "spectral_norm", "frobenius_norm", "nuclear_norm", "rms"}
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,8 @@ from adapterkit.containers.gguf_values import GGML_TYPES
 from adapterkit.errors import AdapterKitError
 from adapterkit.tensor import LazyTensor
 from fixtures.generators import gguf as generator
+
+pytestmark = pytest.mark.slow
 
 KILOBYTE = 1 << 10
 SCALARS = {

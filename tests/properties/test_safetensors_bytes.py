@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import safetensors
 import safetensors.numpy
 import safetensors.torch
@@ -23,6 +24,8 @@ from adapterkit.containers.safetensors import (
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError
 from adapterkit.tensor import LazyTensor
+
+pytestmark = pytest.mark.slow
 
 TORCH = {
     DType.F64: torch.float64,

@@ -18,6 +18,8 @@ from adapterkit.errors import AdapterKitError, FormatError
 from adapterkit.tensor import LazyTensor
 from fixtures.generators import torch_zip as build
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ from adapterkit.checks.adapter import check
 
 if TYPE_CHECKING:
     from adapterkit.base import BaseModel
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = 60
 CLASSES = {

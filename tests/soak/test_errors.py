@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from soak.references import References
     from soak.scales import Scale
 
+pytestmark = pytest.mark.slow
+
 BAD = {3, 4}
 RAISED = {7}  # what the driver ends with when the callback's own error has come back
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from soak.references import References
     from soak.scales import Scale
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64 << 20
 
 

@@ -6,6 +6,8 @@ import re
 from random import Random
 from typing import TYPE_CHECKING
 
+import pytest
+
 from soak.commands import CONVERT_DIRECTORY, INTO_FILE, RACED, Command, each
 from soak.runs import Run, difference, digest, hidden, removed
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from soak.references import Reference, References
     from soak.runs import Digest, Ended
     from soak.scales import Scale
+
+pytestmark = pytest.mark.slow
 
 # Where all wait for the others.
 MEETINGS = ("start", "os.fsync", "os.rename", "os.mkdir", "os.link")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from soak.inputs import Inputs
     from soak.references import References
 
+pytestmark = pytest.mark.slow
+
 
 def pipe(path: Path) -> Path:
     os.mkfifo(path)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from soak.runs import Digest
     from soak.scales import Scale
 
+pytestmark = pytest.mark.slow
+
 
 @each(RESUMED, quick=[INTO_DIRECTORY])
 def test_resumed_after_any_moment(

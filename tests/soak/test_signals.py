@@ -6,6 +6,8 @@ from random import Random
 from signal import SIGINT, SIGKILL, SIGTERM
 from typing import TYPE_CHECKING
 
+import pytest
+
 from soak.commands import (
     COMMANDS,
     CONVERT_DIRECTORY,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from soak.inputs import Inputs
     from soak.references import References
     from soak.scales import Scale
+
+pytestmark = pytest.mark.slow
 
 # Of the time at which it ends, what a moment near the end is drawn from; the rest is uniform.
 _END, _AFTER, _SHARE = 0.85, 1.05, 0.25

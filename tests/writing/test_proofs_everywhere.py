@@ -33,6 +33,8 @@ from adapterkit.errors import UncheckableError
 from adapterkit.stamps import BESIDE, KEY, contents, stamped
 from adapterkit_cli.main import cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> AdapterFixture:

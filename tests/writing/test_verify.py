@@ -24,6 +24,8 @@ from adapterkit.errors import FormatError, UncheckableError
 from adapterkit.stamps import BESIDE, KEY, LONGEST, contents, stamp, stamped
 from adapterkit_cli.main import cli
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 TINY, BASE = FIXTURES / "peft" / "tiny", FIXTURES / "peft" / "base"
 WEIGHTS = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors", "gguf": ""}
