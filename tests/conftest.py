@@ -48,7 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     names = {family, *(row for row in rows if family_row(row).family == family)}
     kept = [item for item in items if names & set(_parameters(item))]
     if not kept:
-        raise pytest.UsageError(f"no test speaks of a family {family!r}")
+        raise pytest.UsageError(
+            f"no test speaks of a family {family!r}: NAME is that of a file in"
+            " adapterkit/architectures/families"
+        )
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 

@@ -11,7 +11,7 @@ assert max_kl(logprobs(tuned.model, prompts), ours) < 1e-5
 
 from engine.adapters import AdapterFixture, convert_adapter, idle_modules, make_adapter
 from engine.bases import BaseFixture, make_base
-from engine.distributions import kl, logprobs, max_kl, prompts_for
+from engine.distributions import by_length, kl, logprobs, max_kl, prompts_for
 from engine.encoders import embeddings, engine_embeddings, gaps
 from engine.rows import FamilyRow, family_row, family_rows
 from engine.running import EngineError, engine_logprobs
@@ -21,6 +21,7 @@ __all__ = [
     "BaseFixture",
     "EngineError",
     "FamilyRow",
+    "by_length",
     "convert_adapter",
     "embeddings",
     "engine_embeddings",

@@ -63,7 +63,8 @@ def make_base(row: FamilyRow, folder: Path, *, seed: int = 0) -> BaseFixture:
     model = random_model(row, seed)
     model.save_pretrained(folder / "base")
     base = open_base(folder / "base")
-    assert base.architecture.name == row.family
+    found = base.architecture.name
+    assert found == row.family, f"config.json of {row.model_class} leads to {found or 'no family'}"
     write_base(row, base, folder / "base.gguf")
     return BaseFixture(row=row, hf=folder / "base", gguf=folder / "base.gguf", model=model)
 

@@ -43,6 +43,14 @@ def kl(reference: Distributions, other: Distributions) -> Distributions:
     return (np.exp(p) * (p - q)).sum(-1)
 
 
+def by_length(prompts: Sequence[Sequence[int]], distances: Distributions) -> str:
+    """Spell the largest distance of each length of prompt: where it begins is what went wrong."""
+    worst: dict[int, float] = {}
+    for prompt, distance in zip(prompts, distances, strict=True):
+        worst[len(prompt)] = max(worst.get(len(prompt), 0.0), float(distance))
+    return ", ".join(f"{count}: {worst[count]:.0e}" for count in sorted(worst))
+
+
 def max_kl(reference: Distributions, other: Distributions) -> float:
     """Return the largest divergence over all prompts."""
     return float(kl(reference, other).max())

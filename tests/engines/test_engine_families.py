@@ -13,6 +13,7 @@ import torch
 from engine import (
     BaseFixture,
     EngineError,
+    by_length,
     convert_adapter,
     embeddings,
     engine_embeddings,
@@ -49,7 +50,8 @@ def test_base_and_adapter_agree_with_transformers_and_peft(name: str, tmp_path: 
     base = make_base(family_row(name), tmp_path)
     prompts = prompts_for(base)
     plain = logprobs(base.model, prompts)
-    assert max_kl(plain, engine_logprobs(base.gguf, prompts)) < base.tolerance, "base"
+    apart = kl(plain, engine_logprobs(base.gguf, prompts))
+    assert apart.max() < base.tolerance, f"base, by tokens: {by_length(prompts, apart)}"
 
     tuned = make_adapter(base, tmp_path / "adapter")
     adapted = logprobs(tuned.model, prompts)
@@ -57,8 +59,8 @@ def test_base_and_adapter_agree_with_transformers_and_peft(name: str, tmp_path: 
     assert not idle_modules(tuned, prompts[-4:], VISIBLE * base.tolerance)
 
     convert_adapter(tuned.path, base, tmp_path / "adapter.gguf", given="hf")
-    answer = engine_logprobs(base.gguf, prompts, [(tmp_path / "adapter.gguf", 1.0)])
-    assert max_kl(adapted, answer) < base.tolerance, "adapter"
+    apart = kl(adapted, engine_logprobs(base.gguf, prompts, [(tmp_path / "adapter.gguf", 1.0)]))
+    assert apart.max() < base.tolerance, f"adapter, by tokens: {by_length(prompts, apart)}"
 
     if base.row.config_only:
         with pytest.raises(BaseRequiredError, match="give its full config"):
@@ -75,7 +77,8 @@ def test_encoder_and_its_adapter_agree_with_transformers_and_peft(
     base = make_base(family_row(name), tmp_path)
     prompts = prompts_for(base)
     plain = embeddings(base.model, prompts)
-    assert gaps(plain, engine_embeddings(base.gguf, prompts)).max() < base.tolerance, "base"
+    apart = gaps(plain, engine_embeddings(base.gguf, prompts))
+    assert apart.max() < base.tolerance, f"base, by tokens: {by_length(prompts, apart)}"
 
     tuned = make_adapter(base, tmp_path / "adapter")
     adapted = embeddings(tuned.model, prompts)
@@ -85,7 +88,8 @@ def test_encoder_and_its_adapter_agree_with_transformers_and_peft(
 
     convert_adapter(tuned.path, base, tmp_path / "adapter.gguf", given="hf")
     answer = engine_embeddings(base.gguf, prompts, [(tmp_path / "adapter.gguf", 1.0)])
-    assert gaps(adapted, answer).max() < base.tolerance, "adapter"
+    apart = gaps(adapted, answer)
+    assert apart.max() < base.tolerance, f"adapter, by tokens: {by_length(prompts, apart)}"
 
     convert_adapter(tuned.path, base, tmp_path / "again.gguf", given="gguf")
     assert stored(tmp_path / "again.gguf") == stored(tmp_path / "adapter.gguf")
@@ -99,7 +103,10 @@ def stored(path: Path) -> dict[str, bytes]:
 def test_family_said_to_be_verified_has_a_row(family: str) -> None:
     rows = (*family_rows(), *family_rows(encoder=True))
     proven = {family_row(name).family for name in rows}
-    assert (load(family).verified == "engine") == (family in proven)
+    told = load(family).verified
+    assert (told == "engine") == (family in proven), (
+        f'verified = "{told}" and {"a" if family in proven else "no"} row in tests/engine/families'
+    )
 
 
 @pytest.fixture(scope="module")

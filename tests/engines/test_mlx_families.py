@@ -86,7 +86,10 @@ def test_mlx_lm_answers_as_peft_does(name: str, tmp_path: Path) -> None:
     found = ask(for_mlx(base.hf, base.model.config), tmp_path / "mlx", PROMPTS, tmp_path)
     plain = answers(base.model)
     apart = isinstance(found.base, str) or max_kl(plain, found.base) > CLOSE
-    assert apart is (name in known()["apart"]), found.base if isinstance(found.base, str) else ""
+    assert apart is (name in known()["apart"]), (
+        f"mlx-lm's base {'is' if apart else 'is not'} apart, engine/mlx.toml says otherwise: "
+        + (found.base if isinstance(found.base, str) else f"{max_kl(plain, found.base):.0e} nats")
+    )
     if isinstance(found.base, str):
         return
     assert not isinstance(found.tuned, str), found.tuned
