@@ -13,7 +13,7 @@ from terminal import BASE, TINY, start
 
 import adapterkit
 from adapterkit.errors import AdapterKitError, FormatError, NotFoundError, TruncatedFileError
-from adapterkit.storage import FileSlice
+from adapterkit.storage import FileSlice, Ranges
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,9 +142,14 @@ def test_a_file_that_changes_after_its_header_is_an_error_that_names_it(
     kind, words = CHANGES[change]
     span = next(reversed(adapter.tensors.values())).read
     assert isinstance(span, FileSlice)
+
+    def into_memory() -> None:
+        with Ranges() as ranges:
+            ranges.read(span, memoryview(bytearray(span.length)))
+
     for read in (
         span,
-        lambda: span.read_into(memoryview(bytearray(span.length))),
+        into_memory,
         lambda: list(span.chunks(7)),
         lambda: adapterkit.summarize(adapter),
         lambda: adapterkit.write(adapter, tmp_path / "peft"),

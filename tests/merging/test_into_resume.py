@@ -37,6 +37,7 @@ pytestmark = pytest.mark.slow
 # are on the disk and noted, and nothing has its name yet.
 SUICIDE = """
 import os, signal, sys, time
+from pathlib import Path
 from adapterkit import merge_into
 from adapterkit.merging.into import checkpoint, gguf_file, journal, writing
 
@@ -51,9 +52,15 @@ def written(*arguments, write=writing.write_files):
 
 checkpoint.write_files = gguf_file.write_files = written
 
+def noted():
+    found = Path(sys.argv[3]).parent.glob(".*/journal.jsonl")
+    return any(path.read_text().count("\\n") > 1 for path in found)
+
 def progress(done, total):
     if int(sys.argv[4]) < 100 and done >= int(sys.argv[4]) * total / 100:
-        time.sleep(0.5)  # what is whole by now is flushed and noted
+        end = time.monotonic() + (30 if int(sys.argv[4]) > 10 else 0)
+        while time.monotonic() < end and not noted():  # what is whole by now is being flushed
+            time.sleep(0.01)
         die()
 
 merge_into([sys.argv[1]], sys.argv[2], sys.argv[3], progress=progress, resume=True, jobs=2)

@@ -150,7 +150,7 @@ def test_projection_is_of_the_update_of_the_original_base(
     path, update = pissa
     settings = TinySettings(projection_dim=4, frozen_rank=2, target_modules=tuple(TARGETS))
     made = project_file(path, tmp_path / "tiny", base=base, settings=settings)
-    norms = {row.module: row.norm for row in made.report.modules}
+    norms = {row.module: row.norm for row in made.modules}
     assert norms == {name: pytest.approx(np.linalg.norm(x), rel=1e-5) for name, x in update.items()}
     assert any("pissa" in note for note in made.notes)
 
