@@ -17,7 +17,7 @@ from adapterkit.errors import (
 )
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
-from adapterkit.model import AdapterTensorSet, BesideKind
+from adapterkit.model import AdapterTensorSet
 from adapterkit.model.defects import check_structure
 from adapterkit.notes import Loss, Note
 from adapterkit.registry import FormatSpec, detect, spec
@@ -311,14 +311,7 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
         adapter=adapter,
         options=options,
         given=False,
-        notes=(
-            *(each if isinstance(each, Note) else Note(each) for each in said),
-            *(
-                Note(f"{file.what} lies beside the adapter", subject=file.name)
-                for file in adapter.beside
-                if file.kind is BesideKind.UNKNOWN
-            ),
-        ),
+        notes=tuple(each if isinstance(each, Note) else Note(each) for each in said),
         misfit=misfit,
     )
 

@@ -13,7 +13,7 @@ from adapterkit.base.fit import check_fit
 from adapterkit.certificates import Making
 from adapterkit.loading import load, open_model
 from adapterkit.model import AdapterTensorSet
-from adapterkit.model.beside import lost_trained
+from adapterkit.model.beside import left_behind, lost_trained
 from adapterkit.saving import admitted, destination_format, save
 from adapterkit.text import PLAIN, Pen, count, line
 from adapterkit.tinylora import PlanReport, ProjectionReport, TinySettings
@@ -116,7 +116,12 @@ def project_file(
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)
     known_of_it: dict[str, Any] = {f.name: getattr(report, f.name) for f in fields(report)}
-    known_of_it["notes"] = (*loaded.told, *ready.warnings, *report.notes)
+    known_of_it["notes"] = (
+        *loaded.told,
+        *left_behind(loaded.adapter.beside),
+        *ready.warnings,
+        *report.notes,
+    )
     return ProjectedFile(
         **known_of_it,
         source=loaded.label,

@@ -13,7 +13,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, ProofError, UsageError, unknown
 from adapterkit.keys import Role
 from adapterkit.lowrank.differences import silent
-from adapterkit.model import AdapterTensorSet, BesideKind
+from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
 from adapterkit.output import staged
 from adapterkit.passes.protocol import Context
@@ -296,8 +296,7 @@ def _beside(adapter: AdapterTensorSet, modules: set[str]) -> AdapterTensorSet:
 def _carried(adapter: AdapterTensorSet, losses: Sequence[Loss]) -> list[str]:
     """Say which files come along: those that the target does not name as a loss."""
     lost = {loss.subject for loss in losses}
-    kinds = {BesideKind.WEIGHTS, BesideKind.HEAD, BesideKind.UNKNOWN}
-    files = [file for file in adapter.beside if file.name not in lost and file.kind in kinds]
+    files = [file for file in adapter.beside if file.name not in lost and file.trained]
     return [f"{file.name}: {file.what}, is copied as it is" for file in files]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -15,9 +15,11 @@ from adapterkit.errors import IncompatibleBaseError
 from adapterkit.keys import Role
 from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
+from adapterkit.model.beside import MOST_NAMED, NO_WEIGHTS
 from adapterkit.model.declared import undeclared
 from adapterkit.model.defects import problems
 from adapterkit.model.update import Kind
+from adapterkit.notes import first_and_more
 from adapterkit.tensor import LazyTensor
 from adapterkit.text import PLAIN, Pen, Shown, sheet, size, spread
 from adapterkit.work import tracked, watchable
@@ -188,7 +190,7 @@ def _entries(summary: Summary) -> list[tuple[str, str]]:
         ("scale", spread(summary.scales, summary.modules)),
         ("traits", ", ".join(summary.traits)),
         ("replaced", ", ".join(summary.replaced)),
-        *(("beside", _beside(file)) for file in summary.beside),
+        *(("beside", each) for each in _beside(summary.beside)),
         ("parameters", f"{summary.parameters:,}"),
         ("dtype", spread(summary.dtypes, sum(summary.dtypes.values()))),
         ("size", size(summary.bytes)),
@@ -197,8 +199,14 @@ def _entries(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _beside(file: BesideEntry) -> str:
-    return f"{file.name}: {file.what}, {size(file.bytes)}"
+def _beside(files: Sequence[BesideEntry]) -> Iterator[str]:
+    """Name each file, and of those that hold no weights a few on one line."""
+    others = [file.name for file in files if file.what == NO_WEIGHTS]
+    for file in files:
+        if file.what != NO_WEIGHTS:
+            yield f"{file.name}: {file.what}, {size(file.bytes)}"
+    if others:
+        yield f"{first_and_more(others, MOST_NAMED)}: {NO_WEIGHTS}"
 
 
 def digest(adapter: AdapterTensorSet) -> str:

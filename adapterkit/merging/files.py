@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.base import BaseModel
+from adapterkit.beside import shared_tokenizer
 from adapterkit.certificates import Making
 from adapterkit.dtype import DType
 from adapterkit.errors import UsageError
-from adapterkit.loading import load_all
+from adapterkit.loading import Loaded, load_all
 from adapterkit.merging.adapters import merge
 from adapterkit.merging.report import MergeReport
-from adapterkit.model import AdapterTensorSet
-from adapterkit.model.beside import lost_trained
+from adapterkit.model import AdapterTensorSet, BesideFile, BesideKind
+from adapterkit.model.beside import left_behind, lost_trained
 from adapterkit.notes import Loss
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 from adapterkit.text import PLAIN, Pen, short
@@ -115,8 +116,9 @@ def merge_files(
     )
     options = replace(loaded[0].options, dtype=dtype, unverified=unverified)
     result = merge([each.adapter for each in loaded], dtype=_rounded_in_merge(dtype), **settings)
+    tokenizer, split = shared_tokenizer([each.adapter.beside for each in loaded])
     ready = admitted(
-        result.adapter,
+        result.adapter.replace(beside=tokenizer),
         target,
         options,
         allow_lossy=allow_lossy,
@@ -141,8 +143,20 @@ def merge_files(
         losses=ready.losses,
         notes=(
             *(f"{each.label}: {note}" for each in loaded for note in each.notes),
+            *(f"{each.label}: {told}" for each in loaded for told in _left(each, tokenizer)),
+            *([f"{', '.join(split)} beside the adapters differ and are left out"] if split else []),
             *ready.warnings,
         ),
+    )
+
+
+def _left(loaded: Loaded, tokenizer: Sequence[BesideFile]) -> list[str]:
+    """Say which files of a source are not in the output, the shared tokenizer aside."""
+    shared = {file.name for file in tokenizer}
+    return left_behind(
+        file
+        for file in loaded.adapter.beside
+        if not (file.kind is BesideKind.TOKENIZER and file.name in shared)
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from adapterkit.keys import Role
 from adapterkit.model.adapter import SETTINGS, AdapterTensorSet
+from adapterkit.model.beside import lost_beside
 from adapterkit.model.update import Kind
 from adapterkit.notes import Loss, first_and_more
 
@@ -15,7 +16,6 @@ _MORE = {
     "unstored": "tensors that the config promises",
     "undeclared": "tensors that the config denies",
     "unplaced": "modules without a place",
-    "beside": "trained files beside it",
     "tied": "tied tables",
 }
 
@@ -34,6 +34,7 @@ def lost_beyond_pairs(adapter: AdapterTensorSet) -> Iterator[Loss]:
     for field, shown in _MORE.items():
         if getattr(adapter, field):
             yield Loss("beyond-pairs", shown, "has no place in this format")
+    yield from lost_beside(adapter.beside)
     if adapter.base.name:
         yield Loss("base", adapter.base.name, "is not recorded in this format", blocks=False)
     yield from lost_settings(adapter)

@@ -47,7 +47,7 @@ LAYERS = (
         "destination",
         "plugins",
     },
-    {"tensor", "output"},
+    {"tensor", "output", "weight_files"},
     {"page"},
     {"model", "json_file"},
     {"containers", "factors", "yaml_file", "patterns", "hub", "lowrank"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from typing import TYPE_CHECKING
 
@@ -57,30 +58,11 @@ def test_they_are_listed_and_the_state_of_training_is_not(adapter: Path) -> None
         *(PROJECTOR, HEAD, UNKNOWN),
         *("model.safetensors", "2_Dense/model.safetensors"),
     }
-    assert {name for name, entry in found.items() if not entry.trained} == {
-        UNKNOWN,
-        "model.safetensors",
-    }
+    assert [name for name, entry in found.items() if not entry.trained] == ["model.safetensors"]
     assert found[PROJECTOR].bytes == len(b"projector")
 
 
-def test_what_nobody_knows_is_mentioned_and_carried(
-    adapter: Path, base: Path, tmp_path: Path
-) -> None:
-    for name in (PROJECTOR, HEAD):
-        (adapter / name).unlink()
-    (adapter / UNKNOWN).write_bytes(b"?")
-    outputs = (
-        convert(adapter, tmp_path / "x.gguf", base=base).notes,
-        convert(adapter, tmp_path / "peft", base=base).notes,
-        merge_into([adapter], base, tmp_path / "into").notes,
-        merge_files([adapter, adapter], tmp_path / "merged").notes,
-    )
-    assert all(any(UNKNOWN in note for note in notes) for notes in outputs)
-    assert (tmp_path / "peft" / UNKNOWN).read_bytes() == b"?"
-
-
-@pytest.mark.parametrize("name", [PROJECTOR, HEAD])
+@pytest.mark.parametrize("name", [PROJECTOR, HEAD, UNKNOWN])
 def test_a_peft_directory_carries_them(
     name: str, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -100,8 +82,10 @@ def test_a_peft_directory_carries_them(
     assert diff(adapter, tmp_path / "peft").only_in_a == (name,)
 
 
-@pytest.mark.parametrize("name", [PROJECTOR, HEAD])
+@pytest.mark.parametrize("name", [PROJECTOR, HEAD, UNKNOWN])
 def test_nothing_else_holds_them(name: str, adapter: Path, base: Path, tmp_path: Path) -> None:
+    for other in {PROJECTOR, HEAD} - {name}:
+        (adapter / other).unlink()
     (adapter / name).write_bytes(b"trained")
     into, merged = tmp_path / "into", tmp_path / "merged"
     for act in (
@@ -199,14 +183,177 @@ def test_an_mlx_directory_is_looked_at_too(base: Path, tmp_path: Path) -> None:
         convert(tmp_path / "mlx", tmp_path / "x.gguf", base=base)
 
 
-def test_other_folders_are_not_looked_into(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"base")
-    (tmp_path / ".cache.bin").write_bytes(b"hidden")
-    assert lying_beside(tmp_path, (), None) == ()
-    (tmp_path / "v_head.pt").write_bytes(b"head")
-    (found,) = lying_beside(tmp_path, (), None)
-    assert found.kind is BesideKind.HEAD
+def weights(path: Path, name: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ones((4, 16), np.float32)}, path)
+    return path
+
+
+def kinds(folder: Path) -> dict[str, BesideKind]:
+    return {file.name: file.kind for file in lying_beside(folder, (), None)}
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"w": [1.0, 2.0]}))
+
+
+def test_what_a_directory_from_the_hub_has_beside_its_adapter_is_not_mentioned(
+    tmp_path: Path,
+) -> None:
+    for name in (
+        *("README.md", ".gitattributes", "training_loss.png", "all_results.json", "LICENSE"),
+        *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "scaler.pt"),
+        *("trainer_state.json", "trainer_log.jsonl", "train.log", "config.yaml", "latest"),
+        *("runs/a/events.out.tfevents.1", "checkpoint-10/pytorch_model.bin", ".git/x.bin"),
+        *("checkpoint-10/adapter_model.safetensors", "checkpoint-10/optimizer.pt"),
+        *(".cache/huggingface/download/x.bin", "epoch_1/optimizer.bin", "adapter_model.bin"),
+        *("global_step5/mp_rank_00_model_states.pt", "model.safetensors.index.json"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"state")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    weights(tmp_path / "other" / "adapter_model.safetensors")
+    weights(tmp_path / "more" / "deeper" / "adapter_model.safetensors")
+    weights(tmp_path / "more" / "deeper" / "value_head.safetensors")
+    assert kinds(tmp_path) == {}
+
+
+def test_weights_are_found_at_any_depth_and_by_their_bytes(tmp_path: Path) -> None:
+    known = {
+        "heads/reward/score.safetensors": BesideKind.WEIGHTS,
+        "VALUE_HEAD.SAFETENSORS": BesideKind.HEAD,
+        "a/b/c/classifier.safetensors": BesideKind.WEIGHTS,
+    }
+    unknown = {
+        *("projector/weights.pt", ".extra/ema.safetensors", "soft_prompt.npy", "head.h5"),
+        *(
+            "flax.msgpack",
+            "head.onnx",
+            "learned_embeds.bin",
+            "head.npz",
+            "reward/model.safetensors",
+        ),
+        *("model_head.pkl", "head.pth.tar", "classifier", "table", "notes.txt", "vector"),
+    }
+    for name in (*known, *unknown):
+        weights(tmp_path / name)
+    pickled(tmp_path / "table")
+    with (tmp_path / "classifier").open("wb") as file:
+        np.savez(file, w=np.ones(3))
+    np.save(tmp_path / "soft_prompt.npy", np.ones(3))
+    (tmp_path / "score.json").write_text("{}")
+    (tmp_path / "requirements.txt").write_text("torch")
+    expected = known | dict.fromkeys(unknown, BesideKind.UNKNOWN)
+    assert kinds(tmp_path) == expected | {"score.json": BesideKind.OTHER}
+
+
+def test_other_adapters_and_whole_models_are_no_part_of_it(tmp_path: Path) -> None:
+    factor = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for name in ("second.safetensors", "deep/third.safetensors"):
+        weights(tmp_path / name, factor)
+    with (tmp_path / "fourth.bin").open("wb") as file:
+        pickle.dump({factor: [1.0]}, file)
+    weights(tmp_path / "model.safetensors")
+    weights(tmp_path / "merged" / "model.safetensors")
+    (tmp_path / "merged" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    weights(tmp_path / "tower" / "model.safetensors")
+    (tmp_path / "tower" / "config.json").write_text('{"architectures": ["SiglipVisionModel"]}')
+    assert kinds(tmp_path) == {
+        **dict.fromkeys(
+            ("second.safetensors", "deep/third.safetensors", "fourth.bin"), BesideKind.ADAPTER
+        ),
+        **dict.fromkeys(("model.safetensors", "merged"), BesideKind.COPY),
+        "tower/config.json": BesideKind.OTHER,
+        "tower/model.safetensors": BesideKind.UNKNOWN,
+    }
+
+
+def test_what_is_not_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deepest = tmp_path.joinpath(*"abcdefghij")
+    weights(deepest / "score.safetensors")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = kinds(tmp_path)
+    assert found == dict.fromkeys(
+        ("a/b/c/d/e/f/g/h/i", "gone.safetensors", "loop"), BesideKind.UNSEEN
+    )
+    monkeypatch.setattr("adapterkit.beside._MOST_ENTRIES", 2)
+    assert kinds(tmp_path)["loop"] is BesideKind.UNSEEN
+    assert len(kinds(tmp_path)) == 2
+
+
+def test_sentence_transformers_modules_are_carried_with_their_settings(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = trained(base, tmp_path / "adapter", **TARGETS)
+    weights(folder / "2_Dense" / "model.safetensors")
+    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps({"from": name}))
+    files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    convert(folder, tmp_path / "peft", base=base)
+    carried = [name for name in files if not name.name.startswith(("adapter_", "README"))]
+    assert len(carried) == 4
+    for name in carried:
+        assert (tmp_path / "peft" / name).read_bytes() == files[name]
+    with pytest.raises(LossyConversionError, match="2_Dense/model"):
+        convert(folder, tmp_path / "x.gguf", base=base)
+    done = convert(folder, tmp_path / "x.gguf", base=base, allow_lossy=True)
+    assert any("1_Pooling/config.json" in note for note in done.notes)
+
+
+def test_weights_without_a_config_have_files_beside_them_too(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    (adapter / PROJECTOR).unlink()
+    (adapter / "adapter_config.json").unlink()
+    for source in (adapter, adapter / "adapter_model.safetensors"):
+        with pytest.raises(LossyConversionError, match=HEAD):
+            convert(source, tmp_path / "x.gguf", base=base, alpha=8)
+    convert(adapter, tmp_path / "peft", alpha=8)
+    assert (tmp_path / "peft" / HEAD).read_bytes() == (adapter / HEAD).read_bytes()
+    shutil.copy(adapter / "adapter_model.safetensors", adapter / "mine.safetensors")
+    # A file among others is not the adapter of their folder.
+    convert(adapter / "mine.safetensors", tmp_path / "x.gguf", base=base, alpha=8)
+
+
+def test_what_lies_above_the_adapter_that_was_found_counts(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    shutil.move(adapter, tmp_path / "outer" / "named")
+    (tmp_path / "outer" / "named" / PROJECTOR).unlink()
+    (tmp_path / "outer" / "named" / HEAD).rename(tmp_path / "outer" / HEAD)
+    with pytest.raises(LossyConversionError, match=HEAD):
+        convert(tmp_path / "outer", tmp_path / "x.gguf", base=base)
+    weights(tmp_path / "outer" / "elsewhere" / "ema.safetensors")
+    assert [entry.name for entry in inspect(tmp_path / "outer").beside] == [HEAD]
+
+
+def test_merged_adapters_keep_the_tokenizer_that_they_share(base: Path, tmp_path: Path) -> None:
+    folders = [trained(base, tmp_path / name, **TARGETS) for name in ("a", "b")]
+    for folder in folders:
+        tokenizer(folder, name="same")
+        (folder / "chat_template.jinja").write_text("hi")
+    merge_files(folders, tmp_path / "m", base=base)
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == "hi"
+    assert (tmp_path / "m" / "tokenizer.json").exists()
+    told = merge_files(folders, tmp_path / "m.gguf", base=base).notes
+    assert any("chat_template.jinja" in note for note in told)
+    tokenizer(folders[1], name="another")
+    told = merge_files(folders, tmp_path / "n", base=base).notes
+    assert any("tokenizer_config.json" in note and "differ" in note for note in told)
+    assert not (tmp_path / "n" / "tokenizer_config.json").exists()
+
+
+def test_an_unrelated_adapter_beside_is_a_note_and_stays(base: Path, tmp_path: Path) -> None:
+    folder = trained(base, tmp_path / "adapter", **TARGETS)
+    shutil.copy(folder / "adapter_model.safetensors", folder / "mine.safetensors")
+    done = convert(folder, tmp_path / "x.gguf", base=base)
+    assert [note for note in done.notes if "mine.safetensors" in note]
+    convert(folder, tmp_path / "peft", base=base)
+    assert not (tmp_path / "peft" / "mine.safetensors").exists()
+    merge_files([folder, folder], tmp_path / "merged", base=base)
 
 
 def test_peft_loads_the_carried_directory(adapter: Path, base: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, NotFoundError, UsageError
 from adapterkit.formats.peft.bare_files import weights_of
 from adapterkit.formats.peft.config import LoraConfig
-from adapterkit.formats.peft.files import CONFIG, WEIGHTS, stored_tensors
+from adapterkit.formats.peft.files import CONFIG, WEIGHTS, parts, stored_tensors
 from adapterkit.formats.peft.reader import interpret
 from adapterkit.formats.peft.sharded_files import config_above
 from adapterkit.formats.peft.state import FACTOR
@@ -27,7 +27,7 @@ from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from adapterkit.formats.protocol import Options
-    from adapterkit.model import AdapterTensorSet
+    from adapterkit.model import AdapterTensorSet, BesideFile
 
 _A = re.compile(r"\.lora_A(?:\.[^.]+)?\.weight$|\.lora_embedding_A(?:\.[^.]+)?$")
 _SAVED = re.compile(r"(?:^|\.)(?P<name>[^.]+)\.modules_to_save\.")
@@ -127,7 +127,7 @@ def _with_config(
         )
     adapter = interpret(state.tensors, config, state.folder, options.base)
     scaled = f"scaled as {config_path} says"
-    beside = lying_beside(config_path.parent, {CONFIG}, options.base)
+    beside = lying_beside(config_path.parent, {CONFIG, *_own(state)}, options.base)
     return _told(adapter, state, name, path, scaled).replace(beside=beside)
 
 
@@ -149,7 +149,25 @@ def _with_alpha(state: State, name: str, path: Path, options: Options) -> Adapte
     scales = {p.module: options.alpha / p.rank for p in adapter.pairs() if p.rank}
     told = _told(adapter, state, name, path, "scaled by --alpha / r (not use_rslora)")
     # A config that was made up is none to pass on, and contradicts no rank.
-    return told.replace(scales={**adapter.scales, **scales}, rank_conflicts={}, source=None)
+    return told.replace(
+        scales={**adapter.scales, **scales},
+        rank_conflicts={},
+        source=None,
+        beside=_beside(state, path, options),
+    )
+
+
+def _beside(state: State, path: Path, options: Options) -> tuple[BesideFile, ...]:
+    """Return what lies beside a state; a file that is passed by a name of its own lies alone."""
+    own = _own(state)
+    if own == {path.name} and path.name not in WEIGHTS:
+        return ()
+    return lying_beside(path if path.is_dir() else path.parent, own, options.base)
+
+
+def _own(state: State) -> set[str]:
+    """Return the names of a state's files, where it is no folder of a run that is known by them."""
+    return parts(state.folder) if state.folder.is_file() else set()
 
 
 def _told(

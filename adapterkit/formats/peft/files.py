@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from adapterkit.beside import lying_beside
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, NotFoundError
 from adapterkit.json_file import read_json_object
@@ -19,6 +20,9 @@ from adapterkit.tensor import LazyTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from adapterkit.base import BaseModel
+    from adapterkit.model import BesideFile
+
 CONFIG = "adapter_config.json"
 # What PEFT saves, then what Accelerate gathers of a sharded model.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model_fsdp.bin")
@@ -30,6 +34,7 @@ _SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 _LONGEST_NAME = 1000
 _LISTED = mapped(text(_LONGEST_NAME, empty=False))
 _SHOWN = 4
+_MODULES = "modules.json"
 _ZIP = b"PK"
 
 
@@ -89,6 +94,24 @@ def _missing(folder: Path) -> str:
         return f"neither {' nor '.join(WEIGHTS[:2])}"
     others = f" (or one of {', '.join(weights[1:_SHOWN])})" if weights[1:] else ""
     return f"no file called {WEIGHTS[0]}; pass its weights: {folder / weights[0]}{others}"
+
+
+def lying_beside_adapter(
+    path: Path, config: Path, weights: Path, base: BaseModel | None
+) -> tuple[BesideFile, ...]:
+    """Return what lies beside an adapter, in its directory and in the one above that was passed.
+
+    Of the one above its own files count, and all where it is sentence-transformers' directory.
+
+    Raises:
+        FormatError: if a folder or file cannot be read.
+    """
+    found = lying_beside(config.parent, {config.name, *parts(weights)}, base)
+    if config.parent == path or not path.is_dir():
+        return found
+    names = {file.name for file in found}
+    above = lying_beside(path, (), base, deep=(path / _MODULES).is_file())
+    return (*found, *(file for file in above if file.name not in names))
 
 
 def parts(weights: Path) -> set[str]:

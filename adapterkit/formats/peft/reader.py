@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft.config import LoraConfig
 from adapterkit.formats.peft.declared import contradictions, reads_qalora
 from adapterkit.formats.peft.experts import unfold_experts
-from adapterkit.formats.peft.files import locate, parts, stored_tensors
+from adapterkit.formats.peft.files import locate, lying_beside_adapter, stored_tensors
 from adapterkit.formats.peft.frozen import without_frozen
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.formats.peft.layouts import in_place, is_stack
@@ -57,9 +56,7 @@ def read_peft(path: Path, options: Options) -> AdapterTensorSet:
     notes = (*told, *stored.notes, *(adapter.provenance.notes if adapter.provenance else ()))
     if path.is_dir() and config_path.parent != path:
         notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
-    beside = lying_beside(
-        config_path.parent, {config_path.name, *parts(weights_path)}, options.base
-    )
+    beside = lying_beside_adapter(path, config_path, weights_path, options.base)
     return adapter.replace(beside=beside, provenance=Provenance(path, "peft", notes))
 
 

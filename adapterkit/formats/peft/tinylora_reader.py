@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures import find
 from adapterkit.architectures.mapping import find_rule
-from adapterkit.beside import lying_beside
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.peft.files import locate
+from adapterkit.formats.peft.files import locate, lying_beside_adapter
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.formats.peft.tinylora_order import base_type, find_order, round_through
 from adapterkit.json_file import read_json_object
@@ -99,8 +98,8 @@ def read_peft_tinylora(path: Path, options: Options) -> AdapterTensorSet:
         provenance=Provenance(path, NAME, tuple(notes)),
         others=stored.others,
     )
-    own = {config_path.name, weights_path.name}
-    return adapter.replace(beside=lying_beside(config_path.parent, own, options.base))
+    beside = lying_beside_adapter(path, config_path, weights_path, options.base)
+    return adapter.replace(beside=beside)
 
 
 def _sorted(path: Path) -> _Stored:

@@ -7,9 +7,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base
-from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.peft.files import locate, stored_tensors
+from adapterkit.formats.peft.files import locate, lying_beside_adapter, stored_tensors
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import LEAF, RULES, SHARED, Context, Parts
@@ -71,9 +70,7 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
             revision=fields.optional("revision", TEXT) or None,
             architecture=_class(fields),
         ),
-        beside=lying_beside(
-            config_path.parent, {config_path.name, weights_path.name}, context.base
-        ),
+        beside=lying_beside_adapter(path, config_path, weights_path, context.base),
         source=PeftSource({f: config[f] for f in _KEPT if f in config}),
         provenance=Provenance(path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks))),
     )

@@ -22,7 +22,7 @@ from adapterkit.formats.peft.files import CONFIG, WEIGHTS
 from adapterkit.formats.peft.keys import saved_name
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import DiffusionSource, Kind, PeftSource, spelled_out
-from adapterkit.model.beside import BesideKind, lost_copy
+from adapterkit.model.beside import lost_apart
 from adapterkit.model.declared import undeclared
 from adapterkit.model.losses import lost_columns, lost_metadata
 from adapterkit.notes import Loss, first_and_more
@@ -85,8 +85,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
         message = "use_dora holds for all modules or none, and this one has none"
         found.append(Loss("dora-partly", missing[0], message))
     found += [*lost_columns(adapter), *_lost_biases(adapter)]
-    copies = (lost_copy(file) for file in adapter.beside if file.kind is BesideKind.COPY)
-    return [*found, *copies, *undeclared(adapter), *lost_metadata(adapter)]
+    return [*found, *lost_apart(adapter.beside), *undeclared(adapter), *lost_metadata(adapter)]
 
 
 def _lost_biases(adapter: AdapterTensorSet) -> Iterator[Loss]:
@@ -137,7 +136,8 @@ def _zeros(size: int, dtype: DType) -> LazyTensor:
 def write_peft(adapter: AdapterTensorSet, folder: Path, options: Options) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory.
 
-    What lies beside the adapter, copies of whole models aside, is carried along byte for byte.
+    What lies beside the adapter is carried along byte for byte; whole models and other adapters
+    stay where they are.
 
     Args:
         adapter: every tensor in canonical orientation.

@@ -9,7 +9,7 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import load_all
 from adapterkit.merging.into.losses import losses
 from adapterkit.merging.planning import Source, checked_weight
-from adapterkit.model.beside import lost_trained
+from adapterkit.model.beside import BesideKind, left_behind, lost_trained
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base.model import BaseModel
+    from adapterkit.loading import Loaded
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss
 
@@ -80,8 +81,14 @@ def read_sources(
         source = Source(each.label, left, weight)
         _check_halves(source)
         found.append(source)
-    notes = (f"{each.label}: {note}" for each in loaded for note in each.notes)
+    notes = (f"{each.label}: {note}" for each in loaded for note in (*each.notes, *_left(each)))
     return found, loaded[-1].base or base, tuple(dropped), (*notes,)
+
+
+def _left(loaded: Loaded) -> list[str]:
+    """Say which files beside an adapter no model holds; of the tokenizer is told where it goes."""
+    files = loaded.adapter.beside
+    return left_behind(file for file in files if file.kind is not BesideKind.TOKENIZER)
 
 
 def token_rows(source: Source, module: str) -> tuple[int, ...]:
