@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from adapterkit import tinylora
 from adapterkit.base import BaseModel
@@ -114,9 +115,10 @@ def project_file(
     made_from = [loaded.source.path] if loaded.source else []
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)
-    known_of_it = {field.name: getattr(report, field.name) for field in fields(report)}
+    told = (*loaded.told, *ready.warnings, *report.notes)
+    found: dict[str, Any] = {field.name: getattr(report, field.name) for field in fields(report)}
     return ProjectedFile(
-        **{**known_of_it, "notes": (*loaded.told, *ready.warnings, *report.notes)},
+        **(found | {"notes": told}),
         source=loaded.label,
         destination=str(destination),
         format=target.name,
