@@ -115,10 +115,10 @@ def project_file(
     made_from = [loaded.source.path] if loaded.source else []
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)
-    told = (*loaded.told, *ready.warnings, *report.notes)
-    found: dict[str, Any] = {field.name: getattr(report, field.name) for field in fields(report)}
+    found: dict[str, Any] = {each.name: getattr(report, each.name) for each in fields(report)}
+    found["notes"] = (*loaded.told, *ready.warnings, *report.notes)
     return ProjectedFile(
-        **(found | {"notes": told}),
+        **found,
         source=loaded.label,
         destination=str(destination),
         format=target.name,
