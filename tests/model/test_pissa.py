@@ -229,6 +229,7 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_tied_output_is_refused_for_what_it_is(init: str, tmp_path: Path) -> None:
     base = saved_llama(tmp_path / "base", apart, tied=True)
