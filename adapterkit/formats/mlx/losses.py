@@ -14,7 +14,7 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.model import Kind, Update, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
-from adapterkit.model.declared import undeclared
+from adapterkit.model.declared import UNDECIDED, undeclared
 from adapterkit.model.losses import lost_columns, lost_metadata
 from adapterkit.notes import Loss, first_and_more
 from adapterkit.served import served
@@ -46,6 +46,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
             "path_initial_model_for_weight_conversion"
         ),
     ),
+    "pooled_inputs": ("qalora", UNDECIDED),
     "layer_replication": (
         "layer-replication",
         "layers are replicated; MLX-LM has one block for each; merge in PEFT first",
