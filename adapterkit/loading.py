@@ -352,14 +352,14 @@ def _prepared(
     if need < Need.FITTED:
         return loaded
     context = replace(context, allow_lossy=context.allow_lossy and not any_vocabulary)
-    names = ("initialisation", "vocabulary")
+    names = ("pooling", "initialisation", "vocabulary")
     try:
         done = apply(names, loaded.adapter, context)
     except UnsupportedError:
         # A base that nobody gave, or gave without weights, decides nothing where that is no need.
         if need >= Need.PLAIN or (loaded.given and _has_weights(loaded.base)):
             raise
-        done = apply(names[1:], loaded.adapter, context)
+        done = apply(names[-1:], loaded.adapter, context)
     return replace(
         loaded,
         adapter=_annotated(done),

@@ -95,11 +95,20 @@ def _shaped_difference(first: Update, second: Update) -> Difference:
 
 
 def _others(adapter: AdapterTensorSet, pairs: Mapping[str, Update]) -> dict[TensorKey, LazyTensor]:
+    """Return what is added or replaced beside the updates: of a bias on B, the scale included."""
     return {
-        key: tensor
+        key: _at_scale(tensor, pairs[key.module].scale) if _is_scaled(key, pairs) else tensor
         for key, tensor in adapter.tensors.items()
         if key.role is not Role.BASE_COPY and not (key.module in pairs and key.role in PARTNERS)
     }
+
+
+def _is_scaled(key: TensorKey, pairs: Mapping[str, Update]) -> bool:
+    return key.role is Role.LORA_BIAS and key.module in pairs and pairs[key.module].scale != 1
+
+
+def _at_scale(bias: LazyTensor, scale: float) -> LazyTensor:
+    return bias.map(lambda values: values.astype("float64") * scale)
 
 
 def _files(adapter: AdapterTensorSet) -> dict[str, BesideFile]:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from adapterkit.model.adapter import AdapterTensorSet
 
 _SHOWN = 3
+# What `pooled_inputs` are without a base.
+UNDECIDED = (
+    "PEFT pools its inputs (use_qalora) on a GPTQ base and leaves that aside on any other; give "
+    "the base with --base"
+)
 
 
 @dataclass(frozen=True, slots=True)

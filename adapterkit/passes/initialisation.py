@@ -99,7 +99,7 @@ def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
     for pair in adapter.pairs():
         if pair.embedding:
             continue
-        weight = _weight(pair, weights)
+        weight = _weight(pair, weights, setting)
         rounded.add(weight.dtype)
         start = initial(_wide(weight), pair, turned=weights.conv1d(pair.module))
         a, b = _joined(pair, start)
@@ -130,16 +130,29 @@ def unrepeatable(setting: str) -> str:
 
 def _weights(base: BaseModel | None, setting: str, path: Path | None) -> Places:
     if base is None or base.kind != "hf" or not base.has_tensors:
-        given = "" if base is None else f"; {base.path} has no Hugging Face weights"
+        way = "give the model's directory with --base"
+        if base is not None:
+            way = (
+                f"{base.path} has no Hugging Face weights; make it an adapter of the original "
+                f"first: adapterkit convert {path or 'ADAPTER'} -o PLAIN --to peft --base MODEL"
+            )
         raise BaseRequiredError(
             f"{_SETTING} = {setting!r} changed the base, and what it changed follows from the "
-            f"original weights: give the model's directory with --base{given}",
+            f"original weights: {way}",
             path=path,
         )
     return Places(base)
 
 
-def _weight(pair: Update, weights: Places) -> LazyTensor:
+def _weight(pair: Update, weights: Places, setting: str) -> LazyTensor:
+    table = weights.shared(f"{pair.module}.weight")
+    if table and weights.stored(pair.module) is None:
+        raise UnsupportedError(
+            f"shares its weight with {table}, so {_SETTING} = {setting!r} changed both; an adapter "
+            "of the original base cannot say that: serve it with PEFT, or train with a base that "
+            "does not tie them",
+            where=pair.module,
+        )
     weight = weight_of(pair, weights)
     if pair.kind is not Kind.LINEAR or not weight.is_matrix:
         message = "is no linear layer; what its initialisation changed is not known"

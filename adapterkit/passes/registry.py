@@ -10,6 +10,7 @@ from adapterkit.passes.dropping import drop
 from adapterkit.passes.initialisation import undone
 from adapterkit.passes.magnitudes import truncated
 from adapterkit.passes.naming import NAMES, named
+from adapterkit.passes.pooling import decided
 from adapterkit.passes.protocol import Context, Pass, Passed
 from adapterkit.passes.uniform import uniform
 from adapterkit.passes.vocabulary import matched
@@ -25,6 +26,11 @@ PASSES = (
         promise="it is what its config says; tensors that the config denies leave if they are "
         "listed and allowed, and are refused otherwise",
         change=settled,
+    ),
+    Pass(
+        name="pooling",
+        promise="the update is the one that PEFT applies on this base, its inputs pooled or not",
+        change=decided,
     ),
     Pass(
         name="initialisation",

@@ -195,6 +195,49 @@ def test_qalora_is_read_where_peft_reads_it(base: Path, tmp_path: Path) -> None:
     assert any("GPTQ" in note for note in inspect(flagged).notes)
 
 
+def test_qalora_is_carried_as_it_is_where_no_base_decides(base: Path, tmp_path: Path) -> None:
+    plain = trained(base, tmp_path / "plain", **TARGETS)
+    fields = {"use_qalora": True, "qalora_group_size": 4, "base_model_name_or_path": "nobody/base"}
+    flagged = changed(plain, tmp_path / "flagged", **fields)
+    report = convert(flagged, tmp_path / "again")
+    assert any("GPTQ" in note for note in report.notes)
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert (config["use_qalora"], config["qalora_group_size"]) == (True, 4)
+    assert np.array_equal(logits(base, tmp_path / "again"), logits(base, plain))
+    merge_into([tmp_path / "again"], base, tmp_path / "m")
+    assert np.allclose(merged_logits(tmp_path / "m"), logits(base, plain), atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["merge", "compress", "audit", "stack", "mlx", "kohya"])
+def test_qalora_asks_for_the_base_where_that_decides(
+    command: str, base: Path, tmp_path: Path
+) -> None:
+    plain = trained(base, tmp_path / "plain", **TARGETS)
+    fields = {"use_qalora": True, "qalora_group_size": 4, "base_model_name_or_path": "nobody/base"}
+    flagged = changed(plain, tmp_path / "flagged", **fields)
+    commands: dict[str, Callable[[], object]] = {
+        **everything(flagged, base, tmp_path),
+        "mlx": lambda: convert(flagged, tmp_path / "mlx", to="mlx"),
+        "kohya": lambda: convert(flagged, tmp_path / "x.safetensors", to="kohya"),
+    }
+    with pytest.raises(AdapterKitError, match="qalora"):
+        commands[command]()
+
+
+@pytest.mark.parametrize("command", ["merge", "compress"])
+def test_qalora_is_decided_by_the_base_that_is_given(
+    command: str, base: Path, tmp_path: Path
+) -> None:
+    plain = trained(base, tmp_path / "plain", **TARGETS)
+    flagged = changed(plain, tmp_path / "flagged", use_qalora=True, qalora_group_size=4)
+    if command == "merge":
+        halves = [0.5, 0.5]
+        merge_files([flagged, flagged], tmp_path / "out", weights=halves, base=base)
+    else:
+        compress_file(flagged, tmp_path / "out", tol=1e-6, base=base)
+    assert np.allclose(logits(base, tmp_path / "out"), logits(base, plain), atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "code"), [("dora", "AK115"), ("lora", "AK116")])
 def test_mlx_goes_by_its_type_too(kind: str, code: str, base: Path, tmp_path: Path) -> None:
     settings = DORA if kind == "lora" else TARGETS

@@ -13,7 +13,7 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.model import GgufSource, Kind, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
-from adapterkit.model.declared import undeclared
+from adapterkit.model.declared import UNDECIDED, undeclared
 from adapterkit.model.losses import lost_columns, lost_metadata
 from adapterkit.notes import Loss, first_and_more
 
@@ -50,6 +50,7 @@ _SETTINGS = {
             "if you save it with PEFT's path_initial_model_for_weight_conversion"
         ),
     ),
+    "pooled_inputs": ("qalora", UNDECIDED),
     "layer_replication": (
         "layer-replication",
         "layers are replicated; llama.cpp has one block for each; merge in PEFT first",

@@ -61,17 +61,6 @@ def _untrained_rows(declared: object, rows: Collection[str]) -> tuple[str, ...]:
     )
 
 
-def reads_qalora(config: LoraConfig, base: BaseModel | None) -> bool | None:
-    """Tell whether PEFT goes by `use_qalora`, as on GPTQ bases alone; None if that is unknown."""
-    if not config.flag("use_qalora"):
-        return False
-    if base is None:
-        return None
-    from adapterkit.base.schemes import quantisation_method
-
-    return quantisation_method(base) == "gptq"
-
-
 def _ends(name: str, modules: Collection[str]) -> bool:
     """Tell whether a name is that of one of the modules; a list of tokens is of any embedding."""
     if name == _EMBEDDING:

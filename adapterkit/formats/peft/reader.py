@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft.config import LoraConfig
-from adapterkit.formats.peft.declared import contradictions, reads_qalora
+from adapterkit.formats.peft.declared import contradictions
 from adapterkit.formats.peft.experts import unfold_experts
 from adapterkit.formats.peft.files import locate, parts, stored_tensors
 from adapterkit.formats.peft.frozen import without_frozen
@@ -20,6 +20,7 @@ from adapterkit.formats.peft.tying import folded, tied_tables
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
+from adapterkit.model.declared import UNDECIDED
 from adapterkit.notes import BaseReference, Note, Provenance
 from adapterkit.tables import TEXT, listed, whole
 from adapterkit.tensor import same_bits
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 _MATRIX = 2
-_LARGEST_GROUP = 1 << 12
 _MOST_BLOCKS = 1 << 16
 
 
@@ -103,9 +103,9 @@ def interpret(
     kinds = _convolutions(tensors, config)
     tensors, stacks = unfold_experts(tensors, config, base)
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
-    tensors, scales = _interpreted(config, tensors, notes, base)
+    tensors, scales = _interpreted(config, tensors, notes)
     declared = contradictions(config, [*tensors, *second], base)
-    return AdapterTensorSet(
+    adapter = AdapterTensorSet(
         tensors=tensors,
         scales=scales,
         kinds=kinds,
@@ -124,10 +124,10 @@ def interpret(
             {name: value for name, value in config.raw.items() if name not in SETTINGS},
             tuple(scales),
         ),
-        provenance=Provenance(path, "peft", tuple(notes)),
         **declared,
         **meaning(config),
     )
+    return _on_base(adapter, base, tuple(notes), path)
 
 
 def _second_names(tied: Mapping[str, tuple[str, ...]]) -> Iterator[Note]:
@@ -170,7 +170,6 @@ def _interpreted(
     config: LoraConfig,
     tensors: dict[TensorKey, LazyTensor],
     notes: list[str],
-    base: BaseModel | None,
 ) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
     """Resolve scales, and spell out factors that are stored folded up."""
     adapted = dict.fromkeys(
@@ -182,33 +181,23 @@ def _interpreted(
     if config.mapping("use_bdlora").fields:
         tensors = _block_diagonal(config, tensors)
         notes.append("block-diagonal factors (use_bdlora) written out in full")
-    if reads_qalora(config, base) is False:
-        if config.flag("use_qalora"):
-            notes.append("use_qalora is left aside, as PEFT does on a base that is not GPTQ")
-        return tensors, scales
-    unknown = "" if base else "; PEFT pools on GPTQ bases alone, give --base if it is another"
-    notes.append(f"pooled inputs (use_qalora) written out in full{unknown}")
-    tensors = _unpooled(config, tensors, scales)
     return tensors, scales
 
 
-def _unpooled(
-    config: LoraConfig, tensors: dict[TensorKey, LazyTensor], scales: dict[str, float]
-) -> dict[TensorKey, LazyTensor]:
-    """Undo QA-LoRA's pooling: x is averaged over groups of g inputs, then times in / g.
+def _on_base(
+    adapter: AdapterTensorSet, base: BaseModel | None, notes: tuple[str, ...], path: Path
+) -> AdapterTensorSet:
+    """Settle what only the base decides, if it is known, and say where the adapter is from."""
+    said: tuple[str | Note, ...] = ()
+    if adapter.pooled_inputs and base is None:
+        said = (UNDECIDED,)
+    elif adapter.pooled_inputs:
+        from adapterkit.passes.pooling import decided
+        from adapterkit.passes.protocol import Context
 
-    So A' repeats every column g times, and the update is scaled by in / g².
-    """
-    import numpy as np
-
-    group = config.fields.get("qalora_group_size", whole(1, _LARGEST_GROUP), 16)
-    spelled = dict(tensors)
-    for key, a in tensors.items():
-        if key.role is Role.LORA_A and a.shape:
-            shape = (*a.shape[:-1], a.shape[-1] * group)
-            spelled[key] = a.map(lambda x: np.repeat(x, group, axis=-1), shape=shape)
-            scales[key.module] *= a.shape[-1] / group
-    return spelled
+        done = decided(adapter, Context(base=base))
+        adapter, said = done.adapter, done.notes
+    return adapter.replace(provenance=Provenance(path, "peft", (*notes, *said)))
 
 
 def _block_diagonal(
