@@ -118,7 +118,8 @@ def check_served(
         for each in (*found, *more)
         if each.severity is Severity.ERROR and each.engine in {"", engine.name}
     ]
-    if coverage.verdict in FAILED:
+    # What is not looked at, for want of a base, makes nothing of this right.
+    if coverage.verdict in FAILED or any(engine.fate(each) in FAILED for each in errors):
         reasons = first_and_more(
             [f"{e.message}; {e.hint}" if e.hint else e.message for e in errors]
         )
