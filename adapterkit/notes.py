@@ -93,11 +93,13 @@ class Provenance:
         format: name of the format, as `adapterkit list formats` lists it.
         notes: what the reader normalised on the way, one sentence each; those that a program may
             have to know are `Note`s.
+        options: of the command line, without which it is not read.
     """
 
     path: Path
     format: str
     notes: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def read_weights(path: Path, options: Options) -> AdapterTensorSet:
         scaled = (
             f"no {CONFIG} here, which scales {weights.name}; pass the alpha of the training run"
         )
-        raise NotFoundError(f"{scaled} with --alpha", path=path)
+        raise NotFoundError(f"{scaled} with --alpha", path=path, needs="alpha")
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     halves = {name: name.replace(".lora_A.", ".lora_B.") for name in shapes if ".lora_A." in name}
     if is_slice((shapes[a], shapes[b]) for a, b in halves.items() if b in shapes):
@@ -148,6 +148,7 @@ def _with_alpha(state: State, name: str, path: Path, options: Options) -> Adapte
             f"is {state.what} with a LoRA of rank {rank} and no {CONFIG} beside or above it; "
             "the scale is alpha / r: pass the alpha of the training run with --alpha",
             path=state.folder,
+            needs="alpha",
         )
     config = LoraConfig(_shown(state.tensors, rank, options.alpha), state.folder / CONFIG)
     adapter = interpret(state.tensors, config, state.folder, options.base)

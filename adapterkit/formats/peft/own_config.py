@@ -158,7 +158,7 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
 
 def _meant(config: Mapping[str, Any], name: str) -> object:
     """Return what PEFT takes a field for: null, false, empty are one, and names have no order."""
-    value = _plain(config, name)
+    value: object = _plain(config, name)
     if name == "init_lora_weights":
         text = value.lower() if isinstance(value, str) else ""
         return text if text.startswith(BASE_CHANGING_INITS) else None
