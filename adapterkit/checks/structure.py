@@ -47,6 +47,7 @@ def structure_findings(adapter: AdapterTensorSet) -> Iterator[Finding]:
     if (init := adapter.initialisation) and (reason := unrepeatable(init)):
         yield _error("AK119", None, f"{reason}, and the adapter is none for the original", AGAIN)
     yield from _clean_ups(adapter)
+    yield from _other_configs(adapter)
     yield from _beside(adapter)
     if config := peft_config(adapter):
         yield from _targets(adapter, config)
@@ -77,6 +78,15 @@ def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
     for note in unclean_names(adapter):
         hint = "convert it to peft: names are written clean"
         yield Finding("AK110", Severity.WARNING, (), note, hint, fix="to-peft")
+
+
+def _other_configs(adapter: AdapterTensorSet) -> Iterator[Finding]:
+    """Report a config beside the file that is not the file's: who loads the directory takes it."""
+    for note in adapter.provenance.notes if adapter.provenance else ():
+        if isinstance(note, Note) and note.kind is NoteKind.OTHER_CONFIG:
+            message = f"{note}; programs that load PEFT directories take the one beside it"
+            hint = "adapterkit convert SRC -o DIR writes the file's own beside it; load DIR"
+            yield Finding("AK122", Severity.ERROR, (), message, hint, fix="to-peft")
 
 
 def unclean_names(adapter: AdapterTensorSet) -> Iterator[Note]:

@@ -54,6 +54,7 @@ CASES = {
 } | {
     "AK114": case("AK114", None, "AK108"),
     "AK118": case("AK118"),
+    "AK122": case("AK122"),
     "AK120": case("AK120", None, "AK300", base=None),
     "AK121": case("AK121", "diffusers", "AK300", "AK501", base=None),
     "DIF001": case("sound", "diffusers"),

@@ -73,7 +73,7 @@ class MLXConfig:
 
         Args:
             rank: that of the module.
-            alpha: given by the user; then the scale is alpha / rank, whatever the file says.
+            alpha: given by the user, for a file that does not settle it: then alpha / rank.
 
         Raises:
             UnsupportedError: if the file does not settle it.
@@ -83,7 +83,7 @@ class MLXConfig:
         scale = self.parameters.optional("scale", number())
         old = self.parameters.optional("alpha", number())
         if scale is None:
-            raise UnsupportedError(self._without_scale(rank), path=self.path)
+            raise UnsupportedError(self._without_scale(rank), path=self.path, needs="alpha")
         # mlx-lm multiplied by scale * alpha / rank until June 2024 and ignores alpha since. The
         # count of layers got its present name later, so a file that uses it is of the second kind.
         if old is not None and old != rank and "num_layers" not in self.raw:
@@ -92,6 +92,7 @@ class MLXConfig:
                 f"both (--alpha {scale * old:g}), later versions by the scale alone "
                 f"(--alpha {scale * rank:g}); choose with --alpha",
                 path=self.path,
+                needs="alpha",
             )
         return scale
 

@@ -14,10 +14,9 @@ from adapterkit.formats.peft.frozen import without_frozen
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.formats.peft.layouts import in_place, is_stack
 from adapterkit.formats.peft.meaning import meaning
-from adapterkit.formats.peft.own_config import own_config
+from adapterkit.formats.peft.own_config import counted
 from adapterkit.formats.peft.slots import SETTINGS, spelled_out
 from adapterkit.formats.peft.tying import folded, tied_tables
-from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
 from adapterkit.model.declared import UNDECIDED
@@ -51,10 +50,12 @@ def read_peft(path: Path, options: Options) -> AdapterTensorSet:
     """
     config_path, weights_path = locate(path)
     stored = stored_tensors(weights_path)
-    raw, told = own_config(stored.metadata, read_json_object(config_path), weights_path)
-    adapter = interpret(stored.tensors, LoraConfig(raw, config_path), weights_path, options.base)
+    found = counted(stored.metadata, weights_path, config_path)
+    adapter = interpret(
+        stored.tensors, LoraConfig(found.raw, found.path), weights_path, options.base
+    )
     adapter = in_place(adapter, options.base, weights_path)
-    notes = (*told, *stored.notes, *(adapter.provenance.notes if adapter.provenance else ()))
+    notes = (*found.notes, *stored.notes, *(adapter.provenance.notes if adapter.provenance else ()))
     if path.is_dir() and config_path.parent != path:
         notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
     beside = lying_beside(

@@ -11,6 +11,8 @@ from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft.files import locate, stored_tensors
 from adapterkit.formats.peft.keys import KeyReader
+from adapterkit.formats.peft.own_config import own_config
+from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import LEAF, RULES, SHARED, Context, Parts
 from adapterkit.formats.peft.tuners_whole import WHOLE, token_indices
@@ -52,11 +54,14 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
     config = read_json_object(config_path)
     fields = Table(config, config_path)
     kind = fields.get("peft_type", TEXT)
+    stored = stored_tensors(weights_path)
+    if own_config(stored.metadata, weights_path) is not None:
+        return read_peft(path, options)
     if kind not in RULES and kind not in WHOLE:
         reason = REFUSED.get(kind, "`adapterkit list formats` lists what is read")
         raise UnsupportedError(f"peft_type {kind[:80]} is not read: {reason}", path=config_path)
     keys = KeyReader(weights_path)
-    groups, shared, tensors = _sorted(stored_tensors(weights_path).tensors, keys)
+    groups, shared, tensors = _sorted(stored.tensors, keys)
     if not groups:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
     name = fields.optional("base_model_name_or_path", TEXT) or None
