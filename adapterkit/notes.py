@@ -46,7 +46,7 @@ class NoteKind(StrEnum):
     are no factor's. VOCABULARY: rows of a module
     were cut or padded to the base's. ORIGINAL: the base is the original of the quantised one that
     the adapter names. OTHER_BASE: the base is of another architecture than the one that the adapter
-    names. REMARK: anything else.
+    names. UNSELECTED: which modules the config selects could not be told. REMARK: anything else.
     """
 
     ADAPTER_NAME = "adapter-name"
@@ -55,6 +55,7 @@ class NoteKind(StrEnum):
     VOCABULARY = "vocabulary"
     ORIGINAL = "original"
     OTHER_BASE = "other-base"
+    UNSELECTED = "unselected"
     REMARK = "remark"
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft.config import LoraConfig
-from adapterkit.formats.peft.declared import contradictions, reads_qalora
+from adapterkit.formats.peft.declared import adapted, contradictions, reads_qalora, unselected
 from adapterkit.formats.peft.experts import unfold_experts
 from adapterkit.formats.peft.files import locate, parts, stored_tensors
 from adapterkit.formats.peft.frozen import without_frozen
@@ -105,6 +105,9 @@ def interpret(
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
     tensors, scales = _interpreted(config, tensors, notes, base)
     declared = contradictions(config, [*tensors, *second], base)
+    modules = (m for m in adapted(tensors) if m not in stacks and not config.is_parameter(m))
+    denied, unchecked = unselected(config.raw, modules, tied)
+    declared["undeclared"] |= denied
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
@@ -124,7 +127,7 @@ def interpret(
             {name: value for name, value in config.raw.items() if name not in SETTINGS},
             tuple(scales),
         ),
-        provenance=Provenance(path, "peft", tuple(notes)),
+        provenance=Provenance(path, "peft", (*notes, *unchecked)),
         **declared,
         **meaning(config),
     )
