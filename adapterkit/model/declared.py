@@ -102,7 +102,7 @@ def unstored(adapter: AdapterTensorSet) -> Iterator[tuple[str, str, str]]:
         if setting == "modules_to_save":
             for module in modules:
                 message = (
-                    "modules_to_save names it, and the file does not hold it; save the adapter "
+                    "modules_to_save promises it, and the file does not hold it; save the adapter "
                     "again, or take it out of modules_to_save"
                 )
                 yield setting, module, message

@@ -8,6 +8,7 @@ config selects the module, by the names of PEFT's own base model.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.errors import UncheckableError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from adapterkit.formats.peft.config import LoraConfig
     from adapterkit.keys import TensorKey
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _FLAGS = {"use_dora": Role.MAGNITUDE, "lora_bias": Role.LORA_BIAS}
 _EMBEDDING = "embed_tokens"
 # PEFT adds both to modules_to_save of a classifier, of which a model has one.
@@ -143,10 +145,27 @@ def _unsaved(
     held = {name for name in config.names("modules_to_save") if _among(name, saved)}
     missing = [name for name in config.names("modules_to_save") if name not in held]
     if base is not None and base.kind == "hf" and base.names:
-        return tuple(name for name in missing if _among(name, base.names))
+        whole = (name for name in missing if _among(name, base.names))
+        return (*whole, *_other_layers(held, saved, base))
     if config.fields.optional("task_type", TEXT) in _CLASSIFIERS and held & _HEADS:
         missing = [name for name in missing if name not in _HEADS]
     return tuple(missing)
+
+
+def _other_layers(names: Collection[str], saved: Collection[str], base: BaseModel) -> Iterator[str]:
+    """Yield parameters of the base that a name stands for too, where other layers' are saved.
+
+    Layers past those of the model, which checkpoints have for predicting further tokens, are none.
+    """
+    kinds = {_NUMBER.sub("#", parameter) for parameter in saved}
+    depth = base.sizes.get("layers")
+    for parameter in base.names:
+        number = _NUMBER.search(parameter)
+        within = number is not None and (depth is None or int(number[0]) < depth)
+        if not within or parameter in saved or _NUMBER.sub("#", parameter) not in kinds:
+            continue
+        if any(_among(name, (parameter,)) for name in names):
+            yield parameter
 
 
 def _among(name: str, parameters: Collection[str]) -> bool:
