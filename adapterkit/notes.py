@@ -46,8 +46,8 @@ class NoteKind(StrEnum):
     are no factor's. VOCABULARY: rows of a module
     were cut or padded to the base's. ORIGINAL: the base is the original of the quantised one that
     the adapter names. OTHER_BASE: the base is of another architecture than the one that the adapter
-    names. OTHER_CONFIG: a config beside the file says other than the one in it. REMARK: anything
-    else.
+    names. OTHER_CONFIG: a config beside the file says other than the one in it. UNSELECTED: which
+    modules the config selects could not be told. REMARK: anything else.
     """
 
     ADAPTER_NAME = "adapter-name"
@@ -57,6 +57,7 @@ class NoteKind(StrEnum):
     ORIGINAL = "original"
     OTHER_BASE = "other-base"
     OTHER_CONFIG = "other-config"
+    UNSELECTED = "unselected"
     REMARK = "remark"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from adapterkit.hub import located
 from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import first_and_more
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import apply
 from adapterkit.proof import compare, tolerance_for
 from adapterkit.stamps import contents, stamped
 from adapterkit.text import PLAIN, Pen, Shown, count, printable, short
@@ -282,7 +284,14 @@ def _source(
     if proof.sources and not known and isinstance(origin, Source):
         notes.append(f"{name} is not the file that it was made from, by its sha256")
     one, other = load_all([origin, held], base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
-    yield from _held_against(one, other, name)
+    yield from _held_against(_as_declared(one, name, notes), other, name)
+
+
+def _as_declared(loaded: Loaded, name: str, notes: list[str]) -> Loaded:
+    """Return what was loaded without what its own config denies; a note names that."""
+    settled = apply(["declaration"], loaded.adapter, Context(allow_lossy=True))
+    notes += [f"{name}: {loss.subject}: {loss.message}" for loss in settled.losses]
+    return replace(loaded, adapter=settled.adapter)
 
 
 def _origin(
@@ -317,7 +326,7 @@ def _merged(
         notes.append("the merged adapters were too many to list, and are not compared")
         return
     loaded = load(origin, base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
-    found = fingerprinted(loaded.adapter)
+    found = fingerprinted(_as_declared(loaded, name, notes).adapter)
     if found.unplaced:
         raise UncheckableError("is in llama.cpp's row order; give --base", where=name)
     alike = {k: each for k, each in proof.adapters.items() if each.version == found.version}

@@ -10,10 +10,10 @@ from adapterkit.base.fit import misfits
 from adapterkit.base.originals import plain_name
 from adapterkit.base.places import Places
 from adapterkit.checks.findings import Finding, Severity, named
-from adapterkit.checks.selection import selection
 from adapterkit.checks.structure import peft_config
 from adapterkit.errors import UncheckableError, UnsupportedError
 from adapterkit.formats.peft.config import NO_TARGETS
+from adapterkit.formats.peft.selection import selection
 from adapterkit.keys import Role
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context

@@ -139,6 +139,33 @@ def test_what_is_promised_and_missing_is_a_defect(setting: str, base: Path, tmp_
 
 
 @pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("input_layernorm", "layers.0.input_layernorm.weight"),
+        ("mlp", "layers.1.mlp.gate_proj.weight"),
+        ("self_attn.o_proj", "layers.0.self_attn.o_proj.bias"),
+    ],
+)
+def test_saved_modules_are_promised_in_every_layer(
+    name: str, part: str, base: Path, tmp_path: Path
+) -> None:
+    whole = trained(base, tmp_path / "whole", **TARGETS, modules_to_save=[name])
+    assert not inspect(whole, base=base).problems
+    broken = changed(whole, tmp_path / "broken", part)
+    with pytest.raises(KeyError, match=part):
+        logits(base, broken)
+    found = validate(broken, base=base, targets=["peft"]).findings
+    assert [each.modules for each in found if each.code == "AK112"] == [(f"model.{part}",)]
+    for command in ("into", "peft", "merge", "compress"):
+        with pytest.raises(FormatError, match=part):
+            everything(broken, base, tmp_path / "out")[command]()
+    named = [f"model.layers.1.{name}" if "layers.0" in part else f"model.layers.0.{name}"]
+    less = changed(broken, tmp_path / "less", modules_to_save=named)
+    assert np.isfinite(logits(base, less)).all()
+    assert not inspect(less, base=base).problems
+
+
+@pytest.mark.parametrize(
     ("setting", "off"), [("lora_bias", False), ("trainable_token_indices", None)]
 )
 def test_what_is_stored_and_denied_is_named(

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.errors import UnsupportedError
 from adapterkit.formats.mlx.spelling import in_block
-from adapterkit.tables import TEXT, Table, number, shown, whole
+from adapterkit.tables import TEXT, Table, listed, number, shown, whole
 
 if TYPE_CHECKING:
     from adapterkit.notes import BaseReference
 
 
 _RANK = whole(0, 1 << 20, integral=True)
+_COUNT = whole(-(1 << 20), 1 << 20)
+_KEYS = listed(TEXT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,27 @@ class MLXConfig:
         """The one rank of all modules, if stated."""
         holder = self.parameters if "rank" in self.parameters.fields else self.fields
         return holder.optional("rank", _RANK)
+
+    def denied_by(self, module: str, layers: int | None) -> str | None:
+        """Return the field for which mlx-lm does not adapt a module; None if it may.
+
+        Of its last `num_layers` blocks it adapts what `keys` name relative to the block, all where
+        there are none, and of the whole model what they name in full.
+
+        Args:
+            module: MLX path.
+            layers: blocks of the base; None if unknown: then no block is denied.
+        """
+        keys = self.parameters.optional("keys", _KEYS)
+        if keys is not None and module in keys:
+            return None
+        place = in_block(module)
+        if keys is not None and (place is None or place[2] not in keys):
+            return "keys"
+        count = self.fields.optional("num_layers", _COUNT)
+        if place is None or layers is None or count is None or count <= 0:
+            return None
+        return "num_layers" if place[1] < layers - count else None
 
     def scale(self, rank: int, alpha: float | None) -> float:
         """Return the multiplier of a · b.

@@ -164,11 +164,14 @@ def _meant(config: Mapping[str, Any], name: str) -> object:
         return text if text.startswith(BASE_CHANGING_INITS) else None
     if name == "task_type":
         return value if value in _HEADED else None
-    if isinstance(value, list) and all(isinstance(each, str) for each in cast("list[Any]", value)):
-        return sorted(cast("list[str]", value))
+    if isinstance(value, list):
+        names = cast("list[object]", value)
+        if all(isinstance(each, str) for each in names):
+            return sorted(cast("list[str]", names)) or None
+        return names
     return value or None
 
 
-def _plain(config: Mapping[str, Any], name: str) -> Any:
+def _plain(config: Mapping[str, Any], name: str) -> object:
     value = config.get(name)
     return _USUAL.get(name) if value is None else value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft.config import LoraConfig
-from adapterkit.formats.peft.declared import contradictions
+from adapterkit.formats.peft.declared import adapted, contradictions, unselected
 from adapterkit.formats.peft.experts import unfold_experts
 from adapterkit.formats.peft.files import locate, parts, stored_tensors
 from adapterkit.formats.peft.frozen import without_frozen
@@ -106,6 +106,9 @@ def interpret(
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
     tensors, scales = _interpreted(config, tensors, notes)
     declared = contradictions(config, [*tensors, *second], base)
+    modules = (m for m in adapted(tensors) if m not in stacks and not config.is_parameter(m))
+    denied, unchecked = unselected(config.raw, modules, tied)
+    declared["undeclared"] |= denied
     adapter = AdapterTensorSet(
         tensors=tensors,
         scales=scales,
@@ -128,7 +131,7 @@ def interpret(
         **declared,
         **meaning(config),
     )
-    return _on_base(adapter, base, tuple(notes), path)
+    return _on_base(adapter, base, (*notes, *unchecked), path)
 
 
 def _second_names(tied: Mapping[str, tuple[str, ...]]) -> Iterator[Note]:

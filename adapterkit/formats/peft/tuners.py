@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from adapterkit.base import find_base
 from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.formats.peft.config import SELECTING
+from adapterkit.formats.peft.declared import adapted, unselected
 from adapterkit.formats.peft.files import locate, stored_tensors
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.formats.peft.own_config import own_config
@@ -67,9 +69,13 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
     name = fields.optional("base_model_name_or_path", TEXT) or None
     context = Context(config, config_path, shared, options.base or find_base(name))
     scales, ranks = _understood(kind, groups, context, tensors)
+    for field, known in SELECTING.items():
+        fields.optional(field, known)
+    denied, unchecked = unselected(config, adapted(tensors), {})
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
+        undeclared=denied,
         token_indices=_tokens(context, tensors),
         base=BaseReference(
             name=name,
@@ -80,7 +86,9 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
             config_path.parent, {config_path.name, weights_path.name}, context.base
         ),
         source=PeftSource({f: config[f] for f in _KEPT if f in config}),
-        provenance=Provenance(path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks))),
+        provenance=Provenance(
+            path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks), *unchecked)
+        ),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError, UsageError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import load_all
+from adapterkit.lowrank.effect import IDLE, idle
 from adapterkit.merging.into.losses import losses
 from adapterkit.merging.planning import Source, checked_weight
 from adapterkit.model.beside import lost_trained
@@ -81,7 +82,8 @@ def read_sources(
         _check_halves(source)
         found.append(source)
     notes = (f"{each.label}: {note}" for each in loaded for note in each.notes)
-    return found, loaded[-1].base or base, tuple(dropped), (*notes,)
+    silence = (f"{each.label}: {IDLE}" for each in found if idle(each.adapter))
+    return found, loaded[-1].base or base, tuple(dropped), (*notes, *silence)
 
 
 def token_rows(source: Source, module: str) -> tuple[int, ...]:
