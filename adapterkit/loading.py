@@ -125,7 +125,8 @@ def load(
         as_format: name of the format to read it as, where its content does not tell.
         need: how much must hold of it.
         allow_lossy: whether a pass may drop what it cannot keep; it is listed.
-        any_vocabulary: whether rows of a vocabulary that the base lacks stay all the same.
+        any_vocabulary: whether rows of a vocabulary that the base lacks, and frozen copies of
+            tables that are not the base's, stay all the same.
 
     Raises:
         FormatError: if there is no adapter, or it is malformed or, where more than STORED is
@@ -352,7 +353,7 @@ def _prepared(
     if need < Need.FITTED:
         return loaded
     context = replace(context, allow_lossy=context.allow_lossy and not any_vocabulary)
-    names = ("initialisation", "vocabulary")
+    names = ("initialisation", "copies", "vocabulary")
     try:
         done = apply(names, loaded.adapter, context)
     except UnsupportedError:
