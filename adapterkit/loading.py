@@ -133,7 +133,8 @@ def load(
         as_format: name of the format to read it as, where its content does not tell.
         need: how much must hold of it.
         allow_lossy: whether a pass may drop what it cannot keep; it is listed.
-        any_vocabulary: whether rows of a vocabulary that the base lacks stay all the same.
+        any_vocabulary: whether rows of a vocabulary that the base lacks, and frozen copies of
+            tables that are not the base's, stay all the same.
 
     Raises:
         FormatError: if there is no adapter, or it is malformed or, where more than STORED is
@@ -401,14 +402,14 @@ def _prepared(
     if need < Need.FITTED:
         return loaded
     context = replace(context, allow_lossy=context.allow_lossy and not any_vocabulary)
-    names = ("pooling", "initialisation", "vocabulary")
+    names = ("pooling", "initialisation", "copies", "vocabulary")
     try:
         done = apply(names, loaded.adapter, context)
     except UnsupportedError:
         # A base that nobody gave, or gave without weights, decides nothing where that is no need.
         if need >= Need.PLAIN or (loaded.given and _has_weights(loaded.base)):
             raise
-        done = apply(names[-1:], loaded.adapter, context)
+        done = apply(names[2:], loaded.adapter, context)
     return replace(
         loaded,
         adapter=_annotated(done),

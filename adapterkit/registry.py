@@ -59,8 +59,9 @@ class FormatSpec:
         suffixes: file suffixes that mean this format as a destination.
         files: names or patterns of the files of a format that is a directory; empty for a file.
         takes_dialect: whether its reader understands `--dialect`.
-        any_vocabulary: whether tables of more rows than the base has may stand in it: what loads
-            it can make the base grow.
+        any_vocabulary: whether tables of more rows than the base has, and frozen copies of tables
+            that are not its own, may stand in it: what loads it can make the base grow, and takes
+            the copies.
     """
 
     name: str

@@ -16,6 +16,7 @@ from adapterkit.lowrank.effect import IDLE, idle
 from adapterkit.model import AdapterTensorSet, BesideKind
 from adapterkit.notes import Loss
 from adapterkit.output import staged
+from adapterkit.passes.copies import OTHER_TABLE
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
@@ -187,7 +188,7 @@ def admitted(
     grown: set[str] = set()
     if target.any_vocabulary:
         grown = {loss.subject for loss in passed if loss.code == "vocabulary"}
-        passed = [loss for loss in passed if loss.code != "vocabulary"]
+        passed = [loss for loss in passed if loss.code not in {"vocabulary", OTHER_TABLE}]
     if passed and not allow_lossy:
         raise LossyConversionError(passed, path=path)
     if options.base:

@@ -18,6 +18,7 @@ from adapterkit.hub import located
 from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import first_and_more
+from adapterkit.passes.copies import other_tables
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.proof import compare, tolerance_for
@@ -353,7 +354,7 @@ def _held_against(one: Loaded, other: Loaded, name: str) -> Iterator[Change]:
     if set(first.engine_layout) != set(second.engine_layout):
         message = "is in llama.cpp's row order in one of the two; give --base"
         raise UncheckableError(message, where=name)
-    found = compare(first, second)
+    found = compare(first, second, other_tables([*one.losses, *other.losses]))
     stored = (tensor.dtype for each in (first, second) for tensor in each.tensors.values())
     allowed = tolerance_for(stored)
     far = [(k, d) for k, d in found.differences.items() if not d.relative_error <= allowed]

@@ -74,6 +74,7 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
     except UnsupportedError as error:
         yield Finding("AK305", Severity.UNCHECKED, named(error.where), error.message)
     yield from _whole(adapter, base)
+    yield from _copies(adapter, base)
     yield from _depth(adapter, base)
     yield from _selection(adapter, base)
 
@@ -160,6 +161,13 @@ def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
         rows_only = len(tensor.shape) > 1 and tensor.shape[1:] == stored.shape[1:]
         hint = _RESIZED if rows_only else "is it the right base?"
         yield Finding("AK313", Severity.ERROR, (key.module,), message, hint)
+
+
+def _copies(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
+    """Report frozen copies of tables that are not the base's: what runs without them is another."""
+    for loss in apply(["copies"], adapter, Context(base=base)).losses:
+        what, _, hint = loss.message.partition("; ")
+        yield Finding("AK314", Severity.ERROR, (loss.subject,), what, hint)
 
 
 def _last(adapter: AdapterTensorSet, module: str) -> int:

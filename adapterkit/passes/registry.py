@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import unknown
+from adapterkit.passes.copies import compared
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.dropping import drop
 from adapterkit.passes.initialisation import undone
@@ -42,6 +43,11 @@ PASSES = (
         promise="every DoRA is the nearest LoRA of a rank, its error listed as a loss; all else "
         "stays",
         change=truncated,
+    ),
+    Pass(
+        name="copies",
+        promise="a frozen copy of a table is the base's own, or a loss for a target without it",
+        change=compared,
     ),
     Pass(
         name="vocabulary",

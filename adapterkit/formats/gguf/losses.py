@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.base.places import vocabulary_rows
 from adapterkit.dtype import DType
@@ -232,7 +233,7 @@ def _copies(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]
             message = f"was resized to {copy.shape[0]} rows, the base has {rows}; {_GROW}"
             yield _loss("resized-vocabulary", [key], message)
         else:
-            yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
+            yield from lost_copies(adapter.replace(tensors={key: copy}), base)
 
 
 def _other_rows(key: TensorKey, adapter: AdapterTensorSet, base: BaseModel | None) -> int:

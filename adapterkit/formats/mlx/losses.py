@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import in_tower
+from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.dtype import DType
 from adapterkit.factors import turned
@@ -114,9 +115,7 @@ def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss
         message = f"a whole trained parameter has no place there; {_MERGE}"
         yield _loss("saved-module", kept, message)
     yield from lost_columns(adapter)
-    for key in adapter.tensors:
-        if key.role is Role.BASE_COPY:
-            yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
+    yield from lost_copies(adapter, base)
 
 
 def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
