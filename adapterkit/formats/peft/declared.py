@@ -57,23 +57,24 @@ def contradictions(
 
 
 def unselected(
-    config: Mapping[str, Any], modules: Iterable[str], tied: Mapping[str, tuple[str, ...]]
+    config: Mapping[str, Any], modules: Iterable[str]
 ) -> tuple[dict[str, tuple[str, ...]], tuple[Note, ...]]:
     """Return the modules whose factors PEFT would not load, by the field that denies them.
 
-    What could not be evaluated is not denied; a note says so.
+    What could not be evaluated is not denied; a note says so. With `ensure_weight_tying` PEFT
+    adapts what is tied to an adapted table as well, and nothing outside of layers is denied.
 
     Args:
         config: the document; `SELECTING` fields are of their kinds.
         modules: those that have factors, but for the parameters that `target_parameters` selects.
-        tied: tables, and the further names under any of which they may be selected.
     """
     chosen = Selection(config)
     found: dict[str, list[str]] = {}
     try:
         for module in modules:
-            field = chosen.denied_by(module)
-            if field and not any(map(chosen.selects, tied.get(module, ()))):
+            if config.get("ensure_weight_tying") and not _NUMBER.search(module):
+                continue
+            if field := chosen.denied_by(module):
                 found.setdefault(field, []).append(module)
     except UncheckableError as error:
         text = f"which modules the config selects is unchecked: {error.message}"

@@ -107,7 +107,7 @@ def interpret(
     tensors, scales = _interpreted(config, tensors, notes)
     declared = contradictions(config, [*tensors, *second], base)
     modules = (m for m in adapted(tensors) if m not in stacks and not config.is_parameter(m))
-    denied, unchecked = unselected(config.raw, modules, tied)
+    denied, unchecked = unselected(config.raw, modules)
     declared["undeclared"] |= denied
     adapter = AdapterTensorSet(
         tensors=tensors,

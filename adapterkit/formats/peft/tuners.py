@@ -71,7 +71,7 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
     scales, ranks = _understood(kind, groups, context, tensors)
     for field, known in SELECTING.items():
         fields.optional(field, known)
-    denied, unchecked = unselected(config, adapted(tensors), {})
+    denied, unchecked = unselected(config, adapted(tensors))
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
