@@ -13,6 +13,7 @@ from adapterkit.loading import Need, load_all
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.page import natural, page, shown, table
+from adapterkit.passes.copies import other_tables
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.protocol import Context
 from adapterkit.proof import Comparison, compare, tolerance_for
@@ -174,7 +175,7 @@ def diff(
     )
     first, second = (settled(each.adapter, Context()).adapter for each in (one, other))
     _check_comparable(first, second)
-    comparison = compare(first, second)
+    comparison = compare(first, second, other_tables([*one.losses, *other.losses]))
     _check_plain(first, second, comparison)
     stored = (t.dtype for adapter in (first, second) for t in adapter.tensors.values())
     allowed = tolerance_for(stored) if tolerance is None else tolerance

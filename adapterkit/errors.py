@@ -42,14 +42,21 @@ class AdapterKitError(Exception):
     Attributes:
         path: the file or directory concerned, if any.
         where: the tensor, key or module concerned, if any.
+        needs: the option that would settle it, such as `alpha`; empty without one.
     """
 
     exit_code = 1
 
     def __init__(
-        self, message: str, *, path: Path | str | None = None, where: str | None = None
+        self,
+        message: str,
+        *,
+        path: Path | str | None = None,
+        where: str | None = None,
+        needs: str = "",
     ) -> None:
         self.message = message
+        self.needs = needs
         self.path = path
         self.where = where
         named = [_on_one_line(str(part)) for part in (path, where) if part]

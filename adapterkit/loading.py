@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, overload
 from adapterkit.base import BaseModel, open_base
 from adapterkit.base.recorded import other_architecture, recorded_base
 from adapterkit.errors import (
+    AdapterKitError,
     IncompatibleBaseError,
     UnknownFormatError,
     UnsupportedError,
@@ -18,6 +21,7 @@ from adapterkit.errors import (
 from adapterkit.formats.protocol import Options
 from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet
+from adapterkit.model.alpha import stated_alphas
 from adapterkit.model.defects import check_structure
 from adapterkit.notes import Loss, Note
 from adapterkit.registry import FormatSpec, detect, spec
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.passes.protocol import Passed
+
+
+# An alpha that was rounded to float32, as GGUF holds it, is the same one.
+_SAME_ALPHA = 1e-6
 
 
 class Need(IntEnum):
@@ -120,18 +128,19 @@ def load(
         base: its base model, opened or where it is; by default the one that the adapter names, if
             it is in the local hub cache.
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
-        alpha: scale numerator, where the file does not hold it.
+        alpha: scale numerator, where the file does not hold it; it overrides nothing.
         moe_layout: `experts` or `fused`, the spelling of experts, where the file has none.
         as_format: name of the format to read it as, where its content does not tell.
         need: how much must hold of it.
         allow_lossy: whether a pass may drop what it cannot keep; it is listed.
-        any_vocabulary: whether rows of a vocabulary that the base lacks stay all the same.
+        any_vocabulary: whether rows of a vocabulary that the base lacks, and frozen copies of
+            tables that are not the base's, stay all the same.
 
     Raises:
         FormatError: if there is no adapter, or it is malformed or, where more than STORED is
             needed, broken.
         UnsupportedError: if it cannot be read without another base, or what is needed cannot hold.
-        UsageError: if the file cannot say something, or a format is unknown.
+        UsageError: if the file cannot say something, says another alpha, or a format is unknown.
     """
     (loaded,) = load_all(
         [source],
@@ -165,13 +174,16 @@ def load_all(
     Where `growing` is true, the base may grow by rows of a vocabulary that an adapter carries.
 
     Args and errors are those of `load`. A dialect is for those whose file cannot tell; of several,
-    it overrules no config beside another.
+    it overrules no config beside another. Alpha goes to those that leave it open.
     """
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise UsageError(f"--alpha is {alpha:g}; it must be a finite number above 0")
     alone = len(sources) == 1
     found = [_found(each, dialect, as_format, alone=alone) for each in sources]
     options = Options(base=open_model(base), dialect=dialect, alpha=alpha, moe_layout=moe_layout)
     read = _readings if options.base is not None else _readings_with_recorded_base
     readings = read(found, options, need)
+    _check_alpha(readings, alpha)
     if base is not None:
         readings = [
             replace(each, notes=(*each.notes, *other_architecture(each.adapter, each.base)))
@@ -288,18 +300,19 @@ def _readings_with_recorded_base(
 def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Loaded:
     misfit = None
     if isinstance(source, AdapterTensorSet):
-        adapter, place = source, None
+        adapter, place, options = source, None, replace(options, alpha=None)
     else:
         place = source
         try:
             with readable(source.path):
-                adapter = source.format.read(source.path, options)
+                adapter, options = _filled(source, options)
         except IncompatibleBaseError as error:
             if need > Need.STORED or options.base is None:
                 raise
             # What the file holds can be looked at all the same, where that takes no base.
             try:
-                adapter = source.format.read(source.path, replace(options, base=None))
+                adapter, taken = _filled(source, replace(options, base=None))
+                options = replace(options, alpha=taken.alpha)
             except UnsupportedError:
                 raise error from None
             misfit = error
@@ -314,6 +327,43 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
         notes=tuple(each if isinstance(each, Note) else Note(each) for each in said),
         misfit=misfit,
     )
+
+
+def _filled(source: Source, options: Options) -> tuple[AdapterTensorSet, Options]:
+    """Read a file; alpha is for one that leaves it open, and the options say whether it did."""
+    without = replace(options, alpha=None)
+    try:
+        return source.format.read(source.path, without), without
+    except AdapterKitError as error:
+        if options.alpha is None or error.needs != "alpha":
+            raise
+    filled = source.format.read(source.path, options)
+    if filled.provenance is None:
+        return filled, options
+    told = [f"--alpha {repr(options.alpha).removesuffix('.0')}"]
+    told += [f"--dialect {shlex.quote(options.dialect)}"] if options.dialect else []
+    provenance = replace(filled.provenance, options=tuple(told))
+    return filled.replace(provenance=provenance), options
+
+
+def _check_alpha(readings: Sequence[Loaded], alpha: float | None) -> None:
+    """Refuse an alpha that no file leaves open and one contradicts.
+
+    Raises:
+        UsageError: naming the file, and both.
+    """
+    if alpha is None or any(each.options.alpha is not None for each in readings):
+        return
+    for each in readings:
+        found = stated_alphas(each.adapter)
+        if any(not math.isclose(alpha, one, rel_tol=_SAME_ALPHA) for one in found):
+            low, high = min(found), max(found)
+            shown = f"{low:g}" if math.isclose(low, high) else f"{low:g} to {high:g}"
+            raise UsageError(
+                f"alpha is {shown} in the file, --alpha is {alpha:g}; leave it out, it is for "
+                "files that do not hold it",
+                path=each.label,
+            )
 
 
 def _prepared(
@@ -345,14 +395,14 @@ def _prepared(
     if need < Need.FITTED:
         return loaded
     context = replace(context, allow_lossy=context.allow_lossy and not any_vocabulary)
-    names = ("initialisation", "vocabulary")
+    names = ("pooling", "initialisation", "copies", "vocabulary")
     try:
         done = apply(names, loaded.adapter, context)
     except UnsupportedError:
         # A base that nobody gave, or gave without weights, decides nothing where that is no need.
         if need >= Need.PLAIN or (loaded.given and _has_weights(loaded.base)):
             raise
-        done = apply(names[1:], loaded.adapter, context)
+        done = apply(names[2:], loaded.adapter, context)
     return replace(
         loaded,
         adapter=_annotated(done),

@@ -46,7 +46,8 @@ class NoteKind(StrEnum):
     are no factor's. VOCABULARY: rows of a module
     were cut or padded to the base's. ORIGINAL: the base is the original of the quantised one that
     the adapter names. OTHER_BASE: the base is of another architecture than the one that the adapter
-    names. REMARK: anything else.
+    names. OTHER_CONFIG: a config beside the file says other than the one in it. UNSELECTED: which
+    modules the config selects could not be told. REMARK: anything else.
     """
 
     ADAPTER_NAME = "adapter-name"
@@ -55,6 +56,8 @@ class NoteKind(StrEnum):
     VOCABULARY = "vocabulary"
     ORIGINAL = "original"
     OTHER_BASE = "other-base"
+    OTHER_CONFIG = "other-config"
+    UNSELECTED = "unselected"
     REMARK = "remark"
 
 
@@ -91,11 +94,13 @@ class Provenance:
         format: name of the format, as `adapterkit list formats` lists it.
         notes: what the reader normalised on the way, one sentence each; those that a program may
             have to know are `Note`s.
+        options: of the command line, without which it is not read.
     """
 
     path: Path
     format: str
     notes: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,15 +115,11 @@ def project_file(
     made_from = [loaded.source.path] if loaded.source else []
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)
-    known_of_it: dict[str, Any] = {f.name: getattr(report, f.name) for f in fields(report)}
-    known_of_it["notes"] = (
-        *loaded.told,
-        *left_behind(loaded.adapter.beside),
-        *ready.warnings,
-        *report.notes,
-    )
+    found: dict[str, Any] = {each.name: getattr(report, each.name) for each in fields(report)}
+    left = left_behind(loaded.adapter.beside)
+    found["notes"] = (*loaded.told, *left, *ready.warnings, *report.notes)
     return ProjectedFile(
-        **known_of_it,
+        **found,
         source=loaded.label,
         destination=str(destination),
         format=target.name,

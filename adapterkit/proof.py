@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,10 +60,17 @@ class Comparison:
         return module, error
 
 
-def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
+def compare(
+    first: AdapterTensorSet, second: AdapterTensorSet, tables: Collection[TensorKey] = ()
+) -> Comparison:
     """Compare every pair of factors, every other tensor by its values, and trained files beside.
 
-    An update that is tied in both counts once.
+    An update that is tied in both counts once. A frozen copy of a table counts where both have it.
+
+    Args:
+        first: the reference.
+        second: the other.
+        tables: frozen copies that are not the base's own, and count where one alone has them.
     """
     (first, second), _ = one_spelling([first, second])
     pairs1 = {pair.module: pair for pair in first.pairs()}
@@ -77,7 +84,8 @@ def compare(first: AdapterTensorSet, second: AdapterTensorSet) -> Comparison:
         for name, file in files1.items()
         if name in files2
     }
-    others1, others2 = _others(first, pairs1), _others(second, pairs2)
+    others1 = _others(first, pairs1, second, tables)
+    others2 = _others(second, pairs2, first, tables)
     for key, tensor in others1.items():
         if key in others2:
             differences[str(key)] = _value_difference(tensor, others2[key])
@@ -94,12 +102,30 @@ def _shaped_difference(first: Update, second: Update) -> Difference:
     return difference(first, second)
 
 
-def _others(adapter: AdapterTensorSet, pairs: Mapping[str, Update]) -> dict[TensorKey, LazyTensor]:
+def _others(
+    adapter: AdapterTensorSet,
+    pairs: Mapping[str, Update],
+    against: AdapterTensorSet,
+    tables: Collection[TensorKey],
+) -> dict[TensorKey, LazyTensor]:
+    """Return what is added or replaced beside the updates: of a bias on B, the scale included.
+
+    A frozen copy counts where both have it, or it is told.
+    """
     return {
-        key: tensor
+        key: _at_scale(tensor, pairs[key.module].scale) if _is_scaled(key, pairs) else tensor
         for key, tensor in adapter.tensors.items()
-        if key.role is not Role.BASE_COPY and not (key.module in pairs and key.role in PARTNERS)
+        if (key.role is not Role.BASE_COPY or key in against.tensors or key in tables)
+        and not (key.module in pairs and key.role in PARTNERS)
     }
+
+
+def _is_scaled(key: TensorKey, pairs: Mapping[str, Update]) -> bool:
+    return key.role is Role.LORA_BIAS and key.module in pairs and pairs[key.module].scale != 1
+
+
+def _at_scale(bias: LazyTensor, scale: float) -> LazyTensor:
+    return bias.map(lambda values: values.astype("float64") * scale)
 
 
 def _files(adapter: AdapterTensorSet) -> dict[str, BesideFile]:

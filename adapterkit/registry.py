@@ -13,7 +13,12 @@ from adapterkit import strangers
 from adapterkit.beside import trained_names
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.destination import Directory
-from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError
+from adapterkit.errors import (
+    FormatError,
+    NotFoundError,
+    TruncatedFileError,
+    UnknownFormatError,
+)
 from adapterkit.json_file import read_json_object
 from adapterkit.notes import Provenance
 from adapterkit.plugins import named, plugged_in
@@ -54,8 +59,9 @@ class FormatSpec:
         suffixes: file suffixes that mean this format as a destination.
         files: names or patterns of the files of a format that is a directory; empty for a file.
         takes_dialect: whether its reader understands `--dialect`.
-        any_vocabulary: whether tables of more rows than the base has may stand in it: what loads
-            it can make the base grow.
+        any_vocabulary: whether tables of more rows than the base has, and frozen copies of tables
+            that are not its own, may stand in it: what loads it can make the base grow, and takes
+            the copies.
     """
 
     name: str
@@ -313,7 +319,8 @@ def _nothing_known(path: Path) -> NotFoundError | UnknownFormatError:
         what = "says neither peft_type nor fine_tune_type, as no known program leaves it"
         return UnknownFormatError(what, path=config)
     if path.is_dir():
-        return NotFoundError(f"no adapter here: no {_CONFIG}", path=path)
+        what = f"no adapter here: no {_CONFIG}; pass the folder that holds it"
+        return NotFoundError(what, path=path)
     beside = f"no {_CONFIG} lies beside it"
     if names := _stored_names(path):
         return UnknownFormatError(
@@ -322,13 +329,16 @@ def _nothing_known(path: Path) -> NotFoundError | UnknownFormatError:
             "--base BASE --tuned MODEL -o ADAPTER",
             path=path,
         )
-    return UnknownFormatError(f"is not an adapter of a known format, and {beside}", path=path)
+    what = f"is not an adapter of a known format, and {beside}; pass the folder that holds one"
+    return UnknownFormatError(what, path=path)
 
 
 def _stored_names(path: Path) -> tuple[str, ...]:
     try:
         return tuple(read_safetensors(path).tensors)
-    except FormatError:
+    except FormatError as error:
+        if isinstance(error, TruncatedFileError) and path.suffix == ".safetensors":
+            raise
         return ()
 
 

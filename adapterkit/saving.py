@@ -12,10 +12,11 @@ from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
 from adapterkit.errors import LossyConversionError, ProofError, UsageError, unknown
 from adapterkit.keys import Role
-from adapterkit.lowrank.differences import silent
+from adapterkit.lowrank.effect import IDLE, idle
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
 from adapterkit.output import staged
+from adapterkit.passes.copies import OTHER_TABLE
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
@@ -187,7 +188,7 @@ def admitted(
     grown: set[str] = set()
     if target.any_vocabulary:
         grown = {loss.subject for loss in passed if loss.code == "vocabulary"}
-        passed = [loss for loss in passed if loss.code != "vocabulary"]
+        passed = [loss for loss in passed if loss.code not in {"vocabulary", OTHER_TABLE}]
     if passed and not allow_lossy:
         raise LossyConversionError(passed, path=path)
     if options.base:
@@ -305,13 +306,8 @@ def _trained(adapter: AdapterTensorSet) -> bool:
 
 
 def _silence(adapter: AdapterTensorSet) -> tuple[str, ...]:
-    """Say that an adapter changes nothing, where that is so; one module that does is enough."""
-    pairs = {key: pair for pair in adapter.pairs() for key in pair.keys}
-    if any(key not in pairs and key.role is not Role.BASE_COPY for key in adapter.tensors):
-        return ()
-    if not pairs or any(not silent(pair) for pair in adapter.pairs()):
-        return ()
-    return ("every update is zero: the adapter changes nothing; was it trained?",)
+    """Say that an adapter changes nothing, where that is so."""
+    return (IDLE,) if idle(adapter) else ()
 
 
 def _read_from(adapter: AdapterTensorSet, options: Options) -> set[Path]:

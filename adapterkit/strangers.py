@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _LONGEST = 512
+_SHOWN = 40
+_SPACE = 0x20
 
 
 def named(path: Path) -> str | None:
@@ -20,11 +22,20 @@ def named(path: Path) -> str | None:
         return next((found for rule in _table()["folder"] if (found := _folder(rule, path))), None)
     with path.open("rb") as file:
         start = file.read(_LONGEST)
+    if not start:
+        return "is empty; download or copy it again"
     for rule in _table()["file"]:
         known = start[rule.get("offset", 0) :].startswith(bytes.fromhex(rule.get("bytes", "00")))
         if _is_named(path, rule.get("names", ())) or ("bytes" in rule and known):
             return str(rule["what"])
+    if path.suffix in _table()["weights"] and _is_text(start):
+        shown = start[:_SHOWN].decode("ascii", "replace").split("\n")[0]
+        return f"is text ({shown!r}), not weights; download it again, logged in if it is gated"
     return None
+
+
+def _is_text(start: bytes) -> bool:
+    return start.isascii() and all(byte >= _SPACE or byte in b"\t\n\r" for byte in start)
 
 
 def _is_named(path: Path, patterns: Iterable[str]) -> bool:

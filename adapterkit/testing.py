@@ -63,6 +63,7 @@ def variants(folder: Path) -> Mapping[str, Callable[[AdapterTensorSet], AdapterT
         "layer_replication": lambda adapter: adapter.replace(layer_replication=((0, 1), (0, 2))),
         "invocation_tokens": lambda adapter: adapter.replace(invocation_tokens=(5, 6)),
         "token_indices": _with_token_rows,
+        "pooled_inputs": lambda adapter: adapter.replace(pooled_inputs=2),
         "tied": _with_tied_table,
         "engine_layout": lambda adapter: adapter.replace(engine_layout={_QUERY: "blk.0.attn_q"}),
         "rank_conflicts": lambda adapter: adapter.replace(
@@ -131,6 +132,10 @@ def check_field(
     named = lost and field in {"metadata", "base"}  # left out without asking, which is said
     if any(loss.blocks for loss in lost) or named or problems(changed):
         return  # refused, by the format or as broken before any format is asked
+    if field == "pooled_inputs":  # decided by the base where there is one
+        again = _written(spec, changed, _destination(spec, folder), options, Options())
+        _hold(again.pooled_inputs == changed.pooled_inputs, f"{spec.name} lost what is pooled")
+        return
     if field == "engine_layout":  # undone by the base where there is one
         again = _written(spec, changed, _destination(spec, folder), options, Options())
         held = {name: again.engine_layout.get(name) for name in changed.engine_layout}

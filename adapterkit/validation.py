@@ -10,7 +10,7 @@ from typing import Any
 from adapterkit.attempts import Attempt
 from adapterkit.base import BaseModel
 from adapterkit.checks.adapter import check
-from adapterkit.checks.findings import Finding, Severity, gathered, known_code
+from adapterkit.checks.findings import Finding, Severity, advised, gathered, known_code
 from adapterkit.checks.reading import read_for_validation
 from adapterkit.checks.security import check_security
 from adapterkit.engines.engine import load_target
@@ -170,7 +170,7 @@ def validate(
         every += more
         judged.append(covered)
     order = list(Severity)
-    kept = (finding for finding in gathered(every) if finding.code not in ignored)
+    kept = (finding for finding in gathered(advised(every, adapter)) if finding.code not in ignored)
     return ValidationReport(
         source=str(place.path) if isinstance(place, Source) else None,
         format=place.format.name if isinstance(place, Source) else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,9 @@ from adapterkit.hub import located
 from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import first_and_more
+from adapterkit.passes.copies import other_tables
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import apply
 from adapterkit.proof import compare, tolerance_for
 from adapterkit.stamps import contents, stamped
 from adapterkit.text import PLAIN, Pen, Shown, count, printable, short
@@ -282,7 +285,14 @@ def _source(
     if proof.sources and not known and isinstance(origin, Source):
         notes.append(f"{name} is not the file that it was made from, by its sha256")
     one, other = load_all([origin, held], base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
-    yield from _held_against(one, other, name)
+    yield from _held_against(_as_declared(one, name, notes), other, name)
+
+
+def _as_declared(loaded: Loaded, name: str, notes: list[str]) -> Loaded:
+    """Return what was loaded without what its own config denies; a note names that."""
+    settled = apply(["declaration"], loaded.adapter, Context(allow_lossy=True))
+    notes += [f"{name}: {loss.subject}: {loss.message}" for loss in settled.losses]
+    return replace(loaded, adapter=settled.adapter)
 
 
 def _origin(
@@ -317,7 +327,7 @@ def _merged(
         notes.append("the merged adapters were too many to list, and are not compared")
         return
     loaded = load(origin, base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
-    found = fingerprinted(loaded.adapter)
+    found = fingerprinted(_as_declared(loaded, name, notes).adapter)
     if found.unplaced:
         raise UncheckableError("is in llama.cpp's row order; give --base", where=name)
     alike = {k: each for k, each in proof.adapters.items() if each.version == found.version}
@@ -344,7 +354,7 @@ def _held_against(one: Loaded, other: Loaded, name: str) -> Iterator[Change]:
     if set(first.engine_layout) != set(second.engine_layout):
         message = "is in llama.cpp's row order in one of the two; give --base"
         raise UncheckableError(message, where=name)
-    found = compare(first, second)
+    found = compare(first, second, other_tables([*one.losses, *other.losses]))
     stored = (tensor.dtype for each in (first, second) for tensor in each.tensors.values())
     allowed = tolerance_for(stored)
     far = [(k, d) for k, d in found.differences.items() if not d.relative_error <= allowed]

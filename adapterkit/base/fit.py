@@ -73,7 +73,7 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
             wrong = _other_kernel(pair, weights)
         elif wrong is None and base.kind == "hf":
             wrong = (
-                _absent(pair, match, weights) or _wrong_shape(pair, match, base)
+                _absent(pair, match, weights) or _wrong_shape(pair, match, weights)
                 if match
                 else _untabled(pair, weights)
             )
@@ -131,10 +131,10 @@ def _absent(pair: Update, match: Match, weights: Places) -> Misfit | None:
     return Misfit(pair.module, "the base's checkpoint has no such module", "missing")
 
 
-def _wrong_shape(pair: Update, match: Match, base: BaseModel) -> Misfit | None:
+def _wrong_shape(pair: Update, match: Match, weights: Places) -> Misfit | None:
     actual = _oriented(pair)[-2:]
     try:
-        expected = _expected(pair, match, base)
+        expected = _expected(pair, match, weights)
     except BaseRequiredError as error:
         return Misfit(pair.module, error.message, "unknown")
     if expected is None:
@@ -182,14 +182,14 @@ def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if set(shape[_MATRIX:]) - {1} else shape[:_MATRIX]
 
 
-def _expected(pair: Update, match: Match, base: BaseModel) -> tuple[int, ...] | None:
-    stored = base.tensors.get(f"{pair.module}.weight")
+def _expected(pair: Update, match: Match, weights: Places) -> tuple[int, ...] | None:
+    stored = weights.stored(pair.module)
     # Quantised checkpoints store packed shapes; their config tells the logical ones.
     if stored is not None and stored.dtype.floating and stored.is_matrix:
         return stored.shape[::-1] if match.rule.conv1d else stored.shape
     if not match.rule.shape:
         return None
-    return tuple(int(base.sizes.value(text, match.layer)) for text in match.rule.shape)
+    return tuple(int(weights.base.sizes.value(text, match.layer)) for text in match.rule.shape)
 
 
 def _oriented(pair: Update) -> tuple[int, ...]:

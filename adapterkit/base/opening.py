@@ -29,6 +29,7 @@ _TEXT_TOWERS = {
     "llm_config": "model.language_model.",
     "language_config": "model.language_model.",
 }
+_USUAL_TOWER, _TABLE = ".language_model.", ".embed_tokens.weight"
 INDEX = "model.safetensors.index.json"
 _WORD = text(1 << 8)
 # The names of split models count to 99999; the largest one has some two hundred.
@@ -119,6 +120,7 @@ def _open_config(path: Path, name: str | None) -> BaseModel:
     facts = _text_config(config)
     tensors, names = _safetensors(path.parent)
     recorded = name or fields.optional("_name_or_path", TEXT)
+    classes = tuple(fields.optional("architectures", listed(_WORD)) or ())
     return BaseModel(
         path=path.parent if tensors else path,
         kind="hf",
@@ -128,9 +130,25 @@ def _open_config(path: Path, name: str | None) -> BaseModel:
         tensors=tensors,
         names=names,
         tied=_tied((fields, Table(facts, path)), architectures[0], names),
-        text_prefix=next((p for key, p in _TEXT_TOWERS.items() if _is_map(config, key)), ""),
-        classes=tuple(fields.optional("architectures", listed(_WORD)) or ()),
+        text_prefix=_text_prefix(config, classes),
+        classes=classes,
     )
+
+
+def _text_prefix(config: Mapping[str, Any], classes: Iterable[str]) -> str:
+    """Return what the paths of a wrapper's text tower begin with; empty if it is no wrapper.
+
+    Most have `language_model`; a class that is known has its own (`text_model` of SmolVLM).
+    """
+    from adapterkit.base.classes import model_class
+
+    usual = next((p for key, p in _TEXT_TOWERS.items() if _is_map(config, key)), "")
+    known = next(filter(None, map(model_class, classes)), None)
+    if not usual.endswith(_USUAL_TOWER) or known is None or known.headless or not known.prefix:
+        return usual
+    towers = {name.removesuffix(_TABLE) for name in known.kinds if name.endswith(_TABLE)}
+    tower = towers.pop() if len(towers) == 1 else ""
+    return usual if not tower or "." in tower else f"{known.prefix}.{tower}."
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -70,9 +70,9 @@ class Places:
         if self.role(parameter) != OUTPUT:
             return None
         # Some classes have several outputs, each with a table of its own.
-        table = None
-        if self.cls and not self.base.architecture.known:
-            table = self.cls.tied.get(parameter) or self.cls.tied.get(self.memory(parameter))
+        if self.cls is None or self.base.architecture.known:
+            return self.embedding
+        table = self.cls.tied.get(parameter) or self.cls.tied.get(self.memory(parameter))
         return self.find(table) if table else self.embedding
 
     def has(self, module: str) -> bool | None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterkit.errors import UsageError
 from adapterkit.notes import first_and_more
+
+if TYPE_CHECKING:
+    from adapterkit.model import AdapterTensorSet
+
+# As advice names the adapter.
+_CONVERT = "adapterkit convert SRC"
 
 
 class Severity(StrEnum):
@@ -62,6 +69,14 @@ def gathered(findings: Iterable[Finding]) -> list[Finding]:
     for finding in findings:
         modules.setdefault(replace(finding, modules=()), []).extend(finding.modules)
     return [replace(each, modules=tuple(dict.fromkeys(m))) for each, m in modules.items()]
+
+
+def advised(findings: Iterable[Finding], adapter: AdapterTensorSet | None) -> Iterator[Finding]:
+    """Yield findings whose advice has the options without which the adapter is not read."""
+    source = adapter.provenance if adapter is not None else None
+    whole = " ".join((_CONVERT, *(source.options if source else ())))
+    for finding in findings:
+        yield replace(finding, hint=finding.hint.replace(_CONVERT, whole))
 
 
 class Outcome(StrEnum):

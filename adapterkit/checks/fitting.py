@@ -10,10 +10,10 @@ from adapterkit.base.fit import misfits
 from adapterkit.base.originals import plain_name
 from adapterkit.base.places import Places
 from adapterkit.checks.findings import Finding, Severity, named
-from adapterkit.checks.selection import selection
 from adapterkit.checks.structure import peft_config
 from adapterkit.errors import UncheckableError, UnsupportedError
 from adapterkit.formats.peft.config import NO_TARGETS
+from adapterkit.formats.peft.selection import selection
 from adapterkit.keys import Role
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
@@ -74,6 +74,7 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Fin
     except UnsupportedError as error:
         yield Finding("AK305", Severity.UNCHECKED, named(error.where), error.message)
     yield from _whole(adapter, base)
+    yield from _copies(adapter, base)
     yield from _depth(adapter, base)
     yield from _selection(adapter, base)
 
@@ -160,6 +161,13 @@ def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
         rows_only = len(tensor.shape) > 1 and tensor.shape[1:] == stored.shape[1:]
         hint = _RESIZED if rows_only else "is it the right base?"
         yield Finding("AK313", Severity.ERROR, (key.module,), message, hint)
+
+
+def _copies(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
+    """Report frozen copies of tables that are not the base's: what runs without them is another."""
+    for loss in apply(["copies"], adapter, Context(base=base)).losses:
+        what, _, hint = loss.message.partition("; ")
+        yield Finding("AK314", Severity.ERROR, (loss.subject,), what, hint)
 
 
 def _last(adapter: AdapterTensorSet, module: str) -> int:

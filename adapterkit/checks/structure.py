@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.checks.findings import Finding, Severity, named
-from adapterkit.checks.selection import ends_with, selection
 from adapterkit.errors import UncheckableError
-from adapterkit.model import Kind, PeftSource
-from adapterkit.model.declared import undeclared
+from adapterkit.formats.peft.selection import ends_with
+from adapterkit.model import PeftSource
+from adapterkit.model.declared import SELECTORS, undeclared
 from adapterkit.model.defects import Defect, defects
 from adapterkit.notes import Note, NoteKind
 from adapterkit.passes.initialisation import AGAIN, unrepeatable
@@ -42,11 +42,16 @@ def structure_findings(adapter: AdapterTensorSet) -> Iterator[Finding]:
     if not adapter.tensors:
         yield _error("AK111", None, "holds no tensors", "save the adapter again after training")
     yield from map(_finding, defects(adapter))
-    for loss in undeclared(adapter):
+    chosen = {name: of for name, of in adapter.undeclared.items() if name in SELECTORS}
+    denied = {name: of for name, of in adapter.undeclared.items() if name not in SELECTORS}
+    for loss in undeclared(adapter.replace(undeclared=denied)):
         yield _error("AK116", loss.subject, loss.message)
+    yield from _outside(chosen)
+    yield from _unselected(adapter)
     if (init := adapter.initialisation) and (reason := unrepeatable(init)):
         yield _error("AK119", None, f"{reason}, and the adapter is none for the original", AGAIN)
     yield from _clean_ups(adapter)
+    yield from _other_configs(adapter)
     yield from _beside(adapter)
     if config := peft_config(adapter):
         yield from _targets(adapter, config)
@@ -79,6 +84,15 @@ def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
         yield Finding("AK110", Severity.WARNING, (), note, hint, fix="to-peft")
 
 
+def _other_configs(adapter: AdapterTensorSet) -> Iterator[Finding]:
+    """Report a config beside the file that is not the file's: who loads the directory takes it."""
+    for note in adapter.provenance.notes if adapter.provenance else ():
+        if isinstance(note, Note) and note.kind is NoteKind.OTHER_CONFIG:
+            message = f"{note}; programs that load PEFT directories take the one beside it"
+            hint = "adapterkit convert SRC -o DIR writes the file's own beside it; load DIR"
+            yield Finding("AK122", Severity.ERROR, (), message, hint, fix="to-peft")
+
+
 def unclean_names(adapter: AdapterTensorSet) -> Iterator[Note]:
     """Yield what the reader did to names that are not as PEFT saves them."""
     for note in adapter.provenance.notes if adapter.provenance else ():
@@ -94,37 +108,35 @@ def _targets(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[F
             if not any(ends_with(module, target) for module in modules):
                 message = f"target_modules names {target}, and no tensor is of it"
                 yield Finding("AK107", Severity.WARNING, (), message)
-    try:
-        for module in outside_targets(adapter):
-            message = "has factors, but the config does not select it: PEFT leaves them out"
-            yield _error("AK108", module, message, "add it to target_modules")
-    except UncheckableError as error:
-        message = f"which modules the config selects is unchecked: {error.message}"
+
+
+def _outside(chosen: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+    """Report modules whose factors nobody loads who goes by the adapter's own config."""
+    for setting, modules in chosen.items():
+        selector = SELECTORS[setting]
+        message = f"has factors, and {setting} does not select it: {selector.reader}"
+        for module in modules:
+            yield _error("AK108", module, message, selector.remedy)
+
+
+def _unselected(adapter: AdapterTensorSet) -> Iterator[Finding]:
+    if (note := unselected_note(adapter)) is not None:
         hint = "adapterkit convert -o DIR writes the list of modules"
-        yield Finding("AK118", Severity.UNCHECKED, (), message, hint, fix="to-peft")
+        yield Finding("AK118", Severity.UNCHECKED, (), note.text, hint, fix="to-peft")
+
+
+def unselected_note(adapter: AdapterTensorSet) -> Note | None:
+    """Return the note that says that nobody knows which modules the config selects, if any."""
+    notes = adapter.provenance.notes if adapter.provenance else ()
+    told = (note for note in notes if isinstance(note, Note) and note.kind is NoteKind.UNSELECTED)
+    return next(told, None)
 
 
 def outside_targets(adapter: AdapterTensorSet) -> Iterator[str]:
-    """Yield modules whose factors PEFT would leave out, by the adapter's own config.
-
-    Experts in one tensor are selected by target_parameters; they are not looked at.
-
-    Raises:
-        UncheckableError: if an expression of the config could not be evaluated.
-    """
-    config = peft_config(adapter)
-    chosen = selection(config)
-    if chosen is None:
-        return
-    parameters = [str(name) for name in config.get("target_parameters") or ()]
-    for pair in adapter.pairs():
-        plain = pair.kind is not Kind.EXPERTS and not _names_parameter(pair.module, parameters)
-        if plain and not chosen.selects(pair.module):
-            yield pair.module
-
-
-def _names_parameter(module: str, parameters: Sequence[str]) -> bool:
-    return any(ends_with(f"{module}.weight", name) for name in parameters)
+    """Yield modules whose factors are left out by who goes by the adapter's own config."""
+    for setting, modules in adapter.undeclared.items():
+        if setting in SELECTORS:
+            yield from modules
 
 
 def _beside(adapter: AdapterTensorSet) -> Iterator[Finding]:

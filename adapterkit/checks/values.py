@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.dtype import DType
 from adapterkit.errors import UncheckableError
+from adapterkit.keys import Role
 from adapterkit.lowrank.differences import all_finite, norm
+from adapterkit.lowrank.effect import acts, idle
 from adapterkit.tensor import LazyTensor
 from adapterkit.work import tracked
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
+# What changes a module without its factors.
+_BESIDE = frozenset({Role.MAGNITUDE, Role.COLUMN_MAGNITUDE, Role.LORA_BIAS})
 _F16_LARGEST = 65504.0
 # ‖ΔW‖ of a trained module is a few units at most; a weight's own norm is of the order of 100.
 _ABSURD = 1e4
@@ -37,7 +41,6 @@ _BLOCK = 1 << 18
 def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
     """Yield every finding about values."""
     silent: list[str] = []
-    count = 0
     paired = {key for pair in adapter.pairs() if _numeric(pair) for key in pair.keys}
     for key, tensor in adapter.tensors.items():
         if key not in paired and tensor.dtype.floating and tensor.size and not all_finite(tensor):
@@ -55,7 +58,6 @@ def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
         ]
         yield from broken
         if not broken:
-            count += 1
             try:
                 size = _norm(pair, *grams)
             except UncheckableError as error:
@@ -63,7 +65,7 @@ def check_values(adapter: AdapterTensorSet) -> Iterator[Finding]:
                 continue
             silent += [pair.module] if size == 0 else []
             yield from _sizes(pair, size, grams)
-    yield from _silent(silent, count)
+    yield from _silent(adapter, silent)
 
 
 def _not_finite(name: str) -> Finding:
@@ -86,13 +88,16 @@ def _sizes(pair: Update, size: float, grams: tuple[Array, Array]) -> Iterator[Fi
             yield Finding("AK204", Severity.WARNING, (pair.module,), message, hint)
 
 
-def _silent(modules: list[str], count: int) -> Iterator[Finding]:
-    if modules and len(modules) == count:
+def _silent(adapter: AdapterTensorSet, modules: list[str]) -> Iterator[Finding]:
+    if idle(adapter, lambda pair: pair.module in modules):
         hint = "it is untrained, or was saved before the weights were gathered"
         yield Finding("AK202", Severity.ERROR, (), "no module has an update", hint)
         return
+    beside = {key.module: key for key in adapter.tensors if key.role in _BESIDE}
     for module in modules:
-        yield Finding("AK205", Severity.WARNING, (module,), "its update is zero")
+        acting = module in beside and acts(adapter, beside[module])
+        message = f"B · A is zero: only its {beside[module].role.value} can act" if acting else ""
+        yield Finding("AK205", Severity.WARNING, (module,), message or "its update is zero")
 
 
 def _numeric(pair: Update) -> bool:

@@ -140,6 +140,7 @@ def examine(
     seconds: float = 300.0,
     dialect: str | None = None,
     alpha: float | None = None,
+    as_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DoctorReport:
     """Ask a running llama-server, vLLM, SGLang or Ollama whether an adapter works there.
@@ -156,6 +157,7 @@ def examine(
         seconds: after which no more is asked.
         dialect: key grammar of a hand-written source.
         alpha: scale numerator of the source, where its file does not hold it.
+        as_format: name of the format to read the source as, where its content does not tell.
         progress: told how many prompts of how many are done, stage by stage.
 
     Raises:
@@ -181,7 +183,14 @@ def examine(
     found = Findings(Condition.ALIVE, effect=mean_divergence(on, off))
     if source is not None and base is not None:
         by_text = not all(isinstance(token, int) for token in on[0])
-        known = reference(source, open_model(base), by_text=by_text, dialect=dialect, alpha=alpha)
+        known = reference(
+            source,
+            open_model(base),
+            by_text=by_text,
+            dialect=dialect,
+            alpha=alpha,
+            as_format=as_format,
+        )
         found = _against(known, texts, off, on)
     elif found.effect < _NONE_NATS:
         found = Findings(Condition.NO_EFFECT, effect=found.effect)

@@ -107,6 +107,7 @@ def reference(
     by_text: bool,
     dialect: str | None,
     alpha: float | None,
+    as_format: str | None,
 ) -> Reference:
     """Return the reference of an adapter on a base.
 
@@ -114,7 +115,9 @@ def reference(
         FormatError: if the source is malformed or broken.
         UnsupportedError: if it does not fit the base.
     """
-    loaded = load(source, base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
+    loaded = load(
+        source, base=base, dialect=dialect, alpha=alpha, as_format=as_format, need=Need.FITTED
+    )
     return Reference(loaded, loaded.base or base, by_text=by_text)
 
 

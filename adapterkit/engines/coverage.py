@@ -11,8 +11,8 @@ from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
 from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity, named
 from adapterkit.checks.fitting import other_architecture
-from adapterkit.checks.structure import outside_targets
-from adapterkit.errors import IncompatibleBaseError, UncheckableError, UnsupportedError
+from adapterkit.checks.structure import outside_targets, unselected_note
+from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 from adapterkit.formats.protocol import Options
 from adapterkit.model.defects import problems
 from adapterkit.served import served
@@ -119,10 +119,9 @@ def _finding(loss: Loss, target: Target) -> Finding:
 
 def _by_module(adapter: AdapterTensorSet, base: BaseModel, target: Target) -> list[CoveredModule]:
     wrong = {found.module: found for found in misfits(adapter, base) if found.kind != "unknown"}
-    try:
-        outside = set(outside_targets(adapter))
-    except UncheckableError:
+    if unselected_note(adapter) is not None:
         return []  # the check of the adapter alone says that nothing is known of its targets
+    outside = set(outside_targets(adapter))
     places = Places(base)
     covered = [_placed(pair, places, target, wrong, outside) for pair in adapter.pairs()]
     return _in_every_layer(covered, base, target) if target.whole else covered

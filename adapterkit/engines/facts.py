@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _HEADS = {"classifier", "score"}
 _ADDED_TOKENS = "added_tokens.json"
 _PICKLES = {".bin", ".pt", ".pth"}
+_SHARDS = "adapter_model-*-of-*"
 
 
 def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -> dict[str, Any]:
@@ -35,7 +36,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
     `score`, where that is one matrix), `head_absent` (the base has no such head), `token_rows`,
     `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`,
     `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`, `layer_replication`,
-    `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `unclean_names`, `foreign_names`,
+    `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `sharded`, `unclean_names`, `foreign_names`,
     `trained_beside` (files without which answers are others), `tokens_added` (how many entries of
     an added_tokens.json beside it the base has no row for); texts: `format`, `init`,
     `architecture` (of the base, empty if unknown). Of the engine's models: `class_unserved`,
@@ -78,6 +79,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             "foreign_names": any(note.kind is NoteKind.PREFIX for note in unclean),
             "trained_beside": any(file.needed for file in adapter.beside),
             "tokens_added": _tokens_added(adapter, base),
+            "sharded": bool(adapter.provenance and _sharded(adapter.provenance.path)),
             "pickled": bool(adapter.provenance and _pickled(adapter.provenance.path)),
         }
     )
@@ -152,6 +154,11 @@ def _is_regex(targets: Any) -> bool:
 def _is_output(module: str, base: BaseModel | None) -> bool:
     match = find_rule(base.architecture, module) if base else None
     return match.rule.targets[0].name == "output" if match else module.endswith("lm_head")
+
+
+def _sharded(path: Path) -> bool:
+    whole = (path / f"adapter_model{suffix}" for suffix in (".safetensors", *_PICKLES))
+    return path.is_dir() and any(path.glob(_SHARDS)) and not any(file.is_file() for file in whole)
 
 
 def _pickled(path: Path) -> bool:

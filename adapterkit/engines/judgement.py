@@ -6,7 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.checks.adapter import check
-from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity, Verdict
+from adapterkit.checks.findings import (
+    CoveredModule,
+    Finding,
+    Outcome,
+    Severity,
+    Verdict,
+    advised,
+)
 from adapterkit.checks.gguf_file import check_gguf_file
 from adapterkit.engines.coverage import cover, unserved
 from adapterkit.engines.facts import facts
@@ -115,10 +122,11 @@ def check_served(
     coverage, more = judge(adapter, base, engine, found)
     errors = [
         each
-        for each in (*found, *more)
+        for each in advised((*found, *more), adapter)
         if each.severity is Severity.ERROR and each.engine in {"", engine.name}
     ]
-    if coverage.verdict in FAILED:
+    # What is not looked at, for want of a base, makes nothing of this right.
+    if coverage.verdict in FAILED or any(engine.fate(each) in FAILED for each in errors):
         reasons = first_and_more(
             [f"{e.message}; {e.hint}" if e.hint else e.message for e in errors]
         )

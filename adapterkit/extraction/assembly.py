@@ -67,7 +67,9 @@ def assembled(
         for outcome in outcomes
         if outcome.module is not None
     ]
-    return adapter.replace(tensors={**adapter.tensors, **_whole(outcomes, base)}), reports
+    tensors = {**adapter.tensors, **_whole(outcomes, base)}
+    tied = _tied(outcomes) if base.tied else {}
+    return adapter.replace(tensors=tensors, tied=tied), reports
 
 
 def _adapter(pairs: Iterable[Update], base: BaseModel) -> AdapterTensorSet:
@@ -78,7 +80,11 @@ def _adapter(pairs: Iterable[Update], base: BaseModel) -> AdapterTensorSet:
 def _whole(outcomes: Iterable[Outcome], base: BaseModel) -> dict[TensorKey, LazyTensor]:
     """Return what is saved whole, biases included: PEFT loads all of a saved module."""
     saved = [outcome for outcome in outcomes if outcome.left is not None and outcome.left.saved]
-    found = {TensorKey(_parameter(each), Role.FULL): each.twin.tensor for each in saved}
+    found = {
+        TensorKey(_parameter(each, module), Role.FULL): each.twin.tensor
+        for each in saved
+        for module in (each.twin.modules[:1] if base.tied else each.twin.modules)
+    }
     for outcome in saved:
         bias = base.tensors.get(outcome.twin.name.removesuffix(".weight") + ".bias")
         if bias is not None:
@@ -86,9 +92,14 @@ def _whole(outcomes: Iterable[Outcome], base: BaseModel) -> dict[TensorKey, Lazy
     return found
 
 
-def _parameter(outcome: Outcome) -> str:
+def _tied(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, ...]]:
+    """Return the tables that are saved whole for several modules, in the base's one table."""
+    saved = (each.twin.modules for each in outcomes if each.left is not None and each.left.saved)
+    return {modules[0]: modules[1:] for modules in saved if len(modules) > 1}
+
+
+def _parameter(outcome: Outcome, module: str) -> str:
     """Return a saved parameter's name as PEFT spells it."""
-    module = outcome.twin.modules[0]
     return f"{module}.weight" if outcome.twin.name.endswith(".weight") else module
 
 

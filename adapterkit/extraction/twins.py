@@ -102,7 +102,6 @@ class _Engine:
         self.unpaired: list[str] = []
 
     def twins(self) -> Iterator[Twin]:
-        stored = {*self.base.tensors, *self.tuned.tensors}
         has_output = bool(self.tuned.architecture.match_gguf("output"))
         for name, tensor in self.tuned.tensors.items():
             there = name if name in self.base.tensors or name != _OUTPUT else _EMBEDDING
@@ -112,7 +111,8 @@ class _Engine:
             self.used.add(there)
             stem = name.removesuffix(".weight")
             matches = self.tuned.architecture.match_gguf(stem)
-            shared = has_output and _OUTPUT not in stored and name == _EMBEDDING
+            # An output of the base alone is a copy of its table, or `missing` names it.
+            shared = has_output and _OUTPUT not in self.tuned.tensors and name == _EMBEDDING
             yield _twin(
                 (self.base, there, self.base.tensors[there]),
                 (self.tuned, name, tensor),
@@ -185,10 +185,16 @@ class _HuggingFace:
     def _modules(self, name: str, module: str) -> tuple[str, ...]:
         """Return what a tensor is the weight of: a table that both models share, of two modules."""
         output = output_module(self.here)
-        shared = self.mine is None and self.theirs is None and self.tuned.tied and self.base.tied
+        shared = all(map(self._one_table, (self.here, self.there)))
         if output is None or not shared or name != self.here.embedding:
             return (module,)
         return module, output
+
+    def _one_table(self, names: Places) -> bool:
+        """Tell whether embedding and output of a model are one table, stored twice or not."""
+        if names.output is None:
+            return bool(names.base.tied)
+        return names.output in self.copies
 
     def _output_of_tied(self) -> Iterator[Twin]:
         """Yield the output of a tied model whose base has a table of its own for it."""

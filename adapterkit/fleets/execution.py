@@ -61,9 +61,14 @@ def carried_out(
         UncheckableError: if the executor is broken and stays so.
     """
     waiting, suspects = deque(items), deque[_Item]()
+    answered = False
     while waiting or suspects:
         if not suspects:
+            known = len(waiting)
             gone = _round(waiting, call, executor, note, workers * _AHEAD)
+            answered = answered or known > len(waiting) + len(gone)
+            if gone and not answered:
+                _check_beginning(executor)
             suspects.extend(item for item, _ in gone)
         else:
             gone = _round(suspects, call, executor, note, 1)
@@ -101,6 +106,23 @@ def _round(
                     gone.append((item, error))
             note(ended)
     return gone
+
+
+def _check_beginning(executor: Callable[[], Executor]) -> None:
+    """Raise if no worker can begin, whatever it is asked."""
+    with _ending(executor()) as pool:
+        try:
+            future = pool.submit(os.getpid)
+        except BrokenExecutor:  # the caller's own, which cannot be made anew
+            return
+        try:
+            future.result()
+        except BrokenExecutor as error:
+            message = (
+                "no process could begin; in a script, call this under "
+                "`if __name__ == '__main__':`, since each process imports the script anew"
+            )
+            raise UncheckableError(message) from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapterkit.base.copies import first_other_row
 from adapterkit.errors import FormatError, IncompatibleBaseError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.differences import all_finite
@@ -76,9 +77,26 @@ def merge_beside(
             if key.role is Role.TOKEN_ROWS:
                 tokens = _tokens(key, found)
         elif key.role is Role.BASE_COPY:
-            tensors[key] = next(t for _, t in _holders(key, found))
-            how[str(key)] = "copied; it is the base's own"
+            tensors[key] = _frozen(key, found)
+            how[str(key)] = "copied: the frozen table that training started from"
     return Beside(tensors, how, tokens)
+
+
+def _frozen(key: TensorKey, found: Sequence[Source]) -> LazyTensor:
+    """Return the frozen copy of a table, which all that hold one must have alike."""
+    (first, held), *others = _holders(key, found)
+    for source, tensor in others:
+        alike = tensor.shape == held.shape
+        row = first_other_row(held, tensor, 0, held.shape[0]) if alike else None
+        if not alike or row is not None:
+            what = f"row {row}" if alike else f"shape, {list(tensor.shape)},"
+            raise UnsupportedError(
+                f"is a frozen copy with another {what} than in {first.label}: they were trained on "
+                "other bases, and no adapter adds to both; leave one out",
+                path=source.label,
+                where=str(key),
+            )
+    return held
 
 
 def bias_keys(found: Sequence[Source], modules: Sequence[str]) -> list[TensorKey]:

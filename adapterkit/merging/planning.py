@@ -21,6 +21,7 @@ from adapterkit.errors import (
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, Update
 from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.declared import UNDECIDED
 from adapterkit.model.defects import problems
 from adapterkit.notes import first_and_more
 from adapterkit.patterns import Allowance, Expression, ending
@@ -203,6 +204,8 @@ def _check_kinds(source: Source) -> None:
             )
         if key.role is Role.LORA_BIAS and TensorKey(key.module, Role.LORA_A) not in held:
             raise FormatError("has a bias on B and no factors", path=source.label, where=key.module)
+    if source.adapter.pooled_inputs:
+        raise BaseRequiredError(UNDECIDED, path=source.label)
     if init := source.adapter.initialisation:
         raise UnsupportedError(
             f"init_lora_weights = {init!r} changed the base, so B · A is no update of the original "

@@ -28,6 +28,7 @@ SETTINGS = {
     "layer_replication": "layer_replication",
     "invocation_tokens": "alora_invocation_tokens",
     "token_indices": "trainable_token_indices",
+    "pooled_inputs": "qalora_group_size",
 }
 
 
@@ -53,6 +54,8 @@ class AdapterTensorSet:
         layer_replication: (first, end) of the ranges of layers that make up the model, if any.
         invocation_tokens: those after which alone it acts (aLoRA); empty if it always does.
         token_indices: the tokens of TOKEN_ROWS, of the input embedding or by name of a module.
+        pooled_inputs: the inputs that A takes as one (QA-LoRA) if the base is quantised with GPTQ,
+            and only then; 0 where that is decided.
         tied: embedding whose update is that of every output that the base ties to it (PEFT's
             `ensure_weight_tying`) -> further names that the file has it under; what is stored under
             those is not among the tensors: `spelled_out` brings it back.
@@ -77,6 +80,7 @@ class AdapterTensorSet:
     layer_replication: tuple[tuple[int, ...], ...] = ()
     invocation_tokens: tuple[int, ...] = ()
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    pooled_inputs: int = 0
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     engine_layout: Mapping[str, str] = field(default_factory=dict[str, str])
     rank_conflicts: Mapping[str, tuple[int, int]] = field(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from adapterkit.keys import Role, TensorKey
+from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role, TensorKey
 from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from adapterkit.model.adapter import AdapterTensorSet
 
 _SHOWN = 3
+# What `pooled_inputs` are without a base.
+UNDECIDED = (
+    "PEFT pools its inputs (use_qalora) on a GPTQ base and leaves that aside on any other; give "
+    "the base with --base"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,51 @@ PROMISES: Mapping[str, Promise] = MappingProxyType(
         ),
     }
 )
+# All that PEFT and mlx-lm make for a module that they adapt.
+_OF_ADAPTED = (
+    *FACTORS,
+    *EMBEDDING_FACTORS,
+    Role.MAGNITUDE,
+    Role.COLUMN_MAGNITUDE,
+    Role.LORA_BIAS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """What a setting that chooses the adapted modules does to the factors of all others.
+
+    Attributes:
+        remedy: how to choose them after all.
+        reader: what is done by the program that goes by the setting.
+    """
+
+    remedy: str
+    reader: str = "PEFT leaves them out"
+
+
+_MLX = "mlx-lm refuses the file"
+SELECTORS: Mapping[str, Selector] = MappingProxyType(
+    {
+        "exclude_modules": Selector("take them out of exclude_modules"),
+        "modules_to_save": Selector("take them out of modules_to_save"),
+        "target_modules": Selector("name them in target_modules"),
+        "layers_to_transform": Selector("add their layers to layers_to_transform"),
+        "num_layers": Selector("set num_layers to -1", _MLX),
+        "keys": Selector("add them to keys of lora_parameters", _MLX),
+    }
+)
+
+
+def denied(setting: str, module: str) -> tuple[TensorKey, ...]:
+    """Return the tensors of a module that a setting of `undeclared` denies."""
+    roles = _OF_ADAPTED if setting in SELECTORS else (PROMISES[setting].role,)
+    return tuple(TensorKey(module, role) for role in roles)
+
+
+def what_is_denied(setting: str) -> str:
+    """Return what the tensors are that a setting of `undeclared` denies, in the plural."""
+    return f"modules that {setting} leaves out" if setting in SELECTORS else PROMISES[setting].what
 
 
 def unstored(adapter: AdapterTensorSet) -> Iterator[tuple[str, str, str]]:
@@ -57,7 +107,7 @@ def unstored(adapter: AdapterTensorSet) -> Iterator[tuple[str, str, str]]:
         if setting == "modules_to_save":
             for module in modules:
                 message = (
-                    "modules_to_save names it, and the file does not hold it; save the adapter "
+                    "modules_to_save promises it, and the file does not hold it; save the adapter "
                     "again, or take it out of modules_to_save"
                 )
                 yield setting, module, message
@@ -76,12 +126,24 @@ def undeclared(adapter: AdapterTensorSet) -> Iterator[Loss]:
     the config right keeps them, and `allow_lossy` leaves them out.
     """
     for setting, modules in adapter.undeclared.items():
-        promise = PROMISES[setting]
-        keys = tuple(TensorKey(module, promise.role) for module in modules)
+        drops = [key for module in modules for key in denied(setting, module)]
         message = (
-            f"the file holds {promise.what}, and the config says {setting} {promise.off}: "
-            f"{promise.reader} leaves them out; set {setting} to {promise.on} in its config if "
-            "they were trained, or leave them out (adapterkit convert --allow-lossy)"
+            f"{_contradiction(setting)} if they were trained, or leave them out "
+            "(adapterkit convert --allow-lossy)"
         )
-        drops = tuple(key for key in keys if key in adapter.tensors)
+        drops = tuple(key for key in drops if key in adapter.tensors)
         yield Loss("undeclared", first_and_more(modules, _SHOWN), message, drops)
+
+
+def _contradiction(setting: str) -> str:
+    """Return what is the case, what becomes of the tensors, and how to keep them."""
+    if chosen := SELECTORS.get(setting):
+        return (
+            f"the file holds factors, and {setting} in the config does not select them: "
+            f"{chosen.reader}; {chosen.remedy}"
+        )
+    promise = PROMISES[setting]
+    return (
+        f"the file holds {promise.what}, and the config says {setting} {promise.off}: "
+        f"{promise.reader} leaves them out; set {setting} to {promise.on} in its config"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import LossyConversionError
-from adapterkit.model.declared import PROMISES, undeclared
+from adapterkit.model.declared import undeclared, what_is_denied
 from adapterkit.notes import Note
 from adapterkit.passes.dropping import drop
 from adapterkit.passes.protocol import Context, Passed
@@ -31,6 +31,6 @@ def settled(adapter: AdapterTensorSet, context: Context) -> Passed:
     if not context.allow_lossy:
         raise LossyConversionError(losses, path=path)
     left = drop(adapter, Context(losses=losses)).adapter
-    kinds = [PROMISES[setting].what for setting in adapter.undeclared]
+    kinds = [what_is_denied(setting) for setting in adapter.undeclared]
     notes = tuple(Note(f"{what} left out: the config denies them") for what in kinds)
     return Passed(left, notes, losses)

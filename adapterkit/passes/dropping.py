@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.keys import TensorKey
-from adapterkit.model.declared import PROMISES
+from adapterkit.model.declared import denied
 from adapterkit.model.tying import module_of, spelled_out
 from adapterkit.passes.protocol import Context, Passed
 
@@ -27,7 +26,7 @@ def drop(adapter: AdapterTensorSet, context: Context) -> Passed:
         adapter = spelled_out(adapter)
     left = {key: tensor for key, tensor in adapter.tensors.items() if key not in dropped}
     declared = {
-        setting: tuple(m for m in modules if TensorKey(m, PROMISES[setting].role) in left)
+        setting: tuple(m for m in modules if any(key in left for key in denied(setting, m)))
         for setting, modules in adapter.undeclared.items()
     }
     without = adapter.replace(

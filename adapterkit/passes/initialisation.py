@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from adapterkit.base.copies import wide_rows
 from adapterkit.base.places import Places
 from adapterkit.dtype import DType
-from adapterkit.errors import BaseRequiredError, UnsupportedError
+from adapterkit.errors import BaseRequiredError, IncompatibleBaseError, UnsupportedError
+from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.differences import norm
 from adapterkit.model import Kind, PeftSource
 from adapterkit.notes import Note
@@ -34,6 +36,12 @@ if TYPE_CHECKING:
 _SETTING = "init_lora_weights"
 # Training computed the initial factors in float32.
 _ROUNDING = 2.0**-24
+# What may be between a frozen copy and the same computed again: by row, and of the whole weight.
+_ROUNDINGS = {DType.F64: 1e-5, DType.F32: 1e-5, DType.F16: 2e-3, DType.BF16: 2e-2}
+_COARSEST = 2e-2
+_SLACK = 1e-6
+# Elements that are compared at a time.
+_COMPARED = 1 << 22
 # Errors of the result, predicted from the base, that are worth a note, and that are too much.
 _NOTED, _REFUSED = 1e-3, 1e-1
 AGAIN = (
@@ -72,7 +80,8 @@ def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
 
     Adapters without such an initialisation come back as they are. Embeddings keep their factors:
     PEFT initialises them as ever. DoRA magnitudes stay right, since the direction that they
-    normalise, W - s · B0 · A0 + s · B · A, stays the same.
+    normalise, W - s · B0 · A0 + s · B · A, stays the same. A frozen copy, which PEFT saves of an
+    output as it was changed, becomes the original weight.
 
     Args:
         adapter: with or without an initialisation that changed the base.
@@ -85,7 +94,8 @@ def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
         UnsupportedError: if the initial factors do not follow from the base, or its singular values
             lie too close together to tell which were taken.
         BaseRequiredError: if the base or its weights are missing.
-        IncompatibleBaseError: if a module is not in the base, or has another shape.
+        IncompatibleBaseError: if a module is not in the base, or has another shape, or a frozen
+            copy is not what the initialisation made of the base's weight.
     """
     setting = adapter.initialisation
     if not setting:
@@ -94,20 +104,25 @@ def undone(adapter: AdapterTensorSet, context: Context) -> Passed:
     initial = _initialisation(setting, path)
     weights = _weights(context.base, setting, path)
     plain: list[Update] = []
+    copies: dict[TensorKey, LazyTensor] = {}
     worst = 0.0, ""
     rounded: set[DType] = set()
     for pair in adapter.pairs():
         if pair.embedding:
             continue
-        weight = _weight(pair, weights)
+        weight = _weight(pair, weights, setting)
         rounded.add(weight.dtype)
         start = initial(_wide(weight), pair, turned=weights.conv1d(pair.module))
+        key = TensorKey(pair.module, Role.BASE_COPY)
+        if (copy := adapter.tensors.get(key)) is not None:
+            _check_changed(copy, weight, start, pair.module, setting)
+            copies[key] = weight
         a, b = _joined(pair, start)
         plain.append(replace(pair, a=a, b=b))
         size = norm(plain[-1])
         worst = max(worst, (start.doubt / size if size else 0.0, pair.module))
     notes = _notes(setting, worst, rounded, path)
-    return Passed(_plain(adapter.updated(plain)), tuple(map(Note, notes)))
+    return Passed(_plain(adapter.updated(plain, copies)), tuple(map(Note, notes)))
 
 
 def _initialisation(setting: str, path: Path | None) -> _Start:
@@ -130,16 +145,29 @@ def unrepeatable(setting: str) -> str:
 
 def _weights(base: BaseModel | None, setting: str, path: Path | None) -> Places:
     if base is None or base.kind != "hf" or not base.has_tensors:
-        given = "" if base is None else f"; {base.path} has no Hugging Face weights"
+        way = "give the model's directory with --base"
+        if base is not None:
+            way = (
+                f"{base.path} has no Hugging Face weights; make it an adapter of the original "
+                f"first: adapterkit convert {path or 'ADAPTER'} -o PLAIN --to peft --base MODEL"
+            )
         raise BaseRequiredError(
             f"{_SETTING} = {setting!r} changed the base, and what it changed follows from the "
-            f"original weights: give the model's directory with --base{given}",
+            f"original weights: {way}",
             path=path,
         )
     return Places(base)
 
 
-def _weight(pair: Update, weights: Places) -> LazyTensor:
+def _weight(pair: Update, weights: Places, setting: str) -> LazyTensor:
+    table = weights.shared(f"{pair.module}.weight")
+    if table and weights.stored(pair.module) is None:
+        raise UnsupportedError(
+            f"shares its weight with {table}, so {_SETTING} = {setting!r} changed both; an adapter "
+            "of the original base cannot say that: serve it with PEFT, or train with a base that "
+            "does not tie them",
+            where=pair.module,
+        )
     weight = weight_of(pair, weights)
     if pair.kind is not Kind.LINEAR or not weight.is_matrix:
         message = "is no linear layer; what its initialisation changed is not known"
@@ -191,6 +219,37 @@ def _olora(stored: Array, pair: Update, *, turned: bool) -> _Initial:
     angle = min(1.0, _ROUNDING * values[0] / values[-1]) if values[-1] else 1.0
     doubt = float(angle * np.linalg.norm(right))
     return _Initial(right.T, left.T, doubt) if turned else _Initial(left, right, doubt)
+
+
+def _check_changed(
+    copy: LazyTensor, weight: LazyTensor, start: _Initial, module: str, setting: str
+) -> None:
+    """Refuse a frozen copy that is not W - s · B0 · A0: it is of another base than W."""
+    import numpy as np
+
+    if copy.shape != weight.shape:
+        here, there = (" x ".join(map(str, each.shape)) for each in (copy, weight))
+        message = f"its frozen copy (base_layer) is {here}, and the base's weight {there}"
+        raise IncompatibleBaseError(message, where=module)
+    rounding = max(_ROUNDINGS.get(each.dtype, _COARSEST) for each in (copy, weight))
+    step = max(1, _COMPARED // max(1, weight.shape[-1]))
+    blocks = (slice(row, row + step) for row in range(0, weight.shape[0], step))
+    size = 0.0
+    apart: list[Array] = []
+    for rows in blocks:
+        begin, end, _ = rows.indices(weight.shape[0])
+        whole, kept = (wide_rows(each.rows(begin, end)) for each in (weight, copy))
+        taken = start.left[rows] @ start.right
+        lengths = [np.linalg.norm(each, axis=1) for each in (whole, taken, kept)]
+        size += float(np.square(lengths[0]).sum())
+        apart.append(np.linalg.norm(kept - (whole - taken), axis=1) - rounding * sum(lengths))
+    others = np.concatenate(apart) > start.doubt + _SLACK * size**0.5
+    if others.any():
+        raise IncompatibleBaseError(
+            f"its frozen copy (base_layer) has another row {int(others.argmax())} than {setting} "
+            "leaves of the base's weight: it was trained on another base; give that with --base",
+            where=module,
+        )
 
 
 def _joined(pair: Update, start: _Initial) -> tuple[LazyTensor, LazyTensor]:

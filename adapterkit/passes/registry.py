@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import unknown
+from adapterkit.passes.copies import compared
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.dropping import drop
 from adapterkit.passes.initialisation import undone
 from adapterkit.passes.magnitudes import truncated
 from adapterkit.passes.naming import NAMES, named
+from adapterkit.passes.pooling import decided
 from adapterkit.passes.protocol import Context, Pass, Passed
 from adapterkit.passes.uniform import uniform
 from adapterkit.passes.vocabulary import matched
@@ -27,6 +29,11 @@ PASSES = (
         change=settled,
     ),
     Pass(
+        name="pooling",
+        promise="the update is the one that PEFT applies on this base, its inputs pooled or not",
+        change=decided,
+    ),
+    Pass(
         name="initialisation",
         promise="on the original base the adapter is the model that it was on the changed one",
         change=undone,
@@ -36,6 +43,11 @@ PASSES = (
         promise="every DoRA is the nearest LoRA of a rank, its error listed as a loss; all else "
         "stays",
         change=truncated,
+    ),
+    Pass(
+        name="copies",
+        promise="a frozen copy of a table is the base's own, or a loss for a target without it",
+        change=compared,
     ),
     Pass(
         name="vocabulary",

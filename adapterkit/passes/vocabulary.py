@@ -1,20 +1,22 @@
 """Vocabularies that a base file trims or pads.
 
 Checkpoints pad their embedding to a round number of rows; converters cut that padding off, or add
-some. An update of the embedding or of the output is padded with zeros alike, and cut where the rows
-that the base does not have hold no update. Rows that hold one are somebody's new tokens, or what
-training did to padding: they leave only where that is allowed.
+some. A module of the embedding or of the output is padded to them, all of its tensors alike, so
+that the new rows are the base's, and cut where the rows that the base does not have hold nothing.
+Rows that hold something are somebody's new tokens, or what training did to padding: they leave only
+where that is allowed. DoRA whose magnitudes are norms over the rows is another update on a table of
+other rows, and stays as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.base.places import vocabulary_rows
 from adapterkit.keys import Role, TensorKey
 from adapterkit.notes import Loss, Note, NoteKind, first_and_more
 from adapterkit.passes.protocol import Context, Passed
+from adapterkit.passes.rows import Module, rows_of
 
 if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
@@ -46,24 +48,49 @@ def matched(adapter: AdapterTensorSet, context: Context) -> Passed:
     said = _tokens_matched(adapter, context.base, context)
     adapter = said.adapter
     resized: list[Update] = []
+    beside: dict[TensorKey, LazyTensor] = {}
+    left: set[TensorKey] = set()
     notes, losses = list(said.notes), list(said.losses)
     for pair in adapter.pairs():
         rows = vocabulary_rows(pair.module, context.base)
-        stored = pair.a.shape[-1] if pair.embedding else pair.b.shape[-2]
+        stored = rows_of(pair)
         if rows is None or rows == stored or _grows(adapter, pair, rows, context):
             continue
         if abs(rows - stored) >= _LARGEST_PADDING:
             continue
-        if rows < stored and _holds_update(pair, rows):
-            carried = bool(_carried(adapter, pair.module, stored, context.base))
-            losses.append(_loss(pair, stored, rows, carried=carried))
+        module = Module(adapter, pair)
+        if loss := _lost(module, rows, context.base):
+            losses.append(loss)
             if not context.allow_lossy:
                 continue
-        resized.append(_fitted(pair, rows))
+        if loss and loss.drops:
+            left |= set(loss.drops)
+            continue
+        update, others = module.resized(rows, context.base)
+        resized.append(update)
+        beside |= others
         verb = "cut" if rows < stored else "padded with zeros"
         change = f"vocabulary {verb} from {stored} to the base's {rows} rows"
         notes.append(Note(change, NoteKind.VOCABULARY, pair.module))
-    return Passed(adapter.updated(resized) if resized else adapter, (*notes,), (*losses,))
+    if left:
+        kept = {key: tensor for key, tensor in adapter.tensors.items() if key not in left}
+        adapter = adapter.replace(tensors=kept)
+    changed = adapter.updated(resized, beside) if resized else adapter
+    return Passed(changed, (*notes,), (*losses,))
+
+
+def _lost(module: Module, rows: int, base: BaseModel) -> Loss | None:
+    """Return why a module cannot be brought to the base's rows, or what it would lose by that.
+
+    A loss that drops something leaves the whole module out.
+    """
+    if reason := module.fixed(rows, base):
+        message = f"has {module.rows} rows, the base {rows}, and {reason}; {_OTHER_BASE}"
+        return Loss("vocabulary", module.name, message, module.keys)
+    if rows < module.rows and module.holds(rows):
+        carried = bool(_carried(module.adapter, module.name, module.rows, base))
+        return _loss(module, rows, carried=carried)
+    return None
 
 
 def _tokens_matched(adapter: AdapterTensorSet, base: BaseModel, context: Context) -> Passed:
@@ -112,12 +139,12 @@ def _grows(adapter: AdapterTensorSet, pair: Update, rows: int, context: Context)
 
     Rows that hold neither an update nor anything of the table are padding.
     """
-    stored = pair.a.shape[-1] if pair.embedding else pair.b.shape[-2]
+    stored = rows_of(pair)
     if not context.growing or context.base is None or rows >= stored:
         return False
     copies = _carried(adapter, pair.module, stored, context.base)
     held = any(bool(copy.rows(rows, copy.shape[0]).numpy().any()) for copy in copies)
-    return bool(copies) and (held or _holds_update(pair, rows))
+    return bool(copies) and (held or Module(adapter, pair).holds(rows))
 
 
 def _carried(
@@ -138,35 +165,10 @@ def _ways(*, carried: bool) -> str:
     return _OWN_ROWS if carried else _OTHER_BASE
 
 
-def _loss(pair: Update, stored: int, rows: int, *, carried: bool) -> Loss:
+def _loss(module: Module, rows: int, *, carried: bool) -> Loss:
+    what = "an update" if module.changes(rows) else "numbers in its frozen copy (base_layer)"
     message = (
-        f"its {stored} rows are more than the base's {rows}, and the others hold an update; "
+        f"its {module.rows} rows are more than the base's {rows}, and the others hold {what}; "
         f"{_ways(carried=carried)}"
     )
-    return Loss("vocabulary", pair.module, message)
-
-
-def _holds_update(pair: Update, rows: int) -> bool:
-    """Tell whether any row from `rows` on is changed: ΔW of a row is its row of the outer factor.
-
-    What is not finite counts as a change.
-    """
-    values = pair.a.numpy()[:, rows:] if pair.embedding else pair.b.numpy()[rows:]
-    return bool(values.any())
-
-
-def _fitted(pair: Update, rows: int) -> Update:
-    if pair.embedding:
-        return replace(pair, a=_resized(pair.a, rows, axis=1))
-    return replace(pair, b=_resized(pair.b, rows, axis=0))
-
-
-def _resized(tensor: LazyTensor, size: int, *, axis: int) -> LazyTensor:
-    import numpy as np
-
-    extra = size - tensor.shape[axis]
-    shape = tuple(size if place == axis else length for place, length in enumerate(tensor.shape))
-    if extra < 0:
-        return tensor.map(lambda x: x.take(range(size), axis=axis), shape=shape)
-    padding = [(0, extra if place == axis else 0) for place in range(2)]
-    return tensor.map(lambda x: np.pad(x, padding), shape=shape)
+    return Loss("vocabulary", module.name, message)

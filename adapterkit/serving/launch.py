@@ -206,8 +206,8 @@ def _one_a_request(members: Sequence[StackedAdapter], engine: str) -> list[str]:
             )
     if len(members) == 1:
         return []
-    advice = f"for their sum, combine the stack ({_sum_of(members)})"
-    return [f"{engine} serves one of them a request; {advice}"]
+    told = f"{engine} serves one of them a request; for their sum, combine the stack"
+    return [f"{told} ({_sum_of(members)})"]
 
 
 def _check_gguf(members: Sequence[StackedAdapter]) -> None:

@@ -21,6 +21,7 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import Need, load, open_model, recognise
 from adapterkit.lowrank.differences import difference
 from adapterkit.model import AdapterTensorSet, GgufSource, Update
+from adapterkit.model.declared import UNDECIDED
 from adapterkit.model.joining import joint_base, joint_source
 from adapterkit.model.tying import one_spelling
 from adapterkit.tensor import LazyTensor
@@ -320,6 +321,8 @@ class AdapterStack:
 
 
 def _check_plain(adapter: AdapterTensorSet, path: Path | None) -> None:
+    if adapter.pooled_inputs:
+        raise AdapterIncompatibleError(UNDECIDED, path=path)
     if init := adapter.initialisation:
         raise AdapterIncompatibleError(
             f"init_lora_weights = {init!r} changed the base, and an engine adds B · A to the "

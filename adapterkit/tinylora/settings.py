@@ -85,6 +85,7 @@ class TinySettings:
                 f'{SETTINGS_FILE} beside it, such as {{"frozen_rank": 2, "alpha": 1.0, '
                 '"tie_mode": "tiled", "tie_factor": 13}',
                 path=path,
+                needs="alpha" if "alpha" in missing else "",
             )
 
 

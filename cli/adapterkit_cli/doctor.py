@@ -25,6 +25,7 @@ from adapterkit_cli.progress import watching
 @options.base
 @options.dialect
 @options.alpha
+@options.as_format
 @click.option(
     "--prompts",
     metavar="FILE",
@@ -48,6 +49,7 @@ def command(
     base: str | None,
     dialect: str | None,
     alpha: float | None,
+    as_format: str | None,
     prompts: str | None,
     seconds: float,
     *,
@@ -74,6 +76,7 @@ def command(
             seconds=seconds,
             dialect=dialect,
             alpha=alpha,
+            as_format=as_format,
         )
     rendering.answer(report, as_json=as_json)
     ctx.exit(0 if report.healthy else 1)

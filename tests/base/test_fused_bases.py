@@ -6,6 +6,7 @@ tensor and run in llama.cpp.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -294,6 +295,9 @@ def test_towers_are_listed_and_dropped_only_when_told(
     tensors[f"base_model.model.model.{tower}.lora_A.weight"] = np.ones((4, 16), np.float32)
     tensors[f"base_model.model.model.{tower}.lora_B.weight"] = np.ones((16, 4), np.float32)
     save_file(tensors, weights)
+    config = tuned.path / "adapter_config.json"
+    named = {"target_modules": ["q_proj", tower]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
     with pytest.raises(LossyConversionError) as refused:
         convert(tuned.path, tmp_path / "a.gguf", base=llama.gguf)
     assert [(loss.code, loss.subject) for loss in refused.value.losses] == [

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def saved_llama(folder: Path, change: Callable[[Any], None] | None = None) -> Path:
+def saved_llama(
+    folder: Path, change: Callable[[Any], None] | None = None, *, tied: bool = False
+) -> Path:
     """Save the model, changed before; return its folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -22,7 +24,7 @@ def saved_llama(folder: Path, change: Callable[[Any], None] | None = None) -> Pa
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config)
     if change:

@@ -242,7 +242,7 @@ def test_the_program(tuned: AdapterFixture, healthy: Path, tmp_path: Path) -> No
     lines.write_text("one two\n\nthree\n")
     with served(tuned.base.gguf, [(healthy, 0.25)]) as url:
         line = ["doctor", url, "--prompts", str(lines)]
-        told = ["--source", str(tuned.path), "--base", str(tuned.base.gguf)]
+        told = ["--source", str(tuned.path), "--base", str(tuned.base.gguf), "--from", "peft"]
         run = CliRunner().invoke(cli, [*line, *told])
         assert run.exit_code == 1
         assert "wrong strength: the adapter acts at 0.2" in run.output

@@ -54,6 +54,7 @@ CASES = {
 } | {
     "AK114": case("AK114", None, "AK108"),
     "AK118": case("AK118"),
+    "AK122": case("AK122"),
     "AK120": case("AK120", None, "AK300", base=None),
     "AK121": case("AK121", "diffusers", "AK300", "AK501", base=None),
     "DIF001": case("sound", "diffusers"),
@@ -69,6 +70,7 @@ CASES = {
     "AK309": case("AK309", base="deep"),
     "AK312": case("AK312", base="whole"),
     "AK313": case("AK313", base="whole"),
+    "AK314": case("AK314", base="whole"),
     "AK503": case("AK308", "peft", "AK308", base="padded"),
     "VLLM021": case("AK312", "vllm", "AK312", base="whole"),
     "AK310": case("AK310", base="mixtral"),

@@ -76,7 +76,7 @@ def random_model(row: FamilyRow, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(drawn)  # what the class itself draws and is not drawn anew below
         model = getattr(transformers, row.model_class)._from_config(
-            _config(row), attn_implementation="eager", dtype=torch.float32
+            configured(row), attn_implementation="eager", dtype=torch.float32
         )
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():
@@ -92,7 +92,7 @@ def random_model(row: FamilyRow, seed: int) -> Any:
     return model.eval()
 
 
-def _config(row: FamilyRow) -> Any:
+def configured(row: FamilyRow) -> Any:
     kind = getattr(transformers, row.config_class)
     plain = kind()
     given = {**_shared(row, plain), **row.config}

@@ -36,6 +36,7 @@ BASES = {
     "AK309": "deep",
     "AK312": "whole",
     "AK313": "whole",
+    "AK314": "whole",
 }
 SOURCES = sorted(path.name for path in FOLDER.iterdir() if path.name != "bases")
 ENGINES = sorted(target_names())

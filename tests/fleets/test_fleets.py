@@ -218,6 +218,16 @@ def test_a_task_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -> 
     assert again == {name: f"{name} is done" for name in died} | {"always-1": "always-1 died"}
 
 
+def test_a_script_that_guards_nothing_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import adapterkit\nadapterkit.find_similar([{str(TINY)!r}, {str(TINY)!r}], jobs=2)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "UncheckableError: no process could begin; in a script, call this under" in done.stderr
+
+
 def test_a_broken_executor_of_the_callers_is_said(tmp_path: Path) -> None:
     with process_pool(1) as pool, pytest.raises(UncheckableError, match="run again"):
         carried(lambda: pool, ["always-1", "plain-1"], tmp_path)

@@ -205,7 +205,7 @@ def test_lora_pytorch(tmp_path: Path) -> None:
 
     torch.save(state, tmp_path / "lora.pt")
     updates = {"wte": product("wte"), "fc": product("fc").T}
-    with pytest.raises(UsageError, match="has scale 1 and no alpha"):
+    with pytest.raises(UsageError, match="alpha is 2 in the file, --alpha is 1"):
         adapterkit.convert(tmp_path / "lora.pt", tmp_path / "no", alpha=1)
     check(plain, updates, tmp_path / "lora.pt")
 

@@ -184,6 +184,11 @@ def test_training_arguments_of_an_mlx_source_are_kept(base: Path, tmp_path: Path
     assert first.read_bytes() == second.read_bytes()
 
 
+def select(folder: Path, *targets: str) -> None:
+    config = document(folder) | {"target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 def test_a_tied_embedding_is_adapted_once_and_applied_twice(tmp_path: Path) -> None:
     base = llama(tmp_path / "base", tied=True)
     model = tuned(base, tmp_path / "peft", r=4, target_modules=["embed_tokens", "q_proj"])
@@ -196,6 +201,7 @@ def test_a_tied_embedding_is_adapted_once_and_applied_twice(tmp_path: Path) -> N
     stored["base_model.model.lm_head.lora_A.weight"] = stored[f"{table}B"].T.contiguous()
     stored["base_model.model.lm_head.lora_B.weight"] = stored[f"{table}A"].T.contiguous()
     save_file(stored, tmp_path / "peft" / "adapter_model.safetensors")
+    select(tmp_path / "peft", "embed_tokens", "lm_head", "q_proj")
     adapterkit.convert(tmp_path / "peft", tmp_path / "mlx", to="mlx", base=base)
     plain = LlamaForCausalLM.from_pretrained(base)
     weight = plain.model.embed_tokens.weight.detach().clone()
@@ -206,16 +212,35 @@ def test_a_tied_embedding_is_adapted_once_and_applied_twice(tmp_path: Path) -> N
     torch.testing.assert_close(plain.lm_head.weight.double(), weight + 2 * (b @ a).T)
 
 
-def test_a_tied_output_that_differs_from_the_embedding_is_not_written(tmp_path: Path) -> None:
+def test_two_updates_of_a_tied_table_are_lost_and_the_advice_works(tmp_path: Path) -> None:
     base = llama(tmp_path / "base", tied=True)
-    tuned(base, tmp_path / "peft", r=4, target_modules=["embed_tokens", "q_proj"])
-    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    stored["base_model.model.lm_head.lora_A.weight"] = torch.randn(4, 32)
-    stored["base_model.model.lm_head.lora_B.weight"] = torch.randn(64, 4)
-    save_file(stored, tmp_path / "peft" / "adapter_model.safetensors")
-    with pytest.raises(adapterkit.ProofError):
+    model = tuned(base, tmp_path / "peft", r=4, target_modules=["embed_tokens", "lm_head"])
+    with pytest.raises(adapterkit.LossyConversionError, match="whose update is another") as refusal:
         adapterkit.convert(tmp_path / "peft", tmp_path / "mlx", to="mlx", base=base)
+    assert [loss.code for loss in refusal.value.losses] == ["tied-apart"]
     assert not (tmp_path / "mlx").exists()
+    adapterkit.merge_into([tmp_path / "peft"], base, tmp_path / "merged", tied="untie")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_two_updates_of_a_tied_table_leave_where_that_is_allowed(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", tied=True)
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    tuned(base, tmp_path / "peft", r=4, target_modules=targets, alpha_pattern={"lm_head": 3})
+    how: dict[str, Any] = {"to": "mlx", "base": base, "allow_lossy": True}
+    report = adapterkit.convert(tmp_path / "peft", tmp_path / "mlx", **how)
+    assert "tied-apart" in {loss.code for loss in report.losses}
+    written = mlx_oracle.load(LlamaForCausalLM.from_pretrained(base), tmp_path / "mlx")
+    assert {name.rpartition(".")[2] for name in written.adapted} == {"q_proj"}
+
+
+def test_a_magnitude_tells_a_tied_output_from_the_embedding(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", tied=True)
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    tuned(base, tmp_path / "peft", r=4, target_modules=targets, use_dora=True)
+    found = losses(read_peft(tmp_path / "peft", Options()), Options(base=open_base(base)))
+    assert {"tied-apart", "dora-embedding"} <= {loss.code for loss in found}
 
 
 @pytest.fixture(scope="module")

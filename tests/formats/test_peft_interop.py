@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapterkit.base import open_base
 from adapterkit.conversion import convert
 from adapterkit.files import write
 from adapterkit.formats.peft.config import LoraConfig as ReadConfig
@@ -22,6 +23,8 @@ from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Update
+from adapterkit.passes.pooling import decided
+from adapterkit.passes.protocol import Context
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -265,7 +268,14 @@ def test_pooled_inputs_are_written_out(tmp_path: Path) -> None:
     x = torch.randn(5, 32)
     with torch.no_grad():
         expected = QALoraLinearVariant.forward(layer, "default", x, torch.zeros(5, 16))
-    update = dense(read_peft(tmp_path, Options()))["model.layers.0.self_attn.q_proj"]
+    (tmp_path / "base").mkdir()
+    quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    fields = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32}
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**fields, **quantised}))
+    base = open_base(tmp_path / "base")
+    update = dense(read_peft(tmp_path, Options(base=base)))["model.layers.0.self_attn.q_proj"]
+    later = decided(read_peft(tmp_path, Options()), Context(base=base)).adapter
+    assert np.array_equal(dense(later)["model.layers.0.self_attn.q_proj"], update)
     ours = x.double().numpy() @ update.T
     assert np.linalg.norm(ours - expected.numpy()) < 1e-6 * np.linalg.norm(ours)
 

@@ -21,9 +21,9 @@ from peft.utils.other import get_pattern_key
 from terminal import ROOT
 
 from adapterkit import merge, patterns, validate
-from adapterkit.checks.selection import selection
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.files import read
+from adapterkit.formats.peft.selection import selection
 from adapterkit.patterns import Allowance, Expression, ending
 
 if TYPE_CHECKING:

@@ -139,6 +139,33 @@ def test_what_is_promised_and_missing_is_a_defect(setting: str, base: Path, tmp_
 
 
 @pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("input_layernorm", "layers.0.input_layernorm.weight"),
+        ("mlp", "layers.1.mlp.gate_proj.weight"),
+        ("self_attn.o_proj", "layers.0.self_attn.o_proj.bias"),
+    ],
+)
+def test_saved_modules_are_promised_in_every_layer(
+    name: str, part: str, base: Path, tmp_path: Path
+) -> None:
+    whole = trained(base, tmp_path / "whole", **TARGETS, modules_to_save=[name])
+    assert not inspect(whole, base=base).problems
+    broken = changed(whole, tmp_path / "broken", part)
+    with pytest.raises(KeyError, match=part):
+        logits(base, broken)
+    found = validate(broken, base=base, targets=["peft"]).findings
+    assert [each.modules for each in found if each.code == "AK112"] == [(f"model.{part}",)]
+    for command in ("into", "peft", "merge", "compress"):
+        with pytest.raises(FormatError, match=part):
+            everything(broken, base, tmp_path / "out")[command]()
+    named = [f"model.layers.1.{name}" if "layers.0" in part else f"model.layers.0.{name}"]
+    less = changed(broken, tmp_path / "less", modules_to_save=named)
+    assert np.isfinite(logits(base, less)).all()
+    assert not inspect(less, base=base).problems
+
+
+@pytest.mark.parametrize(
     ("setting", "off"), [("lora_bias", False), ("trainable_token_indices", None)]
 )
 def test_what_is_stored_and_denied_is_named(
@@ -193,6 +220,49 @@ def test_qalora_is_read_where_peft_reads_it(base: Path, tmp_path: Path) -> None:
     assert any("use_qalora is left aside" in note for note in report.notes)
     assert np.allclose(merged_logits(tmp_path / "m"), logits(base, plain), atol=1e-5)
     assert any("GPTQ" in note for note in inspect(flagged).notes)
+
+
+def test_qalora_is_carried_as_it_is_where_no_base_decides(base: Path, tmp_path: Path) -> None:
+    plain = trained(base, tmp_path / "plain", **TARGETS)
+    fields = {"use_qalora": True, "qalora_group_size": 4, "base_model_name_or_path": "nobody/base"}
+    flagged = changed(plain, tmp_path / "flagged", **fields)
+    report = convert(flagged, tmp_path / "again")
+    assert any("GPTQ" in note for note in report.notes)
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert (config["use_qalora"], config["qalora_group_size"]) == (True, 4)
+    assert np.array_equal(logits(base, tmp_path / "again"), logits(base, plain))
+    merge_into([tmp_path / "again"], base, tmp_path / "m")
+    assert np.allclose(merged_logits(tmp_path / "m"), logits(base, plain), atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["merge", "compress", "audit", "stack", "mlx", "kohya"])
+def test_qalora_asks_for_the_base_where_that_decides(
+    command: str, base: Path, tmp_path: Path
+) -> None:
+    plain = trained(base, tmp_path / "plain", **TARGETS)
+    fields = {"use_qalora": True, "qalora_group_size": 4, "base_model_name_or_path": "nobody/base"}
+    flagged = changed(plain, tmp_path / "flagged", **fields)
+    commands: dict[str, Callable[[], object]] = {
+        **everything(flagged, base, tmp_path),
+        "mlx": lambda: convert(flagged, tmp_path / "mlx", to="mlx"),
+        "kohya": lambda: convert(flagged, tmp_path / "x.safetensors", to="kohya"),
+    }
+    with pytest.raises(AdapterKitError, match="qalora"):
+        commands[command]()
+
+
+@pytest.mark.parametrize("command", ["merge", "compress"])
+def test_qalora_is_decided_by_the_base_that_is_given(
+    command: str, base: Path, tmp_path: Path
+) -> None:
+    plain = trained(base, tmp_path / "plain", **TARGETS)
+    flagged = changed(plain, tmp_path / "flagged", use_qalora=True, qalora_group_size=4)
+    if command == "merge":
+        halves = [0.5, 0.5]
+        merge_files([flagged, flagged], tmp_path / "out", weights=halves, base=base)
+    else:
+        compress_file(flagged, tmp_path / "out", tol=1e-6, base=base)
+    assert np.allclose(logits(base, tmp_path / "out"), logits(base, plain), atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "code"), [("dora", "AK115"), ("lora", "AK116")])

@@ -96,10 +96,20 @@ def fitted(adapter: AdapterTensorSet, model: BaseModel, *, allow_lossy: bool = F
 
 
 def test_passes_are_named_and_promise_something() -> None:
-    names = ["declaration", "initialisation", "dora", "vocabulary", "uniform", "names", "drop"]
+    names = [
+        "declaration",
+        "pooling",
+        "initialisation",
+        "dora",
+        "copies",
+        "vocabulary",
+        "uniform",
+        "names",
+        "drop",
+    ]
     assert [known.name for known in PASSES] == names
     assert all(known.promise for known in PASSES)
-    with pytest.raises(UsageError, match="known: declaration, initialisation"):
+    with pytest.raises(UsageError, match="known: declaration, pooling"):
         by_name("nonsense")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from dense_updates import dense
+from engine import family_row, make_base
 from pissa_models import TARGETS, apart, loaded, logits, merged, relative, tuned
 from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
@@ -225,6 +226,30 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
     with pytest.raises(adapterkit.UnsupportedError, match=reason) as caught:
         undone(raw, Context(base=open_base(base)))
     assert "path_initial_model_for_weight_conversion" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_tied_output_is_refused_for_what_it_is(init: str, tmp_path: Path) -> None:
+    base = saved_llama(tmp_path / "base", apart, tied=True)
+    path = tuned(base, tmp_path / "a", init, target_modules=["q_proj", "lm_head"])
+    before = LlamaForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    after = loaded(base, path).get_input_embeddings().weight
+    assert not torch.allclose(before, after), "PEFT changes the embedding too"
+    with pytest.raises(adapterkit.UnsupportedError, match=r"embed_tokens.*changed both") as caught:
+        adapterkit.convert(path, tmp_path / "out", to="peft", base=base)
+    assert caught.value.where == "lm_head"
+    assert not (tmp_path / "out").exists()
+
+
+def test_into_a_gguf_it_goes_by_way_of_a_plain_adapter(tmp_path: Path) -> None:
+    base = make_base(family_row("llama"), tmp_path)
+    path = tuned(base.hf, tmp_path / "olora", "olora")
+    with pytest.raises(adapterkit.BaseRequiredError, match=r"adapterkit convert .* --base MODEL"):
+        adapterkit.merge_into([path], base.gguf, tmp_path / "merged.gguf")
+    adapterkit.convert(path, tmp_path / "plain", to="peft", base=base.hf)
+    adapterkit.merge_into([tmp_path / "plain"], base.gguf, tmp_path / "merged.gguf")
 
 
 def test_base_must_be_there_with_its_weights(base: Path, tmp_path: Path) -> None:

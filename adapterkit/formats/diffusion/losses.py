@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.base.copies import lost_copies
 from adapterkit.dtype import DType
 from adapterkit.formats.diffusion.plan import planned
 from adapterkit.keys import Role, TensorKey
@@ -31,7 +32,12 @@ _OTHERS = {
 def losses(adapter: AdapterTensorSet, options: Options, spelling: str) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     plan = planned(adapter, spelling, base=options.base)
-    found = [*lost_settings(adapter), *_by_role(adapter), *_misplaced(adapter, plan)]
+    found = [
+        *lost_settings(adapter),
+        *_by_role(adapter),
+        *lost_copies(adapter, options.base),
+        *_misplaced(adapter, plan),
+    ]
     found += [*_by_kind(adapter), *_partly(adapter, plan), *_by_spelling(adapter, spelling)]
     found += [*undeclared(adapter), *lost_beside(adapter.beside)]
     if options.dtype is DType.Q8_0:
@@ -44,9 +50,6 @@ def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
     for role, (code, message) in _OTHERS.items():
         if keys := [key for key in adapter.tensors if key.role is role]:
             yield _loss(code, keys, f"{message}; merge the adapter into the base instead")
-    for key in adapter.tensors:
-        if key.role is Role.BASE_COPY:
-            yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
 
 
 def _misplaced(adapter: AdapterTensorSet, plan: Plan) -> Iterator[Loss]:

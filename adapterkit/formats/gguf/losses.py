@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
+from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.base.places import vocabulary_rows
 from adapterkit.dtype import DType
@@ -13,7 +14,7 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.model import GgufSource, Kind, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
-from adapterkit.model.declared import undeclared
+from adapterkit.model.declared import UNDECIDED, undeclared
 from adapterkit.model.losses import lost_columns, lost_metadata
 from adapterkit.notes import Loss, first_and_more
 
@@ -50,6 +51,7 @@ _SETTINGS = {
             "if you save it with PEFT's path_initial_model_for_weight_conversion"
         ),
     ),
+    "pooled_inputs": ("qalora", UNDECIDED),
     "layer_replication": (
         "layer-replication",
         "layers are replicated; llama.cpp has one block for each; merge in PEFT first",
@@ -231,7 +233,7 @@ def _copies(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]
             message = f"was resized to {copy.shape[0]} rows, the base has {rows}; {_GROW}"
             yield _loss("resized-vocabulary", [key], message)
         else:
-            yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
+            yield from lost_copies(adapter.replace(tensors={key: copy}), base)
 
 
 def _other_rows(key: TensorKey, adapter: AdapterTensorSet, base: BaseModel | None) -> int:

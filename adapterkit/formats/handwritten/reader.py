@@ -85,15 +85,13 @@ def interpret(
 def _alpha(
     dialect: Dialect, document: Document, options: Options, explanation: Explanation
 ) -> float:
-    """Return alpha, from the file, a file beside it, or the options; never two different ones."""
+    """Return alpha, from the file, a file beside it, or else the options."""
     stored = dialect.alpha if isinstance(dialect.alpha, float) else None
     for source in dialect.alpha if isinstance(dialect.alpha, tuple) else ():
         if stored is None and (value := document.value(source)) is not None:
             stored = _number(value, source, document)
     given = options.alpha
     if dialect.scale == "1":
-        if given is not None:
-            raise UsageError(f"dialect {dialect.name} has scale 1 and no alpha; leave --alpha out")
         return 1.0
     if given is None and stored is None:
         ranks = sorted({h["B"].shape[1] for h in explanation.sites.values() if "B" in h})
@@ -101,10 +99,9 @@ def _alpha(
             f"alpha is not in the file, and the scale is {dialect.scale} (r = "
             f"{', '.join(map(str, ranks))}); pass the alpha of the training run with --alpha",
             path=document.path,
+            needs="alpha",
         )
-    if given is not None and stored is not None and given != stored:
-        raise UsageError(f"alpha is {stored:g} in the file, --alpha is {given:g}; leave it out")
-    return _number(stored if given is None else given, "--alpha", document)
+    return _number(given if stored is None else stored, "--alpha", document)
 
 
 def _number(value: object, source: str, document: Document) -> float:

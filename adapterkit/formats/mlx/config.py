@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.errors import UnsupportedError
 from adapterkit.formats.mlx.spelling import in_block
-from adapterkit.tables import TEXT, Table, number, shown, whole
+from adapterkit.tables import TEXT, Table, listed, number, shown, whole
 
 if TYPE_CHECKING:
     from adapterkit.notes import BaseReference
 
 
 _RANK = whole(0, 1 << 20, integral=True)
+_COUNT = whole(-(1 << 20), 1 << 20)
+_KEYS = listed(TEXT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,33 @@ class MLXConfig:
         holder = self.parameters if "rank" in self.parameters.fields else self.fields
         return holder.optional("rank", _RANK)
 
+    def denied_by(self, module: str, layers: int | None) -> str | None:
+        """Return the field for which mlx-lm does not adapt a module; None if it may.
+
+        Of its last `num_layers` blocks it adapts what `keys` name relative to the block, all where
+        there are none, and of the whole model what they name in full.
+
+        Args:
+            module: MLX path.
+            layers: blocks of the base; None if unknown: then no block is denied.
+        """
+        keys = self.parameters.optional("keys", _KEYS)
+        if keys is not None and module in keys:
+            return None
+        place = in_block(module)
+        if keys is not None and (place is None or place[2] not in keys):
+            return "keys"
+        count = self.fields.optional("num_layers", _COUNT)
+        if place is None or layers is None or count is None or count <= 0:
+            return None
+        return "num_layers" if place[1] < layers - count else None
+
     def scale(self, rank: int, alpha: float | None) -> float:
         """Return the multiplier of a · b.
 
         Args:
             rank: that of the module.
-            alpha: given by the user; then the scale is alpha / rank, whatever the file says.
+            alpha: given by the user, for a file that does not settle it: then alpha / rank.
 
         Raises:
             UnsupportedError: if the file does not settle it.
@@ -83,7 +106,7 @@ class MLXConfig:
         scale = self.parameters.optional("scale", number())
         old = self.parameters.optional("alpha", number())
         if scale is None:
-            raise UnsupportedError(self._without_scale(rank), path=self.path)
+            raise UnsupportedError(self._without_scale(rank), path=self.path, needs="alpha")
         # mlx-lm multiplied by scale * alpha / rank until June 2024 and ignores alpha since. The
         # count of layers got its present name later, so a file that uses it is of the second kind.
         if old is not None and old != rank and "num_layers" not in self.raw:
@@ -92,6 +115,7 @@ class MLXConfig:
                 f"both (--alpha {scale * old:g}), later versions by the scale alone "
                 f"(--alpha {scale * rank:g}); choose with --alpha",
                 path=self.path,
+                needs="alpha",
             )
         return scale
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import in_tower
+from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.dtype import DType
+from adapterkit.factors import turned
 from adapterkit.formats.mlx import spelling
 from adapterkit.formats.mlx.writer import MLXAdapter, mlx_adapter
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import Kind, spelled_out
+from adapterkit.model import Kind, Update, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
-from adapterkit.model.declared import undeclared
+from adapterkit.model.declared import UNDECIDED, undeclared
 from adapterkit.model.losses import lost_columns, lost_metadata
 from adapterkit.notes import Loss, first_and_more
 from adapterkit.served import served
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
+_OUTPUT = "lm_head"
+# Relative error below which two updates of one table are one, computed twice in float32.
+_SAME = 1e-6
 
 # Whose multipliers mlx-lm folds into the weights (sanitize in mlx_lm/models/falcon_h1.py), so that
 # the same factors would be another update.
@@ -42,6 +47,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
             "path_initial_model_for_weight_conversion"
         ),
     ),
+    "pooled_inputs": ("qalora", UNDECIDED),
     "layer_replication": (
         "layer-replication",
         "layers are replicated; MLX-LM has one block for each; merge in PEFT first",
@@ -54,7 +60,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
 
 
 def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
-    """List every reason at once; no tensor data is read."""
+    """List every reason at once; no tensor data is read but that of two updates of one table."""
     adapter = spelled_out(adapter)
     mapped = mlx_adapter(adapter, options.base)
     found = [*_by_role(adapter, options.base), *_by_setting(adapter), *_unplaced(adapter, mapped)]
@@ -109,9 +115,7 @@ def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss
         message = f"a whole trained parameter has no place there; {_MERGE}"
         yield _loss("saved-module", kept, message)
     yield from lost_columns(adapter)
-    for key in adapter.tensors:
-        if key.role is Role.BASE_COPY:
-            yield Loss("base-copy", key.module, "frozen copy of the base left out", blocks=False)
+    yield from lost_copies(adapter, base)
 
 
 def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
@@ -166,7 +170,7 @@ def _dora(adapter: AdapterTensorSet) -> Iterator[Loss]:
 
 def _embeddings(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     tables = [key for key in adapter.tensors if key.role is Role.EMBEDDING_A]
-    outputs = _keys_of(adapter, ["lm_head"])
+    outputs = _keys_of(adapter, [_OUTPUT])
     tied = base.tied if base else None
     if tables and tied is None:
         message = "MLX applies it to the output too if the two are tied; give the base with --base"
@@ -179,3 +183,30 @@ def _embeddings(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[L
     elif outputs and tied and not tables:
         message = f"MLX-LM has no output module where it is tied to the embedding; {_MERGE}"
         yield _loss("tied-output", outputs, message)
+    elif outputs and tied and not _one_update(adapter, tables[0].module):
+        message = (
+            f"MLX-LM has one table for this and {tables[0].module}, whose update is another one; "
+            "give each a table of its own instead (adapterkit merge --into, with --tied untie)"
+        )
+        yield Loss(
+            "tied-apart", _OUTPUT, message, (*_keys_of(adapter, [tables[0].module]), *outputs)
+        )
+
+
+def _one_update(adapter: AdapterTensorSet, table: str) -> bool:
+    """Tell whether the output's update is that of the embedding, as far as float32 tells.
+
+    What is not finite is left for the proof, which names the tensor.
+    """
+    from adapterkit.lowrank.differences import difference
+
+    if any(key.role is Role.MAGNITUDE for key in _keys_of(adapter, [table, _OUTPUT])):
+        return False
+    pairs = {pair.module: pair for pair in adapter.pairs() if pair.module in {table, _OUTPUT}}
+    if len(pairs) < len({table, _OUTPUT}):
+        return False
+    own, output = pairs[table], pairs[_OUTPUT]
+    shared = Update(_OUTPUT, turned(own.b), turned(own.a), own.scale)
+    if (shared.kind, shared.shape) != (output.kind, output.shape):
+        return False
+    return not difference(shared, output).relative_error > _SAME

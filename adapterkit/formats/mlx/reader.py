@@ -125,7 +125,7 @@ def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
         _others(groups, source),
         base=BaseReference(name=name),
         rank_conflicts=_conflicts(config, pairs),
-        **_contradictions(config, groups),
+        **_contradictions(source, groups, pairs),
         beside=lying_beside(
             weights_path.parent,
             {CONFIG, weights_path.name, *_CHECKPOINTS},
@@ -343,18 +343,35 @@ def _conflicts(config: MLXConfig, pairs: list[Update]) -> dict[str, tuple[int, i
 
 
 def _contradictions(
-    config: MLXConfig, groups: Mapping[str, Mapping[str, LazyTensor]]
+    source: _Source, groups: Mapping[str, Mapping[str, LazyTensor]], pairs: list[Update]
 ) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Return what `fine_tune_type` promises and the file lacks, or denies and it holds.
+    """Return what the config promises and the file lacks, or denies and it holds.
 
-    mlx-lm loads what its layers have and nothing else, without a word.
+    mlx-lm makes what its config says and loads nothing else: older versions leave the rest out
+    without a word.
     """
+    config = source.config
     having = tuple(module for module, parts in groups.items() if "m" in parts)
     without = tuple(module for module, parts in groups.items() if "m" not in parts)
-    kind = config.raw.get("fine_tune_type")
-    if kind == "dora":
-        return {"unstored": {"fine_tune_type": without}} if without else {}
-    return {"undeclared": {"fine_tune_type": having}} if having and config.raw else {}
+    missing, denied = {}, _unselected(source, pairs)
+    if config.raw.get("fine_tune_type") == "dora":
+        missing = {"fine_tune_type": without} if without else {}
+    elif having and config.raw:
+        denied["fine_tune_type"] = having
+    return {"unstored": missing, "undeclared": denied}
+
+
+def _unselected(source: _Source, pairs: list[Update]) -> dict[str, tuple[str, ...]]:
+    """Return the modules that mlx-lm would not adapt, by the field that denies them."""
+    layers = source.base.sizes.get("layers") if source.base else None
+    found: dict[str, list[Update]] = {}
+    for pair in pairs:
+        if field := source.config.denied_by(pair.module, layers):
+            found.setdefault(field, []).append(pair)
+    return {
+        field: tuple(update.module for update in _spelled(denied, source))
+        for field, denied in found.items()
+    }
 
 
 def _notes(groups: Mapping[str, Mapping[str, LazyTensor]], pairs: list[Update]) -> tuple[str, ...]:

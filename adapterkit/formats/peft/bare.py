@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from adapterkit.errors import FormatError, NotFoundError, UsageError
 from adapterkit.formats.peft.bare_files import weights_of
 from adapterkit.formats.peft.config import LoraConfig
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS, parts, stored_tensors
+from adapterkit.formats.peft.own_config import Counted, counted, own_config
 from adapterkit.formats.peft.reader import interpret
 from adapterkit.formats.peft.sharded_files import config_above
 from adapterkit.formats.peft.state import FACTOR
@@ -53,7 +54,7 @@ class State:
 
 
 def read_weights(path: Path, options: Options) -> AdapterTensorSet:
-    """Read a file of PEFT's tensors, or the one in a directory, without its config.
+    """Read a file of PEFT's tensors, or the one in a directory, without a config beside it.
 
     Args:
         path: a file that torch, safetensors or PEFT itself wrote, or its directory.
@@ -63,22 +64,29 @@ def read_weights(path: Path, options: Options) -> AdapterTensorSet:
         NotFoundError: if a shard is missing, or the config of a directory and alpha.
         FormatError: if a file is malformed, or holds one rank's part.
         UnsupportedError: if it holds several adapters, or something beside one.
-        UsageError: if alpha is not given.
+        UsageError: if alpha is not given, and the file carries no config of its own.
     """
     weights = weights_of(path)
     if weights is None:
         raise NotFoundError(f"holds no weights of an adapter ({', '.join(WEIGHTS)})", path=path)
-    if path.is_dir() and options.alpha is None:
+    stored = stored_tensors(weights)
+    own = own_config(stored.metadata, weights)
+    if own is None and path.is_dir() and options.alpha is None:
         scaled = (
             f"no {CONFIG} here, which scales {weights.name}; pass the alpha of the training run"
         )
-        raise NotFoundError(f"{scaled} with --alpha", path=path)
-    stored = stored_tensors(weights)
+        raise NotFoundError(f"{scaled} with --alpha", path=path, needs="alpha")
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     halves = {name: name.replace(".lora_A.", ".lora_B.") for name in shapes if ".lora_A." in name}
     if is_slice((shapes[a], shapes[b]) for a, b in halves.items() if b in shapes):
         raise FormatError(f"{ONE_RANK}; {GATHER}", path=weights, where=next(iter(halves)))
     state = State(weights, "a file of PEFT's weights", stored.tensors, stored.notes)
+    if own is not None:
+        beside = weights.parent / CONFIG
+        found = Counted(own, weights)
+        found = counted(stored.metadata, weights, beside) if beside.is_file() else found
+        state = replace(state, notes=(*found.notes, *state.notes))
+        return _with_config(state, found, weights.parent, "peft-weights", path, options)
     return _with_alpha(state, "peft-weights", path, options)
 
 
@@ -111,23 +119,20 @@ def adapter_of(state: State, name: str, path: Path, options: Options) -> Adapter
         )
     config_path = config_above(state.folder)
     if config_path:
-        return _with_config(state, config_path, name, path, options)
+        config = Counted(read_json_object(config_path), config_path)
+        return _with_config(state, config, config_path.parent, name, path, options)
     return _with_alpha(state, name, path, options)
 
 
 def _with_config(
-    state: State, config_path: Path, name: str, path: Path, options: Options
+    state: State, found: Counted, folder: Path, name: str, path: Path, options: Options
 ) -> AdapterTensorSet:
-    config = LoraConfig(read_json_object(config_path), config_path)
-    if options.alpha is not None and options.alpha != config.alpha:
-        raise UsageError(
-            f"alpha is {config.alpha:g} in {config_path}, --alpha is {options.alpha:g}; "
-            "leave it out",
-            path=path,
-        )
+    config = LoraConfig(found.raw, found.path)
     adapter = interpret(state.tensors, config, state.folder, options.base)
-    scaled = f"scaled as {config_path} says"
-    beside = lying_beside(config_path.parent, {CONFIG, *_own(state)}, options.base)
+    scaled = f"scaled as {found.path} says"
+    if found.path == state.folder:
+        scaled = "scaled as the LoraConfig in it says"
+    beside = lying_beside(folder, {CONFIG, *_own(state)}, options.base)
     return _told(adapter, state, name, path, scaled).replace(beside=beside)
 
 
@@ -143,6 +148,7 @@ def _with_alpha(state: State, name: str, path: Path, options: Options) -> Adapte
             f"is {state.what} with a LoRA of rank {rank} and no {CONFIG} beside or above it; "
             "the scale is alpha / r: pass the alpha of the training run with --alpha",
             path=state.folder,
+            needs="alpha",
         )
     config = LoraConfig(_shown(state.tensors, rank, options.alpha), state.folder / CONFIG)
     adapter = interpret(state.tensors, config, state.folder, options.base)

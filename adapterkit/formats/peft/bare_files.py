@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import AdapterKitError, UnsupportedError
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS, stored_tensors
+from adapterkit.formats.peft.own_config import KEY
+from adapterkit.formats.peft.state import FACTOR
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,14 +22,18 @@ _WHOLE = ("*-of-*.safetensors", "model.safetensors")
 def is_weights(path: Path) -> bool:
     """Tell whether a path holds factors by PEFT's names, all of a file or the first of a folder."""
     weights = weights_of(path)
-    if weights is None or (weights.parent / CONFIG).exists():
+    if weights is None:
         return False
-    if path.is_dir() and weights.name in WEIGHTS:
+    known = (weights.parent / CONFIG).exists()
+    if path.is_dir() and weights.name in WEIGHTS and not known:
         return True
     try:
         # Of shards one is enough, and others may be missing.
         one = read_safetensors if weights.suffix == ".safetensors" else stored_tensors
-        return any(_OURS.search(name) for name in one(weights).tensors)
+        stored = one(weights)
+        if KEY in stored.metadata:
+            return any(FACTOR.search(f".{name}") for name in stored.tensors)
+        return not known and any(_OURS.search(name) for name in stored.tensors)
     except UnsupportedError:
         return True  # it has factors, and its reader says what is wrong
     except AdapterKitError:

@@ -45,13 +45,16 @@ NO_TARGETS = "dummy-target-modules"
 _NAMES = either(TEXT, listed(TEXT))
 _NUMBERS = listed(whole(0, 1 << 40))
 # What later steps take from the document as it is: it is checked once, here.
-_TAKEN: dict[str, Kind[Any]] = {
+SELECTING: dict[str, Kind[Any]] = {
     "target_modules": _NAMES,
-    "target_parameters": _NAMES,
     "modules_to_save": _NAMES,
     "exclude_modules": _NAMES,
     "layers_pattern": _NAMES,
     "layers_to_transform": either(whole(0, 1 << 20), listed(whole(0, 1 << 20))),
+}
+_TAKEN: dict[str, Kind[Any]] = {
+    **SELECTING,
+    "target_parameters": _NAMES,
     "layer_replication": listed(listed(whole(0, 1 << 20), 2, 2), 1 << 12),
     "init_lora_weights": either(FLAG, TEXT),
     "alora_invocation_tokens": _NUMBERS,

@@ -2,23 +2,29 @@
 
 Found with PEFT 0.21.2: magnitudes, biases on B and token rows are made by their setting alone, so
 that stored ones without it are left out in silence and missing ones stay as they were initialised.
-Saved modules and trained biases are loaded whatever the config says.
+Saved modules and trained biases are loaded whatever the config says. Factors are loaded where the
+config selects the module, by the names of PEFT's own base model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import re
+from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.keys import FACTORS, Role
+from adapterkit.errors import UncheckableError
+from adapterkit.formats.peft.selection import Selection
+from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role
+from adapterkit.notes import Note, NoteKind
 from adapterkit.tables import TEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.peft.config import LoraConfig
     from adapterkit.keys import TensorKey
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _FLAGS = {"use_dora": Role.MAGNITUDE, "lora_bias": Role.LORA_BIAS}
 _EMBEDDING = "embed_tokens"
 # PEFT adds both to modules_to_save of a classifier, of which a model has one.
@@ -50,6 +56,37 @@ def contradictions(
     return {"unstored": missing, "undeclared": denied}
 
 
+def unselected(
+    config: Mapping[str, Any], modules: Iterable[str]
+) -> tuple[dict[str, tuple[str, ...]], tuple[Note, ...]]:
+    """Return the modules whose factors PEFT would not load, by the field that denies them.
+
+    What could not be evaluated is not denied; a note says so. With `ensure_weight_tying` PEFT
+    adapts what is tied to an adapted table as well, and nothing outside of layers is denied.
+
+    Args:
+        config: the document; `SELECTING` fields are of their kinds.
+        modules: those that have factors, but for the parameters that `target_parameters` selects.
+    """
+    chosen = Selection(config)
+    found: dict[str, list[str]] = {}
+    try:
+        for module in modules:
+            if config.get("ensure_weight_tying") and not _NUMBER.search(module):
+                continue
+            if field := chosen.denied_by(module):
+                found.setdefault(field, []).append(module)
+    except UncheckableError as error:
+        text = f"which modules the config selects is unchecked: {error.message}"
+        return {}, (Note(text, NoteKind.UNSELECTED),)
+    return {field: tuple(names) for field, names in found.items()}, ()
+
+
+def adapted(keys: Iterable[TensorKey]) -> tuple[str, ...]:
+    """Return the modules that have factors."""
+    return _modules(keys, *FACTORS, *EMBEDDING_FACTORS)
+
+
 def _untrained_rows(declared: object, rows: Collection[str]) -> tuple[str, ...]:
     """Return the names whose token rows are not stored; of tied tables PEFT stores one for all."""
     if not isinstance(declared, dict):
@@ -61,17 +98,6 @@ def _untrained_rows(declared: object, rows: Collection[str]) -> tuple[str, ...]:
     )
 
 
-def reads_qalora(config: LoraConfig, base: BaseModel | None) -> bool | None:
-    """Tell whether PEFT goes by `use_qalora`, as on GPTQ bases alone; None if that is unknown."""
-    if not config.flag("use_qalora"):
-        return False
-    if base is None:
-        return None
-    from adapterkit.base.schemes import quantisation_method
-
-    return quantisation_method(base) == "gptq"
-
-
 def _ends(name: str, modules: Collection[str]) -> bool:
     """Tell whether a name is that of one of the modules; a list of tokens is of any embedding."""
     if name == _EMBEDDING:
@@ -79,17 +105,16 @@ def _ends(name: str, modules: Collection[str]) -> bool:
     return any(f".{module}".endswith(f".{name}") for module in modules)
 
 
-def _modules(keys: Collection[TensorKey], *roles: Role) -> tuple[str, ...]:
+def _modules(keys: Iterable[TensorKey], *roles: Role) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key.module for key in keys if key.role in roles))
 
 
 def _missing_of_flags(
     config: LoraConfig, keys: Collection[TensorKey]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    adapted = _modules(keys, *FACTORS, Role.EMBEDDING_A, Role.EMBEDDING_B)
     for flag, role in _FLAGS.items():
         having = set(_modules(keys, role))
-        without = tuple(module for module in adapted if module not in having)
+        without = tuple(module for module in adapted(keys) if module not in having)
         if config.flag(flag) and without:
             yield flag, without
 
@@ -110,10 +135,27 @@ def _unsaved(
     held = {name for name in config.names("modules_to_save") if _among(name, saved)}
     missing = [name for name in config.names("modules_to_save") if name not in held]
     if base is not None and base.kind == "hf" and base.names:
-        return tuple(name for name in missing if _among(name, base.names))
+        whole = (name for name in missing if _among(name, base.names))
+        return (*whole, *_other_layers(held, saved, base))
     if config.fields.optional("task_type", TEXT) in _CLASSIFIERS and held & _HEADS:
         missing = [name for name in missing if name not in _HEADS]
     return tuple(missing)
+
+
+def _other_layers(names: Collection[str], saved: Collection[str], base: BaseModel) -> Iterator[str]:
+    """Yield parameters of the base that a name stands for too, where other layers' are saved.
+
+    Layers past those of the model, which checkpoints have for predicting further tokens, are none.
+    """
+    kinds = {_NUMBER.sub("#", parameter) for parameter in saved}
+    depth = base.sizes.get("layers")
+    for parameter in base.names:
+        number = _NUMBER.search(parameter)
+        within = number is not None and (depth is None or int(number[0]) < depth)
+        if not within or parameter in saved or _NUMBER.sub("#", parameter) not in kinds:
+            continue
+        if any(_among(name, (parameter,)) for name in names):
+            yield parameter
 
 
 def _among(name: str, parameters: Collection[str]) -> bool:
@@ -128,6 +170,6 @@ def _untrained_biases(
     stored = any(key.role is Role.FULL and key.module.endswith(".bias") for key in keys)
     if bias == "none" or stored or base is None or base.kind != "hf":
         return ()
-    adapted = {f"{module}.bias" for module in _modules(keys, *FACTORS)}
+    own = {f"{module}.bias" for module in _modules(keys, *FACTORS)}
     having = (name for name in base.names if name.endswith(".bias"))
-    return tuple(name for name in having if bias == "all" or name in adapted)
+    return tuple(name for name in having if bias == "all" or name in own)

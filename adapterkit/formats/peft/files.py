@@ -35,6 +35,8 @@ _LONGEST_NAME = 1000
 _LISTED = mapped(text(_LONGEST_NAME, empty=False))
 _SHOWN = 4
 _MODULES = "modules.json"
+# What downloads are called until they are whole.
+_UNFINISHED = {".incomplete", ".crdownload", ".part", ".aria2", ".download"}
 _ZIP = b"PK"
 
 
@@ -91,7 +93,9 @@ def _missing(folder: Path) -> str:
     found = sorted(child.name for child in folder.iterdir() if child.suffix in _SUFFIXES)
     weights = [name for name in found if not of_training(folder / name)]
     if not weights:
-        return f"neither {' nor '.join(WEIGHTS[:2])}"
+        started = (child.name for child in folder.iterdir() if child.suffix in _UNFINISHED)
+        cut = next((f"; {name} is a download that did not end" for name in started), "")
+        return f"neither {' nor '.join(WEIGHTS[:2])}; download or copy that file too{cut}"
     others = f" (or one of {', '.join(weights[1:_SHOWN])})" if weights[1:] else ""
     return f"no file called {WEIGHTS[0]}; pass its weights: {folder / weights[0]}{others}"
 

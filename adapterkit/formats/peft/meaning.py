@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.formats.peft.config import BASE_CHANGING_INITS
+from adapterkit.tables import whole
 
 if TYPE_CHECKING:
     from adapterkit.formats.peft.config import LoraConfig
+
+
+_LARGEST_GROUP = 1 << 12
 
 
 def meaning(config: LoraConfig) -> dict[str, Any]:
@@ -20,10 +24,12 @@ def meaning(config: LoraConfig) -> dict[str, Any]:
     if isinstance(indices, Mapping):
         rows = cast("Mapping[str, list[int]]", indices)
         tokens = {module: tuple(numbers) for module, numbers in rows.items()}
+    group = config.fields.get("qalora_group_size", whole(1, _LARGEST_GROUP), 16)
     ranges = cast("list[list[int]]", config.raw.get("layer_replication") or [])
     return {
         "initialisation": init if changes else None,
         "layer_replication": tuple(tuple(each) for each in ranges),
         "invocation_tokens": tuple(config.raw.get("alora_invocation_tokens") or ()),
         "token_indices": tokens,
+        "pooled_inputs": group if config.flag("use_qalora") else 0,
     }

@@ -1,6 +1,6 @@
 """The LoraConfig that a safetensors file carries itself, as diffusers writes it.
 
-It is JSON under `lora_adapter_metadata` (diffusers 0.36, `LORA_ADAPTER_METADATA_KEY`): the fields
+It is JSON under `lora_adapter_metadata` (diffusers 0.36, `LORA_ADAPTER_METADATAKEY`): the fields
 of the config, or of a pipeline's component each field as `transformer.r`.
 """
 
@@ -8,57 +8,113 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.formats.peft.config import BASE_CHANGING_INITS
+from adapterkit.json_file import read_json_object
+from adapterkit.notes import Note, NoteKind
+from adapterkit.tables import shown
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-_KEY = "lora_adapter_metadata"
+KEY = "lora_adapter_metadata"
 _LARGEST = 1 << 20
-# What decides the update, and what stands for a field that is not there.
-_MEANING: Mapping[str, Any] = {
+_LONGEST = 60
+_MOST_SHOWN = 4
+# What says which model an adapter is for: all that a config beside the file may add.
+_OF_BASE = ("base_model_name_or_path", "revision")
+# What changes neither the update nor where it goes.
+_IDLE = frozenset(
+    {
+        *_OF_BASE,
+        "auto_mapping",
+        "peft_version",
+        "inference_mode",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+    }
+)
+# What PEFT takes for a field that is not there; nothing for all others.
+_USUAL: Mapping[str, Any] = {
+    "peft_type": "LORA",
     "r": 8,
     "lora_alpha": 8,
-    "use_rslora": False,
-    "use_dora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "init_lora_weights": True,
+    "bias": "none",
+    "qalora_group_size": 16,
 }
+# Fields by which a config is known from the name of a component before them.
+_KNOWN = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_HEADED = ("SEQ_CLS", "TOKEN_CLS")
 
 
-def own_config(
-    metadata: Mapping[str, str], beside: Mapping[str, Any], path: Path
-) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """Return the config that counts, the file's own before the one beside it, and what to say.
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The config that counts.
 
-    A config beside the file that means the same fills in what the own one leaves open, such as the
-    name of the base; one that means something else is that of another adapter.
+    Attributes:
+        raw: its fields.
+        path: the file that it stands in, for messages.
+        notes: what is to be said of another one.
+    """
+
+    raw: Mapping[str, Any]
+    path: Path
+    notes: tuple[Note, ...] = ()
+
+
+def own_config(metadata: Mapping[str, str], path: Path) -> Mapping[str, Any] | None:
+    """Return the config that a file carries itself, None if it carries none.
 
     Args:
         metadata: free text of the safetensors file.
-        beside: adapter_config.json.
         path: the file, for messages.
 
     Raises:
         FormatError: if what the file carries is no config.
         UnsupportedError: if it carries those of several components that mean different things.
     """
-    if _KEY not in metadata:
-        return beside, ()
-    own = _component(_parsed(metadata[_KEY], path), path)
-    apart = [name for name in _MEANING if _meant(own, name) != _meant(beside, name)]
-    if not apart:
-        return {**beside, **{name: value for name, value in own.items() if value is not None}}, ()
-    shown = ", ".join(f"{n} {_meant(own, n)!r}, not {_meant(beside, n)!r}" for n in apart)
-    note = (
-        f"the LoraConfig in {path.name} itself counts, not the adapter_config.json beside it, "
-        f"which is another adapter's: {shown}"
+    return _component(_parsed(metadata[KEY], path), path) if KEY in metadata else None
+
+
+def counted(metadata: Mapping[str, str], weights: Path, beside: Path) -> Counted:
+    """Return the config of a weights file: its own, else the one beside it.
+
+    The own one is complete: one beside it adds what model the adapter is for, and nothing else.
+
+    Args:
+        metadata: free text of the weights file.
+        weights: the file.
+        beside: adapter_config.json.
+
+    Raises:
+        FormatError: if one of the two is no config.
+        UnsupportedError: if the file carries several that mean different things.
+    """
+    own = own_config(metadata, weights)
+    other = read_json_object(beside)
+    if own is None:
+        return Counted(other, beside)
+    named = own if own.get(_OF_BASE[0]) else other
+    raw = {**own, **{name: named[name] for name in _OF_BASE if named.get(name)}}
+    if not (apart := [name for name in dict.fromkeys((*own, *other)) if _apart(own, other, name)]):
+        return Counted(raw, weights)
+    each = [f"{n} {_told(_plain(own, n))}, not {_told(_plain(other, n))}" for n in apart]
+    more = f" and {len(each) - _MOST_SHOWN} more" if len(each) > _MOST_SHOWN else ""
+    listed = ", ".join(each[:_MOST_SHOWN]) + more
+    told = (
+        f"the LoraConfig in {weights.name} itself counts, not the {beside.name} beside it, which "
+        f"says other: {listed}"
     )
-    return own, (note,)
+    return Counted(raw, weights, (Note(told, NoteKind.OTHER_CONFIG),))
 
 
 def _parsed(text: str, path: Path) -> Mapping[str, Any]:
@@ -67,30 +123,55 @@ def _parsed(text: str, path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise FormatError("is no JSON object of a LoraConfig", path=path, where=_KEY)
+        raise FormatError("is no JSON object of a LoraConfig", path=path, where=KEY)
     return cast("dict[str, Any]", found)
 
 
 def _component(found: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """Return the fields of a config, without the name of the component that they may be under."""
-    if any(name in found for name in _MEANING):
+    if any(name in found for name in _KNOWN):
         return found
     components: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, value in found.items():
         component, _, field = name.rpartition(".")
         components[component][field] = value
     configs = list(components.values())
-    if not configs or not any(name in config for config in configs for name in _MEANING):
-        raise FormatError("holds no field of a LoraConfig", path=path, where=_KEY)
-    if any(_meant(one, name) != _meant(configs[0], name) for one in configs for name in _MEANING):
+    if not any(name in config for config in configs for name in _KNOWN):
+        raise FormatError("holds no field of a LoraConfig", path=path, where=KEY)
+    if any(_apart(one, configs[0], name) for one in configs for name in {*one, *configs[0]}):
         raise UnsupportedError(
             f"carries different configs for {' and '.join(components)}; save each component alone",
             path=path,
-            where=_KEY,
+            where=KEY,
         )
     return configs[0]
 
 
+def _told(value: object) -> str:
+    words = json.dumps(value)
+    return words if len(words) <= _LONGEST else shown(value)
+
+
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    return name not in _IDLE and _meant(one, name) != _meant(other, name)
+
+
 def _meant(config: Mapping[str, Any], name: str) -> object:
+    """Return what PEFT takes a field for: null, false, empty are one, and names have no order."""
+    value: object = _plain(config, name)
+    if name == "init_lora_weights":
+        text = value.lower() if isinstance(value, str) else ""
+        return text if text.startswith(BASE_CHANGING_INITS) else None
+    if name == "task_type":
+        return value if value in _HEADED else None
+    if isinstance(value, list):
+        names = cast("list[object]", value)
+        if all(isinstance(each, str) for each in names):
+            return sorted(cast("list[str]", names)) or None
+        return names
+    return value or None
+
+
+def _plain(config: Mapping[str, Any], name: str) -> object:
     value = config.get(name)
-    return _MEANING[name] if value is None else value
+    return _USUAL.get(name) if value is None else value

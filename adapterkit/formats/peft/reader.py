@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft.config import LoraConfig
-from adapterkit.formats.peft.declared import contradictions, reads_qalora
+from adapterkit.formats.peft.declared import adapted, contradictions, unselected
 from adapterkit.formats.peft.experts import unfold_experts
 from adapterkit.formats.peft.files import locate, lying_beside_adapter, stored_tensors
 from adapterkit.formats.peft.frozen import without_frozen
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.formats.peft.layouts import in_place, is_stack
 from adapterkit.formats.peft.meaning import meaning
-from adapterkit.formats.peft.own_config import own_config
+from adapterkit.formats.peft.own_config import counted
 from adapterkit.formats.peft.slots import SETTINGS, spelled_out
 from adapterkit.formats.peft.tying import folded, tied_tables
-from adapterkit.json_file import read_json_object
 from adapterkit.keys import FACTORS, Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
+from adapterkit.model.declared import UNDECIDED
 from adapterkit.notes import BaseReference, Note, Provenance
 from adapterkit.tables import TEXT, listed, whole
 from adapterkit.tensor import same_bits
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 _MATRIX = 2
-_LARGEST_GROUP = 1 << 12
 _MOST_BLOCKS = 1 << 16
 
 
@@ -50,10 +49,12 @@ def read_peft(path: Path, options: Options) -> AdapterTensorSet:
     """
     config_path, weights_path = locate(path)
     stored = stored_tensors(weights_path)
-    raw, told = own_config(stored.metadata, read_json_object(config_path), weights_path)
-    adapter = interpret(stored.tensors, LoraConfig(raw, config_path), weights_path, options.base)
+    found = counted(stored.metadata, weights_path, config_path)
+    adapter = interpret(
+        stored.tensors, LoraConfig(found.raw, found.path), weights_path, options.base
+    )
     adapter = in_place(adapter, options.base, weights_path)
-    notes = (*told, *stored.notes, *(adapter.provenance.notes if adapter.provenance else ()))
+    notes = (*found.notes, *stored.notes, *(adapter.provenance.notes if adapter.provenance else ()))
     if path.is_dir() and config_path.parent != path:
         notes = (*notes, f"read from the sub-directory {config_path.parent.name}")
     beside = lying_beside_adapter(path, config_path, weights_path, options.base)
@@ -100,9 +101,12 @@ def interpret(
     kinds = _convolutions(tensors, config)
     tensors, stacks = unfold_experts(tensors, config, base)
     kinds |= dict.fromkeys(stacks, Kind.EXPERTS)
-    tensors, scales = _interpreted(config, tensors, notes, base)
+    tensors, scales = _interpreted(config, tensors, notes)
     declared = contradictions(config, [*tensors, *second], base)
-    return AdapterTensorSet(
+    modules = (m for m in adapted(tensors) if m not in stacks and not config.is_parameter(m))
+    denied, unchecked = unselected(config.raw, modules)
+    declared["undeclared"] |= denied
+    adapter = AdapterTensorSet(
         tensors=tensors,
         scales=scales,
         kinds=kinds,
@@ -121,10 +125,10 @@ def interpret(
             {name: value for name, value in config.raw.items() if name not in SETTINGS},
             tuple(scales),
         ),
-        provenance=Provenance(path, "peft", tuple(notes)),
         **declared,
         **meaning(config),
     )
+    return _on_base(adapter, base, (*notes, *unchecked), path)
 
 
 def _second_names(tied: Mapping[str, tuple[str, ...]]) -> Iterator[Note]:
@@ -167,7 +171,6 @@ def _interpreted(
     config: LoraConfig,
     tensors: dict[TensorKey, LazyTensor],
     notes: list[str],
-    base: BaseModel | None,
 ) -> tuple[dict[TensorKey, LazyTensor], dict[str, float]]:
     """Resolve scales, and spell out factors that are stored folded up."""
     adapted = dict.fromkeys(
@@ -179,33 +182,23 @@ def _interpreted(
     if config.mapping("use_bdlora").fields:
         tensors = _block_diagonal(config, tensors)
         notes.append("block-diagonal factors (use_bdlora) written out in full")
-    if reads_qalora(config, base) is False:
-        if config.flag("use_qalora"):
-            notes.append("use_qalora is left aside, as PEFT does on a base that is not GPTQ")
-        return tensors, scales
-    unknown = "" if base else "; PEFT pools on GPTQ bases alone, give --base if it is another"
-    notes.append(f"pooled inputs (use_qalora) written out in full{unknown}")
-    tensors = _unpooled(config, tensors, scales)
     return tensors, scales
 
 
-def _unpooled(
-    config: LoraConfig, tensors: dict[TensorKey, LazyTensor], scales: dict[str, float]
-) -> dict[TensorKey, LazyTensor]:
-    """Undo QA-LoRA's pooling: x is averaged over groups of g inputs, then times in / g.
+def _on_base(
+    adapter: AdapterTensorSet, base: BaseModel | None, notes: tuple[str, ...], path: Path
+) -> AdapterTensorSet:
+    """Settle what only the base decides, if it is known, and say where the adapter is from."""
+    said: tuple[str | Note, ...] = ()
+    if adapter.pooled_inputs and base is None:
+        said = (UNDECIDED,)
+    elif adapter.pooled_inputs:
+        from adapterkit.passes.pooling import decided
+        from adapterkit.passes.protocol import Context
 
-    So A' repeats every column g times, and the update is scaled by in / g².
-    """
-    import numpy as np
-
-    group = config.fields.get("qalora_group_size", whole(1, _LARGEST_GROUP), 16)
-    spelled = dict(tensors)
-    for key, a in tensors.items():
-        if key.role is Role.LORA_A and a.shape:
-            shape = (*a.shape[:-1], a.shape[-1] * group)
-            spelled[key] = a.map(lambda x: np.repeat(x, group, axis=-1), shape=shape)
-            scales[key.module] *= a.shape[-1] / group
-    return spelled
+        done = decided(adapter, Context(base=base))
+        adapter, said = done.adapter, done.notes
+    return adapter.replace(provenance=Provenance(path, "peft", (*notes, *said)))
 
 
 def _block_diagonal(

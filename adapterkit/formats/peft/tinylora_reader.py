@@ -16,8 +16,10 @@ from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.peft.files import locate, lying_beside_adapter
+from adapterkit.formats.peft.files import locate, lying_beside_adapter, stored_tensors
 from adapterkit.formats.peft.keys import KeyReader
+from adapterkit.formats.peft.own_config import own_config
+from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.peft.tinylora_order import base_type, find_order, round_through
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import TensorKey
@@ -83,6 +85,8 @@ def read_peft_tinylora(path: Path, options: Options) -> AdapterTensorSet:
     config_path, weights_path = locate(path)
     config = read_json_object(config_path)
     fields = Table(config, config_path)
+    if own_config(stored_tensors(weights_path).metadata, weights_path) is not None:
+        return read_peft(path, options)
     stored = _sorted(weights_path)
     _check(stored, fields, weights_path)
     notes = list(stored.notes)

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base
 from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.formats.peft.config import SELECTING
+from adapterkit.formats.peft.declared import adapted, unselected
 from adapterkit.formats.peft.files import locate, lying_beside_adapter, stored_tensors
 from adapterkit.formats.peft.keys import KeyReader
+from adapterkit.formats.peft.own_config import own_config
+from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import LEAF, RULES, SHARED, Context, Parts
 from adapterkit.formats.peft.tuners_whole import WHOLE, token_indices
@@ -51,19 +55,26 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
     config = read_json_object(config_path)
     fields = Table(config, config_path)
     kind = fields.get("peft_type", TEXT)
+    stored = stored_tensors(weights_path)
+    if own_config(stored.metadata, weights_path) is not None:
+        return read_peft(path, options)
     if kind not in RULES and kind not in WHOLE:
         reason = REFUSED.get(kind, "`adapterkit list formats` lists what is read")
         raise UnsupportedError(f"peft_type {kind[:80]} is not read: {reason}", path=config_path)
     keys = KeyReader(weights_path)
-    groups, shared, tensors = _sorted(stored_tensors(weights_path).tensors, keys)
+    groups, shared, tensors = _sorted(stored.tensors, keys)
     if not groups:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
     name = fields.optional("base_model_name_or_path", TEXT) or None
     context = Context(config, config_path, shared, options.base or find_base(name))
     scales, ranks = _understood(kind, groups, context, tensors)
+    for field, known in SELECTING.items():
+        fields.optional(field, known)
+    denied, unchecked = unselected(config, adapted(tensors))
     return AdapterTensorSet(
         tensors=tensors,
         scales=scales,
+        undeclared=denied,
         token_indices=_tokens(context, tensors),
         base=BaseReference(
             name=name,
@@ -72,7 +83,9 @@ def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
         ),
         beside=lying_beside_adapter(path, config_path, weights_path, context.base),
         source=PeftSource({f: config[f] for f in _KEPT if f in config}),
-        provenance=Provenance(path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks))),
+        provenance=Provenance(
+            path, "peft-tuners", (*keys.notes(), *_notes(kind, ranks), *unchecked)
+        ),
     )
 
 

@@ -191,6 +191,7 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
     task = None if isinstance(adapter.source, DiffusionSource) else _task(base)
     config = {**_DEFAULTS, "task_type": task, **source, **_MEANING}
     config.update(adapter.settings)
+    config["use_qalora"] = bool(adapter.pooled_inputs)
     ranks, scales = _ranks_and_scales(spelled_out(adapter))
     parameters = wrapped_parameters(adapter, base)
     config.update(_scaling(source, adapter, ranks, scales, parameters))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError, UsageError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import load_all
+from adapterkit.lowrank.effect import IDLE, idle
 from adapterkit.merging.into.losses import losses
 from adapterkit.merging.planning import Source, checked_weight
 from adapterkit.model.beside import BesideKind, left_behind, lost_trained
@@ -82,7 +83,8 @@ def read_sources(
         _check_halves(source)
         found.append(source)
     notes = (f"{each.label}: {note}" for each in loaded for note in (*each.notes, *_left(each)))
-    return found, loaded[-1].base or base, tuple(dropped), (*notes,)
+    silence = (f"{each.label}: {IDLE}" for each in found if idle(each.adapter))
+    return found, loaded[-1].base or base, tuple(dropped), (*notes, *silence)
 
 
 def _left(loaded: Loaded) -> list[str]:

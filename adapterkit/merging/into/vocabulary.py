@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from adapterkit.base.copies import first_other_row
 from adapterkit.dtype import DType
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 from adapterkit.keys import Role
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from adapterkit.storage import FileSlice
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-# Elements that are compared at a time.
-_COMPARED = 1 << 22
-_HALVES = (DType.BF16, DType.F16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +174,7 @@ def _lengthened(stored: LazyTensor, copy: LazyTensor) -> LazyTensor:
 def _check_same(copy: Copy, stored: LazyTensor, name: str) -> None:
     """Refuse a copy whose rows are not the base's."""
     common = min(copy.tensor.shape[0], stored.shape[0])
-    row = _first_other_row(copy.tensor, stored, 0, common)
+    row = first_other_row(copy.tensor, stored, 0, common)
     if row is not None:
         raise IncompatibleBaseError(
             f"its frozen copy (base_layer) has another row {row} than {name} of the base: it was "
@@ -190,7 +187,7 @@ def _check_same(copy: Copy, stored: LazyTensor, name: str) -> None:
 def _check_alike(copy: Copy, other: Copy, have: int) -> None:
     """Refuse new rows that are not those of another copy."""
     common = min(copy.tensor.shape[0], other.tensor.shape[0])
-    row = _first_other_row(copy.tensor, other.tensor, have, common)
+    row = first_other_row(copy.tensor, other.tensor, have, common)
     if row is not None:
         raise UnsupportedError(
             f"carries another row {row} than {other.module} of {other.label}: their new tokens are "
@@ -198,37 +195,6 @@ def _check_alike(copy: Copy, other: Copy, have: int) -> None:
             path=copy.label,
             where=copy.module,
         )
-
-
-def _first_other_row(one: LazyTensor, other: LazyTensor, begin: int, end: int) -> int | None:
-    """Return the first of some rows that differs, or None.
-
-    A table that was loaded, or saved, in 16 bits is the same table.
-    """
-    step = max(1, _COMPARED // max(1, one.shape[-1]))
-    for start in range(begin, end, step):
-        stop = min(start + step, end)
-        x, y = (_wide(tensor.rows(start, stop)) for tensor in (one, other))
-        found = [_first(x != y)]
-        for dtype in _HALVES if found[0] is not None else ():
-            found += [_first(_rounded(x, dtype) != y), _first(x != _rounded(y, dtype))]
-        if None not in found:
-            return start + max(row for row in found if row is not None)
-    return None
-
-
-def _first(apart: Array) -> int | None:
-    rows = apart.any(axis=1)
-    return int(rows.argmax()) if rows.any() else None
-
-
-def _rounded(values: Array, dtype: DType) -> Array:
-    with np.errstate(all="ignore"):
-        return values.astype(dtype.numpy()).astype(np.float64)
-
-
-def _wide(tensor: LazyTensor) -> Array:
-    return np.asarray(tensor.numpy(), dtype=np.float64)
 
 
 def _fitted(source: Source, base: BaseModel) -> Source:

@@ -22,20 +22,24 @@ class _Fitting(Protocol):
 
 
 class Selection:
-    """PEFT's `check_target_module_exists`, with expressions evaluated in bounded time."""
+    """PEFT's `check_target_module_exists`, with expressions evaluated in bounded time.
+
+    Where a config leaves the choice of targets to PEFT, what the other fields deny is denied.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Take a config that names its targets; `selection` tells which do."""
         allowance = Allowance()
-        self._targets = _matcher(config["target_modules"], allowance)
-        self._exact = frozenset(_names(config["target_modules"]))
+        targets = config.get("target_modules")
+        self._targets = _matcher(targets, allowance) if _told(targets) else None
+        self._exact = frozenset(_names(targets))
         excluded = config.get("exclude_modules")
         self._excluded = _matcher(excluded, allowance) if excluded else None
         self._saved = [
             Expression(name, allowance, frame=_SAVED)
             for name in _names(config.get("modules_to_save"))
         ]
-        chosen = config.get("layers_to_transform")
+        # PEFT refuses the two together where the targets are one expression.
+        chosen = None if isinstance(targets, str) else config.get("layers_to_transform")
         self._chosen = frozenset([chosen] if isinstance(chosen, int) else chosen or ())
         patterns = config.get("layers_pattern") or ()
         named = [patterns] if isinstance(patterns, str) else [*patterns]
@@ -47,14 +51,24 @@ class Selection:
         Raises:
             UncheckableError: if an expression of the config could not be evaluated.
         """
+        return self.denied_by(module) is None
+
+    def denied_by(self, module: str) -> str | None:
+        """Return the field for which PEFT does not adapt a module; None if it does.
+
+        Raises:
+            UncheckableError: if an expression of the config could not be evaluated.
+        """
         if self._excluded is not None and self._excluded.fits(module):
-            return False
+            return "exclude_modules"
         if any(saved.fits(module) for saved in self._saved):
-            return False
-        if not self._targets.fits(module):
-            return False
+            return "modules_to_save"
+        if self._targets is not None and not self._targets.fits(module):
+            return "target_modules"
         # A module that is named in full is taken from any layer.
-        return module in self._exact or not self._chosen or self._layer(module) in self._chosen
+        if module in self._exact or not self._chosen or self._layer(module) in self._chosen:
+            return None
+        return "layers_to_transform"
 
     def _layer(self, module: str) -> int | None:
         if not self._layers:
@@ -79,14 +93,16 @@ class _Endings:
 
 def selection(config: Mapping[str, Any]) -> Selection | None:
     """Return what a config selects; None if it does not tell: no targets, or all linear layers."""
-    declared = config.get("target_modules")
-    told = isinstance(declared, list) or (isinstance(declared, str) and declared not in {"", _ALL})
-    return Selection(config) if told else None
+    return Selection(config) if _told(config.get("target_modules")) else None
 
 
 def ends_with(module: str, target: str) -> bool:
     """Tell whether a module is called so, or its path ends so."""
     return module == target or module.endswith(f".{target}")
+
+
+def _told(declared: Any) -> bool:
+    return isinstance(declared, list) or (isinstance(declared, str) and declared not in {"", _ALL})
 
 
 def _matcher(declared: Any, allowance: Allowance) -> _Fitting:
