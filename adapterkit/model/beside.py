@@ -62,8 +62,8 @@ class BesideFile:
 
     @property
     def trained(self) -> bool:
-        """Whether it holds weights that were trained with the adapter, or may have been."""
-        return self.kind in {BesideKind.WEIGHTS, BesideKind.HEAD, BesideKind.UNKNOWN}
+        """Whether it holds weights that were trained with the adapter."""
+        return self.kind in {BesideKind.WEIGHTS, BesideKind.HEAD}
 
     @property
     def needed(self) -> bool:

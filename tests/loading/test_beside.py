@@ -58,11 +58,12 @@ def test_they_are_listed_and_the_state_of_training_is_not(adapter: Path) -> None
         *(PROJECTOR, HEAD, UNKNOWN),
         *("model.safetensors", "2_Dense/model.safetensors"),
     }
-    assert [name for name, entry in found.items() if not entry.trained] == ["model.safetensors"]
+    untrained = [name for name, entry in found.items() if not entry.trained]
+    assert untrained == [UNKNOWN, "model.safetensors"]
     assert found[PROJECTOR].bytes == len(b"projector")
 
 
-@pytest.mark.parametrize("name", [PROJECTOR, HEAD, UNKNOWN])
+@pytest.mark.parametrize("name", [PROJECTOR, HEAD])
 def test_a_peft_directory_carries_them(
     name: str, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -82,7 +83,7 @@ def test_a_peft_directory_carries_them(
     assert diff(adapter, tmp_path / "peft").only_in_a == (name,)
 
 
-@pytest.mark.parametrize("name", [PROJECTOR, HEAD, UNKNOWN])
+@pytest.mark.parametrize("name", [PROJECTOR, HEAD])
 def test_nothing_else_holds_them(name: str, adapter: Path, base: Path, tmp_path: Path) -> None:
     for other in {PROJECTOR, HEAD} - {name}:
         (adapter / other).unlink()
@@ -105,6 +106,20 @@ def test_nothing_else_holds_them(name: str, adapter: Path, base: Path, tmp_path:
     assert not (merged / name).exists()
     report = merge_into([adapter], base, into, allow_lossy=True)
     assert name in {loss.subject for loss in report.losses}
+
+
+def test_unknown_weights_are_carried_or_told(adapter: Path, base: Path, tmp_path: Path) -> None:
+    for other in (PROJECTOR, HEAD):
+        (adapter / other).unlink()
+    (adapter / UNKNOWN).write_bytes(b"trained")
+    convert(adapter, tmp_path / "peft", base=base)
+    assert (tmp_path / "peft" / UNKNOWN).read_bytes() == b"trained"
+    for done in (
+        convert(adapter, tmp_path / "x.gguf", base=base),
+        convert(adapter, tmp_path / "mlx", to="mlx", base=base),
+        merge_into([adapter], base, tmp_path / "into"),
+    ):
+        assert any(UNKNOWN in note for note in done.notes), done.notes
 
 
 def test_a_replaced_directory_keeps_none_of_the_former(adapter: Path, tmp_path: Path) -> None:
