@@ -23,11 +23,11 @@ class BesideKind(StrEnum):
 
     WEIGHTS: trained with it, and it is another model without them. HEAD: trained with it, for
     training or scoring; no answer depends on it. UNKNOWN: weights of which nothing tells what they
-    are; as they may be the adapter's, they go where it goes or are a loss. COPY: the weights of a
-    whole model, which the adapter does not need. ADAPTER: another adapter's. TOKENIZER: of the
-    tokenizer or the chat template, where nothing says that they are the base's own. OTHER: no
-    weights, such as a config or code; it goes where a directory goes. UNSEEN: a folder or link that
-    was not looked into.
+    are; they go where a directory goes, and are named elsewhere. COPY: the weights of a whole
+    model, which the adapter does not need. ADAPTER: another adapter's. TOKENIZER: of the tokenizer
+    or the chat template, where nothing says that they are the base's own. OTHER: no weights, such
+    as a config or code; it goes where a directory goes. UNSEEN: a folder or link that was not
+    looked into.
     """
 
     WEIGHTS = "weights"
@@ -82,9 +82,8 @@ def lost_beside(files: Iterable[BesideFile]) -> Iterator[Loss]:
     files = tuple(files)
     for file in files:
         if file.trained:
-            trained = ", trained with the adapter," if file.kind is not BesideKind.UNKNOWN else ""
             message = (
-                f"{file.what}{trained} has no place in the output: keep it with "
+                f"{file.what}, trained with the adapter, has no place in the output: keep it with "
                 "a PEFT directory (adapterkit convert -o DIR), or leave it out with --allow-lossy"
             )
             yield Loss("beside", file.name, message, leaves=(file.name,))
