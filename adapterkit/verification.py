@@ -285,7 +285,8 @@ def _source(
     if proof.sources and not known and isinstance(origin, Source):
         notes.append(f"{name} is not the file that it was made from, by its sha256")
     one, other = load_all([origin, held], base=base, dialect=dialect, alpha=alpha, need=Need.FITTED)
-    yield from _held_against(_as_declared(one, name, notes), other, name)
+    first, second = _as_declared(one, name, notes), _as_declared(other, "the file", [])
+    yield from _held_against(first, second, name)
 
 
 def _as_declared(loaded: Loaded, name: str, notes: list[str]) -> Loaded:

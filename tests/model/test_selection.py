@@ -69,7 +69,6 @@ def everything(adapter: Path, base: Path, out: Path) -> dict[str, Callable[[], o
     tiny = TinySettings(projection_dim=4)
     return {
         "into": lambda: merge_into([adapter], base, out / "into"),
-        "peft": lambda: convert(adapter, out / "peft", base=base),
         "gguf": lambda: convert(adapter, out / "x.gguf", base=base),
         "mlx": lambda: convert(adapter, out / "mlx", to="mlx", base=base),
         "merge": lambda: merge_files([adapter, adapter], out / "merged"),
@@ -93,6 +92,19 @@ def test_modules_that_are_not_selected_stop_every_command(
     assert any(setting in problem for problem in inspect(denied).problems)
     found = validate(denied, base=base, targets=["peft"]).findings
     assert {each.hint for each in found if each.code == "AK108"} == {SELECTORS[setting].remedy}
+
+
+@pytest.mark.parametrize("setting", DENYING)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_copy_for_peft_leaves_out_what_the_adapter_leaves_out(
+    setting: str, base: Path, tmp_path: Path, *, given: bool
+) -> None:
+    denied = changed(trained(base, tmp_path / "w", **TARGETS), tmp_path / "d", **DENYING[setting])
+    report = convert(denied, tmp_path / "copy", base=base if given else None)
+    assert any(f"{setting} in the config does not" in note for note in report.notes)
+    assert np.array_equal(logits(base, tmp_path / "copy"), logits(base, denied))
+    assert read(tmp_path / "copy").tensors.keys() == read(denied).tensors.keys()
+    assert verify(tmp_path / "copy", against=denied).sound
 
 
 @pytest.mark.parametrize("setting", DENYING)

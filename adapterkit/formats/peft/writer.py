@@ -20,7 +20,7 @@ from adapterkit.formats.peft.experts import (
 )
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS
 from adapterkit.formats.peft.keys import saved_name
-from adapterkit.keys import Role, TensorKey
+from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role, TensorKey
 from adapterkit.model import DiffusionSource, Kind, PeftSource, spelled_out
 from adapterkit.model.beside import lost_apart
 from adapterkit.model.declared import undeclared
@@ -85,7 +85,20 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
         message = "use_dora holds for all modules or none, and this one has none"
         found.append(Loss("dora-partly", missing[0], message))
     found += [*lost_columns(adapter), *_lost_biases(adapter)]
-    return [*found, *lost_apart(adapter.beside), *undeclared(adapter), *lost_metadata(adapter)]
+    denied = [_kept_out(loss, adapter) for loss in undeclared(adapter)]
+    return [*found, *lost_apart(adapter.beside), *denied, *lost_metadata(adapter)]
+
+
+def _kept_out(loss: Loss, adapter: AdapterTensorSet) -> Loss:
+    """Return what becomes of tensors that the config denies: its own choice of modules stays.
+
+    Then PEFT leaves out of the copy what it leaves out of the adapter, and nothing changed.
+    """
+    chosen = any(key.role in {*FACTORS, *EMBEDDING_FACTORS} for key in loss.drops)
+    if not chosen or not _chooses_alike(_source(adapter).config, adapter):
+        return loss
+    message = loss.message.partition(";")[0] + " of the copy, too"
+    return Loss(loss.code, loss.subject, message, blocks=False)
 
 
 def _lost_biases(adapter: AdapterTensorSet) -> Iterator[Loss]:
@@ -292,9 +305,8 @@ def _targeting(
     create, and miss, the others. Full paths are always right.
     """
     adapted = _adapted(adapter)
-    recorded = {name: source[name] for name in _TARGETING if name in source}
-    if recorded and set(_source(adapter).modules) == set(adapted):
-        return recorded
+    if _chooses_alike(source, adapter):
+        return {name: source[name] for name in _TARGETING if name in source}
     if not adapted:
         return {**dict.fromkeys(_TARGETING), "target_modules": NO_TARGETS}
     modules = [module for module in adapted if module not in parameters]
@@ -307,6 +319,12 @@ def _targeting(
         "target_modules": suffixes if brief else sorted(modules),
         "target_parameters": _target_parameters(parameters.values(), base) or None,
     }
+
+
+def _chooses_alike(source: Mapping[str, Any], adapter: AdapterTensorSet) -> bool:
+    """Tell whether the source's own choice of modules still means the modules that it did."""
+    recorded = any(name in source for name in _TARGETING)
+    return recorded and set(_source(adapter).modules) == set(_adapted(adapter))
 
 
 def _target_parameters(paths: Collection[str], base: BaseModel | None) -> list[str]:
