@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class DType(StrEnum):
             count *= size
         return count // self.block * self.block_bytes
 
+    @cache
     def numpy(self) -> np.dtype[Any]:
         """Return the little-endian numpy dtype of a plain type (bf16 and fp8 from ml_dtypes)."""
         import numpy as np

@@ -186,13 +186,22 @@ class Ranges:
             TruncatedFileError: if the file has become shorter than the range.
             FormatError: if it is gone or cannot be read.
         """
-        done = 0
-        with readable(span.path):
-            if self._file is None or self._path != span.path:
-                self.__exit__()
-                self._file, self._path = span.path.open("rb", buffering=0), span.path
-            self._file.seek(span.offset)
-            while done < span.length and (count := self._file.readinto(buffer[done:])):
-                done += count
+        try:
+            done = self._filled(span, buffer)
+        except OSError:
+            with readable(span.path):
+                raise
         if done != span.length:
             raise span.truncated()
+
+    def _filled(self, span: FileSlice, buffer: memoryview) -> int:
+        """Return how many bytes there were."""
+        if self._file is None or self._path is not span.path:
+            self.__exit__()
+            with readable(span.path):
+                self._file, self._path = span.path.open("rb", buffering=0), span.path
+        self._file.seek(span.offset)
+        done = 0
+        while done < span.length and (count := self._file.readinto(buffer[done:])):
+            done += count
+        return done

@@ -5,7 +5,8 @@ Memory is a block and the factors, whatever the size of the tensor; ΔW is never
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ _STACK = 3
 _EXPONENT = {DType.F16: 0x7C00, DType.BF16: 0x7F80}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Left:
     """What a rounding leaves of an update, W' being the result.
 
@@ -59,7 +60,7 @@ class Left:
         return Left(self.kept + other.kept, self.noise + other.noise, self.own + other.own)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sums:
     """Squared norms and the inner products that survival is made of.
 
@@ -72,8 +73,8 @@ class Sums:
 
     base: float = 0.0
     update: float = 0.0
-    left: Left = Left()
-    nearest: Left = Left()
+    left: Left = field(default_factory=Left)
+    nearest: Left = field(default_factory=Left)
 
     def __add__(self, other: Sums) -> Sums:
         """Add up the sums of two disjoint blocks."""
@@ -159,18 +160,20 @@ class Merger:
             if _overflows(data, self.change.dtype) and np.isfinite(base).all():
                 self._refuse(base)
             return data, Sums()
+        weight = _inner(base, base)
         merged, update = self._merged(place, base, memory)
-        sums = Sums(_inner(base, base), _inner(update, update))
+        square = _inner(update, update)
         data = memory.stored(merged, self.change.via)
-        left = self._left(memory.decoded(data), merged, update, sums.update, place)
-        if self._rounder is None or not np.isfinite(sums.update):
-            sums = replace(sums, left=left)
+        left = self._left(memory.decoded(data, merged), merged, update, square, place)
+        if self._rounder is None or not math.isfinite(square):
+            sums = Sums(weight, square, left)
         else:
             wanted = merged.astype(np.float32)
             data = self._shaped(self._rounder, wanted, data, place)
-            shaped = self._left(memory.decoded(data), merged, update, sums.update, place)
-            sums = replace(sums, left=shaped, nearest=left)
-        if not np.isfinite(sums.left.kept):
+            stored = memory.decoded(data, merged)
+            shaped = self._left(stored, merged, update, square, place)
+            sums = Sums(weight, square, shaped, left)
+        if not math.isfinite(sums.left.kept):
             self._refuse(self.base_block(place))
         return data, sums
 
@@ -197,14 +200,14 @@ class Merger:
         return rounder.rounded(wanted, starts, place).reshape(-1).data
 
     def _merged(self, place: Place, base: Array, memory: _Memory) -> tuple[Array, Array]:
-        """Return W + ΔW and ΔW of a block."""
+        """Return W + ΔW, perhaps in the memory of W, and ΔW of a block."""
         rows = len(base)
         match self._operations:
             case [Sum() | Rules() as only]:
                 update = only.delta(place, memory.update[:rows])
-                return np.add(base, update, out=memory.merged[:rows]), update
+                return np.add(base, update, out=base), update
             case several:
-                merged = memory.merged[:rows]
+                merged = memory.other[:rows]
                 np.copyto(merged, base)
                 for operation in several:
                     merged = operation.apply(merged, base, place)
@@ -267,14 +270,14 @@ class Merger:
 
 
 class _Memory:
-    """Arrays of a block's size that every block of a task uses again."""
+    """Arrays of a block's size that every block of a task uses again, as few as there can be."""
 
     def __init__(
         self, height: int, columns: int, kind: np.dtype[Any], dtype: DType, ranges: Ranges
     ) -> None:
         self.dtype, self.kind, self.ranges = dtype, kind, ranges
         self.base = np.empty((height, columns), kind)
-        self.merged = np.empty((height, columns), kind)
+        self.other = np.empty((height, columns), kind)
         self.update = np.empty((height, columns), kind)
         self._raw = bytearray()
         self._stored = None if dtype.quantised else np.empty((height, columns), dtype.numpy())
@@ -300,9 +303,10 @@ class _Memory:
         np.copyto(stored, values, casting="unsafe")
         return stored.reshape(-1).view(np.uint8).data
 
-    def decoded(self, data: memoryview) -> Array:
-        """Return what the stored bytes hold, in the memory of the base, which is used up."""
-        out = self.base[: len(data) // self.dtype.nbytes(self.base.shape[1:])]
+    def decoded(self, data: memoryview, merged: Array) -> Array:
+        """Return what the stored bytes hold, in the memory that `merged` is not in."""
+        free = self.other if np.may_share_memory(merged, self.base) else self.base
+        out = free[: len(merged)]
         held = self._stored[: len(out)] if self._stored is not None else None
         np.copyto(out, _decoded_again(data, self.dtype, out) if held is None else held)
         return out

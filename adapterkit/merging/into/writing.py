@@ -319,8 +319,8 @@ class _Computed:
 
     def _write(self, data: memoryview, offset: int) -> None:
         at = self.at + offset
-        write_at(self.target, data, at)
         self.written.append(Written(at, len(data), checksum(data)))
+        write_at(self.target, data, at)
         self.progress(len(data))
 
     def report(self, sums: Sums) -> TensorReport | None:
