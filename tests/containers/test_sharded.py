@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sharded_checkpoints import CHECKPOINTS, SHARDED, Tensors, copied, save, truth
-from terminal import PEFT
+from terminal import PEFT, ROOT
 
 from adapterkit import convert, inspect
 from adapterkit.containers.dcp import read_dcp
+from adapterkit.containers.folders import step_folder
 from adapterkit.containers.tiles import Tile, gap, joined
 from adapterkit.containers.zero import read_zero
 from adapterkit.dtype import DType
@@ -306,6 +307,21 @@ def test_partitions_are_joined_however_many(
     folder = zero(tmp_path / "step", stage, **options)
     found = {name: torch.tensor(x.numpy()) for name, x in read_zero(folder).tensors.items()}
     same(found, truth())
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_what_deepspeed_saved_is_what_it_trained(name: str, tmp_path: Path) -> None:
+    """Two ranks of DeepSpeed 0.19.8 trained; it gathered the parameters itself."""
+    folder = ROOT / "fixtures" / "deepspeed" / name
+    trained = load_file(folder.with_suffix(".safetensors"))
+    step = step_folder(folder)
+    assert step is not None
+    found = {name: torch.tensor(x.numpy()) for name, x in read_zero(step).tensors.items()}
+    same(found, trained)
+    tensors, config = written(folder, tmp_path / "out")
+    saved = {name.replace(".default", "").removesuffix(".weight"): x for name, x in trained.items()}
+    same({name.removesuffix(".weight"): x for name, x in tensors.items()}, saved)
+    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 6, True)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
