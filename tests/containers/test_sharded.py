@@ -324,6 +324,17 @@ def test_what_deepspeed_saved_is_what_it_trained(name: str, tmp_path: Path) -> N
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 6, True)
 
 
+def test_a_checkpoint_without_zero_holds_the_model_itself(tmp_path: Path) -> None:
+    """Stage 0, as DeepSpeed saves it: nothing is parted, and no parameter is listed as trained."""
+    halves = {name: tensor.bfloat16() for name, tensor in truth().items()}
+    state = {"module": OrderedDict(halves), "param_shapes": None, "optimizer": {"cur_iter": 2}}
+    torch.save(state, tmp_path / "mp_rank_00_model_states.pt")
+    read = read_zero(tmp_path)
+    assert read.stage == 0
+    found = {n: torch.tensor(x.numpy().astype(np.float32)) for n, x in read.tensors.items()}
+    same(found, {name: tensor.float() for name, tensor in halves.items()})
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_partitions_of_other_parameters_are_refused(stage: int, tmp_path: Path) -> None:
     folder = zero(tmp_path / "step", stage, ranks=2)
