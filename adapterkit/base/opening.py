@@ -35,7 +35,7 @@ _WORD = text(1 << 8)
 # The names of split models count to 99999; the largest one has some two hundred.
 _LONGEST_NAME, _MOST_PARTS = 255, 9_999
 _LONGEST_ARRAY = 1 << 16
-_MAGIC = b"GGUF"
+_MAGIC, _CONFIG = b"GGUF", "config.json"
 
 
 def open_base(base: Path | str) -> BaseModel:
@@ -75,14 +75,14 @@ def _opened(path: Path, reference: str | Path) -> BaseModel:
 
 def _open_file(path: Path) -> BaseModel:
     """Open a config, a file of weights, or a GGUF; what is none is named as what it is."""
-    if path.suffix == ".json":
-        return _open_config(path, name=None)
     if path.suffix == ".safetensors":
         return _open_weights(path)
     with path.open("rb") as file:
         begin = file.read(len(_MAGIC))
     if begin == _MAGIC:
         return _open_gguf(path)
+    if path.suffix == ".json" and (path.name == _CONFIG or not strangers.named(path, base=True)):
+        return _open_config(path, name=None)
     what = strangers.named(path, base=True) or f"is no base model that is read; {strangers.BASE}"
     raise FormatError(what, path=path)
 
