@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit import strangers
 from adapterkit.errors import FormatError
 from adapterkit.storage import read_document
 
@@ -35,9 +36,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
             # Half a surrogate pair passes for text until it is written somewhere.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"is not readable JSON ({error})", path=path) from None
+        what = f"is not readable JSON ({error}); mend it, or download or copy it again"
+        raise FormatError(strangers.content(path) or what, path=path) from None
     if not isinstance(value, dict):
-        raise FormatError("is not a JSON object", path=path)
+        raise FormatError("is not a JSON object; download or copy it again", path=path)
     return cast("dict[str, Any]", value)
 
 

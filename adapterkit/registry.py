@@ -316,30 +316,38 @@ def _nothing_known(path: Path) -> NotFoundError | UnknownFormatError:
     """Return the error for what neither a format nor the table of strangers knows."""
     config = (path if path.is_dir() else path.parent) / _CONFIG
     if config.is_file():
-        what = "says neither peft_type nor fine_tune_type, as no known program leaves it"
+        what = (
+            "says neither peft_type nor fine_tune_type, as no known program leaves it; download or "
+            "copy it again"
+        )
         return UnknownFormatError(what, path=config)
     if path.is_dir():
         what = f"no adapter here: no {_CONFIG}; pass the folder that holds it"
         return NotFoundError(what, path=path)
     beside = f"no {_CONFIG} lies beside it"
-    if names := _stored_names(path):
-        return UnknownFormatError(
+    names = _stored_names(path)
+    if names == ():
+        what = "holds no tensors; training saved an empty adapter, or this is no file of weights"
+        return UnknownFormatError(what, path=path)
+    if names:
+        what = strangers.holding(names) or (
             f"holds {len(names)} tensors ({names[0]}...) and no factor of an update, and {beside}; "
             "of a model that was trained whole, the update is found with: adapterkit extract "
-            "--base BASE --tuned MODEL -o ADAPTER",
-            path=path,
+            "--base BASE --tuned MODEL -o ADAPTER"
         )
+        return UnknownFormatError(what, path=path)
     what = f"is not an adapter of a known format, and {beside}; pass the folder that holds one"
     return UnknownFormatError(what, path=path)
 
 
-def _stored_names(path: Path) -> tuple[str, ...]:
+def _stored_names(path: Path) -> tuple[str, ...] | None:
+    """Return the names of a safetensors file's tensors, None of any other file."""
     try:
         return tuple(read_safetensors(path).tensors)
     except FormatError as error:
         if isinstance(error, TruncatedFileError) and path.suffix == ".safetensors":
             raise
-        return ()
+        return None
 
 
 def claims(known: FormatSpec, path: Path) -> bool:

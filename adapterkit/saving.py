@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 from adapterkit.certificates import certified
 from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
-from adapterkit.errors import LossyConversionError, ProofError, UsageError, unknown
+from adapterkit.errors import (
+    LossyConversionError,
+    ProofError,
+    UnsupportedError,
+    UsageError,
+    unknown,
+)
 from adapterkit.keys import Role
 from adapterkit.lowrank.effect import IDLE, idle
 from adapterkit.model import AdapterTensorSet
@@ -189,6 +195,9 @@ def admitted(
     if target.any_vocabulary:
         grown = {loss.subject for loss in passed if loss.code == "vocabulary"}
         passed = [loss for loss in passed if loss.code not in {"vocabulary", OTHER_TABLE}]
+    if not _trained(adapter):
+        what = "holds nothing that was trained; save the adapter again after training"
+        raise UnsupportedError(what, path=path)
     if passed and not allow_lossy:
         raise LossyConversionError(passed, path=path)
     if options.base:

@@ -40,10 +40,14 @@ def readable(path: Path) -> Generator[None]:
 
 
 def alike(path: Path) -> str:
-    """Return a question that names what lies beside a path that does not exist, if it is alike."""
+    """Return what is known of a path without a file: where it leads, or what is called alike."""
     folder = path.parent
     try:
+        if path.is_symlink():
+            return f"; it is a link to {path.readlink()}, where nothing is: copy the file itself"
         names = [each.name for each in folder.iterdir() if not each.name.startswith(".")]
+        if path.name in names:
+            return ""
     except OSError:
         return ""
     found = get_close_matches(path.name, names, n=1)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit import hub
+from adapterkit import hub, strangers
 from adapterkit.base.diffusion import is_pipeline, open_checkpoint, open_pipeline
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import FormatError, NotFoundError, UnknownArchitectureError
@@ -35,6 +35,7 @@ _WORD = text(1 << 8)
 # The names of split models count to 99999; the largest one has some two hundred.
 _LONGEST_NAME, _MOST_PARTS = 255, 9_999
 _LONGEST_ARRAY = 1 << 16
+_MAGIC, _CONFIG = b"GGUF", "config.json"
 
 
 def open_base(base: Path | str) -> BaseModel:
@@ -60,21 +61,30 @@ def _opened(path: Path, reference: str | Path) -> BaseModel:
         raise NotFoundError(what, path=path)
     if path.is_dir():
         return open_pipeline(path) if is_pipeline(path) else _open_directory(path)
-    if path.suffix == ".json" and path.is_file():
-        return _open_config(path, name=None)
-    if path.suffix == ".safetensors" and path.is_file():
-        return _open_weights(path)
     if path.is_file():
-        return _open_gguf(path)
+        return _open_file(path)
     if cached := find_base(str(reference)):
         return cached
     if named := hub.parse(str(reference)):
         return _open_config(hub.downloaded_base(named) / "config.json", name=named.name)
     raise NotFoundError(
-        "no base model here; give a model directory, a config.json, a GGUF file or a hub id"
-        + alike(path),
+        f"no base model here; {strangers.BASE}, or a hub id{alike(path)}",
         path=reference,
     )
+
+
+def _open_file(path: Path) -> BaseModel:
+    """Open a config, a file of weights, or a GGUF; what is none is named as what it is."""
+    if path.suffix == ".safetensors":
+        return _open_weights(path)
+    with path.open("rb") as file:
+        begin = file.read(len(_MAGIC))
+    if begin == _MAGIC:
+        return _open_gguf(path)
+    if path.suffix == ".json" and (path.name == _CONFIG or not strangers.named(path, base=True)):
+        return _open_config(path, name=None)
+    what = strangers.named(path, base=True) or f"is no base model that is read; {strangers.BASE}"
+    raise FormatError(what, path=path)
 
 
 def _open_weights(path: Path) -> BaseModel:
@@ -252,7 +262,8 @@ def _open_gguf(path: Path) -> BaseModel:
     fields = Table(file.metadata, path)
     kind = fields.get("general.type", TEXT, "model")
     if kind != "model":
-        raise FormatError(f"is a GGUF of type {shown(kind)}, not a base model", path=path)
+        what = f"is a GGUF of type {shown(kind)}, not a base model; {strangers.BASE}"
+        raise FormatError(what, path=path)
     name = fields.get("general.architecture", _WORD)
     found = tuple(a for a in find(name) if a.gguf == name)
     if not found:

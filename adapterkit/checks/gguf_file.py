@@ -21,8 +21,10 @@ _COMPUTABLE = {DType.F32, DType.F16, DType.BF16}
 
 
 def check_gguf_file(path: Path) -> Iterator[Finding]:
-    """Yield what llama.cpp refuses or dies of; no tensor data is read."""
+    """Yield what llama.cpp refuses or dies of in an adapter; no tensor data is read."""
     file = read_gguf(path)
+    if file.metadata.get("general.type") != "adapter":
+        return
     kind = file.kinds.get(_ALPHA, ValueType.FLOAT32)
     if kind is not ValueType.FLOAT32:
         message = f"is stored as {kind.name}: llama.cpp aborts unless it is FLOAT32"

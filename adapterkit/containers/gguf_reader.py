@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from adapterkit import strangers
 from adapterkit.containers.gguf_values import (
     ALIGNMENT_KEY,
     CODES,
@@ -141,7 +142,8 @@ def _check_counts(cursor: _Cursor, entries: int, tensors: int) -> None:
 
 def _version(cursor: _Cursor) -> int:
     if (magic := cursor.take(4, "the magic")) != MAGIC:
-        raise cursor.broken(f"starts with {magic!r}, not {MAGIC!r}; this is no GGUF file")
+        what = f"starts with {magic!r}, not {MAGIC!r}; this is no GGUF file"
+        raise cursor.broken(strangers.content(cursor.path) or what)
     version = cursor.number("<I", "the version")
     if version and not version & 0xFFFF:
         raise cursor.broken(

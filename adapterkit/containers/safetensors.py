@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit import strangers
 from adapterkit.containers.opening import MAX_AXES, MAX_NAME, check_shape, file_size
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, TruncatedFileError, UnsupportedError
@@ -187,11 +188,11 @@ def _read_header(path: Path, size: int) -> bytes:
     with readable(path), path.open("rb") as file:
         length = int.from_bytes(file.read(PREFIX), "little")
         if size >= PREFIX and length > MAX_HEADER:
-            raise FormatError(
+            what = (
                 f"a header of {length} bytes is claimed, the most is {MAX_HEADER}: "
-                "this is no safetensors file",
-                path=path,
+                "this is no safetensors file"
             )
+            raise FormatError(strangers.content(path) or what, path=path)
         if size < PREFIX or length > size - PREFIX:
             raise TruncatedFileError(
                 f"the file has {size} bytes and ends within its header; download or copy it again",

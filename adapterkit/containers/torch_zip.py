@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit import strangers
 from adapterkit.containers.opening import MAX_NAME, file_size
 from adapterkit.containers.pickle_names import Record
 from adapterkit.containers.pickle_reader import RESAVE, read_pickle
@@ -204,7 +205,8 @@ def _check_magic(begin: bytes, path: Path) -> None:
         raise UnsafePickleError(
             f"is a bare pickle, not a zip of torch.save; nothing was executed; {RESAVE}", path=path
         )
-    raise FormatError("is not a zip of torch.save", path=path)
+    what = "is not a zip of torch.save; download or copy it again, or save it with torch anew"
+    raise FormatError(strangers.content(path) or what, path=path)
 
 
 def _check_byteorder(members: Mapping[str, FileSlice], path: Path) -> None:

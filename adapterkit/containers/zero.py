@@ -40,7 +40,7 @@ class ZeroCheckpoint:
 
     Attributes:
         folder: the directory of the step.
-        stage: of ZeRO; 0 where the optimizer's files do not lie beside the model's.
+        stage: of ZeRO; 0 without it, and where no files of the optimizer lie beside the model's.
         ranks: how many ranks the parameters were parted among.
         tensors: the trained parameters by name, in fp32 unless `stage` is 0.
         frozen: how many parameters and buffers were not trained.
@@ -261,11 +261,15 @@ def _from_training_weights(folder: Path, model: _Model) -> ZeroCheckpoint:
 def _model(path: Path) -> _Model:
     root = _mapping(read_torch_zip(path, names=_NAMES).root, path, "the file")
     shapes = root.get("param_shapes")
+    values = _mapping(root.get("module"), path, "module")
+    tensors = {str(n): v for n, v in values.items() if isinstance(v, LazyTensor)}
+    if (
+        shapes is None
+    ):  # nothing is parted without ZeRO (stage 0), and nothing says what was trained
+        shapes = {name: value.shape for name, value in tensors.items()}
     groups = [_shapes(group, path) for group in _rows(shapes)]
     if not any(groups):
         raise FormatError("lists no trained parameters (param_shapes)", path=path)
-    values = _mapping(root.get("module"), path, "module")
-    tensors = {str(n): v for n, v in values.items() if isinstance(v, LazyTensor)}
     trained = {name for group in groups for name in group}
     frozen = root.get("frozen_param_shapes")
     count = len(cast("dict[object, object]", frozen)) if type(frozen) is dict else 0

@@ -22,6 +22,8 @@ from adapterkit.saving import ProvenFile, admitted, destination_format, save, st
 from adapterkit.text import PLAIN, Pen, short
 from adapterkit.work import watchable
 
+_EMPTY = "holds nothing that was trained, and adds nothing"
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MergeFilesReport(ProvenFile):
@@ -143,6 +145,7 @@ def merge_files(
         losses=ready.losses,
         notes=(
             *(f"{each.label}: {note}" for each in loaded for note in each.notes),
+            *(f"{each.label}: {_EMPTY}" for each in loaded if not each.adapter.tensors),
             *(f"{each.label}: {told}" for each in loaded for told in _left(each, tokenizer)),
             *([f"{', '.join(split)} beside the adapters differ and are left out"] if split else []),
             *ready.warnings,

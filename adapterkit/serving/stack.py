@@ -187,9 +187,11 @@ class AdapterStack:
             kind = AdapterNotFoundError if missing else AdapterLoadFailedError
             raise kind(error.message, path=error.path, where=error.where) from error
         except UnsupportedError as error:
-            raise AdapterIncompatibleError(error.message, path=path, where=error.where) from error
+            at = error.path or path
+            raise AdapterIncompatibleError(error.message, path=at, where=error.where) from error
         except AdapterKitError as error:
-            raise AdapterLoadFailedError(error.message, path=path, where=error.where) from error
+            at = error.path or path
+            raise AdapterLoadFailedError(error.message, path=at, where=error.where) from error
         _check_plain(adapter, path)
         self._check_base(adapter, path)
         self._members[chosen] = StackedAdapter(

@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sharded_checkpoints import CHECKPOINTS, SHARDED, Tensors, copied, save, truth
-from terminal import PEFT
+from terminal import PEFT, ROOT
 
 from adapterkit import convert, inspect
 from adapterkit.containers.dcp import read_dcp
+from adapterkit.containers.folders import step_folder
 from adapterkit.containers.tiles import Tile, gap, joined
 from adapterkit.containers.zero import read_zero
 from adapterkit.dtype import DType
@@ -306,6 +307,32 @@ def test_partitions_are_joined_however_many(
     folder = zero(tmp_path / "step", stage, **options)
     found = {name: torch.tensor(x.numpy()) for name, x in read_zero(folder).tensors.items()}
     same(found, truth())
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_what_deepspeed_saved_is_what_it_trained(name: str, tmp_path: Path) -> None:
+    """Two ranks of DeepSpeed 0.19.8 trained; it gathered the parameters itself."""
+    folder = ROOT / "fixtures" / "deepspeed" / name
+    trained = load_file(folder.with_suffix(".safetensors"))
+    step = step_folder(folder)
+    assert step is not None
+    found = {name: torch.tensor(x.numpy()) for name, x in read_zero(step).tensors.items()}
+    same(found, trained)
+    tensors, config = written(folder, tmp_path / "out")
+    saved = {name.replace(".default", "").removesuffix(".weight"): x for name, x in trained.items()}
+    same({name.removesuffix(".weight"): x for name, x in tensors.items()}, saved)
+    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 6, True)
+
+
+def test_a_checkpoint_without_zero_holds_the_model_itself(tmp_path: Path) -> None:
+    """Stage 0, as DeepSpeed saves it: nothing is parted, and no parameter is listed as trained."""
+    halves = {name: tensor.bfloat16() for name, tensor in truth().items()}
+    state = {"module": OrderedDict(halves), "param_shapes": None, "optimizer": {"cur_iter": 2}}
+    torch.save(state, tmp_path / "mp_rank_00_model_states.pt")
+    read = read_zero(tmp_path)
+    assert read.stage == 0
+    found = {n: torch.tensor(x.numpy().astype(np.float32)) for n, x in read.tensors.items()}
+    same(found, {name: tensor.float() for name, tensor in halves.items()})
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -59,6 +59,9 @@ PREFIX = "base_model.model."
         ("pretrained_model.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
         ("actor.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
         ("module.module.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
+        ("base_model.base_model.model.model.layers.0.q.lora_A.weight", "model.layers.0.q"),
+        ("base_model.base_model.layers.0.q.lora_A.weight", "layers.0.q"),
+        ("module.base_model.layers.0.q.lora_A.default.weight", "layers.0.q"),
     ],
 )
 def test_a_wrapped_part_keeps_its_place_in_the_model(name: str, module: str) -> None:

@@ -74,14 +74,34 @@ def whole_model(folder: Path) -> Path:
     return folder
 
 
-def control_vector(folder: Path) -> Path:
-    writer = gguf.GGUFWriter(folder / "x.gguf", "controlvector")
-    writer.add_tensor("direction.1", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder / "x.gguf"
+def gguf_of(architecture: str, kind: str, tensor: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        writer = gguf.GGUFWriter(folder / "x.gguf", architecture)
+        writer.add_type(kind)
+        writer.add_tensor(tensor, np.ones(8, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return folder / "x.gguf"
+
+    return write
+
+
+def saved_by_torch(root: object) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        torch.save(root, folder / "x.pt")
+        return folder / "x.pt"
+
+    return write
+
+
+def tensors_of(*names: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        save_file({name: np.ones((2, 8), np.float32) for name in names}, folder / "x.safetensors")
+        return folder / "x.safetensors"
+
+    return write
 
 
 STRANGERS: dict[str, Callable[[Path], Path]] = {
@@ -96,16 +116,55 @@ STRANGERS: dict[str, Callable[[Path], Path]] = {
     "web page": bytes_of(b"<!DOCTYPE html><html></html>"),
     "run/checkpoint-5": runs,
     "adapterkit extract --base": whole_model,
-    "control vector": control_vector,
+    "control vector": gguf_of("controlvector", "controlvector", "direction.1"),
+    "importance matrix": gguf_of("llama", "imatrix", "blk.0.attn_q.weight.in_sum2"),
+    "mmproj": gguf_of("clip", "mmproj", "v.blk.0.attn_q.weight"),
+    "whole model, not an adapter": gguf_of("llama", "model", "token_embd.weight"),
+    "state of an optimizer": saved_by_torch({"state": {0: {"step": torch.ones(())}}}),
+    "state of random generators": saved_by_torch({"cpu": torch.get_rng_state(), "python": (3,)}),
+    "holds no tensors": saved_by_torch({"last_epoch": 3}),
+    "textual inversion": saved_by_torch({"<cat>": torch.ones(8)}),
+    "AdapterHub": saved_by_torch({"bert.layer.0.adapters.a.adapter_down.weight": torch.ones(2, 8)}),
+    "virtual tokens": tensors_of("prompt_embeddings"),
+    "value head": tensors_of("v_head.summary.weight", "v_head.summary.bias"),
+    "emb": tensors_of("emb_params"),
+    "training saved an empty adapter": tensors_of(),
 }
+MODELS = {"adapterkit extract --base", "whole model, not an adapter"}
 
 
+@pytest.mark.parametrize("command", ["inspect", "validate"])
 @pytest.mark.parametrize("what", STRANGERS)
-def test_a_stranger_is_named(what: str, tmp_path: Path) -> None:
-    result = invoke("inspect", STRANGERS[what](tmp_path))
+def test_a_stranger_is_named(what: str, command: str, tmp_path: Path) -> None:
+    result = invoke(command, STRANGERS[what](tmp_path))
     assert result.exit_code == 3
     assert what in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+)
+@pytest.mark.parametrize("what", ["Git LFS pointer", "web page"])
+def test_a_stranger_in_an_adapters_folder_is_named(name: str, what: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(PEFT / "tiny", tmp_path / "a")
+    if name.endswith(".bin"):
+        (folder / "adapter_model.safetensors").unlink()
+    shutil.copy(STRANGERS[what](tmp_path), folder / name)
+    for command in (("inspect",), ("stack", "--for", "vllm")):
+        result = invoke(*command, folder)
+        assert result.exit_code == 3
+        assert f"{name}: is a {what}" in result.stderr
+
+
+@pytest.mark.parametrize("what", [what for what in STRANGERS if what not in MODELS])
+def test_a_stranger_is_no_base_and_is_told_as_such(what: str, tmp_path: Path) -> None:
+    stranger = STRANGERS[what](tmp_path)
+    result = invoke("convert", PEFT / "tiny", "-o", tmp_path / "o.gguf", "--base", stranger)
+    assert result.exit_code in {3, 4}
+    assert result.stderr.count("\n") == 1
+    assert "adapter_config.json" not in result.stderr
+    assert "b'" not in result.stderr
 
 
 def test_the_file_that_is_named_reads_as_advised(tmp_path: Path) -> None:

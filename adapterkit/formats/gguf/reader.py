@@ -41,6 +41,13 @@ OWN_KEYS = {
     PROOF,
 }
 EMBEDDING = "token_embd"
+# Other files of llama.cpp, by general.type.
+_STRANGERS = {
+    "imatrix": "is an importance matrix, not an adapter; adapterkit merge A --into BASE.gguf takes "
+    "it with --calibrate",
+    "mmproj": "is the part of a model that sees or hears (mmproj), not an adapter; pass the "
+    "adapter's GGUF",
+}
 _TOKENS = listed(whole(0, 1 << 40), 1 << 16)
 
 
@@ -106,6 +113,9 @@ def _check_kind(file: GGUFFile) -> None:
             "--control-vector",
             path=file.path,
         )
+    kind = file.metadata.get("general.type")
+    if isinstance(kind, str) and kind in _STRANGERS:
+        raise FormatError(_STRANGERS[kind], path=file.path)
     if "token_embd.weight" in file.tensors:
         raise FormatError(
             "is a whole model, not an adapter; what training changed in it is found with: "
@@ -117,7 +127,9 @@ def _check_kind(file: GGUFFile) -> None:
         if value != wanted:
             found = "missing" if value is None else shown(value)
             raise FormatError(
-                f"{key} is {found}, not {wanted!r}: not a LoRA adapter", path=file.path
+                f"{key} is {found}, not {wanted!r}: not a LoRA adapter; pass one that llama.cpp's "
+                "convert_lora_to_gguf.py or adapterkit convert -o FILE.gguf has written",
+                path=file.path,
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit import strangers
 from adapterkit.containers.folders import dcp_folder
 from adapterkit.errors import AdapterKitError, FormatError, NotFoundError, UsageError
 from adapterkit.formats.handwritten.dialects import (
@@ -50,7 +51,8 @@ def read(path: Path, options: Options) -> AdapterTensorSet:
     """
     document = open_document(_file(path, options.dialect))
     if not document.all_tensors():
-        raise FormatError("holds no tensors; training saved an empty adapter", path=path)
+        what = "holds no tensors; training saved an empty adapter, or this is no file of weights"
+        raise FormatError(what, path=path)
     return interpret(_explained(document, options.dialect), document, path, options)
 
 
@@ -148,6 +150,8 @@ def _unknown(mismatches: Sequence[Mismatch], document: Document) -> AdapterKitEr
     if part := next((m for m in near if m.sliced), None):
         return FormatError(f"{ONE_RANK}; {GATHER}", path=document.path, where=part.key)
     if not near:
+        if known := strangers.holding(document.all_tensors()):
+            return FormatError(known, path=document.path)
         return FormatError(
             "no dialect knows a factor in this file; of a model that was trained whole, save it "
             "with save_pretrained and find the update with: adapterkit extract --base BASE --tuned "

@@ -79,6 +79,8 @@ def _weights(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
+        if (folder / name).is_symlink():
+            raise NotFoundError(f"is not there{alike(folder / name)}", path=folder / name)
     if shards := sorted(each for each in folder.iterdir() if _OWN_SHARD.match(each.name)):
         return shards[0]
     raise NotFoundError(f"has {CONFIG} but {_missing(folder)}", path=folder)
@@ -90,7 +92,9 @@ def _missing(folder: Path) -> str:
         listed = Table(read_json_object(index), index).get("weight_map", _LISTED, dict[str, str]())
         if listed:
             return f"not {next(iter(listed.values()))}, which {index.name} names; download it too"
-    found = sorted(child.name for child in folder.iterdir() if child.suffix in _SUFFIXES)
+    found = sorted(
+        child.name for child in folder.iterdir() if child.suffix in _SUFFIXES and child.is_file()
+    )
     weights = [name for name in found if not of_training(folder / name)]
     if not weights:
         started = (child.name for child in folder.iterdir() if child.suffix in _UNFINISHED)

@@ -48,7 +48,10 @@ _MODULES = re.compile(r"^(?:module\.)+")
 # An attribute of the trainer that holds the whole model: no class nests one of this name twice.
 _HOLDER = "model."
 # Attributes of trainers that no model has (TRL's value heads, trainers of policies).
-_HOLDERS = frozenset({"pretrained_model.", "actor.", "state_dict."})
+_HOLDERS = frozenset({"pretrained_model.", "actor.", "state_dict.", "base_model."})
+# PEFT's own attribute without the one that it holds the model in: no class of transformers has it.
+_HALF_PREFIX = "base_model."
+_HALVES = re.compile(r"^(?:base_model\.)+")
 _ADAPTER_NAME = re.compile(
     r"\.(?:lora_[AB]\.(?!weight$|bias$)[^.]+\.(?:weight|bias)|lora_embedding_[AB]\.[^.]+)$"
 )
@@ -108,7 +111,7 @@ class KeyReader:
         if path.startswith("module."):
             path = _MODULES.sub("", path)
             self._seen["module. taken off (DDP, DeepSpeed)", NoteKind.PREFIX] += 1
-        if not (path.startswith(PREFIX) or _INNER_PREFIX.search(path)):
+        if not (path.startswith(_HALF_PREFIX) or _INNER_PREFIX.search(path)):
             if _FACTOR in path:
                 self._seen[f"had no {PREFIX} prefix", NoteKind.PREFIX] += 1
             else:
@@ -124,6 +127,9 @@ class KeyReader:
             outer, rest = path[: inner.start()], path[inner.end() :]
             whole = outer in _HOLDERS or (outer == _HOLDER and rest.startswith(_HOLDER))
             path = rest if whole else outer + rest
+        if path.startswith(_HALF_PREFIX):
+            self._seen[f"{_HALF_PREFIX} without model. taken off", NoteKind.PREFIX] += 1
+            path = _HALVES.sub("", path)
         return path
 
     def notes(self) -> tuple[Note, ...]:
