@@ -110,7 +110,7 @@ def updates(pair: Update, least: float = _LEAST) -> Iterator[LowRank]:
         UncheckableError: as `unscaled`.
     """
     for each in unscaled(pair, least):
-        yield _scaled(each, pair.scale)
+        yield scaled(each, pair.scale)
 
 
 def whole(pair: Update) -> LowRank:
@@ -120,10 +120,13 @@ def whole(pair: Update) -> LowRank:
         UncheckableError: as `unscaled`.
     """
     stack = _with_room(LowRank(*pair.stacked(wide)), pair)
-    return _scaled(stack, pair.scale)
+    return scaled(stack, pair.scale)
 
 
-def _scaled(stored: LowRank, scale: float) -> LowRank:
+def scaled(stored: LowRank, scale: float) -> LowRank:
+    """Return an update with its scale in B."""
+    if scale == 1:
+        return stored
     # What is infinite times 0 is no number, and shows itself.
     with np.errstate(invalid="ignore"):
         return LowRank(stored.b * scale, stored.a, scale)
