@@ -76,26 +76,39 @@ def cut_distance(whole: Decomposition, cut: LowRank, kept: LowRank, predicted: f
 
     Args:
         whole: the decomposition of ΔW.
-        cut: its leading part, before rounding.
+        cut: its leading part in balanced factors (`Decomposition.factors`), before rounding.
         kept: the factors of `cut`, rounded.
         predicted: ‖N‖ (`ranks.predicted_error`).
     """
-    near = _near(cut, kept)
-    moved = near.distance() if near else None
-    if near is None or not moved or moved < _ROUNDED * whole.norm:
+    b, a = cut.b - kept.b, cut.a - kept.a
+    with np.errstate(all="ignore"):
+        left, right = (cut.b.T @ b, b.T @ b), (cut.a @ a.T, a @ a.T)
+        moved = _moved(cut, left, right)
+    if moved is None or moved < _ROUNDED * whole.norm:
         return distance(whole.update, kept)
-    columns = _direction(cut.shape[1])
-    left = whole.update.b @ (whole.update.a @ columns) - cut.b @ (cut.a @ columns)
-    if not np.linalg.norm(left) <= _DEVIATIONS * predicted + _NEGLIGIBLE * moved:
+    along = _direction(cut.shape[1])
+    lacking = whole.update.b @ (whole.update.a @ along) - cut.b @ (cut.a @ along)
+    if not np.linalg.norm(lacking) <= _DEVIATIONS * predicted + _NEGLIGIBLE * moved:
         return distance(whole.update, kept)
     squared = predicted**2 + moved**2
-    both, _ = _added(near.left[2], near.right[2])
+    both, _ = _added(left[1], right[1])
     if predicted * max(both, 0.0) ** 0.5 > _VANISHING * squared:
-        # Of rounding, N meets b · a alone, and the cut's share of that is known.
-        small = LowRank(near.b, near.a)
-        shared, _ = _added(_t(near.left[1]) + near.left[2], near.right[1])
-        squared -= 2 * (inner(whole.update, small) - shared)
+        # Of what rounding moves, N meets b · a alone, and the cut's share of that is known.
+        squared -= 2 * (inner(whole.update, LowRank(b, a)) - _added(left[0], right[0])[0])
     return squared**0.5
+
+
+def _moved(cut: LowRank, left: tuple[Array, Array], right: tuple[Array, Array]) -> float | None:
+    """Return ‖b A + (B - b) a‖ from Bᵀb and bᵀb, Aaᵀ and aaᵀ; None where squares do not tell.
+
+    The columns of B, and the rows of A, are orthogonal.
+    """
+    (b_mixed, b_small), (a_mixed, a_small) = left, right
+    if not (_squares(_trace(b_small)) and _squares(_trace(a_small))):
+        return None
+    wide, long = np.einsum("ij,ij->j", cut.b, cut.b), np.einsum("ij,ij->i", cut.a, cut.a)
+    other = _added(np.diag(wide) - b_mixed - b_mixed.T + b_small, a_small)
+    return _far(_added(np.diag(b_small), long), other, _added(b_small - b_mixed.T, a_mixed))
 
 
 @lru_cache(maxsize=32)
