@@ -189,9 +189,10 @@ def _near(first: LowRank, second: LowRank) -> _Near | None:
         whole = first.a @ _t(first.a)
         none = np.zeros_like(whole)
         right = (whole, first.a @ _t(a), a @ _t(a)) if moved else (whole, none, none)
-        sizes = [_trace(left[0]), _trace(right[0])]
-        sizes += [_trace(each) for each, by in ((left[2], b), (right[2], a)) if by.any()]
-    return _Near(b, a, left, right) if all(map(_squares, sizes)) else None
+        sound = all(_squares(_trace(each[0])) for each in (left, right)) and all(
+            _squares(_trace(each)) or not by.any() for each, by in ((left[2], b), (right[2], a))
+        )
+    return _Near(b, a, left, right) if sound else None
 
 
 def _solved(first: LowRank, second: LowRank) -> tuple[LowRank, LowRank]:
