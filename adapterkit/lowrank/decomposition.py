@@ -155,10 +155,11 @@ class Decomposition:
         """
         kept = min(rank, self.values.size)
         root = np.sqrt(self.values[:kept] / scale)
-        b = np.zeros((self.update.shape[0], rank))
-        a = np.zeros((rank, self.update.shape[1]))
-        b[:, :kept] = self.update.b @ (self.left[:, :kept] * root)
-        a[:kept] = (root[:, None] * self.right[:kept]) @ self.update.a
+        b = self.update.b @ (self.left[:, :kept] * root)
+        a = (root[:, None] * self.right[:kept]) @ self.update.a
+        if kept < rank:
+            b = np.pad(b, ((0, 0), (0, rank - kept)))
+            a = np.pad(a, ((0, rank - kept), (0, 0)))
         return b, a
 
 

@@ -62,8 +62,12 @@ def difference(first: Update, second: Update) -> Difference:
     ):
         ratio = second.scale / first.scale
         return Difference(abs(ratio - 1), math.copysign(1, ratio) if ratio else None, abs(ratio))
-    sound = finite(first) and all_finite(second.b)
-    if sound and same_bits(first.a, second.a) and _same_at_scale(first, second):
+    if (
+        same_bits(first.a, second.a)
+        and finite(first)
+        and all_finite(second.b)
+        and _same_at_scale(first, second)
+    ):
         return Difference(0.0, 1.0, 1.0)
     from adapterkit.lowrank import distances, products
 

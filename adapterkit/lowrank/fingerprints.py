@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from adapterkit.lowrank.products import Array, LowRank
@@ -28,22 +29,28 @@ BRIEF = 16
 # The error of a cosine between two unrelated adapters of many modules, one standard deviation.
 COSINE_ERROR = 1 / WIDTH
 
+# Squared norms between this and its inverse leave float32 room for the numbers and their sums.
+_SMALL = 1e-30
+
 _OUT, _IN = "out", "in"
+
+Narrow: TypeAlias = NDArray[np.float32]
 
 
 class _Signs:
     """Rows of random signs that begin alike whatever their number: more of them change none."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Array] = {}
+        self._known: dict[str, Narrow] = {}
         self._lock = threading.Lock()
 
-    def rows(self, side: str, count: int) -> Array:
+    def rows(self, side: str, count: int) -> Narrow:
         """Return (count, p)."""
         with self._lock:
             known = self._known.get(side)
             if known is None or len(known) < count:
-                known = self._known[side] = _drawn((side,), count, WIDTH)
+                drawn = _drawn((side,), count, WIDTH).astype(np.float32)
+                known = self._known[side] = drawn
         return known[:count]
 
 
@@ -54,11 +61,21 @@ def sketch(update: LowRank) -> Array:
     """Return Ωᵀ ΔW Ψ / p of one update (p, p), or of each of a stack (E, p, p).
 
     Rows and columns of zeros at the end of ΔW, such as those of a grown vocabulary, change nothing.
+    Sums are of float32, right to 1e-6 of the norm: a sketch is stored in no more.
     """
     out, inputs = update.shape
-    left = _SIGNS.rows(_OUT, out).T @ update.b
-    right = update.a @ _SIGNS.rows(_IN, inputs)
-    return np.asarray(left @ right / WIDTH, dtype=np.float64)
+    b, a = _narrow(update.b), _narrow(update.a)
+    left = (_SIGNS.rows(_OUT, out).T @ b).astype(np.float64)
+    right = (a @ _SIGNS.rows(_IN, inputs)).astype(np.float64)
+    return left @ right / WIDTH
+
+
+def _narrow(matrix: Array) -> Narrow | Array:
+    """Return a matrix in float32, unless its numbers are no such numbers."""
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = matrix.astype(np.float32)
+        squared = np.vdot(narrow, narrow)
+    return narrow if _SMALL < squared < 1 / _SMALL else matrix
 
 
 @lru_cache(maxsize=4096)

@@ -110,7 +110,7 @@ def updates(pair: Update, least: float = _LEAST) -> Iterator[LowRank]:
         UncheckableError: as `unscaled`.
     """
     for each in unscaled(pair, least):
-        yield _scaled(each, pair.scale)
+        yield _scaled(each, pair)
 
 
 def whole(pair: Update) -> LowRank:
@@ -119,14 +119,26 @@ def whole(pair: Update) -> LowRank:
     Raises:
         UncheckableError: as `unscaled`.
     """
-    stack = _with_room(LowRank(*pair.stacked(wide)), pair)
-    return _scaled(stack, pair.scale)
+    return _scaled(_with_room(LowRank(*pair.stacked(wide)), pair), pair)
 
 
-def _scaled(stored: LowRank, scale: float) -> LowRank:
+def scaled(stored: LowRank, scale: float) -> LowRank:
+    """Return an update with its scale in B."""
+    if scale == 1:
+        return stored
     # What is infinite times 0 is no number, and shows itself.
     with np.errstate(invalid="ignore"):
         return LowRank(stored.b * scale, stored.a, scale)
+
+
+def _scaled(stored: LowRank, pair: Update) -> LowRank:
+    """Return an update with its scale in B, in the memory that widening B took."""
+    if pair.scale == 1 or pair.b.dtype is DType.F64:
+        return scaled(stored, pair.scale)
+    b = stored.b
+    with np.errstate(invalid="ignore"):
+        b *= pair.scale
+    return LowRank(b, stored.a, pair.scale)
 
 
 def _with_room(stored: LowRank, pair: Update, least: float = _LEAST) -> LowRank:

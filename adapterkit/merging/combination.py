@@ -12,7 +12,7 @@ import numpy as np
 
 from adapterkit.errors import UsageError, unknown
 from adapterkit.lowrank.decomposition import EXACT_ZERO, Decomposition, decompose
-from adapterkit.lowrank.distances import distance, gram, norm
+from adapterkit.lowrank.distances import cut_distance, distance, gram, norm
 from adapterkit.lowrank.operators import Plane
 from adapterkit.lowrank.products import Array, LowRank, stacked
 from adapterkit.lowrank.ranks import predicted_error
@@ -99,11 +99,18 @@ class Outcome:
         """Return the Frobenius norm of what a truncation to a rank leaves out."""
         return predicted_error(self.spectrum, rank) if self.spectrum is not None else 0.0
 
-    def error(self, stored: LowRank) -> float:
-        """Return the Frobenius norm of what a stored update is off by."""
-        if isinstance(self.exact, LowRank):
+    def error(self, made: LowRank, stored: LowRank) -> float:
+        """Return the Frobenius norm of what a stored update is off by.
+
+        Args:
+            made: of the rank that is stored, before rounding.
+            stored: its factors, rounded.
+        """
+        if not isinstance(self.exact, LowRank):
+            return self.exact.distance(stored)
+        if self.spectrum is None:
             return distance(self.exact, stored)
-        return self.exact.distance(stored)
+        return cut_distance(self.spectrum, made, stored, self.predicted_error(made.rank))
 
 
 def combine(

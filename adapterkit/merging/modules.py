@@ -11,7 +11,7 @@ import numpy as np
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.lowrank.decomposition import EXACT_ZERO, NUMERICAL_ZERO
-from adapterkit.lowrank.products import nothing, stored, wide
+from adapterkit.lowrank.products import LowRank, nothing, scaled, stored, wide
 from adapterkit.lowrank.ranks import RankRule
 from adapterkit.merging.combination import Combination, Outcome, combine
 from adapterkit.merging.report import ModuleReport
@@ -112,26 +112,29 @@ def _stored(
     zero = EXACT_ZERO if _kind(plan, settings.dtype) is DType.F64 else NUMERICAL_ZERO
     rank = settings.ranks.choose(spectra, limit, zero) if spectra else plan.rank
     scale = settings.alpha / rank
-    pair = _rounded(plan, outcomes, rank, scale, settings)
-    return MergedModule(pair, _report(plan, weights, outcomes, pair))
+    made = [LowRank(*outcome.factors(rank, scale)) for outcome in outcomes]
+    exact = outcomes[0].spectrum is None
+    pair = _rounded(plan, made, scale, settings.dtype, exact=exact)
+    return MergedModule(pair, _report(plan, weights, outcomes, made, pair))
 
 
 def _rounded(
-    plan: ModulePlan, outcomes: Sequence[Outcome], rank: int, scale: float, settings: Settings
+    plan: ModulePlan, made: Sequence[LowRank], scale: float, dtype: DType | None, *, exact: bool
 ) -> Update:
     """Return the factors of all experts, turned as the model wants them and rounded once."""
-    first = plan.present[0]
-    b, a = (
-        np.stack(side)
-        for side in zip(*(outcome.factors(rank, scale) for outcome in outcomes), strict=True)
-    )
+    first, rank = plan.present[0], made[0].rank
+    b, a = _stack([each.b for each in made]), _stack([each.a for each in made])
     if first.embedding:
         a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
     a_shape, b_shape = first.factor_shapes(rank)
     a, b = a.reshape(a_shape), b.reshape(b_shape)
-    exact = outcomes[0].spectrum is None
-    kinds = _dtypes(plan, a, b, settings.dtype, exact=exact)
+    kinds = _dtypes(plan, a, b, dtype, exact=exact)
     return Update(plan.module, stored(a, kinds[0]), stored(b, kinds[1]), scale, first.kind)
+
+
+def _stack(matrices: Sequence[Array]) -> Array:
+    """Return (E, rows, columns); one matrix is not copied for that."""
+    return np.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
 
 def _kind(plan: ModulePlan, dtype: DType | None) -> DType:
@@ -165,11 +168,15 @@ def _widened(kind: DType) -> DType:
 
 
 def _report(
-    plan: ModulePlan, weights: Array, outcomes: Sequence[Outcome], pair: Update
+    plan: ModulePlan,
+    weights: Array,
+    outcomes: Sequence[Outcome],
+    made: Sequence[LowRank],
+    pair: Update,
 ) -> ModuleReport:
     norm = sum(outcome.norm**2 for outcome in outcomes) ** 0.5
     predicted = sum(outcome.predicted_error(pair.rank) ** 2 for outcome in outcomes) ** 0.5
-    measured = _measured(outcomes, pair)
+    measured = _measured(outcomes, made, pair)
     predicted, measured = (error / norm if norm else 0.0 for error in (predicted, measured))
     return ModuleReport(
         module=plan.module,
@@ -189,14 +196,14 @@ def _coefficients(outcomes: Sequence[Outcome]) -> tuple[float, ...] | None:
     return tuple(np.mean(found, axis=0).tolist()) if found else None
 
 
-def _measured(outcomes: Sequence[Outcome], pair: Update) -> float:
+def _measured(outcomes: Sequence[Outcome], made: Sequence[LowRank], pair: Update) -> float:
     """Return the Frobenius norm of what the rounded factors are off by.
 
     Raises:
         UnsupportedError: if they overflowed.
     """
-    rounded = acting(pair, made=True)
-    error = sum(o.error(u) ** 2 for o, u in zip(outcomes, rounded, strict=True)) ** 0.5
+    each = zip(outcomes, made, acting(pair, made=True), strict=True)
+    error = sum(o.error(scaled(m, pair.scale), kept) ** 2 for o, m, kept in each) ** 0.5
     if not math.isfinite(error):
         raise UnsupportedError(
             f"overflows {pair.b.dtype}; store it as f32 or bf16 (--outtype)", where=pair.module

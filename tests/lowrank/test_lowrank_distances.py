@@ -11,8 +11,10 @@ from lowrank_cases import CASES, Case, gaussian
 
 from adapterkit import DType
 from adapterkit.lowrank import differences
-from adapterkit.lowrank.distances import distance, gram, inner, norm
+from adapterkit.lowrank.decomposition import EXACT_ZERO, decompose
+from adapterkit.lowrank.distances import cut_distance, distance, gram, inner, measured, norm
 from adapterkit.lowrank.products import LowRank, nothing, stacked, updates, whole
+from adapterkit.lowrank.ranks import predicted_error
 from adapterkit.model import Kind, Update
 from adapterkit.tensor import LazyTensor
 
@@ -166,3 +168,50 @@ def test_a_scale_in_b_is_compared_without_a_decomposition(
     found = differences.difference(Update("m", a, b, scale), Update("m", a, folded, 1.0))
     assert found.relative_error <= (0 if scale == 0.5 else 1e-7)
     assert found.norm_ratio == pytest.approx(1)
+
+
+@pytest.mark.parametrize("moved", ["a", "b", "both", "neither"])
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-10])
+def test_near_factors_say_all_that_two_updates_do(moved: str, size: float) -> None:
+    one, noise = gaussian(6), gaussian(9)
+    other = LowRank(
+        one.b + size * noise.b * (moved in {"b", "both"}),
+        one.a + size * noise.a * (moved in {"a", "both"}),
+    )
+    found = measured(one, other)
+    x, y = one.b @ one.a, other.b @ other.a
+    assert found.norms == pytest.approx((np.linalg.norm(x), np.linalg.norm(y)), rel=1e-12)
+    assert found.inner == pytest.approx(np.sum(x * y), rel=1e-12)
+    # What is exactly between the rounded factors, since x - y has few digits left.
+    apart = (one.b - other.b) @ one.a + other.b @ (one.a - other.a)
+    assert found.distance == pytest.approx(np.linalg.norm(apart), rel=1e-12)
+
+
+@pytest.mark.parametrize("rank", [6, 5, 2])
+@pytest.mark.parametrize("dtype", [DType.F64, DType.F32, DType.F16, DType.BF16])
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_rounded_truncation_is_as_far_off_as_its_product(
+    rank: int, dtype: DType, cancel: bool
+) -> None:
+    update = gaussian(6)
+    if cancel:
+        update = stacked(
+            [update, LowRank(update.b * (1 + 1e-9), update.a), gaussian(4)], [1, -1, 1]
+        )
+    found = decompose(update, EXACT_ZERO)
+    cut = LowRank(*found.factors(rank))
+    kept = LowRank(*(each.astype(dtype.numpy()).astype(np.float64) for each in (cut.b, cut.a)))
+    off = np.linalg.norm(update.b @ update.a - kept.b @ kept.a)
+    floor = 1e-15 * float(np.linalg.norm(update.b)) * float(np.linalg.norm(update.a))
+    predicted = predicted_error(found, rank)
+    assert cut_distance(found, cut, kept, predicted) == pytest.approx(off, rel=1e-7, abs=floor)
+
+
+def test_a_truncation_that_is_none_is_found_out() -> None:
+    update = gaussian(6)
+    found = decompose(update, EXACT_ZERO)
+    b, a = found.factors(6)
+    wrong = LowRank(b, a[::-1])
+    kept = LowRank(wrong.b.astype(np.float32).astype(np.float64), wrong.a)
+    off = float(np.linalg.norm(update.b @ update.a - kept.b @ kept.a))
+    assert cut_distance(found, wrong, kept, 0.0) == pytest.approx(off, rel=1e-12)
