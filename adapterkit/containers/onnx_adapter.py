@@ -32,7 +32,7 @@ _FORMAT_VERSION = 1
 # What onnxruntime's verifier takes; its offsets are signed.
 MAX_BYTES = (1 << 31) - 1
 MAX_PARAMETERS = 250_000
-# Numbers of ONNX's TensorProto.DataType.
+# Numbers of ONNX's TensorProto.DataType that onnxruntime takes, float8 aside.
 _TYPES: Mapping[int, DType] = MappingProxyType(
     {
         1: DType.F32,
@@ -42,7 +42,6 @@ _TYPES: Mapping[int, DType] = MappingProxyType(
         5: DType.I16,
         6: DType.I32,
         7: DType.I64,
-        9: DType.BOOL,
         10: DType.F16,
         11: DType.F64,
         12: DType.U32,
@@ -110,15 +109,18 @@ def write_onnx_adapter(
         model_version: likewise.
 
     Raises:
-        UnsupportedError: if a tensor has a type that ONNX has not, or the file would reach 2 GiB.
+        UnsupportedError: if a tensor has no axes or a type that onnxruntime takes not, or the file would
+            reach 2 GiB.
         OSError: as the operating system says; `output.staged` turns it into a WriteError.
     """
     names = sorted(tensors)
     ordered = [tensors[name] for name in names]
     for name, tensor in zip(names, ordered, strict=True):
         if tensor.dtype not in _NUMBERS:
-            message = f"ONNX has no {tensor.dtype} tensors; decode it to F32, F16 or BF16"
+            message = f"onnxruntime takes no {tensor.dtype} here; decode it to F32, F16 or BF16"
             raise UnsupportedError(message, where=name)
+        if not tensor.shape:
+            raise UnsupportedError("has no axes, which onnxruntime refuses", where=name)
     versions = (_FORMAT_VERSION, adapter_version, model_version)
     head, begins = _laid_out(names, ordered, versions)
     end = begins[-1] + ordered[-1].nbytes if begins else len(head)
@@ -214,7 +216,7 @@ class _Buffer:
     def tables(self, root: Mapping[int, int]) -> list[Mapping[int, int]]:
         """Return the parameters' tables."""
         if _PARAMETERS not in root:
-            return []
+            raise self.wrong("has no list of parameters")
         begin, count = self.vector(self.follow(root[_PARAMETERS]), _OFFSET)
         if count > MAX_PARAMETERS:
             raise self.wrong(f"holds {count} parameters, the most is {MAX_PARAMETERS}")
@@ -226,8 +228,8 @@ class _Buffer:
         if _DIMS not in table or _DATA not in table:
             raise self.wrong("has no shape or no data", name)
         begin, count = self.vector(self.follow(table[_DIMS]), _INT64)
-        if count > MAX_AXES:
-            raise self.wrong(f"has {count} axes; at most {MAX_AXES} can be read", name)
+        if not 0 < count <= MAX_AXES:
+            raise self.wrong(f"has {count} axes; 1 to {MAX_AXES} can be read", name)
         shape = struct.unpack(f"<{count}q", self.bytes_at(begin, _INT64 * count))
         number = self.number(table, _TYPE)
         dtype = _TYPES.get(number)

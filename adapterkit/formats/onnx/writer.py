@@ -38,9 +38,7 @@ def write_onnx(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
     for update in updates:
         module = update.module
         usual = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-        for name, factor in zip(
-            source.names.get(module, usual), (update.a, update.b), strict=True
-        ):
+        for name, factor in zip(source.names.get(module, usual), (update.a, update.b), strict=True):
             tensors[name] = turned(factor).cast(options.dtype or dtype)
     write_onnx_adapter(
         path,
