@@ -109,8 +109,8 @@ def write_onnx_adapter(
         model_version: likewise.
 
     Raises:
-        UnsupportedError: if a tensor has no axes or a type that onnxruntime takes not, or the file would
-            reach 2 GiB.
+        UnsupportedError: if a tensor has no axes or a type that onnxruntime does not take, or the
+            file would reach 2 GiB.
         OSError: as the operating system says; `output.staged` turns it into a WriteError.
     """
     names = sorted(tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from adapterkit.base.copies import lost_copies
@@ -10,7 +11,7 @@ from adapterkit.containers.onnx_adapter import MAX_BYTES
 from adapterkit.dtype import DType
 from adapterkit.formats.onnx.writer import STORABLE
 from adapterkit.keys import Role, TensorKey
-from adapterkit.model import Kind, spelled_out
+from adapterkit.model import Kind, OnnxSource, spelled_out
 from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import UNDECIDED, undeclared
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into), and export that"
+_OF_EXPERTS = "a graph has no inputs for LoRA on experts"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _ROLES: Mapping[Role, tuple[str, str]] = {
     Role.MAGNITUDE: ("dora", f"DoRA magnitudes are no inputs of a graph with LoRA; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }
 _KINDS: Mapping[Kind, tuple[str, str]] = {
     Kind.EMBEDDING: ("embedding", f"a graph has no inputs for LoRA on an embedding; {_MERGE}"),
-    Kind.EXPERTS: ("experts", f"a graph has no inputs for LoRA on fused experts; {_MERGE}"),
+    Kind.EXPERTS: ("experts", f"{_OF_EXPERTS}; {_MERGE}"),
     Kind.CONVOLUTION: ("convolution", f"a graph has no inputs for LoRA on it; {_MERGE}"),
 }
 _SETTINGS: Mapping[str, tuple[str, str]] = {
@@ -98,6 +101,10 @@ def _by_kind(adapter: AdapterTensorSet) -> Iterator[Loss]:
         modules = {pair.module for pair in adapter.pairs() if pair.kind is kind}
         if keys := [key for key in adapter.tensors if key.module in modules]:
             yield _loss(code, keys, message)
+    given = adapter.source.names if isinstance(adapter.source, OnnxSource) else {}
+    single = {pair.module for pair in adapter.pairs() if _EXPERT.search(pair.module)} - given.keys()
+    if keys := [key for key in adapter.tensors if key.module in single]:
+        yield _loss("experts", keys, f"{_OF_EXPERTS}; {_MERGE}")
 
 
 def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
