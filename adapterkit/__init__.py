@@ -66,7 +66,7 @@ _NAMES = {
     "model.adapter": "AdapterTensorSet",
     "model.beside": "BesideFile BesideKind",
     "model.losses": "lost_beyond_pairs",
-    "model.sources": "DiffusionSource GgufSource MlxSource PeftSource Source Spelling",
+    "model.sources": "DiffusionSource GgufSource MlxSource OnnxSource PeftSource Source Spelling",
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
     "page": "write_page",

@@ -122,6 +122,7 @@ from adapterkit.model.losses import lost_beyond_pairs as lost_beyond_pairs
 from adapterkit.model.sources import DiffusionSource as DiffusionSource
 from adapterkit.model.sources import GgufSource as GgufSource
 from adapterkit.model.sources import MlxSource as MlxSource
+from adapterkit.model.sources import OnnxSource as OnnxSource
 from adapterkit.model.sources import PeftSource as PeftSource
 from adapterkit.model.sources import Source as Source
 from adapterkit.model.sources import Spelling as Spelling

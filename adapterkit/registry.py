@@ -48,7 +48,8 @@ class FormatSpec:
         lister: the `Lister` of what it cannot hold; empty where it cannot be written.
         writer: the `Writer`; empty where it cannot be written.
         cannot_hold: what is lost in it, for the table that `adapterkit list formats` prints.
-        magic: first bytes of its files, if they are distinctive.
+        magic: bytes that its files begin with, if they are distinctive.
+        magic_at: where they stand, within the first sixteen bytes.
         config_keys: keys of adapter_config.json of which one marks a directory as this format.
         config_match: fields of adapter_config.json and the values that mean this format, none
             given for any value; the first such match is preferred to any format's `config_keys`.
@@ -71,6 +72,7 @@ class FormatSpec:
     writer: Writer | str = ""
     cannot_hold: str = ""
     magic: bytes = b""
+    magic_at: int = 0
     config_keys: tuple[str, ...] = ()
     config_match: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     probe: str = ""
@@ -190,6 +192,18 @@ BUILTIN = (
         config_keys=("fine_tune_type", "lora_parameters"),
         probe="adapterkit.formats.mlx.probe:is_mlx",
         files=("adapter_config.json", "adapters.safetensors", "adapters.npz"),
+    ),
+    FormatSpec(
+        name="onnx-adapter",
+        title="onnxruntime adapter (.onnx_adapter of Olive, onnxruntime-genai)",
+        reader="adapterkit.formats.onnx.reader:read_onnx",
+        lister="adapterkit.formats.onnx.losses:losses",
+        writer="adapterkit.formats.onnx.writer:write_onnx",
+        cannot_hold="DoRA, embeddings, fused experts, convolutions, biases, saved modules, token "
+        "rows, the base's name",
+        magic=b"TORT",
+        magic_at=4,
+        suffixes=(".onnx_adapter",),
     ),
     FormatSpec(
         name="kohya",
@@ -373,7 +387,7 @@ def added_suffixes() -> frozenset[str]:
 def _recognised(path: Path, specs: Iterable[FormatSpec]) -> FormatSpec | None:
     start = _first_bytes(path)
     for known in specs:
-        if known.magic and start.startswith(known.magic):
+        if known.magic and start.startswith(known.magic, known.magic_at):
             return known
         if known.own_files and _function(known.probe)(path):
             return known

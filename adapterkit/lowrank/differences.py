@@ -59,6 +59,7 @@ def difference(first: Update, second: Update) -> Difference:
         and _same_numbers(first.a, second.a)
         and _same_numbers(first.b, second.b)
         and finite(first)
+        and (first.scale == second.scale or not silent(first))
     ):
         ratio = second.scale / first.scale
         return Difference(abs(ratio - 1), math.copysign(1, ratio) if ratio else None, abs(ratio))

@@ -89,3 +89,18 @@ class MlxSource(Source):
 
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSource(Source):
+    """An .onnx_adapter of onnxruntime.
+
+    Attributes:
+        adapter_version: a number of its writer's, which onnxruntime does not look at.
+        model_version: likewise.
+        names: what the graph calls the inputs of a module, A and B, by module.
+    """
+
+    adapter_version: int
+    model_version: int
+    names: Mapping[str, tuple[str, str]]

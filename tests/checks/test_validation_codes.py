@@ -136,6 +136,10 @@ CASES = {
     "MRS002": case("dora", "mistralrs"),
     "MRS003": case("pissa", "mistralrs"),
     "MRS004": case("rank-513", "mistralrs"),
+    "ORT001": case("sound", "onnxruntime-genai", "ORT004"),
+    "ORT002": case("dora", "onnxruntime-genai", "ORT001", "ORT004"),
+    "ORT003": case("pissa", "onnxruntime-genai", "ORT001", "ORT004"),
+    "ORT004": case("sound", "onnxruntime-genai", "ORT001"),
     "OVN001": case("gguf", "openvino", "OVN004"),
     "OVN002": case("patterns", "openvino", "OVN004"),
     "OVN003": case("dora", "openvino", "OVN004"),
@@ -149,7 +153,7 @@ CASES = {
 # names too long for llama.cpp, and families that no engine test covers, take tables that do not
 # exist now.
 # Engines of which there is something to say of every adapter.
-SPEAKS = {"mlx", "openvino", "litert-lm"}
+SPEAKS = {"mlx", "openvino", "litert-lm", "onnxruntime-genai"}
 ELSEWHERE = {"AK402", "AK403", "AK311"}
 WITHOUT = {"LCP012", "LCP014"}
 

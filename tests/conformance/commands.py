@@ -180,6 +180,13 @@ COMMANDS = (
         name="to-mlx", title="convert to MLX", line="convert A --to mlx -o DIR", run=_to("mlx")
     ),
     Command(
+        name="to-onnx-adapter",
+        title="convert to onnxruntime",
+        line="convert A -o FILE.onnx_adapter",
+        run=_to("onnx-adapter"),
+        suffix=".onnx_adapter",
+    ),
+    Command(
         name="to-tinylora",
         title="convert to TinyLoRA",
         line="convert A --to tinylora -o FILE",

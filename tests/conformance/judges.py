@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import mlx_oracle
 import numpy as np
+import onnx_oracle
 import torch
 import transformers
 from engine import engine_logprobs, max_kl
 from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 
 from conformance.bases import PROMPTS, Answers, logits
 from conformance.making import WEIGHTS, Made, loaded, quiet
@@ -86,6 +88,34 @@ def mlx(made: Made, out: Path, want: Answers) -> str:
     return _compared(want, plain if plain.shape == want.shape else made.answers(model))
 
 
+def onnx_adapter(made: Made, out: Path, want: Answers) -> str:
+    """Let onnxruntime multiply the factors, on a graph with inputs for every linear layer."""
+    got = made.answers(_multiplied(made.fresh(), out))
+    # Without the trait the questions are those that the base has tokens for.
+    return _compared(
+        want, got if got.shape == want.shape else logits(_multiplied(made.base.fresh(), out))
+    )
+
+
+def _multiplied(model: Any, out: Path) -> Any:
+    """Add to every linear layer what onnxruntime makes of its factors."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D)
+    }
+    turned = {name: isinstance(layer, torch.nn.Linear) for name, layer in layers.items()}
+    shapes = {
+        name: tuple(layer.weight.shape[::-1] if turned[name] else layer.weight.shape)
+        for name, layer in layers.items()
+    }
+    for name, update in onnx_oracle.updates(out, shapes).items():
+        added = torch.from_numpy(update.T if turned[name] else update)
+        # A weight of its own: the output may share the embedding's.
+        layers[name].weight = torch.nn.Parameter(layers[name].weight.detach() + added)
+    return model
+
+
 def _by_ending(model: Any, out: Path) -> None:
     """Add an MLX adapter to a model whose blocks MLX-LM calls otherwise: W += scale (A B)ᵀ."""
     scale = json.loads((out / "adapter_config.json").read_text())["lora_parameters"]["scale"]
@@ -130,6 +160,7 @@ JUDGES: Mapping[str, Callable[[Made, Path, Answers], str]] = {
     "to-peft": peft_and_beside,
     "to-gguf": gguf_adapter,
     "to-mlx": mlx,
+    "to-onnx-adapter": onnx_adapter,
     "merge": peft,
     "into-hf": huggingface,
     "into-gguf": gguf_model,

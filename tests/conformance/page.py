@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "traits.md"
 
 _GROUPS = {
     "Reading": ("inspect", "validate", "diff", "audit"),
-    "Converting": ("to-peft", "to-gguf", "to-mlx", "to-tinylora"),
+    "Converting": ("to-peft", "to-gguf", "to-mlx", "to-onnx-adapter", "to-tinylora"),
     "Converting for diffusion models": ("to-kohya", "to-diffusers", "to-comfyui"),
     "Merging": ("merge", "into-hf", "into-gguf", "compress", "extract"),
     "Serving": ("stack", "serve", "project"),

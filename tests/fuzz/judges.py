@@ -98,3 +98,9 @@ def _llama_cpp() -> Any:
     function = ctypes.CDLL(str(library)).gguf_init_from_file
     function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_char_p, _Params]
     return function
+
+
+def onnxruntime(path: Path, found: Mapping[str, Array]) -> None:
+    import onnx_oracle
+
+    _same(found, onnx_oracle.parameters(path))

@@ -31,6 +31,7 @@ from adapterkit import (
 from adapterkit.auditing.reference_bank import read_bank
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.containers.npz import read_npz
+from adapterkit.containers.onnx_adapter import read_onnx_adapter
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.containers.torch_zip import flatten, read_torch_zip
 from adapterkit.errors import AdapterKitError
@@ -275,6 +276,13 @@ TARGETS: dict[str, Target] = {
         # torch.load with weights_only reads protocol 2 alone, and torch.save writes up to 5: what
         # it calls an unsupported operand is an opcode of those.
         forgiven=("Unsupported operand",),
+    ),
+    "onnx adapter": Target(
+        found("onnx/*.onnx_adapter"),
+        lambda path: arrays(read_onnx_adapter(path).tensors),
+        judges.onnxruntime,
+        # numpy has no bfloat16 of its own, which the file may hold.
+        forgiven=("No corresponding Numpy type",),
     ),
     **{
         f"format {spec.name}": Target(

@@ -109,7 +109,6 @@ STRANGERS: dict[str, Callable[[Path], Path]] = {
     "zip archive": zipped,
     "tar archive": tarred("w"),
     "gzip": tarred("w:gz"),
-    "onnxruntime": bytes_of(b"\x18\0\0\0TORT" + bytes(64)),
     "LiteRT": bytes_of(b"\x18\0\0\0TFL3" + bytes(64)),
     "Keras": bytes_of(b"\x89HDF\r\n\x1a\n" + bytes(64)),
     "ggla": bytes_of(b"algg" + bytes(64)),

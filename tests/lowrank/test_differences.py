@@ -37,6 +37,13 @@ def test_what_was_widened_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert difference(first, louder).relative_error == pytest.approx(0.5)
 
 
+def test_nothing_at_another_scale_is_nothing() -> None:
+    narrow, _ = pair()
+    zeros = LazyTensor.of(np.zeros((30, 4), np.float32))
+    one, other = update(narrow.a, zeros, 2.0), update(narrow.a, zeros, 1.0)
+    assert difference(one, other).relative_error == 0.0
+
+
 def test_one_number_that_is_another_is_measured() -> None:
     narrow, wide = pair()
     values = wide.b.numpy().copy()
