@@ -107,14 +107,33 @@ class Grid:
                 found[part] += offset
         return found.reshape(self.levels.shape)
 
+    def take(self, other: Grid, better: Array) -> None:
+        """Take the scales of another grid for the same rows, where (blocks, rows) says so."""
+        pairs = ((self.d, other.d), (self.m, other.m), (self.s, other.s), (self.t, other.t))
+        for mine, its in pairs:
+            if mine is not None and its is not None:
+                times = len(mine) // len(better)
+                np.copyto(mine, its, where=np.repeat(better, times, axis=0))
+        self.raw[better.T] = other.raw[better.T]
+
+    def _codes(self) -> Array:
+        """Return the levels' numbers, (columns, rows), uint8."""
+        layout, found = self.layout, np.empty(self.levels.shape, np.uint8)
+        for start in range(0, len(found), layout.part):
+            run = slice(start, start + layout.part)
+            if layout.levels:
+                found[run] = np.searchsorted(layout.levels, self.levels[run])
+            else:
+                found[run] = self.levels[run] - np.float32(layout.low)
+        return found
+
     def packed(self) -> Array:
         """Return the rows as bytes, (rows, bytes)."""
         layout = self.layout
         rows, blocks, width = self.raw.shape
         raw = self.raw.copy().reshape(-1, width)
-        held = np.searchsorted(layout.levels, self.levels.T) if layout.levels else None
-        codes = self.levels.T - layout.low if held is None else held
-        layout.pack(raw, codes.astype(np.uint8).reshape(rows * blocks, -1))
+        codes = self._codes().T
+        layout.pack(raw, np.ascontiguousarray(codes).reshape(rows * blocks, -1))
         _put(raw, layout.scale, self.d)
         if self.m is not None and layout.offset is not None:
             _put(raw, layout.offset, self.m)
@@ -128,16 +147,26 @@ def grid(data: Array, dtype: DType) -> Grid:
         data: uint8, (rows, bytes).
         dtype: one of `LAYOUTS`.
     """
+    found = scales_only(data, dtype)
+    layout = found.layout
+    codes = layout.unpack(found.raw.reshape(-1, dtype.block_bytes)).reshape(len(data), -1)
+    levels = np.asarray(layout.levels, np.float32)[codes] if layout.levels else codes
+    found.levels[:] = levels.T
+    if not layout.levels:
+        found.levels += np.float32(layout.low)
+    return found
+
+
+def scales_only(data: Array, dtype: DType) -> Grid:
+    """Return the scales of packed rows, with room for levels that are still to be found."""
     layout = LAYOUTS[dtype]
     rows = len(data)
-    raw = data.reshape(rows, -1, dtype.block_bytes)
+    raw = data.reshape(rows, -1, dtype.block_bytes).copy()
     blocks = raw.reshape(-1, dtype.block_bytes)
-    codes = layout.unpack(blocks).reshape(rows, -1)
-    levels = np.asarray(layout.levels, np.float32)[codes] if layout.levels else codes
     s, t = layout.parts(blocks) if layout.parts else (None, None)
     return Grid(
         layout,
-        _turned(levels, rows) + np.float32(0 if layout.levels else layout.low),
+        np.empty((raw.shape[1] * dtype.block, rows), np.float32),
         _halves(blocks, layout.scale, rows),
         None if layout.offset is None else _halves(blocks, layout.offset, rows),
         None if s is None else _turned(s, rows),

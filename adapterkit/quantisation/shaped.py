@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapterkit.quantisation import dequantise
-from adapterkit.quantisation.grids import grid
+from adapterkit.quantisation.grids import scales_only
 
 if TYPE_CHECKING:
     from adapterkit.dtype import DType
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 ROUNDS = 3
-# Columns whose feedback is one matrix product; a multiple of every part.
-_RUN = 32
 _SINGULAR = 1e-5
+# Rows whose numbers in double precision stay in the cache.
+_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,12 @@ class Shape:
 
     def objective(self, error: Array) -> Array:
         """Return the sum that rounding makes small, of each row of (rows, columns)."""
-        return np.square(error) @ self.weights + np.square(error @ self.directions.T).sum(1)
+        found = np.empty(len(error))
+        for start in range(0, len(error), _FEW):
+            rows = error[start : start + _FEW].astype(np.float64)
+            own = np.square(rows @ self.directions.T).sum(1)
+            found[start : start + _FEW] = own + np.square(rows, out=rows) @ self.weights
+        return found
 
     @cached_property
     def feedback(self) -> Array:
@@ -79,47 +84,55 @@ def shaped(
         rounds: of scales and levels after the first pass.
     """
     x = np.ascontiguousarray(wanted.T)
-    at = grid(_better_blocks(x, starts, dtype, shape.weights), dtype)
+    at = _better_blocks(x, starts, dtype, shape.weights)
     sums = first_pass(x, at, shape)
     for _ in range(rounds):
         _refit_scales(x, at, shape, sums)
         _descend(x, at, shape, sums)
     best = at.packed()
-    least = shape.objective(_decoded(best, dtype, wanted.shape) - wanted)
+    least = _left(best, dtype, wanted, shape)
     for start in starts:
-        error = shape.objective(_decoded(start, dtype, wanted.shape) - wanted)
+        error = _left(start, dtype, wanted, shape)
         worse = error < least
         best[worse], least[worse] = start[worse], error[worse]
     return best
 
 
-def _decoded(data: Array, dtype: DType, shape: tuple[int, ...]) -> Array:
-    return dequantise(data, dtype, shape)
+def _left(data: Array, dtype: DType, wanted: Array, shape: Shape) -> Array:
+    """Return the sum that counts, of each row."""
+    return shape.objective(dequantise(data, dtype, wanted.shape) - wanted)
 
 
-def _better_blocks(x: Array, starts: tuple[Array, ...], dtype: DType, weights: Array) -> Array:
-    """Return packed rows of which every block has the scales that fit `x` best."""
-    best: Array | None = None
-    least: Array | None = None
-    for start in starts:
-        at = grid(start, dtype)
-        for part, rows in enumerate(_parts(at, x)):
-            np.copyto(at.levels[rows], _rounded(x[rows], at, part))
-        squares = np.square(at.values() - x) * weights[:, None]
-        errors = squares.reshape(len(at.d), -1, x.shape[1]).sum(1).T
-        raw = at.packed().reshape(at.raw.shape)
-        if best is None or least is None:
-            best, least = raw, errors
-            continue
+def _better_blocks(x: Array, starts: tuple[Array, ...], dtype: DType, weights: Array) -> Grid:
+    """Return a grid of which every block has the scales that fit `x` best, without levels."""
+    best, *others = (scales_only(start, dtype) for start in starts)
+    if not others:
+        return best
+    least = _misfits(x, best, weights)
+    for other in others:
+        errors = _misfits(x, other, weights)
         better = errors < least
-        best[better], least[better] = raw[better], errors[better]
-    assert best is not None  # noqa: S101  (there is a start)
-    return best.reshape(x.shape[1], -1)
+        best.take(other, better)
+        np.copyto(least, errors, where=better)
+    return best
 
 
-def _parts(at: Grid, x: Array) -> list[slice]:
+def _misfits(x: Array, at: Grid, weights: Array) -> Array:
+    """Return the weighted squares of nearest rounding, (blocks, rows)."""
     width = at.layout.part
-    return [slice(start, start + width) for start in range(0, len(x), width)]
+    found = np.zeros(at.d.shape, np.float32)
+    weights = weights.astype(np.float32)
+    of_block = len(x) // width // len(found)
+    for part in range(len(x) // width):
+        columns = slice(part * width, (part + 1) * width)
+        scaled = _scaled(x[columns], at, part)
+        errors = at.nearest(scaled.copy())
+        errors -= scaled
+        errors *= errors
+        squares = weights[columns] @ errors
+        squares *= np.square(at.scales(part))
+        found[part // of_block] += squares
+    return found
 
 
 def _inverse(scales: Array) -> Array:
@@ -127,81 +140,72 @@ def _inverse(scales: Array) -> Array:
     return np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
 
 
-def _rounded(x: Array, at: Grid, part: int) -> Array:
+def _scaled(values: Array, at: Grid, part: int) -> Array:
+    """Return the values of a part as levels, not yet whole numbers."""
     offset = at.offsets(part)
-    return at.nearest((x if offset is None else x - offset) * _inverse(at.scales(part)))
+    return (values if offset is None else values - offset) * _inverse(at.scales(part))
 
 
-class _Part:
-    """The scales of a part of the columns, in the order in which a pass comes to them."""
-
-    def __init__(self, at: Grid, part: int) -> None:
-        self.at = at
-        self.scale, self.offset = at.scales(part), at.offsets(part)
-        self.inverse = _inverse(self.scale)
-
-    def levels(self, wanted: Array) -> Array:
-        """Return the levels next to values."""
-        shifted = wanted if self.offset is None else wanted - self.offset
-        return self.at.nearest(shifted * self.inverse)
-
-    def values(self, levels: Array) -> Array:
-        """Return what levels stand for."""
-        values = levels * self.scale
-        return values if self.offset is None else np.add(values, self.offset, out=values)
-
-
-def _parts_of(at: Grid, begin: int) -> list[_Part]:
-    width = at.layout.part
-    return [_Part(at, start // width) for start in range(begin, begin + _RUN, width)]
+def _errors(x: Array, at: Grid, part: int, columns: slice) -> Array:
+    """Return what the levels of a part stand for, less what is wanted."""
+    errors = at.levels[columns] * at.scales(part)
+    if (offset := at.offsets(part)) is not None:
+        errors += offset
+    errors -= x[columns]
+    return errors
 
 
 def first_pass(x: Array, at: Grid, shape: Shape) -> Array:
     """Round column by column with feedback; return G e, (k, rows)."""
     g, v = shape.directions.astype(np.float32), shape.feedback
     sums = np.zeros((len(g), x.shape[1]), np.float32)
-    errors = np.empty((_RUN, x.shape[1]), np.float32)
-    for begin in range(0, len(x), _RUN):
-        run, parts = slice(begin, begin + _RUN), _parts_of(at, begin)
-        wanted = x[run] - v[run] @ sums
-        within = v[run] @ g[:, run]
-        for i in range(_RUN):
-            j = begin + i
-            part = parts[i // at.layout.part]
-            y = wanted[i] - within[i, :i] @ errors[:i] if i else wanted[i]
-            at.levels[j] = levels = part.levels(y)
-            np.subtract(part.values(levels), x[j], out=errors[i])
-        sums += g[:, run] @ errors
+    width = at.layout.part
+    # In a part all errors are counted in its scales, as levels are.
+    errors = np.empty((width, x.shape[1]), np.float32)
+    for part in range(len(x) // width):
+        columns = slice(part * width, (part + 1) * width)
+        wanted = _scaled(x[columns], at, part)
+        inner = v[columns] @ g[:, columns]
+        pull = (v[columns] @ sums) * _inverse(at.scales(part))
+        levels = at.levels[columns]
+        np.subtract(wanted, pull, out=levels)
+        for i in range(width):
+            if i:
+                levels[i] -= inner[i, :i] @ errors[:i]
+            at.nearest(levels[i])
+            np.subtract(levels[i], wanted[i], out=errors[i])
+        sums += g[:, columns] @ _errors(x, at, part, columns)
     return sums
 
 
 def _descend(x: Array, at: Grid, shape: Shape, sums: Array) -> None:
-    """Move every level to where the sum is smallest, the others being as they are."""
+    """Move every level to where the sum is smallest, the others being as they are.
+
+    The sum is a parabola in each error: best is the present one less the slope over the curve, and
+    the level next to that, which no other level is better than.
+    """
     g, d = shape.directions.astype(np.float32), shape.weights.astype(np.float32)
-    moves = np.empty((_RUN, x.shape[1]), np.float32)
-    for begin in range(0, len(x), _RUN):
-        run, parts = slice(begin, begin + _RUN), _parts_of(at, begin)
-        inner = g[:, run].T @ g[:, run]
-        pull = g[:, run].T @ sums
-        for i in range(_RUN):
-            j = begin + i
-            part = parts[i // at.layout.part]
+    width = at.layout.part
+    moves = np.empty((width, x.shape[1]), np.float32)
+    for part in range(len(x) // width):
+        columns = slice(part * width, (part + 1) * width)
+        inner = g[:, columns].T @ g[:, columns]
+        curve = d[columns, None] + inner.diagonal()[:, None]
+        inner /= curve
+        step = d[columns, None] * _errors(x, at, part, columns)
+        step += g[:, columns].T @ sums
+        step /= curve
+        step *= _inverse(at.scales(part))
+        levels = at.levels[columns]
+        wanted = np.subtract(levels, step, out=step)
+        for i in range(width):
             if i:
-                pull[i] += inner[i, :i] @ moves[:i]
-            curve = d[j] + inner[i, i]
-            values = part.values(at.levels[j])
-            error = values - x[j]
-            # The best error is the present one less the slope over the curve.
-            step = (d[j] * error + pull[i]) / curve
-            levels = part.levels(values - step)
-            move = part.values(levels)
-            move -= values
-            # f changes by curve · move · (move + 2 step): not below zero is not better.
-            better = move * (move + 2 * step) < 0
-            move *= better
-            moves[i] = move
-            np.copyto(at.levels[j], levels, where=better)
-        sums += g[:, run] @ moves
+                wanted[i] -= inner[i, :i] @ moves[:i]
+            at.nearest(wanted[i])
+            np.subtract(wanted[i], levels[i], out=moves[i])
+        levels[:] = wanted
+        moves *= at.scales(part)
+        sums += g[:, columns] @ moves
 
 
 def _refit_scales(x: Array, at: Grid, shape: Shape, sums: Array) -> None:
@@ -259,7 +263,7 @@ def _basis(at: Grid, block: int, columns: slice) -> tuple[Array, Array | None]:
         return p, None
     if at.t is not None:
         return p, np.repeat(at.t[parts], at.layout.part, axis=0)
-    return p, np.ones_like(p)
+    return p, np.ones((len(p), 1), np.float32)
 
 
 def _half(values: Array) -> Array:

@@ -36,7 +36,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # share to be small.
 BLOCK = 1 << 17
 # The same where rounding goes through the columns one by one.
-SHAPED_BLOCK = 1 << 21
+SHAPED_BLOCK = 1 << 22
 _STACK = 3
 _EXPONENT = {DType.F16: 0x7C00, DType.BF16: 0x7F80}
 
