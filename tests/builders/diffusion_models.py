@@ -237,6 +237,24 @@ FAMILIES = {
         BLOCKS | FEW | {"cross_attention_dim": 16, "caption_channels": 12},
         ("convert_ltx_transformer_checkpoint_to_diffusers",),
     ),
+    "ltx2": Family(
+        "LTX2LoraLoaderMixin",
+        "LTX2VideoTransformer3DModel",
+        BLOCKS
+        | FEW
+        | {
+            "cross_attention_dim": 16,
+            "caption_channels": 12,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8,
+            "gated_attn": True,
+            "audio_gated_attn": True,
+        },
+        ("convert_ltx2_transformer_to_diffusers",),
+    ),
     "cogvideox": Family(
         "CogVideoXLoraLoaderMixin",
         "CogVideoXTransformer3DModel",
@@ -404,6 +422,7 @@ def loaded(name: str, path: Path) -> Arrays:
     pipeline.hf_device_map = None
     networks = {component: copy.deepcopy(each) for component, each in _networks(name).items()}
     pipeline.text_encoder = pipeline.text_encoder_2 = pipeline.transformer_2 = None
+    pipeline.connectors = None
     for component, network in networks.items():
         setattr(pipeline, component, network)
     pipeline.components = networks
