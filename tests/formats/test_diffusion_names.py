@@ -257,7 +257,7 @@ def test_a_text_encoder_alone_whose_names_are_those_of_others_is_refused(
     adapterkit.convert(source, tmp_path / "b.safetensors", to=spelling)
     nameless = saved(tmp_path / "c.safetensors", kohya({stem: (8, 8)}))
     adapterkit.convert(nameless, tmp_path / "d.safetensors", to="diffusers")
-    with pytest.raises(LossyConversionError, match="could be of .* or .*; write diffusers|may be"):
+    with pytest.raises(LossyConversionError, match=r"could be of .* or .*; write diffusers|may be"):
         adapterkit.convert(nameless, tmp_path / "e.safetensors", to=spelling)
 
 
