@@ -47,7 +47,7 @@ _PRODUCTS = (".hada_", ".lokr_")
 _DORA = {
     ".dora_scale": "dora_scale",
     ".lora_magnitude_vector": "vector",
-    ".lora_magnitude_vector.weight": "vector",
+    ".lora_magnitude_vector.weight": "vector weight",
     ".lora_magnitude_vector.default.weight": "vector",
     ".magnitude": "magnitude",
 }
@@ -166,7 +166,6 @@ class _File:
         """What is true of the file: see `name_facts`."""
         spellings = [module.spelling for module in self.modules]
         names = [s.stem + end for s in spellings for end in s.ends]
-        encoders = [m.name for m in self.modules if m.place and m.place.encoder]
         return {
             "title": self.model.title,
             "all_kohya": all(s.prefix.startswith(("lora_unet_", "lora_te")) for s in spellings),
@@ -175,7 +174,7 @@ class _File:
             "any_kohya": any(s.prefix.startswith("lora_unet_") for s in spellings),
             "any_down": any(m.pair == "lora_down" for m in self.modules),
             "any_alpha": any(s.alpha is not None for s in spellings),
-            "any_unnamed": any("lora" not in name for name in names),
+            "any_unnamed": any("lora" not in n and not n.endswith(_NOT_ASKED) for n in names),
             "any_flat_diffusers": any(
                 s.flat and not m.original and not (m.place and m.place.encoder)
                 for m, s in zip(self.modules, spellings, strict=True)
@@ -183,8 +182,6 @@ class _File:
             "any_fun": any("blocks_0_cross_attn_k" in s.path for s in spellings),
             "any_uso": {s.stem for s in spellings} >= _USO,
             "any_published_attention": any("img_attn_qkv" in s.path for s in spellings),
-            "encoder_out": any(name.endswith("out_proj") for name in encoders),
-            "encoder_mlp": any(".mlp." in name for name in encoders),
             "complete": self._complete(),
         }
 
@@ -192,14 +189,19 @@ class _File:
         """Return the facts of one module, by name."""
         spelling, place, ends = module.spelling, module.place, module.spelling.ends
         row = place.site.row if place else None
+        peers = self._components.get(_component(module.name), ())
         return {
             "module": module.name,
+            "component": _component(module.name),
             "path": spelling.path,
             "prefix": spelling.prefix,
             "flat": spelling.flat,
             "known": place is not None,
             "encoder": bool(place and place.encoder),
             "network": place.encoder.network if place and place.encoder else "",
+            "encoder_attention": any(".self_attn." in peer.name for peer in peers),
+            "encoder_out": any(peer.name.endswith("out_proj") for peer in peers),
+            "encoder_mlp": any(".mlp." in peer.name for peer in peers),
             "original": module.original,
             "native": bool(
                 place
@@ -216,7 +218,8 @@ class _File:
             "outside": not any(part.isdecimal() for part in module.name.split(".")[:3]),
             "pair": module.pair,
             "alpha": spelling.alpha is not None,
-            "usual_alpha": spelling.alpha == self._usual_alpha,
+            "usual_alpha": spelling.alpha == self._usual_alphas.get(_component(module.name)),
+            "first_alpha": spelling.alpha == self._first_alphas.get(_component(module.name)),
             "attention": module.name.endswith(_ATTENTION),
             "dora": next((_DORA[end] for end in ends if end in _DORA), ""),
             "by_column": module.name in self.columns,
@@ -226,12 +229,28 @@ class _File:
         }
 
     @cached_property
-    def _usual_alpha(self) -> float | None:
-        """The commonest alpha, of modules that have one."""
-        counts = Counter(
-            s.alpha for s in self.source.spellings.values() if s.alpha is not None
-        ).most_common(1)
-        return counts[0][0] if counts else None
+    def _components(self) -> Mapping[str, Sequence[_Module]]:
+        """The modules of each network."""
+        found: dict[str, list[_Module]] = {}
+        for module in self.modules:
+            found.setdefault(_component(module.name), []).append(module)
+        return found
+
+    @cached_property
+    def _usual_alphas(self) -> Mapping[str, float]:
+        """The commonest alpha of each network, of modules that have one."""
+        found: dict[str, float] = {}
+        for name, modules in self._components.items():
+            stored = [m.spelling.alpha for m in modules if m.spelling.alpha is not None]
+            if stored:
+                found[name] = Counter(stored).most_common(1)[0][0]
+        return found
+
+    @cached_property
+    def _first_alphas(self) -> Mapping[str, float]:
+        """The first alpha of each network."""
+        alphas = [(_component(m.name), m.spelling.alpha) for m in reversed(self.modules)]
+        return {name: alpha for name, alpha in alphas if alpha is not None}
 
     def _complete(self) -> bool:
         """Tell whether every block from the first to the last has all of its modules."""
@@ -259,10 +278,16 @@ class _File:
         return all(wanted - optional <= names for names in found)
 
 
+# Ends that say nothing of `lora`: dropped before that is asked, or short for `processor.to_q_lora`.
+_NOT_ASKED = (".dora_scale", ".processor")
 _ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 # Wan has keys and values of an image in some of its models alone.
 _OPTIONAL = ("add_k_proj", "add_v_proj")
 _DIGITS = 6
+
+
+def _component(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _block(module: str) -> tuple[str, int, str]:
@@ -279,14 +304,15 @@ def name_facts() -> dict[str, Any]:
     """Return the words of `when` in `[[name]]` rules, with values that are true of no module.
 
     Of the file: `all_kohya`, `any_kohya`, `any_transformer`, `any_base_model` (prefixes);
-    `any_down`, `any_alpha`, `any_unnamed` (a name without `lora` in it), `any_flat_diffusers`,
-    `any_fun` and `any_uso` (keys by which ComfyUI knows Wan-Fun and USO), `any_published_attention`
-    (HunyuanVideo's img_attn_qkv), `encoder_out`, `encoder_mlp` (what of the text encoder there is),
-    `complete` (every block, with all its modules). Of the module: `module`, `path` (as it is
-    spelled), `prefix`, `flat`, `known`, `encoder`, `network`, `original` (a name that diffusers has
-    not), `native` (of ComfyUI), `published` (by another name than ComfyUI's), `fused`, `outside`
-    (of all blocks), `pair`, `alpha`, `usual_alpha`, `attention`, `dora`, `by_column` (its
-    magnitudes), `mid`, `product`, `bias`.
+    `any_down`, `any_alpha`, `any_unnamed` (a name without `lora` in it, magnitudes left out),
+    `any_flat_diffusers`, `any_fun` and `any_uso` (keys by which ComfyUI knows Wan-Fun and USO),
+    `any_published_attention` (HunyuanVideo's img_attn_qkv), `complete` (every block, with all its
+    modules). Of the module: `module`, `component`, `path` (as it is spelled), `prefix`, `flat`,
+    `known`, `encoder`, `network`, `encoder_attention`, `encoder_out`, `encoder_mlp`
+    (what there is in its network), `original` (a name that diffusers has not),
+    `native` (of ComfyUI), `published` (by another name than ComfyUI's), `fused`, `outside` (of all
+    blocks), `pair`, `alpha`, `usual_alpha` and `first_alpha` (in its network), `attention`,
+    `dora`, `by_column` (its magnitudes), `mid`, `product`, `bias`.
     """
     empty = _File(models()[0], DiffusionSource((), {}))
     module = _Module("", Spelling("", "", "", "", flat=False, ends=()), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ import diffusers
 import torch
 from diffusers.loaders import lora_conversion_utils, lora_pipeline, single_file_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -230,6 +237,24 @@ FAMILIES = {
         BLOCKS | FEW | {"cross_attention_dim": 16, "caption_channels": 12},
         ("convert_ltx_transformer_checkpoint_to_diffusers",),
     ),
+    "ltx2": Family(
+        "LTX2LoraLoaderMixin",
+        "LTX2VideoTransformer3DModel",
+        BLOCKS
+        | FEW
+        | {
+            "cross_attention_dim": 16,
+            "caption_channels": 12,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8,
+            "gated_attn": True,
+            "audio_gated_attn": True,
+        },
+        ("convert_ltx2_transformer_to_diffusers",),
+    ),
     "cogvideox": Family(
         "CogVideoXLoraLoaderMixin",
         "CogVideoXTransformer3DModel",
@@ -340,7 +365,7 @@ def small() -> None:
             setattr(module, name, scope[name])
 
 
-def clip() -> Any:
+def clip(cls: Any = CLIPTextModel) -> Any:
     torch.manual_seed(7)
     config = CLIPTextConfig(
         hidden_size=16,
@@ -354,7 +379,39 @@ def clip() -> Any:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return CLIPTextModel(config)
+    return cls(config)
+
+
+def t5() -> Any:
+    torch.manual_seed(7)
+    config = T5Config(
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config)
+
+
+_PROJECTED = functools.partial(clip, CLIPTextModelWithProjection)
+# Text encoders of the pipelines whose loader takes LoRA files of any.
+ENCODERS = {
+    "sd": {"text_encoder": clip},
+    "sdxl": {"text_encoder": clip, "text_encoder_2": _PROJECTED},
+    "sd3": {"text_encoder": _PROJECTED, "text_encoder_2": _PROJECTED, "text_encoder_3": t5},
+    "flux": {"text_encoder": clip, "text_encoder_2": t5},
+}
+
+
+@functools.cache
+def _networks(name: str) -> Arrays:
+    """Return what a loader of a family loads into, by component; to be copied before that."""
+    family = FAMILIES[name]
+    encoders = {component: build() for component, build in ENCODERS.get(name, {}).items()}
+    return {family.component: family.model(), **encoders}
 
 
 def loaded(name: str, path: Path) -> Arrays:
@@ -363,15 +420,16 @@ def loaded(name: str, path: Path) -> Arrays:
     family = FAMILIES[name]
     pipeline: Any = type("Pipeline", (getattr(lora_pipeline, family.mixin),), {})()
     pipeline.hf_device_map = None
-    network = family.model()
-    setattr(pipeline, family.component, network)
-    pipeline.text_encoder = clip() if name in {"sd", "sdxl", "flux"} else None
-    pipeline.text_encoder_2 = pipeline.transformer_2 = None
-    pipeline.components = {family.component: network, "text_encoder": pipeline.text_encoder}
+    networks = {component: copy.deepcopy(each) for component, each in _networks(name).items()}
+    pipeline.text_encoder = pipeline.text_encoder_2 = pipeline.transformer_2 = None
+    pipeline.connectors = None
+    for component, network in networks.items():
+        setattr(pipeline, component, network)
+    pipeline.components = networks
     pipeline.load_lora_weights(str(path), adapter_name="a")
-    found = updates(network, family.component)
-    if pipeline.text_encoder is not None:
-        found |= updates(pipeline.text_encoder, "text_encoder")
+    found: Arrays = {}
+    for component, network in networks.items():
+        found |= updates(network, component)
     return found
 
 

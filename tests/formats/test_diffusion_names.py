@@ -139,6 +139,12 @@ TRAINERS = {
         False,
         "transformer.blocks.3.attn1.to_q",
     ),
+    "ComfyUI LTX-2.3": (
+        "diffusion_model.audio_prompt_adaln_single.linear",
+        AB,
+        False,
+        "transformer.audio_prompt_adaln.linear",
+    ),
     "PEFT": (f"base_model.model.{SDXL_Q}", AB, False, SDXL_Q),
     "Z-Image": (
         "diffusion_model.layers.3.attention.out",
@@ -240,6 +246,19 @@ def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:
     tensors = kohya({SD: (8, 8), SD_ORIGINAL: (8, 8)})
     with pytest.raises(FormatError, match="which another tensor is too"):
         read(saved(tmp_path / "a.safetensors", tensors))
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "comfyui"])
+def test_a_text_encoder_alone_whose_names_are_those_of_others_is_refused(
+    spelling: str, tmp_path: Path
+) -> None:
+    stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    source = saved(tmp_path / "a.safetensors", kohya({stem: (8, 8)}), FLUX_SAID)
+    adapterkit.convert(source, tmp_path / "b.safetensors", to=spelling)
+    nameless = saved(tmp_path / "c.safetensors", kohya({stem: (8, 8)}))
+    adapterkit.convert(nameless, tmp_path / "d.safetensors", to="diffusers")
+    with pytest.raises(LossyConversionError, match=r"could be of .* or .*; write diffusers|may be"):
+        adapterkit.convert(nameless, tmp_path / "e.safetensors", to=spelling)
 
 
 def test_a_model_that_nothing_tells_is_not_guessed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.formats.diffusion.keys import DENOISER
+from adapterkit.formats.diffusion.keys import DENOISER, parse
 from adapterkit.formats.diffusion.of_base import of_base
 from adapterkit.formats.diffusion.patterns import underscored
 from adapterkit.formats.diffusion.table import Row
@@ -90,7 +90,29 @@ def planned(adapter: AdapterTensorSet, spelling: str, *, base: BaseModel | None 
             destinations[module] = Destination(module)
         else:
             misplaced[module] = _why(found, everything, each)
-    return Plan(destinations, misplaced)
+    if destinations and all(each.component != DENOISER for each in spelled.values()):
+        misplaced |= _unreadable(destinations, adapter, spelling)
+    kept = {module: to for module, to in destinations.items() if module not in misplaced}
+    return Plan(kept, misplaced)
+
+
+def _unreadable(
+    destinations: Mapping[str, Destination], adapter: AdapterTensorSet, spelling: str
+) -> dict[str, str]:
+    """Return the modules whose names in a file of text encoders alone are those of others too."""
+    if spelling == "diffusers":
+        return {}
+    keys = {module: parse(f"{to.stem}.alpha") for module, to in destinations.items()}
+    spelled = {m: Spelled(key.component, key.path, key.underscored) for m, key in keys.items()}
+    found = told(list(spelled.values()), adapter.metadata)
+    unreadable: dict[str, str] = {}
+    for module, each in spelled.items():
+        if len({place.meaning for model in found if (place := placed(model, each))}) > 1:
+            unreadable[module] = (
+                f"its name there could be of {title(found, list(spelled.values()))}, where it is "
+                "another module each; write diffusers or peft"
+            )
+    return unreadable
 
 
 def _of_language(adapter: AdapterTensorSet) -> bool:

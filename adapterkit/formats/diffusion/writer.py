@@ -39,6 +39,7 @@ def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spe
     """
     updates = {pair.module: pair for pair in adapter.pairs()}
     tensors: dict[str, LazyTensor] = {}
+    ends = _Ends(spelling, adapter)
     for stem, members in planned(adapter, spelling, base=options.base).fused().items():
         parts = {
             destination.part: with_others(adapter, updates[module])
@@ -48,7 +49,7 @@ def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spe
             whole = whole_of(parts, members[0][1])
         except ValueError as error:
             raise FormatError(str(error), where=stem) from None
-        tensors |= _named(stem, whole, spelling, options.dtype)
+        tensors |= _named(stem, whole, ends.of(members[0][0]), options.dtype, spelling)
     base = {BASE: adapter.base.name} if adapter.base.name else {}
     write_safetensors(path, tensors, {**adapter.metadata, **base, "format": "pt"})
 
@@ -77,7 +78,32 @@ def whole_of(parts: Mapping[int, Moved], destination: Destination) -> Moved:
     return moved(whole, [1] * len(back), order=back)[0]
 
 
-def _named(stem: str, whole: Moved, spelling: str, dtype: DType | None) -> dict[str, LazyTensor]:
+class _Ends:
+    """What follows `.` and a module in the names of a pair.
+
+    diffusers infers the type of a text encoder's tensors, from `lora_A` in its attention alone;
+    without attention they need the name that its own scripts once gave them.
+    """
+
+    def __init__(self, spelling: str, adapter: AdapterTensorSet) -> None:
+        usual = ("lora_down", "lora_up") if spelling == "kohya" else ("lora_A", "lora_B")
+        self._usual, self._others = usual, set[str]()
+        if spelling == "diffusers":
+            components = {m.partition(".")[0] for m in adapter.modules if m.startswith(_ENCODER)}
+            found = {m.partition(".")[0] for m in adapter.modules if ".self_attn." in m}
+            self._others = components - found
+
+    def of(self, module: str) -> tuple[str, str]:
+        """Return (down, up) of a module of the adapter."""
+        return _LINEAR if module.partition(".")[0] in self._others else self._usual
+
+
+_ENCODER, _LINEAR = "text_encoder", ("lora_linear_layer.down", "lora_linear_layer.up")
+
+
+def _named(
+    stem: str, whole: Moved, ends: tuple[str, str], dtype: DType | None, spelling: str
+) -> dict[str, LazyTensor]:
     """Return the tensors of one module by name."""
     if spelling == "diffusers":
         whole = rescaled(whole, 1.0)
@@ -85,7 +111,7 @@ def _named(stem: str, whole: Moved, spelling: str, dtype: DType | None) -> dict[
         # diffusers never returns from a negative alpha; the sign of B rounds nothing.
         whole = replace(whole, update=with_scale(whole.update, -whole.update.scale))
     update, others = whole.update, whole.others
-    down, up = ("lora_down", "lora_up") if spelling == "kohya" else ("lora_A", "lora_B")
+    down, up = ends
     found = {
         f"{stem}.{down}.weight": update.a if dtype is None else update.a.cast(dtype),
         f"{stem}.{up}.weight": update.b if dtype is None else update.b.cast(dtype),
@@ -110,7 +136,9 @@ def _magnitude(stem: str, magnitude: LazyTensor, axes: int, spelling: str) -> di
     ones: Sequence[int] = [1] * (axes - 1)
     if spelling == "diffusers":
         shape = (rows,) if axes == 2 else (1, rows, *ones[1:])  # noqa: PLR2004  (a matrix)
-        name = f"{stem}.lora_magnitude_vector"
+        # transformers finds one of a text encoder by this name alone.
+        weight = ".weight" if stem.startswith(_ENCODER) else ""
+        name = f"{stem}.lora_magnitude_vector{weight}"
     else:
         shape, name = (rows, *ones), f"{stem}.dora_scale"
     return {name: magnitude.map(lambda x: x.reshape(shape), shape=shape)}
