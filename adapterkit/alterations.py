@@ -112,8 +112,14 @@ def _recalled(gone: Iterable[str], present: Iterable[str], others: Iterable[str]
 
 
 def _unlike(written: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    # A file that was read by its keys, and cannot be now, is one thing.
+    broken = {key for key in now if any(each.startswith(f"{key}: ") for each in written)}
     for key in {**now, **written}:
-        if key not in written:
+        if key in broken:
+            yield key, "cannot be read any more"
+        elif key.partition(": ")[0] in broken:
+            continue
+        elif key not in written:
             yield key, "was not there when the file was written"
         elif key not in now:
             yield key, "was written and is not there"

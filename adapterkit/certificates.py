@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import Options
     from adapterkit.model import AdapterTensorSet
 
-_SCHEMA = 1
+# Certificates of the first version have no seal.
+_SCHEMA, _UNSEALED = 2, 1
 # Larger sources are models, whose files are not read once more for this.
 _MOST_BYTES = 1 << 30
+_SEAL = "seal"
 _NAME = text(1 << 12, empty=False)
 _LONGEST_OPTION = 1 << 9
 _SHORT = text(_LONGEST_OPTION)
@@ -204,8 +206,21 @@ def _fitting(
 ) -> str:
     """Return a document with all of its details that fit, and without some of its own if not."""
     choices = ({**document, **details}, document, {**document, **without})
-    texts = [json.dumps(each, separators=(",", ":")) for each in choices]
+    texts = [_sealed(json.dumps(each, separators=(",", ":"))) for each in choices]
     return next((text for text in texts if len(text) <= LONGEST), texts[-1])
+
+
+def _sealed(document: str) -> str:
+    """Return a JSON object with one more field, the sha256 of all that stands before it."""
+    return f'{document[:-1]},"{_SEAL}":"{hashlib.sha256(document.encode()).hexdigest()}"}}'
+
+
+def _check_seal(document: str, path: Path) -> None:
+    """Raise unless a certificate is as it was written, to the letter."""
+    before, found, _ = document.rpartition(f',"{_SEAL}":"')
+    if not found or _sealed(before + "}") != document:
+        message = "its proof is not as it was written, and nothing can be told by it"
+        raise FormatError(message, path=path)
 
 
 def source_digest(path: Path) -> str | None:
@@ -233,7 +248,7 @@ def read_certificate(document: str, path: Path) -> Certificate:
     """Read what a file carries.
 
     Raises:
-        FormatError: if it is malformed, or of a later version.
+        FormatError: if it is malformed, of a later version, or not as it was written.
     """
     try:
         fields: Any = json.loads(document)
@@ -242,8 +257,11 @@ def read_certificate(document: str, path: Path) -> Certificate:
     if not isinstance(fields, dict):
         raise FormatError("its proof is not a JSON object", path=path)
     table = Table(cast("dict[str, Any]", fields), path, "proof")
-    if (schema := table.get("schema", whole(1, 1 << 20))) != _SCHEMA:
+    schema = table.get("schema", whole(1, 1 << 20))
+    if schema not in {_SCHEMA, _UNSEALED}:
         raise FormatError(f"its proof is of version {schema}, known is {_SCHEMA}", path=path)
+    if schema == _SCHEMA or _SEAL in fields:
+        _check_seal(document.removesuffix("\n").rstrip(" "), path)
     hashes, merged = mapped(text(64)), table.table("adapters")
     known: dict[str, Table] = {}
     if merged is not None:

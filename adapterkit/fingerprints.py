@@ -31,6 +31,8 @@ _WRAPPERS = {"base_model", "language_model", "model", "module", "text_model", "t
 # Other programs' words for the parts of a block of experts.
 _WORDS = {"block_sparse_moe": "mlp", "switch_mlp": "experts"}
 _EXPERT_WORDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# What changes the model, or when it is changed, whatever the updates are.
+_SETTINGS = ("initialisation", "layer_replication", "invocation_tokens")
 _FUSED, _HALVES = "gate_up_proj", ("gate_proj", "up_proj")
 
 
@@ -58,7 +60,8 @@ class Fingerprint:
         modules: module -> what its update is; experts of one tensor count as one.
         unplaced: modules in llama.cpp's row order, because no base was given: their sketch is that
             of other rows.
-        beside: what was trained beside the updates and is not in the sketch, by its key.
+        beside: what an adapter does beside its updates and is not in the sketch: trained tensors
+            by their keys, and settings by their names.
     """
 
     version: int
@@ -200,3 +203,4 @@ def _beside(adapter: AdapterTensorSet) -> Iterator[str]:
         if key.role is not Role.BASE_COPY and not (key.role in PARTNERS and key in paired):
             yield str(key)
     yield from (file.name for file in adapter.beside if file.trained)
+    yield from (name for name in _SETTINGS if getattr(adapter, name))

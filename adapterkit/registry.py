@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -88,6 +89,11 @@ class FormatSpec:
         if not self.files:
             return None
         return Directory("adapter directory", marks=_adapter_files, files=_replaced_files)
+
+    def marked(self, names: Iterable[str]) -> bool:
+        """Tell whether one of the names is that of a file of this format's directories alone."""
+        own = [pattern for pattern in self.files if pattern != _CONFIG]
+        return any(fnmatch(name, pattern) for name in names for pattern in own)
 
     @property
     def reads(self) -> bool:
@@ -367,6 +373,22 @@ def _stored_names(path: Path) -> tuple[str, ...] | None:
 def claims(known: FormatSpec, path: Path) -> bool:
     """Tell whether a format takes a path for its own."""
     return _recognised(path, (known,)) is known
+
+
+def folder_format(folder: Path, names: Iterable[str]) -> FormatSpec | None:
+    """Return the format of which a folder is one adapter; None if it only holds some.
+
+    Args:
+        folder: one without adapter_config.json.
+        names: of its files.
+    """
+    names, below = list(names), [path for path in folder.glob("*/") if path.is_dir()]
+    for known in formats():
+        if known.probe and (known.own_files or known.marked(names)):
+            probe = _function(known.probe)
+            if probe(folder) and (known.marked(names) or not any(map(probe, below))):
+                return known
+    return None
 
 
 def by_suffix(suffix: str) -> FormatSpec | None:

@@ -13,10 +13,11 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.containers.gguf import GGUFArray, read_gguf, write_gguf
+from adapterkit.containers.gguf import GGUFArray, GGUFFile, read_gguf, write_gguf
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
 from adapterkit.errors import AdapterKitError, FormatError
 from adapterkit.json_file import read_json_object
@@ -37,6 +38,8 @@ BESIDE = "adapterkit-proof.json"
 LONGEST = 1 << 16
 _BLOCK = 1 << 20
 _GGUF, _SAFETENSORS = b"GGUF", ".safetensors"
+# What `write_gguf` writes.
+_GGUF_VERSION = 3
 # The type of a text in the metadata of GGUF.
 _STRING = 8
 # The weights of a directory, by format.
@@ -172,9 +175,29 @@ def _of_shard(file: Path, name: str) -> tuple[dict[str, str], dict[str, str]] | 
 def _opened(weights: Path) -> tuple[Mapping[str, LazyTensor], Iterator[tuple[str, str]]]:
     if _is_gguf(weights):
         gguf = read_gguf(weights)
-        return gguf.tensors, ((key, _of_value(value)) for key, value in gguf.typed().items())
+        values = ((key, _of_value(value)) for key, value in gguf.typed().items())
+        return gguf.tensors, chain(values, _unusual(gguf))
     file = read_safetensors(weights)
     return file.tensors, ((key, _short(text.encode())) for key, text in file.metadata.items())
+
+
+def _unusual(file: GGUFFile) -> Iterator[tuple[str, str]]:
+    """Yield what no writer of ours leaves: an old version, or bytes where nothing is stored."""
+    if file.version != _GGUF_VERSION:
+        yield "version of GGUF", str(file.version)
+    between, at = hashlib.sha256(), file.header_end
+    ends = [t.read for t in file.tensors.values() if isinstance(t.read, FileSlice)]
+    with readable(file.path), file.path.open("rb") as opened:
+        for start, length in [*((each.offset, each.length) for each in ends), (None, 0)]:
+            opened.seek(at)
+            gap = opened.read(min(_BLOCK, _BLOCK if start is None else start - at))
+            if any(gap):
+                between.update(gap)
+            at = (start or 0) + length
+    if between.digest() != hashlib.sha256().digest():
+        yield "padding", between.hexdigest()[:16]
+    if file.trailing:
+        yield "bytes after the last tensor", str(file.trailing)
 
 
 def _of_value(value: GGUFValue) -> str:

@@ -12,7 +12,7 @@ from adapterkit.base import BaseModel
 from adapterkit.base.identity import identified
 from adapterkit.certificates import Certificate, read_certificate, source_digest
 from adapterkit.diagnosis import diagnose
-from adapterkit.errors import BaseRequiredError, FormatError, UncheckableError
+from adapterkit.errors import AdapterKitError, BaseRequiredError, UncheckableError, UsageError
 from adapterkit.fingerprints import fingerprinted
 from adapterkit.hub import located
 from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
@@ -140,12 +140,14 @@ def verify(
     changes: list[Change] = []
     kind = "model"
     if proof.fingerprint is not None:
-        place = recognise(path, as_format=as_format)
-        kind = place.format.name
-        held = source if isinstance(source, AdapterTensorSet) else place
-        changes += _updates(proof, proof.fingerprint, held, known, notes)
-        if against is not None:
-            changes += _source(proof, held, against, known, dialect, alpha, notes)
+        held = source if isinstance(source, AdapterTensorSet) else _recognised(path, as_format)
+        kind = _format(held)
+        if isinstance(held, Change):
+            changes.append(held)
+        else:
+            changes += _updates(proof, proof.fingerprint, held, known, notes)
+            if against is not None:
+                changes += _source(proof, held, against, known, dialect, alpha, notes)
     elif against is not None:
         changes += _merged(proof, against, known, dialect, alpha, notes)
     found = contents(path)
@@ -179,6 +181,23 @@ def _place(source: AdapterTensorSet | Path | str) -> Path:
     return source.provenance.path
 
 
+def _recognised(path: Path, as_format: str | None) -> Source | Change:
+    """Return what a path holds; a change if that cannot be told any more."""
+    try:
+        return recognise(path, as_format=as_format)
+    except UsageError:
+        raise
+    except AdapterKitError as error:
+        return Change("update", error.where or str(path), error.message)
+
+
+def _format(held: Source | AdapterTensorSet | Change) -> str:
+    if isinstance(held, Source):
+        return held.format.name
+    provenance = held.provenance if isinstance(held, AdapterTensorSet) else None
+    return provenance.format if provenance is not None else "unknown"
+
+
 def _updates(
     proof: Certificate,
     written: Fingerprint,
@@ -194,7 +213,9 @@ def _updates(
     except BaseRequiredError as error:
         notes.append(f"compared by bytes alone: {error.message}")
         return []
-    except FormatError as error:
+    except (UsageError, UncheckableError):
+        raise
+    except AdapterKitError as error:
         return [Change("update", error.where or _label(held), error.message)]
     if found.version != written.version:
         notes.append("its sketches are of another version and were not compared")

@@ -63,6 +63,7 @@ class GGUFFile:
         kinds: type of each value; ARRAY for arrays, whose own `kind` is that of the elements.
         tensors: tensors by name in file order, shapes in C order (GGUF's reversed).
         alignment: bytes that every tensor's start is a multiple of.
+        header_end: where the header ends; padding follows.
         data_offset: where the first tensor starts.
         trailing: bytes after the last tensor and its padding; engines ignore them.
     """
@@ -73,6 +74,7 @@ class GGUFFile:
     kinds: Mapping[str, ValueType]
     tensors: Mapping[str, LazyTensor]
     alignment: int
+    header_end: int
     data_offset: int
     trailing: int
 
@@ -117,7 +119,8 @@ def _parse(cursor: _Cursor) -> GGUFFile:
         name = _name(cursor, table)
         table[name] = _tensor(cursor)
         cursor.where = None
-    data_offset = cursor.at + -cursor.at % alignment
+    header_end = cursor.at
+    data_offset = header_end + -header_end % alignment
     tensors, end = _placed(cursor, table, data_offset, alignment)
     return GGUFFile(
         path=cursor.path,
@@ -126,6 +129,7 @@ def _parse(cursor: _Cursor) -> GGUFFile:
         kinds=MappingProxyType(kinds),
         tensors=MappingProxyType(tensors),
         alignment=alignment,
+        header_end=header_end,
         data_offset=data_offset,
         trailing=max(0, cursor.size - end),
     )

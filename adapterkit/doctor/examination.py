@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 _OTHER_BASE, _LEAST_BASE = 0.05, 0.02
 # Shares of the expected effect, or nats where none is known, below which there is none.
 _NONE, _NONE_NATS = 1e-3, 1e-5
-# Shares of the effect: what no strength explains, and what a mistake may leave.
+# Share of the effect that no strength explains from which it is another's.
 _UNEXPLAINED = 0.10
+# Share of the effect that is left from which the usual mistakes are tried, and how many times
+# nearer than the nearest strength one must come: what a server rounds keeps it from all alike.
+_TRIED, _NEARER = 1e-3, 3
 _WEAK, _STRONG = 0.8, 1.25
 # Prompts that are asked again with the prompt cache and with the server's own scales.
 _AGAIN = 2
@@ -50,6 +53,8 @@ class Condition(StrEnum):
     BASE = "another base"
 
 
+# Conditions that may be one of the usual mistakes: a small one moves the answers little.
+_EXPLAINABLE = {Condition.RIGHT, Condition.STRENGTH, Condition.ANOTHER}
 _SAID = {
     Condition.RIGHT: "the adapter does what it should",
     Condition.ALIVE: "the adapter changes the answers; give --source and --base to tell whether "
@@ -233,16 +238,14 @@ def _against(
     """Compare the answers with what they should be."""
     with known.expected(texts) as expected:
         numbers = measured(off, on, expected)
-    condition = judged(numbers)
-    strength = numbers.strength if condition in {Condition.RIGHT, Condition.STRENGTH} else None
-    causes: tuple[str, ...] = ()
-    if condition is Condition.ANOTHER:
-        left = {
-            cause: mean_divergence(on, answers) for cause, answers in known.mistaken(texts).items()
-        }
+    condition, causes = judged(numbers), tuple[str, ...]()
+    if condition in _EXPLAINABLE and numbers.distance > _TRIED * numbers.effect:
+        mistaken = known.mistaken(texts)
+        left = {cause: mean_divergence(on, answers) for cause, answers in mistaken.items()}
         cause = min(left, key=lambda name: left[name], default="")
-        if cause and left[cause] - 2 * numbers.base < _UNEXPLAINED * numbers.effect / 2:
-            causes = (cause,)
+        if cause and left[cause] * _NEARER < numbers.distance:
+            condition, causes = Condition.ANOTHER, (cause,)
+    strength = numbers.strength if condition in {Condition.RIGHT, Condition.STRENGTH} else None
     return Findings(condition, numbers.effect, strength, numbers, causes)
 
 

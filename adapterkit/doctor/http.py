@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 64 << 20
 _PATIENCE = 60.0
+_KEY_WANTED = 401
+_NO_KEY = "asks for an API key, and none is sent; start it without one for the examination"
 
 
 class _Stay(HTTPRedirectHandler):
@@ -89,6 +91,8 @@ class Client:
                 raise UncheckableError("answers with too much", path=self.url)
             return json.loads(data)
         except HTTPError as error:
+            if error.code == _KEY_WANTED:
+                raise UncheckableError(_NO_KEY, path=self.url) from error
             if optional:
                 return None
             said = error.read(1000).decode(errors="replace").strip()

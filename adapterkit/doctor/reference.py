@@ -16,7 +16,7 @@ from adapterkit.registry import spec
 from adapterkit.saving import admitted, save
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Collection, Generator, Mapping, Sequence
 
     from adapterkit.base import BaseModel
     from adapterkit.doctor.distributions import Distribution, Expected
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Strength of what is not asked for in full.
 _ONE = 1.0
+# Projections whose rows llama.cpp has in another order, and the sizes that tell how many heads.
+_HEADS = {"q_proj": "heads", "k_proj": "kv_heads"}
 
 
 class Reference:
@@ -79,7 +81,11 @@ class Reference:
     def _mistakes(self) -> Generator[tuple[str, AdapterTensorSet]]:
         adapter = self._loaded.adapter
         leaves = {pair.module.rpartition(".")[2] for pair in adapter.pairs()}
-        yield "the rows of q and k are not in llama.cpp's order", _unordered(adapter, self._base)
+        ordered = sorted(leaves & _HEADS.keys())
+        for some in [*([ordered] if len(ordered) > 1 else []), *([leaf] for leaf in ordered)]:
+            which = " and ".join(some)
+            changed = _unordered(adapter, self._base, some)
+            yield f"the rows of {which} are not in llama.cpp's order", changed
         for leaf in sorted(leaves) if len(leaves) > 1 else ():
             kept = {k: t for k, t in adapter.tensors.items() if k.module.rpartition(".")[2] != leaf}
             yield f"nothing of {leaf} is applied", adapter.replace(tensors=kept)
@@ -121,9 +127,11 @@ def reference(
     return Reference(loaded, loaded.base or base, by_text=by_text)
 
 
-def _unordered(adapter: AdapterTensorSet, base: BaseModel) -> AdapterTensorSet:
-    """Return the adapter whose GGUF file has the rows of q and k in Hugging Face's order."""
-    heads = {"q_proj": base.sizes.get("heads"), "k_proj": base.sizes.get("kv_heads")}
+def _unordered(
+    adapter: AdapterTensorSet, base: BaseModel, leaves: Collection[str]
+) -> AdapterTensorSet:
+    """Return the adapter whose GGUF file has rows of q or k in Hugging Face's order."""
+    heads = {leaf: base.sizes.get(_HEADS[leaf]) for leaf in leaves}
     changed: list[Update] = []
     for pair in adapter.pairs():
         count, rows = heads.get(pair.module.rpartition(".")[2]), pair.matrix_shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Tokens that are told of each distribution; the OpenAI servers give at most 20 unless configured.
 _MANY, _FEW = 64, 20
 _SURELY = 1e9
+# The sum of probabilities, and what half precision may make of it.
+_CERTAIN = 1.1
 _TOKEN_ID = "token_id:"  # noqa: S105  (a prefix of vLLM)
 
 
@@ -140,23 +143,23 @@ def llama_server(
 
 @dataclass(frozen=True, slots=True)
 class OpenAIServer:
-    """vLLM or SGLang: an adapter is a model beside its base."""
+    """vLLM, or another server of OpenAI's protocol: an adapter is a model beside its base."""
 
     client: Client
     kind: str
 
     def adapters(self) -> list[ServedAdapter]:
-        """Return the models that have another as their parent."""
+        """Return the models that have another as their parent.
+
+        vLLM lists its base once under each name that it is served by, none of them with a parent.
+        """
         models = _objects(self.client.get("/v1/models"), "data")
-        bases = [str(each["id"]) for each in models if not each.get("parent")]
+        if self.kind == "vllm":
+            return _with_parents(models)
+        first = str(models[0]["id"]) if models else ""
         return [
-            ServedAdapter(
-                name=str(each["id"]),
-                path=str(each.get("root") or ""),
-                base=str(each.get("parent") or next(iter(bases), "")),
-            )
-            for each in models
-            if each.get("parent") or each["id"] not in bases[:1]
+            ServedAdapter(str(each["id"]), str(each.get("root") or ""), base=first)
+            for each in models[1:]
         ]
 
     def prompt(self, prompt: Prompt) -> str:
@@ -165,11 +168,8 @@ class OpenAIServer:
 
     def ask(self, prompt: str, adapter: ServedAdapter, scale: float) -> Distribution:
         """Ask the adapter's model, or its base's for a scale of 0."""
-        model = adapter.name if scale else adapter.base
-        if scale and self.kind == "sglang" and ":" not in model:
-            model = f"{adapter.base}:{model}"
         question: dict[str, Any] = {
-            "model": model,
+            "model": adapter.name if scale else adapter.base,
             "prompt": prompt,
             "max_tokens": 1,
             "temperature": 0,
@@ -184,6 +184,35 @@ class OpenAIServer:
 
 
 @dataclass(frozen=True, slots=True)
+class SGLang:
+    """SGLang by its own route, which tells tokens by their numbers; OpenAI's tells their texts."""
+
+    client: Client
+    kind: str = "sglang"
+
+    def adapters(self) -> list[ServedAdapter]:
+        """Return the models that have another as their parent."""
+        return _with_parents(_objects(self.client.get("/v1/models"), "data"))
+
+    def prompt(self, prompt: Prompt) -> str:
+        """Return the text; this route applies no template."""
+        return _plainly(prompt)
+
+    def ask(self, prompt: str, adapter: ServedAdapter, scale: float) -> Distribution:
+        """Ask with the adapter, or with none for a scale of 0."""
+        question = {
+            "text": prompt,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "return_logprob": True,
+            "top_logprobs_num": _MANY,
+            "lora_path": adapter.name if scale else None,
+        }
+        answer = self.client.post("/generate", question)
+        told = _at(answer, "meta_info", "output_top_logprobs", 0)
+        return _distribution(((token, value) for value, token, _ in told or ()), self.client)
+
+
+@dataclass(frozen=True, slots=True)
 class Ollama:
     """Ollama: an adapter is part of a model that was made from another."""
 
@@ -191,16 +220,21 @@ class Ollama:
     kind: str = "ollama"
 
     def adapters(self) -> list[ServedAdapter]:
-        """Return the models whose modelfile names an adapter."""
-        found: list[ServedAdapter] = []
+        """Return the models whose modelfile names an adapter, and who has the weights alone."""
+        bases: dict[str, str] = {}
+        found: list[tuple[str, str, str]] = []
         for each in _objects(self.client.get("/api/tags"), "models"):
-            shown: Any = self.client.post("/api/show", {"model": each["name"]}, optional=True)
+            name = str(each["name"])
+            shown: Any = self.client.post("/api/show", {"model": name}, optional=True)
             lines = str(_at(shown, "modelfile") or "").splitlines()
-            adapter = _after("ADAPTER", lines)
+            adapter, weights = _after("ADAPTER", lines), _after("FROM", lines)
             if adapter:
-                base = _at(shown, "details", "parent_model") or _after("FROM", lines)
-                found.append(ServedAdapter(str(each["name"]), adapter, None, str(base)))
-        return found
+                found.append((name, adapter, weights))
+            else:
+                bases.setdefault(weights, name)
+        return [
+            ServedAdapter(name, path, None, bases.get(weights, "")) for name, path, weights in found
+        ]
 
     def prompt(self, prompt: Prompt) -> str:
         """Return the text; it is sent without the model's template."""
@@ -208,6 +242,12 @@ class Ollama:
 
     def ask(self, prompt: str, adapter: ServedAdapter, scale: float) -> Distribution:
         """Ask the model, or the one that it was made from for a scale of 0."""
+        if not adapter.base:
+            message = (
+                f"the weights that {adapter.name} stands on have no name of their own to be asked "
+                "by; `ollama create` one from its FROM line without the ADAPTER"
+            )
+            raise UncheckableError(message, path=self.client.url)
         question = {
             "model": adapter.name if scale else adapter.base,
             "prompt": prompt,
@@ -236,7 +276,7 @@ def connected(client: Client) -> Server:
     if models := _objects(client.get("/v1/models"), "data"):
         owners = {str(each.get("owned_by")) for each in models}
         if "sglang" in owners:
-            return OpenAIServer(client, "sglang")
+            return SGLang(client)
         return OpenAIServer(client, "vllm" if "vllm" in owners else "openai")
     message = "is no llama-server, vLLM, SGLang or Ollama: it answers none of their paths"
     raise UncheckableError(message, path=client.url)
@@ -273,6 +313,14 @@ def _llama_adapters(answer: Any) -> list[ServedAdapter]:
     ]
 
 
+def _with_parents(models: Iterable[Mapping[str, Any]]) -> list[ServedAdapter]:
+    return [
+        ServedAdapter(str(each["id"]), str(each.get("root") or ""), base=str(each["parent"]))
+        for each in models
+        if each.get("parent")
+    ]
+
+
 def _plainly(prompt: Prompt) -> str:
     return f"User: {prompt.text}\nAssistant:" if prompt.question else prompt.text
 
@@ -284,7 +332,7 @@ def _numbered(token: str) -> int | str:
 
 def _after(word: str, lines: Iterable[str]) -> str:
     found = (line.split(None, 1) for line in lines if line.upper().startswith(f"{word} "))
-    return next((parts[1].strip() for parts in found if len(parts) > 1), "")
+    return next((parts[1].strip().strip('"') for parts in found if len(parts) > 1), "")
 
 
 def _at(value: Any, *way: str | int) -> Any:
@@ -308,5 +356,8 @@ def _distribution(told: Iterable[tuple[int | str, float]], client: Client) -> Di
     found = {token: float(value) for token, value in told if value is not None}  # pyright: ignore[reportUnnecessaryComparison]
     if len(found) <= 1:  # one token is no distribution
         message = "tells no log-probabilities; it is too old, or they are switched off"
+        raise UncheckableError(message, path=client.url)
+    if sum(math.exp(min(value, 1.0)) for value in found.values()) > _CERTAIN:
+        message = "tells logits, not log-probabilities; of vLLM, see --logprobs-mode"
         raise UncheckableError(message, path=client.url)
     return found

@@ -139,7 +139,7 @@ def _audit(path: Path, options: Options) -> _Found:
     (audited,) = audit(path, **options).adapters
     summary = audited.summary
     used = summary.utilization_mean
-    headline = "no update" if used is None else f"{used:.0%} of the rank in use"
+    headline = "no update of low rank" if used is None else f"{used:.0%} of the rank in use"
     result = {**_as_json(audited), "modules": len(audited.modules)}
     return 0, headline, 1 - (used or 0.0), result
 

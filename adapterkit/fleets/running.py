@@ -18,7 +18,7 @@ from adapterkit.base import BaseModel
 from adapterkit.destination import check_name
 from adapterkit.errors import AdapterKitError, UsageError, WriteError
 from adapterkit.fleets.actions import Outcome, check_action, died, late, perform
-from adapterkit.fleets.discovery import discover, identity
+from adapterkit.fleets.discovery import Reading, discover, identity
 from adapterkit.fleets.execution import carried_out, dask_executor, process_pool
 from adapterkit.fleets.ledger import FleetRow, Job, Ledger
 from adapterkit.text import PLAIN, Pen, Shown, columns, count, from_here
@@ -121,11 +121,10 @@ def run_fleet(
     check_name(folder)
     given = _given(action, dict(options or {}), folder)
     told = json.dumps([given, import_module("adapterkit").__version__], sort_keys=True)
-    found = discover(sources)
+    found = discover(sources, Reading(given.get("dialect"), given.get("as_format")))
     with ExitStack() as stack:
         ledger = stack.enter_context(_opened(folder, stack))
-        marks = _base_mark(given)
-        every, unread = _jobs(found, marks)
+        every, unread = _jobs(found, _mark(given))
         ledger.note(action, told, unread)
         paths = [str(path) for path in found]
         open_jobs = list(ledger.open_jobs(every, action, told, tries=tries))
@@ -203,10 +202,10 @@ def _opened(folder: Path, stack: ExitStack) -> Ledger:
     return Ledger(folder / LEDGER)
 
 
-def _base_mark(options: Mapping[str, Any]) -> str:
-    """Return what changes when the base does."""
-    base = options.get("base")
-    return identity(Path(base)) if base is not None and Path(base).exists() else ""
+def _mark(options: Mapping[str, Any]) -> str:
+    """Return what changes when the base does, or the file of a dialect."""
+    given = [Path(options[name]) for name in ("base", "dialect") if options.get(name) is not None]
+    return "".join(identity(path) for path in given if path.exists())
 
 
 def _jobs(found: Iterable[Path], mark: str) -> tuple[list[Job], list[tuple[Job, Outcome]]]:

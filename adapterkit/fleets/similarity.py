@@ -45,8 +45,8 @@ class Copy:
         ratio: ‖ΔW‖ over that of the other, negative where it does the opposite.
         distance: ‖ΔW/‖ΔW‖ ∓ ΔW'/‖ΔW'‖‖; 0 for the same update, 1.41 for unrelated ones.
         exact: whether the distance was computed from the factors; else it is the sketch's.
-        partial: whether one of the two has trained tensors beside its updates (DoRA's magnitudes,
-            saved modules), which are not compared.
+        partial: whether one of the two does more than its updates (DoRA's magnitudes, saved
+            modules, replicated layers), which is not compared.
     """
 
     path: str
@@ -77,6 +77,7 @@ class LikelyMerge:
         weights: ΔW = Σ weight · ΔW of a parent.
         residual: ‖ΔW - Σ‖ / ‖ΔW‖, right to a few hundredths of itself.
         exact: whether that is what rounding explains; else it was cut, or made in another way.
+        partial: whether one of all does more than its updates, which is not compared.
     """
 
     path: str
@@ -84,6 +85,7 @@ class LikelyMerge:
     weights: tuple[float, ...]
     residual: float
     exact: bool
+    partial: bool
 
     def __str__(self) -> str:
         """Return it as a sentence."""
@@ -92,7 +94,8 @@ class LikelyMerge:
             for weight, parent in zip(self.weights, self.parents, strict=True)
         )
         verb = "is" if self.exact else "is close to"
-        return f"{from_here(self.path)} {verb} {terms} (residual {short(self.residual)})"
+        subject = f"the update of {from_here(self.path)}" if self.partial else from_here(self.path)
+        return f"{subject} {verb} {terms} (residual {short(self.residual)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -107,7 +110,7 @@ class SimilarityReport(Shown):
         untrained: adapters that change nothing.
         unplaced: GGUF adapters in llama.cpp's row order, because no base was given: only with each
             other are they compared rightly.
-        partial: adapters with trained tensors beside their updates, which are not compared.
+        partial: adapters that do more than their updates say, which is not compared.
         unread: adapters without a fingerprint, and why.
         cosine_error: standard deviation of the cosine that the sketch gives two unrelated adapters.
     """
@@ -137,7 +140,10 @@ class SimilarityReport(Shown):
         """Return what was not compared, and why."""
         told = (
             (self.unplaced, "rows in llama.cpp's order; give --base to compare with other formats"),
-            (self.partial, "trained tensors beside the updates are not compared"),
+            (
+                self.partial,
+                "what it does beside its updates (trained tensors, settings) is not compared",
+            ),
         )
         notes = [("note", f"{from_here(n)}: {why}") for names, why in told for n in names[:_SHOWN]]
         return [*notes, *(("unread", f"{from_here(p)}: {why}") for p, why in self.unread.items())]
@@ -147,6 +153,9 @@ def find_similar(
     sources: Sequence[Path | str],
     *,
     base: BaseModel | Path | str | None = None,
+    dialect: str | None = None,
+    alpha: float | None = None,
+    as_format: str | None = None,
     folder: Path | str | None = None,
     confirm: bool = True,
     merges: bool = True,
@@ -163,6 +172,9 @@ def find_similar(
     Args:
         sources: as `run_fleet` takes them.
         base: the base model of all, where a format's row order depends on it.
+        dialect: key grammar of hand-written files.
+        alpha: scale numerator of files that do not hold it.
+        as_format: name of the format to read all as, where their content does not tell.
         folder: where the sketches are kept, so that the next call reads what is new alone; by
             default nowhere.
         confirm: whether to compute the distance of every copy from the factors.
@@ -177,7 +189,8 @@ def find_similar(
         WriteError: if another process uses the folder.
     """
     known = str(base.path) if isinstance(base, BaseModel) else base and str(base)
-    options = {"base": known} if known is not None else {}
+    given = {"base": known, "dialect": dialect, "alpha": alpha, "as_format": as_format}
+    options = {name: value for name, value in given.items() if value is not None}
     with ExitStack() as stack:
         where = folder or stack.enter_context(TemporaryDirectory(prefix="adapterkit-"))
         report = run_fleet(
@@ -202,7 +215,9 @@ def find_similar(
         copies=tuple(copies),
         clusters=clusters,
         merges=found,
-        untrained=tuple(row.path for row in done if not row.result["norm"]),
+        untrained=tuple(
+            row.path for row in done if not row.result["norm"] and not row.result["beside"]
+        ),
         unplaced=tuple(row.path for row in done if row.result["unplaced"]),
         partial=tuple(row.path for row in done if row.result["beside"]),
         unread={row.path: row.headline for row in report.results if row.state != "done"},
@@ -235,7 +250,7 @@ def _related(
     return (
         copies,
         tuple(tuple(group) for group in groups.values() if len(group) > 1),
-        tuple(_merge(each, paths, norms, relations.ROUNDED) for each in sums),
+        tuple(_merge(each, paths, norms, partial) for each in sums),
     )
 
 
@@ -267,14 +282,19 @@ def _kind(distance: float) -> str:
     return "same" if distance < SAME else "rounded" if distance < ROUNDED else "near"
 
 
-def _merge(each: Sum, paths: Sequence[str], norms: Sequence[float], rounding: float) -> LikelyMerge:
+def _merge(
+    each: Sum, paths: Sequence[str], norms: Sequence[float], partial: Sequence[bool]
+) -> LikelyMerge:
+    from adapterkit.fleets.relations import ROUNDED
+
     weights = zip(each.weights, each.parents, strict=True)
     return LikelyMerge(
         path=paths[each.index],
         parents=tuple(paths[parent] for parent in each.parents),
         weights=tuple(weight * norms[each.index] / norms[parent] for weight, parent in weights),
         residual=each.residual,
-        exact=each.residual <= rounding,
+        exact=each.residual <= ROUNDED,
+        partial=any(partial[member] for member in (each.index, *each.parents)),
     )
 
 

@@ -17,7 +17,6 @@ _jobs = click.option(
     help="Processes side by side; by default one for each processor.",
 )
 _dask = click.option("--dask", metavar="ADDRESS", help="Scheduler of a Dask cluster to run on.")
-_base = options.base
 
 
 @click.group(
@@ -53,7 +52,7 @@ def command() -> None:
     required=True,
     help="Folder of the ledger and the tables; the same again goes on where it was.",
 )
-@_base
+@options.reading
 @click.option(
     "--target",
     "targets",
@@ -122,11 +121,16 @@ def run(
 
 def _told(action: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return what the action's function takes; what belongs to another action is refused."""
-    takes = {
-        "validate": {"base", "targets"},
-        "convert": {"base", "to", "for_engine", "outtype", "allow_lossy", "unverified"},
-    }.get(action, {"base"})
-    told = {name: value for name, value in given.items() if value and value != "auto"}
+    reading = {"base", "dialect", "alpha", "as_format"}
+    takes = reading | {
+        "validate": {"targets"},
+        "convert": {"to", "for_engine", "outtype", "allow_lossy", "unverified"},
+    }.get(action, set[str]())
+    told = {
+        name: value
+        for name, value in given.items()
+        if value not in (None, False, ()) and value != "auto"
+    }
     if others := sorted(told.keys() - takes):
         names = {"targets": "target", "for_engine": "for"}
         option = names.get(others[0], others[0].replace("_", "-"))
@@ -140,7 +144,7 @@ def _told(action: str, given: dict[str, Any]) -> dict[str, Any]:
     "similar", epilog=options.examples("adapterkit fleet similar adapters/ -o prints/")
 )
 @_sources
-@_base
+@options.reading
 @click.option(
     "-o",
     "--output",
@@ -156,7 +160,6 @@ def _told(action: str, given: dict[str, Any]) -> dict[str, Any]:
 @options.as_json
 def similar(
     sources: tuple[str, ...],
-    base: str | None,
     folder: str | None,
     jobs: int | None,
     dask: str | None,
@@ -164,6 +167,7 @@ def similar(
     sketch_only: bool,
     no_merges: bool,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Find copies across formats, rescaled and near copies, and merges of known adapters."""
     from adapterkit import find_similar
@@ -171,12 +175,12 @@ def similar(
     with progress_bar("fingerprint", unit="adapters") as progress:
         report = find_similar(
             sources,
-            base=base,
             folder=folder,
             confirm=not sketch_only,
             merges=not no_merges,
             dask=dask,
             jobs=jobs,
             progress=progress,
+            **reading,
         )
     rendering.answer(report, as_json=as_json)

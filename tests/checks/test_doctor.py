@@ -22,7 +22,7 @@ import transformers
 from click.testing import CliRunner
 from engine import AdapterFixture, convert_adapter, family_row, make_adapter, make_base
 from llama_server import served
-from pretend_servers import answers, ollama, pretending, sglang, softmax, vllm
+from pretend_servers import Refusal, answers, ollama, pretending, sglang, softmax, vllm
 
 from adapterkit import Condition, examine
 from adapterkit.containers.gguf import read_gguf, write_gguf
@@ -31,7 +31,7 @@ from adapterkit.doctor.distributions import Measured, divergence, measured
 from adapterkit.doctor.examination import judged
 from adapterkit.doctor.http import Client
 from adapterkit.doctor.prompts import PROMPTS, read_prompts
-from adapterkit.doctor.servers import chosen, connected
+from adapterkit.doctor.servers import ServedAdapter, chosen, connected
 from adapterkit.dtype import DType
 from adapterkit.errors import UncheckableError, UsageError
 from adapterkit.lowrank.products import stored
@@ -88,7 +88,7 @@ FAULTS: dict[str, tuple[Callable[[str, Any], Any], float, Condition, str]] = {
     ),
     "quarter": (lambda _, values: values, 0.25, Condition.STRENGTH, ""),
     "double": (lambda _, values: values, 2.0, Condition.STRENGTH, ""),
-    "unpermuted": (unpermuted, 1.0, Condition.ANOTHER, "rows of q and k"),
+    "unpermuted": (unpermuted, 1.0, Condition.ANOTHER, "rows of q_proj are not"),
     "no-q": (
         lambda name, values: values * ("attn_q" not in name),
         1.0,
@@ -315,6 +315,45 @@ def test_other_servers_by_their_protocols(answer: Any, kind: str, name: str) -> 
     on, off = answers(1.0), answers(0.0)
     exact = sum(math.exp(p) * (p - off[word]) for word, p in on.items())
     assert report.effect == pytest.approx(exact)
+
+
+@pytest.mark.parametrize(
+    ("answer", "adapter", "said"),
+    [
+        (vllm, ServedAdapter("gone", base="org/base"), "404: .*`gone` does not exist"),
+        (sglang, ServedAdapter("gone", base="base"), "400: .*has never been loaded: gone"),
+        (ollama, ServedAdapter("gone", base="x:1"), "404: .*model 'gone' not found"),
+        (ollama, ServedAdapter("gone"), "weights that gone stands on have no name"),
+    ],
+)
+def test_what_another_server_refuses_is_told(
+    answer: Any, adapter: ServedAdapter, said: str
+) -> None:
+    with pretending(answer) as url:
+        server = connected(Client(url, most=20, seconds=20))
+        with pytest.raises(UncheckableError, match=said):
+            server.ask("text", adapter, float(bool(adapter.base)))
+
+
+def test_numbers_that_are_no_logarithms_of_probabilities_are_refused() -> None:
+    def logits(path: str, body: dict[str, Any]) -> Any:
+        found = vllm(path, body)
+        if path == "/v1/completions":
+            found["choices"][0]["logprobs"]["top_logprobs"] = [
+                {"token_id:1": 21.0, "token_id:2": 7}
+            ]
+        return found
+
+    with pretending(logits) as url, pytest.raises(UncheckableError, match="tells logits"):
+        examine(url)
+
+
+def test_a_server_that_wants_a_key_is_said_to() -> None:
+    with (
+        pretending(lambda *_: Refusal(401, {"error": "Unauthorized"})) as url,
+        pytest.raises(UncheckableError, match="asks for an API key"),
+    ):
+        examine(url)
 
 
 def test_adapters_are_chosen_by_any_of_their_names() -> None:

@@ -70,6 +70,31 @@ def test_adapters_are_found_and_models_passed_over(fleet: Path, tmp_path: Path) 
         discover([fleet / "nowhere"])
 
 
+def test_a_checkpoint_of_several_files_is_one_adapter(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "sharded", tmp_path / "sharded")
+    shutil.copytree(FIXTURES / "tinylora" / "pack", tmp_path / "pack")
+    found = [str(path.relative_to(tmp_path)) for path in discover([tmp_path])]
+    sharded = ("dcp", "shards", "zero2/global_step1", "zero3/global_step1")
+    assert found == ["pack", *(f"sharded/{name}" for name in sharded)]
+    run = tmp_path / "sharded" / "zero2"
+    shutil.copy(TINY / "adapter_config.json", run)
+    assert discover([run]) == [run]
+
+
+def test_a_format_that_is_said_overrules_what_files_tell(fleet: Path, tmp_path: Path) -> None:
+    strange = fleet / "b" / "strange.safetensors"
+    shutil.copy(FIXTURES / "tuners" / "base" / "model.safetensors", strange)
+    assert strange not in discover([fleet])
+    line = ["fleet", "run", "inspect", str(fleet / "b"), "-o", str(tmp_path / "r"), "--jobs", "1"]
+    told = ["--from", "handwritten", "--dialect", "raschka-alpha", "--alpha", "8", "--json"]
+    document = json.loads(CliRunner().invoke(cli, [*line, *told]).stdout)
+    rows = {Path(row["path"]).name: row for row in document["results"]}
+    assert rows["raschka.pt"]["result"]["format"] == "handwritten"
+    assert rows["strange.safetensors"]["state"] == "refused"
+    run = CliRunner().invoke(cli, [*line, "--from", "nothing"])
+    assert (run.exit_code, "nothing" in run.output) == (2, True)
+
+
 def test_the_hub_cache_is_searched(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = fleet / "hub" / "models--org--name" / "snapshots" / "1234"
     shutil.copytree(TINY, snapshot)

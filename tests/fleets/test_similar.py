@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from adapterkit import (
 )
 from adapterkit.dtype import DType
 from adapterkit.fleets import relations
+from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.products import stored
+from adapterkit.tensor import LazyTensor
 from adapterkit_cli.main import cli
 
 pytestmark = pytest.mark.slow
@@ -95,6 +98,25 @@ def test_a_merge_names_its_parents_and_weights(planted: Path) -> None:
     assert weights == {"04": pytest.approx(0.7, rel=1e-4), "05": pytest.approx(0.3, rel=1e-4)}
     assert merge.exact
     assert compared(planted, merges=False).merges == ()
+
+
+def test_only_what_does_nothing_at_all_is_said_to_change_nothing(tmp_path: Path) -> None:
+    zero = [replace(pair, scale=0.0) for pair in adapter(0).pairs()]
+    idle = AdapterTensorSet.of(zero, {})
+    head = LazyTensor.of(np.ones((3, 32), np.float32))
+    write(idle, tmp_path / "idle")
+    saved = {TensorKey("score.weight", Role.FULL): head, **idle.tensors}
+    write(idle.replace(tensors=saved), tmp_path / "head")
+    write(idle.replace(layer_replication=((0, 2), (1, 2))), tmp_path / "longer")
+    sum_ = AdapterTensorSet.of(list(adapter(4).pairs()), {})
+    write(adapter(4), tmp_path / "one")
+    write(sum_.replace(invocation_tokens=(1, 2)), tmp_path / "two")
+    with ThreadPoolExecutor(2) as pool:
+        report = find_similar([tmp_path], executor=pool)
+    assert [Path(path).name for path in report.untrained] == ["idle"]
+    assert [Path(path).name for path in report.partial] == ["head", "longer", "two"]
+    assert [(copy.kind, copy.partial) for copy in report.copies] == [("same", True)]
+    assert "idle changes nothing" in report.text()
 
 
 def test_sketches_are_kept_and_read_again(planted: Path, tmp_path: Path) -> None:

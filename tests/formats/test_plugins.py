@@ -11,7 +11,8 @@ import pytest
 
 import adapterkit
 from adapterkit import plugins, registry
-from adapterkit.fleets.discovery import discover
+from adapterkit.fleets.discovery import discover, identity
+from adapterkit.formats.protocol import Options
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.registry import FormatSpec
@@ -20,8 +21,6 @@ from adapterkit.testing import check_format, small_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from adapterkit.formats.protocol import Options
 
 GROUP = "adapterkit.formats"
 HELD = {Role.LORA_A: "down", Role.LORA_B: "up"}
@@ -97,6 +96,34 @@ def test_a_fleet_finds_the_files_of_a_plugin(tmp_path: Path) -> None:
     adapterkit.write(small_adapter(), tmp_path / "inner" / "a.lines")
     (tmp_path / "strange.lines").write_text("no adapter")
     assert discover([tmp_path]) == [tmp_path / "inner" / "a.lines"]
+
+
+FOLDER = FormatSpec(
+    name="folder",
+    title="LoRA as a folder",
+    reader=lambda path, options: read_text(path / "weights" / "lines.json", options),
+    probe=f"{__name__}:is_folder",
+    files=("lines.toml",),
+)
+ENTRIES["folder"] = EntryPoint("folder", f"{__name__}:FOLDER", GROUP)
+
+
+def is_folder(path: Path) -> bool:
+    return (path / "lines.toml").is_file()
+
+
+@pytest.mark.parametrize("installed", ["folder"], indirect=True)
+@pytest.mark.usefixtures("installed")
+def test_a_fleet_finds_the_folders_of_a_plugin(tmp_path: Path) -> None:
+    one = tmp_path / "runs" / "one"
+    (one / "weights").mkdir(parents=True)
+    (one / "lines.toml").touch()
+    write_text(small_adapter(), one / "weights" / "lines.json", Options())
+    assert discover([tmp_path]) == [one]
+    assert adapterkit.inspect(one).format == "folder"
+    before = identity(one)
+    (one / "weights" / "lines.json").write_text("{}")
+    assert identity(one) != before
 
 
 @text

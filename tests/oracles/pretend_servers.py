@@ -1,4 +1,8 @@
-"""vLLM, SGLang and Ollama, written by hand after their protocols: none of them runs here."""
+"""vLLM, SGLang and Ollama, written by hand after their sources: none of them runs here.
+
+Every field stands as in vLLM 0.33.0 and SGLang 0.5.23 (November and October 2026, their wheels) and
+Ollama 0.33.0-rc2 (August 2026, commit fb30760).
+"""
 
 from __future__ import annotations
 
@@ -23,50 +27,94 @@ def answers(strength: float) -> dict[str, float]:
     return dict(zip(WORDS, softmax(logits).tolist(), strict=True))
 
 
+class Refusal:
+    """An answer that is an error."""
+
+    def __init__(self, code: int, document: Any) -> None:
+        self.code, self.document = code, document
+
+
 def vllm(path: str, body: dict[str, Any]) -> Any:
+    """Answer as vLLM 0.33.0: entrypoints/openai/{models,completion}, sampling_params.py."""
     if path == "/v1/models":
-        base = {"id": "org/base", "object": "model", "owned_by": "vllm", "root": "org/base"}
-        return {
-            "data": [
-                {**base, "parent": None},
-                {**base, "id": "pirate", "parent": "org/base", "root": "/adapters/pirate"},
-            ]
-        }
+        card = {"object": "model", "created": 1, "owned_by": "vllm", "permission": []}
+        base = {**card, "root": "/models/base", "parent": None, "max_model_len": 2048}
+        lora = {"root": "/adapters/pirate", "parent": "org/base", "max_model_len": None}
+        names = [{**base, "id": "org/base"}, {**base, "id": "another-name"}]
+        return {"object": "list", "data": [*names, {**card, "id": "pirate", **lora}]}
     if path == "/v1/completions":
-        assert body["return_tokens_as_token_ids"] is True
-        found = answers({"org/base": 0.0, "pirate": 1.0}[body["model"]])
-        top = {f"token_id:{WORDS.index(word)}": value for word, value in found.items()}
-        return {"choices": [{"text": "", "logprobs": {"top_logprobs": [top]}}]}
+        known = {"org/base": 0.0, "another-name": 0.0, "pirate": 1.0}
+        if body["model"] not in known:
+            message = f"The model `{body['model']}` does not exist."
+            said = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+            return Refusal(404, {"error": said})
+        if body["logprobs"] > 20:
+            message = f"Requested sample logprobs of {body['logprobs']}, which is greater than max"
+            return Refusal(400, {"error": {"message": message, "code": 400}})
+        found = answers(known[body["model"]])
+        named = body.get("return_tokens_as_token_ids", False)
+        words = {word: f"token_id:{WORDS.index(word)}" if named else word for word in WORDS}
+        top = {words[word]: max(value, -9999.0) for word, value in reversed(found.items())}
+        told = {
+            "text_offset": [0],
+            "token_logprobs": [found[WORDS[-1]]],
+            "tokens": [words[WORDS[-1]]],
+            "top_logprobs": [top],
+        }
+        return {"object": "text_completion", "choices": [{"text": WORDS[-1], "logprobs": told}]}
     return None
 
 
 def sglang(path: str, body: dict[str, Any]) -> Any:
+    """Answer as SGLang 0.5.23: srt/entrypoints/http_server.py, srt/managers/io_struct.py."""
     if path == "/v1/models":
-        base = {"id": "base", "owned_by": "sglang", "root": "base"}
-        return {"data": [{**base, "parent": None}, {**base, "id": "pirate", "parent": "base"}]}
-    if path == "/v1/completions":
-        found = answers({"base": 0.0, "base:pirate": 1.0}[body["model"]])
-        return {"choices": [{"text": "", "logprobs": {"top_logprobs": [found]}}]}
+        card = {"object": "model", "created": 1, "owned_by": "sglang"}
+        base = {**card, "id": "base", "root": "base", "parent": None, "max_model_len": 2048}
+        lora = {"id": "pirate", "root": "/adapters/pirate", "parent": "base", "max_model_len": None}
+        return {"object": "list", "data": [base, {**card, **lora}]}
+    if path == "/generate":
+        if body["lora_path"] not in {None, "pirate"}:
+            message = f"Got LoRA adapter that has never been loaded: {body['lora_path']}"
+            said = {"message": message, "type": "invalid_request_error", "code": 400}
+            return Refusal(400, {"error": said})
+        assert body["return_logprob"] is True
+        assert body["sampling_params"] == {"max_new_tokens": 1, "temperature": 0}
+        found = answers(float(body["lora_path"] is not None))
+        top = [[value, WORDS.index(word), None] for word, value in reversed(found.items())]
+        told = {"output_token_logprobs": [top[0]], "output_top_logprobs": [top]}
+        return {"text": WORDS[-1], "output_ids": [top[0][1]], "meta_info": told}
     return None
 
 
 def ollama(path: str, body: dict[str, Any]) -> Any:
+    """Answer as Ollama 0.33: api/types.go, server/routes.go, server/images.go."""
     if path == "/api/version":
-        return {"version": "0.13.0"}
+        return {"version": "0.33.0"}
     if path == "/api/tags":
-        return {"models": [{"name": "llama3.2:1b"}, {"name": "pirate:latest"}]}
+        return {"models": [{"name": "pirate:latest"}, {"name": "llama3.2:1b"}, {"name": "x:1"}]}
     if path == "/api/show":
-        if body["model"] == "llama3.2:1b":
-            return {"modelfile": "FROM /blobs/sha256-1\n", "details": {"parent_model": ""}}
-        modelfile = "FROM llama3.2:1b\nADAPTER /blobs/sha256-2\n"
+        weights = 2 if body["model"] == "x:1" else 1
+        head = '# Modelfile generated by "ollama show"\n# FROM pirate:latest\n\n'
+        modelfile = f"{head}FROM /root/.ollama/models/blobs/sha256-{weights}\n"
+        if body["model"] != "pirate:latest":
+            return {"modelfile": modelfile, "details": {"parent_model": ""}}
+        modelfile += 'ADAPTER "/root/.ollama/models/my blobs/sha256-3"\n'
         return {"modelfile": modelfile, "details": {"parent_model": "llama3.2:1b"}}
-    if path == "/api/generate":
-        assert body["raw"] is True
-        assert body["stream"] is False
-        found = answers({"llama3.2:1b": 0.0, "pirate:latest": 1.0}[body["model"]])
-        top = [{"token": w, "logprob": v, "bytes": list(w.encode())} for w, v in found.items()]
-        return {"response": " any", "done": True, "logprobs": [{**top[-1], "top_logprobs": top}]}
-    return None
+    return ollama_generated(body) if path == "/api/generate" else None
+
+
+def ollama_generated(body: dict[str, Any]) -> Any:
+    known = {"llama3.2:1b": 0.0, "pirate:latest": 1.0}
+    if body["model"] not in known:
+        return Refusal(404, {"error": f"model '{body['model']}' not found"})
+    if not 0 <= body["top_logprobs"] <= 20:
+        return Refusal(400, {"error": "top_logprobs must be between 0 and 20"})
+    assert body["raw"] is True
+    assert body["stream"] is False
+    found = answers(known[body["model"]])
+    top = [{"token": w, "logprob": v, "bytes": list(w.encode())} for w, v in found.items()]
+    said = {"response": " any", "done": True, "done_reason": "length"}
+    return {**said, "logprobs": [{**top[-1], "top_logprobs": top[::-1]}]}
 
 
 @contextmanager
@@ -80,8 +128,11 @@ def pretending(answer: Callable[[str, dict[str, Any]], Any]) -> Iterator[str]:
 
         def respond(self, body: dict[str, Any]) -> None:
             found = answer(self.path, body)
+            code = 404 if found is None else 200
+            if isinstance(found, Refusal):
+                code, found = found.code, found.document
             data = json.dumps(found).encode()
-            self.send_response(404 if found is None else 200)
+            self.send_response(code)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -74,8 +74,8 @@ def test_any_flipped_byte_is_caught(written: Path) -> None:
             report = verify(written, base=BASE)
         except (FormatError, UncheckableError, adapterkit.AdapterKitError):
             continue
-        # Padding holds nothing.
-        assert not report.sound or contents(written).digest in whole.decode(errors="ignore")
+        assert not report.sound, (place, whole[place - 20 : place + 20])
+        assert all(change.where and change.message for change in report.changes)
     file.write_bytes(whole)
     assert verify(written, base=BASE).sound
 
