@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import strangers
 from adapterkit.beside import trained_names
-from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.destination import Directory
 from adapterkit.errors import (
     FormatError,
     NotFoundError,
-    TruncatedFileError,
     UnknownFormatError,
 )
 from adapterkit.json_file import read_json_object
@@ -305,41 +303,7 @@ def detect(path: Path) -> FormatSpec:
         found = found or _recognised(path, (*plugged_in(_GROUP), BUILTIN[-1]))
         if found:
             return found
-        stranger = strangers.named(path)
-    if stranger:
-        kind = NotFoundError if path.is_dir() else UnknownFormatError
-        raise kind(stranger, path=path)
-    raise _nothing_known(path)
-
-
-def _nothing_known(path: Path) -> NotFoundError | UnknownFormatError:
-    """Return the error for what neither a format nor the table of strangers knows."""
-    config = (path if path.is_dir() else path.parent) / _CONFIG
-    if config.is_file():
-        what = "says neither peft_type nor fine_tune_type, as no known program leaves it"
-        return UnknownFormatError(what, path=config)
-    if path.is_dir():
-        what = f"no adapter here: no {_CONFIG}; pass the folder that holds it"
-        return NotFoundError(what, path=path)
-    beside = f"no {_CONFIG} lies beside it"
-    if names := _stored_names(path):
-        return UnknownFormatError(
-            f"holds {len(names)} tensors ({names[0]}...) and no factor of an update, and {beside}; "
-            "of a model that was trained whole, the update is found with: adapterkit extract "
-            "--base BASE --tuned MODEL -o ADAPTER",
-            path=path,
-        )
-    what = f"is not an adapter of a known format, and {beside}; pass the folder that holds one"
-    return UnknownFormatError(what, path=path)
-
-
-def _stored_names(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(read_safetensors(path).tensors)
-    except FormatError as error:
-        if isinstance(error, TruncatedFileError) and path.suffix == ".safetensors":
-            raise
-        return ()
+        raise strangers.unknown(path)
 
 
 def claims(known: FormatSpec, path: Path) -> bool:

@@ -8,12 +8,57 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.containers.safetensors import read_safetensors
+from adapterkit.errors import (
+    FormatError,
+    NotFoundError,
+    TruncatedFileError,
+    UnknownFormatError,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_CONFIG = "adapter_config.json"
 _LONGEST = 512
 _SHOWN = 40
 _SPACE = 0x20
+
+
+def unknown(path: Path) -> NotFoundError | UnknownFormatError:
+    """Return the error for a path that no format takes, which says what it is as far as known.
+
+    Raises:
+        TruncatedFileError: if it is a safetensors file that was cut off.
+    """
+    if stranger := named(path):
+        return (NotFoundError if path.is_dir() else UnknownFormatError)(stranger, path=path)
+    config = (path if path.is_dir() else path.parent) / _CONFIG
+    if config.is_file():
+        what = "says neither peft_type nor fine_tune_type, as no known program leaves it"
+        return UnknownFormatError(what, path=config)
+    if path.is_dir():
+        what = f"no adapter here: no {_CONFIG}; pass the folder that holds it"
+        return NotFoundError(what, path=path)
+    beside = f"no {_CONFIG} lies beside it"
+    if names := _stored_names(path):
+        return UnknownFormatError(
+            f"holds {len(names)} tensors ({names[0]}...) and no factor of an update, and {beside}; "
+            "of a model that was trained whole, the update is found with: adapterkit extract "
+            "--base BASE --tuned MODEL -o ADAPTER",
+            path=path,
+        )
+    what = f"is not an adapter of a known format, and {beside}; pass the folder that holds one"
+    return UnknownFormatError(what, path=path)
+
+
+def _stored_names(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(read_safetensors(path).tensors)
+    except FormatError as error:
+        if isinstance(error, TruncatedFileError) and path.suffix == ".safetensors":
+            raise
+        return ()
 
 
 def named(path: Path) -> str | None:
