@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures import LLAMA_CPP
 from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
@@ -103,7 +104,7 @@ def _covered(
     if pair.module in wrong:
         return CoveredModule(pair.module, Outcome.REFUSED, name, wrong[pair.module])
     if base.architecture.is_inert(tensor):
-        reason = f"loaded and never applied (seen on {base.architecture.inert_build})"
+        reason = f"loaded and never applied (seen on {LLAMA_CPP})"
         return CoveredModule(pair.module, Outcome.IGNORED, name, reason)
     return CoveredModule(pair.module, Outcome.APPLIED, name)
 
