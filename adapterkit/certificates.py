@@ -21,7 +21,7 @@ from adapterkit.tables import ANY_MAPPING, Table, listed, mapped, number, text, 
 
 if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _SCHEMA = 1
@@ -115,7 +115,7 @@ class Certificate:
 def certified(
     written: AdapterTensorSet,
     found: Contents,
-    options: Options,
+    options: FormatOptions,
     *,
     error: float,
     making: Making,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
     from adapterkit.registry import FormatSpec
 
@@ -32,7 +32,9 @@ def check_number(alpha: float | None) -> None:
         raise UsageError(f"--alpha is {alpha:g}; it must be a finite number above 0")
 
 
-def filled(known: FormatSpec, path: Path, options: Options) -> tuple[AdapterTensorSet, Options]:
+def filled(
+    known: FormatSpec, path: Path, options: FormatOptions
+) -> tuple[AdapterTensorSet, FormatOptions]:
     """Read a file; alpha is for one that leaves it open, and the options say whether it did."""
     without = replace(options, alpha=None)
     try:

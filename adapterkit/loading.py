@@ -15,7 +15,7 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.given_alpha import check_no_other, check_number, filled
 from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet
@@ -75,7 +75,7 @@ class Loaded:
 
     source: Source | None
     adapter: AdapterTensorSet
-    options: Options
+    options: FormatOptions
     given: bool
     notes: tuple[Note, ...] = ()
     losses: tuple[Loss, ...] = ()
@@ -172,7 +172,9 @@ def load_all(
     check_number(alpha)
     alone = len(sources) == 1
     found = [_found(each, dialect, as_format, alone=alone) for each in sources]
-    options = Options(base=open_model(base), dialect=dialect, alpha=alpha, moe_layout=moe_layout)
+    options = FormatOptions(
+        base=open_model(base), dialect=dialect, alpha=alpha, moe_layout=moe_layout
+    )
     read = _readings if options.base is not None else _readings_with_recorded_base
     readings = read(found, options, need)
     if not any(each.options.alpha is not None for each in readings):
@@ -264,7 +266,7 @@ def _found(
 
 
 def _readings(
-    found: Sequence[Source | AdapterTensorSet], options: Options, need: Need
+    found: Sequence[Source | AdapterTensorSet], options: FormatOptions, need: Need
 ) -> list[Loaded]:
     """Read all; the family of a base that may be several is what the adapters before made of it."""
     readings: list[Loaded] = []
@@ -276,7 +278,7 @@ def _readings(
 
 
 def _readings_with_recorded_base(
-    found: Sequence[Source | AdapterTensorSet], options: Options, need: Need
+    found: Sequence[Source | AdapterTensorSet], options: FormatOptions, need: Need
 ) -> list[Loaded]:
     """Read all with the first base that one of them names and that is at hand; else without."""
     readings: list[Loaded] = []
@@ -290,7 +292,7 @@ def _readings_with_recorded_base(
     return readings
 
 
-def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Loaded:
+def _read(source: Source | AdapterTensorSet, options: FormatOptions, need: Need) -> Loaded:
     misfit = None
     if isinstance(source, AdapterTensorSet):
         adapter, place, options = source, None, replace(options, alpha=None)

@@ -26,7 +26,7 @@ from adapterkit.storage import alike, readable
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004  (slow to import)
+    from adapterkit.formats.protocol import FormatOptions, Lister, Reader, Writer  # noqa: TC004  (slow to import)
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss
 
@@ -95,18 +95,18 @@ class FormatSpec:
         """Whether it can be written."""
         return bool(self.writer)
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+    def read(self, path: Path, options: FormatOptions) -> AdapterTensorSet:
         """Read an adapter; what may be raised is the reader's."""
         found: AdapterTensorSet = _function(self.reader)(path, options)
         if found.provenance is not None:
             return found
         return found.replace(provenance=Provenance(path, self.name))
 
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> Sequence[Loss]:
+    def losses(self, adapter: AdapterTensorSet, options: FormatOptions) -> Sequence[Loss]:
         """List everything of the adapter that this format cannot hold."""
         return _function(self.lister)(adapter, options)
 
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+    def write(self, adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
         """Write an adapter to a path where nothing is."""
         _function(self.writer)(adapter, path, options)
 

@@ -14,7 +14,7 @@ from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
 from adapterkit.checks.fitting import other_architecture
 from adapterkit.checks.structure import outside_targets, unselected_note
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.model.defects import problems
 from adapterkit.served import served
 
@@ -66,7 +66,7 @@ def _by_tensor(
     from adapterkit.formats.gguf.engine import engine_adapter
     from adapterkit.formats.gguf.losses import losses
 
-    options = Options(base=base)
+    options = FormatOptions(base=base)
     try:
         lost = losses(adapter, options)
         engine = engine_adapter(adapter, options)

@@ -12,7 +12,7 @@ from tinylora_pack import TARGETS, Injected, chunked, inject, linear_names
 
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.formats.tinylora.pack import read as read_pack
 from adapterkit.registry import detect
 
@@ -58,7 +58,7 @@ def state_settings(folder: Path, **settings: Any) -> Path:
 
 def read(path: Path, base: Path | None, **options: Any) -> AdapterTensorSet:
     assert detect(path).name == "tinylora-pack"
-    return read_pack(path, Options(base=open_base(base) if base else None, **options))
+    return read_pack(path, FormatOptions(base=open_base(base) if base else None, **options))
 
 
 def worst(adapter: AdapterTensorSet, model: Injected) -> float:

@@ -21,7 +21,7 @@ import adapterkit
 from adapterkit.base import open_base
 from adapterkit.formats.mlx.losses import losses
 from adapterkit.formats.peft.reader import read_peft
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def codes(folder: Path, base: Path | None, **options: Any) -> list[str]:
     known = open_base(base) if base else None
-    found = losses(read_peft(folder, Options()), Options(base=known, **options))
+    found = losses(read_peft(folder, FormatOptions()), FormatOptions(base=known, **options))
     return [loss.code for loss in found if loss.blocks]
 
 

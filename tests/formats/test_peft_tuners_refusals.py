@@ -23,7 +23,7 @@ from adapterkit.formats.peft.tuners import read_tuner
 from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import RULES
 from adapterkit.formats.peft.tuners_whole import WHOLE
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,13 +53,13 @@ def test_vera_without_its_projections_is_refused(base: Path, tmp_path: Path) -> 
         warnings.filterwarnings("ignore", ".*save_projection.*", UserWarning)
         path = tuned("Vera", base, tmp_path, r=4, save_projection=False)
     with pytest.raises(adapterkit.UnsupportedError, match="save_projection"):
-        read_tuner(path, Options(base=open_base(base)))
+        read_tuner(path, FormatOptions(base=open_base(base)))
 
 
 def test_bat_is_refused_because_it_multiplies_the_base(base: Path, tmp_path: Path) -> None:
     path = tuned("Miss", base, tmp_path, r=4, init_weights="bat")
     with pytest.raises(adapterkit.UnsupportedError, match="bat"):
-        read_tuner(path, Options(base=open_base(base)))
+        read_tuner(path, FormatOptions(base=open_base(base)))
 
 
 @pytest.mark.parametrize(("kind", "leaf"), [("LoHa", "hada_t1"), ("LoKr", "lokr_t2")])
@@ -70,7 +70,7 @@ def test_convolutions_are_refused_by_name(kind: str, leaf: str, tmp_path: Path) 
     model = get_peft_model(plain, getattr(peft, f"{kind}Config")(**settings))
     model.save_pretrained(tmp_path)
     with pytest.raises(adapterkit.UnsupportedError, match=f"convolution \\({leaf}"):
-        read_tuner(tmp_path, Options())
+        read_tuner(tmp_path, FormatOptions())
 
 
 def test_every_other_peft_type_is_refused_with_its_reason(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_broken_files_are_refused_by_module(
         stored[name] = torch.ones(shape)
     save_file(stored, path / "adapter_model.safetensors")
     with pytest.raises(adapterkit.FormatError, match=message) as caught:
-        read_tuner(path, Options())
+        read_tuner(path, FormatOptions())
     assert "model.layers.1.self_attn.q_proj" in str(caught.value)
 
 
@@ -131,7 +131,7 @@ def test_a_rank_that_the_config_contradicts_is_no_scale(base: Path, tmp_path: Pa
     path = tuned("LoHa", base, tmp_path, r=3)
     rewrite(path, r=4)
     with pytest.raises(adapterkit.FormatError, match="has rank 3, the config declares 4"):
-        read_tuner(path, Options())
+        read_tuner(path, FormatOptions())
 
 
 def test_the_format_writes_nothing(base: Path, tmp_path: Path) -> None:

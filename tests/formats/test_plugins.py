@@ -21,7 +21,7 @@ from adapterkit.testing import check_format, small_adapter
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
 
 GROUP = "adapterkit.formats"
 HELD = {Role.LORA_A: "down", Role.LORA_B: "up"}
@@ -31,7 +31,7 @@ def is_text(path: Path) -> bool:
     return path.is_file() and path.read_bytes()[:9] == b'{"lines":'
 
 
-def read_text(path: Path, options: Options) -> AdapterTensorSet:
+def read_text(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read JSON of plain numbers: one line a factor."""
     import numpy as np
 
@@ -47,7 +47,7 @@ def read_text(path: Path, options: Options) -> AdapterTensorSet:
     )
 
 
-def write_text(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+def write_text(adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
     del options
     lines = [
         (key.module, HELD[key.role], tensor.numpy().tolist(), adapter.scales[key.module])

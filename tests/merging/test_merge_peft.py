@@ -104,10 +104,10 @@ def peft_deltas(model: Any, name: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> Any:
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.registry import detect
 
-    return detect(path).read(path, Options())
+    return detect(path).read(path, FormatOptions())
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from adapterkit.errors import (
     UncheckableError,
     UsageError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit.tinylora import TinySettings, streams
 from adapterkit.tinylora.inference import tie_groups
@@ -102,7 +102,7 @@ def test_tiny_coefficients_survive_half_precision(
     model = inject(llama(), every, SETTINGS, spread=spread)
     folder = state_settings(model.save(tmp_path / "step"))
     convert(folder, tmp_path / "lora", base=base, outtype=outtype)
-    written = detect(tmp_path / "lora").read(tmp_path / "lora", Options())
+    written = detect(tmp_path / "lora").read(tmp_path / "lora", FormatOptions())
     assert worst(written, model) < {"f16": 5e-4, "bf16": 4e-3}[outtype]
 
 

@@ -16,7 +16,7 @@ from adapterkit.conversion import convert
 from adapterkit.errors import (
     LossyConversionError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit_cli.main import cli
 
@@ -72,7 +72,7 @@ def test_projection_of_a_foreign_adapter_reports_what_is_lost(base: Path, tmp_pa
     }
     save_file(noise, path)
     report = project("lora", "pack", base, tmp_path)
-    source = detect(tmp_path / "lora").read(tmp_path / "lora", Options())
+    source = detect(tmp_path / "lora").read(tmp_path / "lora", FormatOptions())
     result = read(tmp_path / "pack", base)
     dense = [
         {p.module: p.b.numpy().astype(float) @ p.a.numpy().astype(float) for p in adapter.pairs()}

@@ -30,7 +30,7 @@ from adapterkit.errors import (
     IncompatibleBaseError,
     UncheckableError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit.tinylora.targets import target_modules
 
@@ -65,7 +65,9 @@ def test_self_contained_form_goes_back_to_the_pack(base: Path, tmp_path: Path) -
     model = injected()
     source = state_settings(model.save(tmp_path / "step"))
     convert(source, tmp_path / "self.safetensors", to="tinylora", base=base)
-    adapter = detect(tmp_path / "self.safetensors").read(tmp_path / "self.safetensors", Options())
+    adapter = detect(tmp_path / "self.safetensors").read(
+        tmp_path / "self.safetensors", FormatOptions()
+    )
     assert worst(adapter, model) < EXACT
     report = convert(
         tmp_path / "self.safetensors", tmp_path / "pack", to="tinylora-pack", base=base

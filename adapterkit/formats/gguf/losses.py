@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
@@ -60,7 +60,7 @@ _SETTINGS = {
 }
 
 
-def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     adapter = spelled_out(adapter)
     base = options.base
@@ -164,7 +164,7 @@ def _convolutions(adapter: AdapterTensorSet) -> Iterator[Loss]:
 
 
 def _unmatched(
-    adapter: AdapterTensorSet, engine: EngineAdapter, options: Options
+    adapter: AdapterTensorSet, engine: EngineAdapter, options: FormatOptions
 ) -> Iterator[Loss]:
     said = {pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION}
     unmatched = [module for module in engine.unmatched if module not in said]
@@ -207,7 +207,7 @@ def _scale_of(module: str, base: BaseModel | None) -> str | None:
     return next((scale.rpartition(".")[2] for scale in scales), None)
 
 
-def _inert(engine: EngineAdapter, options: Options) -> Iterator[Loss]:
+def _inert(engine: EngineAdapter, options: FormatOptions) -> Iterator[Loss]:
     if options.base is None:
         return
     architecture = options.base.architecture
