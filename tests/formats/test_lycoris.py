@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import saved_llama
 
 import adapterkit
 from adapterkit.base import open_base
@@ -32,17 +32,7 @@ def number(value: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def loha(rank: int, rows: int, columns: int) -> dict[str, np.ndarray]:

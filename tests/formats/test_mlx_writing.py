@@ -19,9 +19,10 @@ from engine import (
     max_kl,
     prompts_for,
 )
+from mlx_trained import base as base  # noqa: PLC0414  (a fixture)
 from mlx_trained import document, llama, tuned, without_base
+from mlx_trained import quiet as quiet  # noqa: PLC0414  (a fixture)
 from peft import PeftModel
-from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaForCausalLM,
@@ -36,24 +37,12 @@ from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.protocol import FormatOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.engine
 
 transformers.utils.logging.disable_progress_bar()
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with quiet_peft("Setting `save_embedding_layers`", ".*tie_word_embeddings"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return llama(tmp_path_factory.mktemp("base"), tied=False)
 
 
 def logits(model: Any) -> torch.Tensor:

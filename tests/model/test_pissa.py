@@ -16,7 +16,7 @@ from pissa_models import TARGETS, apart, loaded, logits, merged, relative, tuned
 from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
 from small_llama import saved_llama
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import adapterkit
 from adapterkit.base import open_base
@@ -232,7 +232,7 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_tied_output_is_refused_for_what_it_is(init: str, tmp_path: Path) -> None:
-    base = saved_llama(tmp_path / "base", apart, tied=True)
+    base = saved_llama(tmp_path / "base", apart, tie_word_embeddings=True)
     path = tuned(base, tmp_path / "a", init, target_modules=["q_proj", "lm_head"])
     before = LlamaForCausalLM.from_pretrained(base).get_input_embeddings().weight
     after = loaded(base, path).get_input_embeddings().weight
@@ -263,15 +263,7 @@ def test_base_must_be_there_with_its_weights(base: Path, tmp_path: Path) -> None
 
 
 def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    saved_llama(tmp_path / "other", intermediate_size=40)
     raw = read_peft(tuned(base, tmp_path / "pissa", "pissa"), FormatOptions())
     with pytest.raises(adapterkit.IncompatibleBaseError, match="the base has"):
         undone(raw, Context(base=open_base(tmp_path / "other")))

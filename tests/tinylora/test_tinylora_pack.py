@@ -22,6 +22,7 @@ from tinylora_pack_models import (
     state_settings,
     worst,
 )
+from tinylora_pack_models import base as base  # noqa: PLC0414  (a fixture)
 
 from adapterkit.conversion import convert
 from adapterkit.errors import (
@@ -41,13 +42,6 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
 
 
 def logits(model: Any) -> torch.Tensor:

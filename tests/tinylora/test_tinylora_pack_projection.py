@@ -10,7 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tinylora_pack_models import injected, llama, read, state_settings, worst
+from tinylora_pack_models import base as base  # noqa: PLC0414  (a fixture)
+from tinylora_pack_models import injected, read, state_settings, worst
 
 from adapterkit.conversion import convert
 from adapterkit.errors import (
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
 
 
 # Projection of other adapters.

@@ -22,6 +22,7 @@ from tinylora_pack_models import (
     worst,
     written,
 )
+from tinylora_pack_models import base as base  # noqa: PLC0414  (a fixture)
 
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
@@ -38,13 +39,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
 
 
 def test_checkpoint_is_written_as_the_pack_does(base: Path, tmp_path: Path) -> None:
