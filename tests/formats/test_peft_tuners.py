@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import peft
@@ -13,11 +13,11 @@ import torch
 import transformers
 from dense_updates import dense
 from peft import PeftModel, get_peft_model
-from quiet_peft import quiet_peft
 from safetensors.torch import load_file
-from small_llama import saved_llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from tuner_models import FIXTURES, TARGETS, tuned
+from tuner_models import base as base  # noqa: PLC0414  (a fixture)
+from tuner_models import quiet as quiet  # noqa: PLC0414  (a fixture)
 
 import adapterkit
 from adapterkit.base import open_base
@@ -28,9 +28,6 @@ from adapterkit.formats.peft.tuners_whole import WHOLE
 from adapterkit.formats.protocol import FormatOptions
 from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.slow
 
@@ -70,18 +67,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vblora": ("VBLoRA", {"r": 2, **BANK}),
     "vblora-top-3": ("VBLoRA", {"r": 2, "topk": 3, "save_only_topk_weights": True, **BANK}),
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    # Said of every loaded topk-only VB-LoRA.
-    with quiet_peft("Found infinity values"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def merged(base: Path, adapter: Path, model_class: Any = LlamaForCausalLM) -> dict[str, np.ndarray]:

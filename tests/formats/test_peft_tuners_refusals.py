@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
 from peft import get_peft_model
-from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
-from small_llama import saved_llama
 from tuner_models import FIXTURES, tuned
+from tuner_models import base as base  # noqa: PLC0414  (a fixture)
+from tuner_models import quiet as quiet  # noqa: PLC0414  (a fixture)
 
 import adapterkit
 from adapterkit.base import open_base
@@ -25,22 +25,7 @@ from adapterkit.formats.peft.tuners_rules import RULES
 from adapterkit.formats.peft.tuners_whole import WHOLE
 from adapterkit.formats.protocol import FormatOptions
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    # Said of every loaded topk-only VB-LoRA.
-    with quiet_peft("Found infinity values"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def rewrite(path: Path, **fields: Any) -> None:

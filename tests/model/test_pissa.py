@@ -13,7 +13,8 @@ import transformers
 from dense_updates import dense
 from engine import family_row, make_base
 from pissa_models import TARGETS, apart, loaded, logits, merged, relative, tuned
-from quiet_peft import quiet_peft
+from pissa_models import base as base  # noqa: PLC0414  (a fixture)
+from pissa_models import quiet as quiet  # noqa: PLC0414  (a fixture)
 from safetensors.torch import load_file, save_file
 from small_llama import saved_llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -27,7 +28,6 @@ from adapterkit.passes.initialisation import undone
 from adapterkit.passes.protocol import Context
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.slow
@@ -41,17 +41,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"k_proj": 3},
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with quiet_peft():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llama(tmp_path_factory.mktemp("base"), apart)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 from dense_updates import dense
-from pissa_models import TARGETS, apart, loaded, logits, merged, relative, same, tuned
-from quiet_peft import quiet_peft
+from pissa_models import TARGETS, loaded, logits, merged, relative, same, tuned
+from pissa_models import base as base  # noqa: PLC0414  (a fixture)
+from pissa_models import quiet as quiet  # noqa: PLC0414  (a fixture)
 from safetensors.torch import load_file, save_file
-from small_llama import saved_llama
 
 import adapterkit
 from adapterkit.errors import UnsupportedError
@@ -26,23 +26,11 @@ from adapterkit.projection import project_file
 from adapterkit.tinylora import TinySettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
 transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with quiet_peft():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llama(tmp_path_factory.mktemp("base"), apart)
 
 
 def test_adapters_that_left_the_base_alone_come_back_as_they_are(
