@@ -38,6 +38,7 @@ test-all: $(STAMP)  ## every test, on every model class that transformers can bu
 	$(BIN)/pytest -n 2 -m "not soak and not browser"
 
 family: $(STAMP)  ## the checks of one model family, NAME its file in architectures/families
+	$(if $(NAME),,$(error type: make family NAME=gemma3, NAME being a file of adapterkit/architectures/families))
 	$(BIN)/pytest -n 0 --family $(NAME) tests/architectures tests/engines
 
 soak: $(STAMP)  ## kill, race and starve every command that writes, at real size; counts in build/soak.json

@@ -52,7 +52,7 @@ _NAMES = {
     "fleets.pages": "write_fleet_tables",
     "fleets.running": "FleetReport run_fleet",
     "fleets.similarity": "Copy LikelyMerge SimilarityReport find_similar",
-    "formats.protocol": "Lister Options Reader Writer",
+    "formats.protocol": "FormatOptions Lister Reader Writer",
     "keys": "Role TensorKey",
     "lowrank.rank_plan": "Alternative ModuleRank RankPlan Suggestion",
     "merging.adapters": "MergeResult merge",

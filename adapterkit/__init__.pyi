@@ -90,8 +90,8 @@ from adapterkit.fleets.similarity import Copy as Copy
 from adapterkit.fleets.similarity import LikelyMerge as LikelyMerge
 from adapterkit.fleets.similarity import SimilarityReport as SimilarityReport
 from adapterkit.fleets.similarity import find_similar as find_similar
+from adapterkit.formats.protocol import FormatOptions as FormatOptions
 from adapterkit.formats.protocol import Lister as Lister
-from adapterkit.formats.protocol import Options as Options
 from adapterkit.formats.protocol import Reader as Reader
 from adapterkit.formats.protocol import Writer as Writer
 from adapterkit.keys import Role as Role

@@ -21,7 +21,7 @@ from adapterkit.tables import ANY_MAPPING, Table, listed, mapped, number, text, 
 
 if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 # Certificates of the first version have no seal.
@@ -117,7 +117,7 @@ class Certificate:
 def certified(
     written: AdapterTensorSet,
     found: Contents,
-    options: Options,
+    options: FormatOptions,
     *,
     error: float,
     making: Making,

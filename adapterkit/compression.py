@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from adapterkit.loading import load
 from adapterkit.lowrank.decomposition import EXACT_ZERO, decompose
 from adapterkit.lowrank.distances import distance, norm
 from adapterkit.lowrank.greedy import Candidate
-from adapterkit.lowrank.planning import planned
+from adapterkit.lowrank.planning import RankWish, planned
 from adapterkit.lowrank.products import stored, unscaled, updates
 from adapterkit.lowrank.rank_plan import RankPlan
 from adapterkit.lowrank.spectrum import spectra
@@ -82,31 +82,27 @@ def compress(
     return _compressed(
         whole,
         stored_type(dtype),
-        rank=rank,
-        tol=tol,
-        budget=budget,
-        policy=policy,
-        threshold=threshold,
+        RankWish(rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold),
     )
 
 
-def _compressed(whole: AdapterTensorSet, dtype: DType | None, **wishes: Any) -> CompressResult:
+def _compressed(whole: AdapterTensorSet, dtype: DType | None, wish: RankWish) -> CompressResult:
     """Cut an adapter that is whole and plain.
 
     Raises:
         FormatError: if a factor is not finite.
         ProofError: if the stored type cannot hold the new factors as precisely as predicted.
-        UsageError: if the wishes contradict each other.
+        UsageError: if the budget is below rank 1 everywhere.
     """
-    pairs, tol = list(whole.pairs()), wishes["tol"]
+    pairs, tol = list(whole.pairs()), wish.tol
     wanted = _candidates(pairs, whole)
-    plan = planned(wanted, **wishes)
+    plan = planned(wanted, wish)
     cut, measured = _cut_to(plan, pairs, dtype)
     if tol is not None and measured > max(tol * (1 + _SLACK), _ZERO):
         # What rounding takes is left out of what truncation may.
         rounding = max(measured**2 - plan.relative_error**2, 0.0)
         if rounding < tol**2:
-            plan = planned(wanted, **(wishes | {"tol": (tol**2 - rounding) ** 0.5}))
+            plan = planned(wanted, replace(wish, tol=(tol**2 - rounding) ** 0.5))
             cut, measured = _cut_to(plan, pairs, dtype)
         _check_bound(tol, measured, rounding**0.5, whole)
     result = whole.updated(cut)
@@ -217,6 +213,7 @@ def compress_file(
     from adapterkit.certificates import Making
     from adapterkit.saving import admitted, destination_format, save, stored_type
 
+    wish = RankWish(rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold)
     destination = Path(destination)
     target = destination_format(destination, to, force=force)
     dtype = stored_type(outtype)
@@ -227,15 +224,10 @@ def compress_file(
     result = _compressed(
         ready.adapter,
         None if dtype is None or dtype.quantised else dtype,
-        rank=rank,
-        tol=tol,
-        budget=budget,
-        policy=policy,
-        threshold=threshold,
+        wish,
     )
-    said = {"rank": rank, "tol": tol, "budget": budget, "policy": policy, "threshold": threshold}
     made_from = [loaded.source.path] if loaded.source else []
-    making = Making("compress", said, made_from) if proof else None
+    making = Making("compress", asdict(wish), made_from) if proof else None
     proven = save(result.adapter, destination, target, options, force=force, making=making)
     return CompressedFile(
         source=loaded.label,

@@ -13,7 +13,7 @@ from adapterkit.model import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.proof import Comparison
 
@@ -25,7 +25,10 @@ _HEAD_SIZES = (16, 32, 64, 80, 96, 128, 160, 192, 256)
 
 
 def diagnose(
-    first: AdapterTensorSet, second: AdapterTensorSet, comparison: Comparison, options: Options
+    first: AdapterTensorSet,
+    second: AdapterTensorSet,
+    comparison: Comparison,
+    options: FormatOptions,
 ) -> tuple[str, ...]:
     """Return what explains the difference of two adapters, one sentence for each cause."""
     pairs = {pair.module: pair for pair in second.pairs()}
@@ -78,7 +81,7 @@ _ARTICLE = {
 }
 
 
-def _cause(first: Update, second: Update, options: Options) -> str | None:
+def _cause(first: Update, second: Update, options: FormatOptions) -> str | None:
     if first.kind is not second.kind:
         return f"the update of {_ARTICLE[first.kind]} in A, of {_ARTICLE[second.kind]} in B"
     if first.kind is Kind.CONVOLUTION:
@@ -96,7 +99,7 @@ def _cause(first: Update, second: Update, options: Options) -> str | None:
     return None
 
 
-def _head_counts(pair: Update, options: Options) -> Iterator[int]:
+def _head_counts(pair: Update, options: FormatOptions) -> Iterator[int]:
     rows = pair.shape[-2]
     sizes = [options.base.sizes.get(name) for name in ("heads", "kv_heads")] if options.base else []
     counts = [size for size in sizes if isinstance(size, int)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adapterkit.base import BaseModel
 from adapterkit.certificates import Making
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.loading import Need, load, open_model
 from adapterkit.model import AdapterTensorSet
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
@@ -88,7 +88,7 @@ def write(
     del progress  # told by `watchable`
     destination = Path(destination)
     target = destination_format(destination, to, force=force)
-    options = Options(base=open_model(base), dtype=stored_type(outtype))
+    options = FormatOptions(base=open_model(base), dtype=stored_type(outtype))
     adapter = source if isinstance(source, AdapterTensorSet) else read(source, base=options.base)
     ready = admitted(adapter, target, options)
     making = Making("write") if proof else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import shlex
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -12,16 +10,15 @@ from typing import TYPE_CHECKING, overload
 from adapterkit.base import BaseModel, open_base
 from adapterkit.base.recorded import other_architecture, recorded_base
 from adapterkit.errors import (
-    AdapterKitError,
     IncompatibleBaseError,
     UnknownFormatError,
     UnsupportedError,
     UsageError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
+from adapterkit.given_alpha import check_no_other, check_number, filled
 from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet
-from adapterkit.model.alpha import stated_alphas
 from adapterkit.model.defects import check_structure
 from adapterkit.notes import Loss, Note
 from adapterkit.registry import FormatSpec, detect, spec
@@ -31,10 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.passes.protocol import Passed
-
-
-# An alpha that was rounded to float32, as GGUF holds it, is the same one.
-_SAME_ALPHA = 1e-6
 
 
 class Need(IntEnum):
@@ -82,7 +75,7 @@ class Loaded:
 
     source: Source | None
     adapter: AdapterTensorSet
-    options: Options
+    options: FormatOptions
     given: bool
     notes: tuple[Note, ...] = ()
     losses: tuple[Loss, ...] = ()
@@ -176,14 +169,16 @@ def load_all(
     Args and errors are those of `load`. A dialect is for those whose file cannot tell; of several,
     it overrules no config beside another. Alpha goes to those that leave it open.
     """
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise UsageError(f"--alpha is {alpha:g}; it must be a finite number above 0")
+    check_number(alpha)
     alone = len(sources) == 1
     found = [_found(each, dialect, as_format, alone=alone) for each in sources]
-    options = Options(base=open_model(base), dialect=dialect, alpha=alpha, moe_layout=moe_layout)
+    options = FormatOptions(
+        base=open_model(base), dialect=dialect, alpha=alpha, moe_layout=moe_layout
+    )
     read = _readings if options.base is not None else _readings_with_recorded_base
     readings = read(found, options, need)
-    _check_alpha(readings, alpha)
+    if not any(each.options.alpha is not None for each in readings):
+        check_no_other(alpha, ((each.label, each.adapter) for each in readings))
     if base is not None:
         readings = [
             replace(each, notes=(*each.notes, *other_architecture(each.adapter, each.base)))
@@ -271,7 +266,7 @@ def _found(
 
 
 def _readings(
-    found: Sequence[Source | AdapterTensorSet], options: Options, need: Need
+    found: Sequence[Source | AdapterTensorSet], options: FormatOptions, need: Need
 ) -> list[Loaded]:
     """Read all; the family of a base that may be several is what the adapters before made of it."""
     readings: list[Loaded] = []
@@ -283,7 +278,7 @@ def _readings(
 
 
 def _readings_with_recorded_base(
-    found: Sequence[Source | AdapterTensorSet], options: Options, need: Need
+    found: Sequence[Source | AdapterTensorSet], options: FormatOptions, need: Need
 ) -> list[Loaded]:
     """Read all with the first base that one of them names and that is at hand; else without."""
     readings: list[Loaded] = []
@@ -297,7 +292,7 @@ def _readings_with_recorded_base(
     return readings
 
 
-def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Loaded:
+def _read(source: Source | AdapterTensorSet, options: FormatOptions, need: Need) -> Loaded:
     misfit = None
     if isinstance(source, AdapterTensorSet):
         adapter, place, options = source, None, replace(options, alpha=None)
@@ -305,13 +300,13 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
         place = source
         try:
             with readable(source.path):
-                adapter, options = _filled(source, options)
+                adapter, options = filled(source.format, source.path, options)
         except IncompatibleBaseError as error:
             if need > Need.STORED or options.base is None:
                 raise
             # What the file holds can be looked at all the same, where that takes no base.
             try:
-                adapter, taken = _filled(source, replace(options, base=None))
+                adapter, taken = filled(source.format, source.path, replace(options, base=None))
                 options = replace(options, alpha=taken.alpha)
             except UnsupportedError:
                 raise error from None
@@ -327,43 +322,6 @@ def _read(source: Source | AdapterTensorSet, options: Options, need: Need) -> Lo
         notes=tuple(each if isinstance(each, Note) else Note(each) for each in said),
         misfit=misfit,
     )
-
-
-def _filled(source: Source, options: Options) -> tuple[AdapterTensorSet, Options]:
-    """Read a file; alpha is for one that leaves it open, and the options say whether it did."""
-    without = replace(options, alpha=None)
-    try:
-        return source.format.read(source.path, without), without
-    except AdapterKitError as error:
-        if options.alpha is None or error.needs != "alpha":
-            raise
-    filled = source.format.read(source.path, options)
-    if filled.provenance is None:
-        return filled, options
-    told = [f"--alpha {repr(options.alpha).removesuffix('.0')}"]
-    told += [f"--dialect {shlex.quote(options.dialect)}"] if options.dialect else []
-    provenance = replace(filled.provenance, options=tuple(told))
-    return filled.replace(provenance=provenance), options
-
-
-def _check_alpha(readings: Sequence[Loaded], alpha: float | None) -> None:
-    """Refuse an alpha that no file leaves open and one contradicts.
-
-    Raises:
-        UsageError: naming the file, and both.
-    """
-    if alpha is None or any(each.options.alpha is not None for each in readings):
-        return
-    for each in readings:
-        found = stated_alphas(each.adapter)
-        if any(not math.isclose(alpha, one, rel_tol=_SAME_ALPHA) for one in found):
-            low, high = min(found), max(found)
-            shown = f"{low:g}" if math.isclose(low, high) else f"{low:g} to {high:g}"
-            raise UsageError(
-                f"alpha is {shown} in the file, --alpha is {alpha:g}; leave it out, it is for "
-                "files that do not hold it",
-                path=each.label,
-            )
 
 
 def _prepared(

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import strangers
 from adapterkit.beside import trained_names
-from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.destination import Directory
 from adapterkit.errors import (
     FormatError,
     NotFoundError,
-    TruncatedFileError,
     UnknownFormatError,
 )
 from adapterkit.json_file import read_json_object
@@ -25,11 +23,12 @@ from adapterkit.notes import Provenance
 from adapterkit.plugins import named, plugged_in
 from adapterkit.stamps import BESIDE
 from adapterkit.storage import alike, readable
+from adapterkit.unrecognised import unrecognised
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from adapterkit.formats.protocol import Lister, Options, Reader, Writer  # noqa: TC004  (slow to import)
+    from adapterkit.formats.protocol import FormatOptions, Lister, Reader, Writer  # noqa: TC004  (slow to import)
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss
 
@@ -105,18 +104,18 @@ class FormatSpec:
         """Whether it can be written."""
         return bool(self.writer)
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+    def read(self, path: Path, options: FormatOptions) -> AdapterTensorSet:
         """Read an adapter; what may be raised is the reader's."""
         found: AdapterTensorSet = _function(self.reader)(path, options)
         if found.provenance is not None:
             return found
         return found.replace(provenance=Provenance(path, self.name))
 
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> Sequence[Loss]:
+    def losses(self, adapter: AdapterTensorSet, options: FormatOptions) -> Sequence[Loss]:
         """List everything of the adapter that this format cannot hold."""
         return _function(self.lister)(adapter, options)
 
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+    def write(self, adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
         """Write an adapter to a path where nothing is."""
         _function(self.writer)(adapter, path, options)
 
@@ -325,49 +324,7 @@ def detect(path: Path) -> FormatSpec:
         found = found or _recognised(path, (*plugged_in(_GROUP), BUILTIN[-1]))
         if found:
             return found
-        stranger = strangers.named(path)
-    if stranger:
-        kind = NotFoundError if path.is_dir() else UnknownFormatError
-        raise kind(stranger, path=path)
-    raise _nothing_known(path)
-
-
-def _nothing_known(path: Path) -> NotFoundError | UnknownFormatError:
-    """Return the error for what neither a format nor the table of strangers knows."""
-    config = (path if path.is_dir() else path.parent) / _CONFIG
-    if config.is_file():
-        what = (
-            "says neither peft_type nor fine_tune_type, as no known program leaves it; download or "
-            "copy it again"
-        )
-        return UnknownFormatError(what, path=config)
-    if path.is_dir():
-        what = f"no adapter here: no {_CONFIG}; pass the folder that holds it"
-        return NotFoundError(what, path=path)
-    beside = f"no {_CONFIG} lies beside it"
-    names = _stored_names(path)
-    if names == ():
-        what = "holds no tensors; training saved an empty adapter, or this is no file of weights"
-        return UnknownFormatError(what, path=path)
-    if names:
-        what = strangers.holding(names) or (
-            f"holds {len(names)} tensors ({names[0]}...) and no factor of an update, and {beside}; "
-            "of a model that was trained whole, the update is found with: adapterkit extract "
-            "--base BASE --tuned MODEL -o ADAPTER"
-        )
-        return UnknownFormatError(what, path=path)
-    what = f"is not an adapter of a known format, and {beside}; pass the folder that holds one"
-    return UnknownFormatError(what, path=path)
-
-
-def _stored_names(path: Path) -> tuple[str, ...] | None:
-    """Return the names of a safetensors file's tensors, None of any other file."""
-    try:
-        return tuple(read_safetensors(path).tensors)
-    except FormatError as error:
-        if isinstance(error, TruncatedFileError) and path.suffix == ".safetensors":
-            raise
-        return None
+        raise unrecognised(path)
 
 
 def claims(known: FormatSpec, path: Path) -> bool:

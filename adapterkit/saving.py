@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.certificates import Making
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.registry import FormatSpec
 
 OUTTYPES = {
@@ -170,7 +170,7 @@ def stored_type(outtype: DType | str | None) -> DType | None:
 def admitted(
     adapter: AdapterTensorSet,
     target: FormatSpec,
-    options: Options,
+    options: FormatOptions,
     *,
     allow_lossy: bool = False,
     passed: Sequence[Loss] = (),
@@ -226,7 +226,7 @@ def save(
     adapter: AdapterTensorSet,
     destination: Path,
     target: FormatSpec,
-    options: Options,
+    options: FormatOptions,
     *,
     force: bool = False,
     against: AdapterTensorSet | None = None,
@@ -280,7 +280,7 @@ def save(
 def _certify(
     staging: Path,
     written: AdapterTensorSet,
-    options: Options,
+    options: FormatOptions,
     error: float,
     making: Making,
     destination: Path,
@@ -319,7 +319,7 @@ def _silence(adapter: AdapterTensorSet) -> tuple[str, ...]:
     return (IDLE,) if idle(adapter) else ()
 
 
-def _read_from(adapter: AdapterTensorSet, options: Options) -> set[Path]:
+def _read_from(adapter: AdapterTensorSet, options: FormatOptions) -> set[Path]:
     """Return the files that an output is made from."""
     found = {t.read.path for t in adapter.tensors.values() if isinstance(t.read, FileSlice)}
     if adapter.provenance:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, BesideFile, BesideKind, Kind, Update
 from adapterkit.model.defects import problems
@@ -84,7 +84,7 @@ def check_format(
     folder: Path,
     *,
     adapter: AdapterTensorSet | None = None,
-    options: Options | None = None,
+    options: FormatOptions | None = None,
 ) -> None:
     """Check that a format writes every field of an adapter, or names it as a loss.
 
@@ -98,14 +98,14 @@ def check_format(
         AssertionError: names the field and what became of it.
     """
     adapter = adapter or small_adapter()
-    options = options or Options()
+    options = options or FormatOptions()
     check_round_trip(spec, folder / "plain", adapter=adapter, options=options)
     for field in variants(folder):
         check_field(spec, field, folder / field, adapter=adapter, options=options)
 
 
 def check_round_trip(
-    spec: FormatSpec, folder: Path, *, adapter: AdapterTensorSet, options: Options
+    spec: FormatSpec, folder: Path, *, adapter: AdapterTensorSet, options: FormatOptions
 ) -> None:
     """Check that an adapter comes back with the same update, and is told by what was written."""
     path = _destination(spec, folder)
@@ -122,7 +122,7 @@ def check_round_trip(
 
 
 def check_field(
-    spec: FormatSpec, field: str, folder: Path, *, adapter: AdapterTensorSet, options: Options
+    spec: FormatSpec, field: str, folder: Path, *, adapter: AdapterTensorSet, options: FormatOptions
 ) -> None:
     """Check that one field of an adapter is held by a format, or named as a loss."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,11 +133,11 @@ def check_field(
     if any(loss.blocks for loss in lost) or named or problems(changed):
         return  # refused, by the format or as broken before any format is asked
     if field == "pooled_inputs":  # decided by the base where there is one
-        again = _written(spec, changed, _destination(spec, folder), options, Options())
+        again = _written(spec, changed, _destination(spec, folder), options, FormatOptions())
         _hold(again.pooled_inputs == changed.pooled_inputs, f"{spec.name} lost what is pooled")
         return
     if field == "engine_layout":  # undone by the base where there is one
-        again = _written(spec, changed, _destination(spec, folder), options, Options())
+        again = _written(spec, changed, _destination(spec, folder), options, FormatOptions())
         held = {name: again.engine_layout.get(name) for name in changed.engine_layout}
         _hold(held == changed.engine_layout, f"{spec.name} wrote rows in an order that is lost")
         return
@@ -163,8 +163,8 @@ def _written(
     spec: FormatSpec,
     adapter: AdapterTensorSet,
     path: Path,
-    options: Options,
-    reading: Options | None = None,
+    options: FormatOptions,
+    reading: FormatOptions | None = None,
 ) -> AdapterTensorSet:
     spec.write(adapter, path, options)
     return spec.read(path, reading or options)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from difflib import get_close_matches
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).parents[1]
 
 # The same examples on every machine, so that a failure is the change's; to search for new ones:
 # HYPOTHESIS_PROFILE=search pytest tests/properties
@@ -31,6 +35,23 @@ pytest_plugins = ["soak.counts"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Take the family that `make family` runs the checks of."""
     parser.addoption("--family", help="only what tests this family's tables and rows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a family that nothing is named after, before the long work of finding its tests.
+
+    Raises:
+        pytest.UsageError: naming those that are spelled alike.
+    """
+    family = config.getoption("--family")
+    folders = ("adapterkit/architectures/families", "tests/engine/families")
+    known = sorted({file.stem for folder in folders for file in (ROOT / folder).glob("*.toml")})
+    if family and family not in known:
+        alike = ", ".join(get_close_matches(family, known))
+        raise pytest.UsageError(
+            f"there is no family {family!r}: NAME is that of a file in {folders[0]}"
+            f"{', such as ' if alike else ''}{alike}"
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from adapterkit.architectures.sizes import Sizes
 from adapterkit.architectures.table import (
+    LLAMA_CPP,
     Architecture,
     Match,
     Target,
@@ -14,6 +15,7 @@ from adapterkit.architectures.table import (
 )
 
 __all__ = [
+    "LLAMA_CPP",
     "Architecture",
     "Match",
     "Sizes",

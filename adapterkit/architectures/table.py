@@ -5,8 +5,8 @@ A family file holds `title`, `gguf` (the name llama.cpp knows it by), `classes` 
 lacks, or around it: multimodal ones of which it is the text tower), `tied` (whether the output
 shares the embedding when the config does not say), `verified` (`engine`, `dense` or `no`),
 optionally `select` (an expression over parameters that must be non-zero for this family to be
-meant, where several share a GGUF name), `include` (blocks of rules), `inert` with `inert_build`
-(tensors that llama.cpp loads adapters for and never applies), `[parameters]` and `[rules]`.
+meant, where several share a GGUF name), `include` (blocks of rules), `inert` (tensors that
+llama.cpp loads adapters for and never applies), `[parameters]` and `[rules]`.
 
 A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the expert. Its fields:
 
@@ -46,6 +46,9 @@ from typing import Any
 
 from adapterkit.architectures.expressions import Call, parse_call
 from adapterkit.errors import UnknownArchitectureError
+
+# The build of llama.cpp that the tables were run on; the last number of xllamacpp's version.
+LLAMA_CPP = "b11549"
 
 _HERE = Path(__file__).parent
 _FAMILIES = _HERE / "families"
@@ -146,7 +149,6 @@ class Architecture:
         verified: `engine` (logits equal in llama.cpp), `dense` (full weights), or `no`.
         select: parameter expression that must be non-zero, or None.
         inert: llama.cpp tensors whose adapters load and are never applied, as name patterns.
-        inert_build: llama.cpp build on which that was seen.
         rules: every rule, in table order.
         parameters: the family's own sizes, over those of parameters.toml.
         absent: why no file describes this model; empty for a family of a file.
@@ -161,7 +163,6 @@ class Architecture:
     verified: str
     select: str | None
     inert: tuple[str, ...]
-    inert_build: str
     rules: tuple[WeightRule, ...]
     parameters: Mapping[str, Mapping[str, tuple[str, ...]]]
     absent: str = ""
@@ -280,7 +281,6 @@ def load(name: str) -> Architecture:
         verified=data["verified"],
         select=data.get("select"),
         inert=tuple(data.get("inert", ())),
-        inert_build=data.get("inert_build", ""),
         other_heads=tuple(data.get("other_heads", ())),
         rules=tuple(_rule(path, fields) for path, fields in raw.items()),
         parameters=_parameters(data.get("parameters", {})),
@@ -307,7 +307,6 @@ def unlisted(names: tuple[str, ...]) -> Architecture:
         verified="no",
         select=None,
         inert=(),
-        inert_build="",
         rules=(),
         parameters={},
         absent=f"{shown}: {reason}" if reason else missing,

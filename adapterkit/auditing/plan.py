@@ -23,19 +23,17 @@ def suggest(
 
     Args:
         audited: what `audit` found, for one adapter.
-        rank: the largest rank of any module; alone, or as a cap on `policy`.
+        rank: the largest rank of any module.
         tol: largest relative Frobenius error of all updates together.
         budget: largest number of parameters of all factors together.
-        policy: a rule for each module alone, as kohya's resize_lora names them: `sv_ratio` keeps
-            σ > σ₁ / threshold, `sv_cumulative` keeps that share of Σσ, `sv_fro` of √Σσ².
+        policy: `sv_ratio`, `sv_cumulative` or `sv_fro`, as kohya's resize_lora names them.
         threshold: the number that `policy` needs.
 
     Raises:
         UsageError: if the wishes contradict each other, or the budget is below rank 1 everywhere.
     """
-    return planning.planned(
-        candidates(audited), rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold
-    )
+    wish = planning.RankWish(rank=rank, tol=tol, budget=budget, policy=policy, threshold=threshold)
+    return planning.planned(candidates(audited), wish)
 
 
 def suggestion(

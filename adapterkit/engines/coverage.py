@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures import LLAMA_CPP
 from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
@@ -13,7 +14,7 @@ from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity
 from adapterkit.checks.fitting import other_architecture
 from adapterkit.checks.structure import outside_targets, unselected_note
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.model.defects import problems
 from adapterkit.served import served
 
@@ -65,7 +66,7 @@ def _by_tensor(
     from adapterkit.formats.gguf.engine import engine_adapter
     from adapterkit.formats.gguf.losses import losses
 
-    options = Options(base=base)
+    options = FormatOptions(base=base)
     try:
         lost = losses(adapter, options)
         engine = engine_adapter(adapter, options)
@@ -103,7 +104,7 @@ def _covered(
     if pair.module in wrong:
         return CoveredModule(pair.module, Outcome.REFUSED, name, wrong[pair.module])
     if base.architecture.is_inert(tensor):
-        reason = f"loaded and never applied (seen on {base.architecture.inert_build})"
+        reason = f"loaded and never applied (seen on {LLAMA_CPP})"
         return CoveredModule(pair.module, Outcome.IGNORED, name, reason)
     return CoveredModule(pair.module, Outcome.APPLIED, name)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adapterkit.base.model import BaseModel
     from adapterkit.extraction.factors import Outcome
     from adapterkit.extraction.report import ExtractedModule
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import Update
     from adapterkit.registry import FormatSpec
     from adapterkit.tensor import LazyTensor
@@ -27,7 +27,7 @@ _TABLES = frozenset({"tied-embedding", "tied-output"})
 
 
 def fitting(
-    outcomes: Sequence[Outcome], base: BaseModel, target: FormatSpec, options: Options
+    outcomes: Sequence[Outcome], base: BaseModel, target: FormatSpec, options: FormatOptions
 ) -> list[Outcome]:
     """Return the outcomes without embeddings and outputs that the target has no place for.
 
@@ -57,7 +57,7 @@ def fitting(
 
 
 def assembled(
-    outcomes: Sequence[Outcome], base: BaseModel, options: Options
+    outcomes: Sequence[Outcome], base: BaseModel, options: FormatOptions
 ) -> tuple[AdapterTensorSet, list[ExtractedModule]]:
     """Return the adapter that the outcomes make, and what they report under its names."""
     pairs, names = _named(outcomes, base, options.moe_layout)

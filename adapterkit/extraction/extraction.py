@@ -20,7 +20,7 @@ from adapterkit.extraction.remarks import notes, warnings
 from adapterkit.extraction.report import ExtractedModule, ExtractReport
 from adapterkit.extraction.twins import Twin, twins
 from adapterkit.formats.diffusion.on_base import flattened, from_base
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.notes import first_and_more
 from adapterkit.saving import admitted, destination_format, save, stored_type
 from adapterkit.work import counter, in_threads
@@ -101,7 +101,7 @@ def extract(
         before, after = flattened(before), flattened(after)
     found = twins(before, after, moe_layout or before.expert_layout)
     outcomes = _worked(found, work, jobs, progress)
-    options = Options(base=before, dtype=dtype, moe_layout=moe_layout, unverified=unverified)
+    options = FormatOptions(base=before, dtype=dtype, moe_layout=moe_layout, unverified=unverified)
     outcomes = fitting(outcomes, before, target, options)
     if save_rest:
         outcomes = [_saving(outcome) for outcome in outcomes]

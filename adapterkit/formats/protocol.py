@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a conversion was told beside its source and destination.
+class FormatOptions:
+    """What a reader, lister or writer of a format is told beside the path and the adapter.
 
     Attributes:
         base: the base model, if given or found.
@@ -43,7 +43,7 @@ class Options:
 class Reader(Protocol):
     """Reads a format."""
 
-    def __call__(self, path: Path, options: Options, /) -> AdapterTensorSet:
+    def __call__(self, path: Path, options: FormatOptions, /) -> AdapterTensorSet:
         """Read headers now and data later; raise FormatError for malformed files."""
         ...
 
@@ -51,7 +51,7 @@ class Reader(Protocol):
 class Lister(Protocol):
     """Lists what a format cannot hold."""
 
-    def __call__(self, adapter: AdapterTensorSet, options: Options, /) -> Sequence[Loss]:
+    def __call__(self, adapter: AdapterTensorSet, options: FormatOptions, /) -> Sequence[Loss]:
         """List everything of the adapter that would be lost; read no tensor data."""
         ...
 
@@ -59,6 +59,6 @@ class Lister(Protocol):
 class Writer(Protocol):
     """Writes a format."""
 
-    def __call__(self, adapter: AdapterTensorSet, path: Path, options: Options, /) -> None:
+    def __call__(self, adapter: AdapterTensorSet, path: Path, options: FormatOptions, /) -> None:
         """Write a file or directory at `path`, which does not exist; the caller moves it."""
         ...

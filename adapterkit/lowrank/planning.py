@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,11 @@ BOUNDS = (0.02, 0.05, 0.1, 0.2, 0.1**0.5)
 POLICIES = ("sv_ratio", "sv_cumulative", "sv_fro")
 
 
-def planned(
-    wanted: Sequence[Candidate],
-    *,
-    rank: int | None = None,
-    tol: float | None = None,
-    budget: int | None = None,
-    policy: str | None = None,
-    threshold: float | None = None,
-) -> RankPlan:
-    """Plan a rank for every module; without a wish, for a relative error of 0.1 in total.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankWish:
+    """What a plan of ranks is to meet; without a wish, a relative error of 0.1 in total.
 
-    Args:
-        wanted: the modules.
+    Attributes:
         rank: the largest rank of any module; alone, or as a cap on `policy`.
         tol: largest relative Frobenius error of all updates together.
         budget: largest number of parameters of all factors together.
@@ -53,20 +46,57 @@ def planned(
         threshold: the number that `policy` needs.
 
     Raises:
-        UsageError: if the wishes contradict each other, or the budget is below rank 1 everywhere.
+        UsageError: if the wishes contradict each other, or no plan can meet one.
     """
-    _check_wishes(rank, tol, budget, policy, threshold)
+
+    rank: int | None = None
+    tol: float | None = None
+    budget: int | None = None
+    policy: str | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be met."""
+        rank, tol, policy, threshold = self.rank, self.tol, self.policy, self.threshold
+        given = [
+            name for name, value in (("tol", tol), ("budget", self.budget)) if value is not None
+        ]
+        given += ["rank"] if rank is not None and policy is None else []
+        given += ["policy"] if policy is not None else []
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} contradict each other; give one of them")
+        if rank is not None and rank < 1:
+            raise UsageError(f"rank {rank} is below 1, the smallest that a factor can have")
+        if tol is not None and not 0 <= tol < 1:
+            raise UsageError(f"tol {tol:g} is no relative error from 0 to below 1")
+        if policy is not None and policy not in POLICIES:
+            raise unknown("policy", policy, POLICIES)
+        if (policy is None) != (threshold is None):
+            raise UsageError("a policy and its threshold are given together")
+        if policy == "sv_ratio" and threshold is not None and not threshold >= 1:
+            raise UsageError(f"sv_ratio {threshold:g} is below 1, which would keep nothing")
+        if policy in POLICIES[1:] and threshold is not None and not 0 < threshold <= 1:
+            raise UsageError(f"{policy} {threshold:g} is no share from 0 to 1")
+
+
+def planned(wanted: Sequence[Candidate], wish: RankWish) -> RankPlan:
+    """Plan a rank for every module.
+
+    Raises:
+        UsageError: if the budget is below rank 1 everywhere.
+    """
+    rank, policy, threshold = wish.rank, wish.policy, wish.threshold
     if policy is not None and threshold is not None:
         chosen = [min(by_policy(each, policy, threshold), rank or each.rank) for each in wanted]
         words = f"{policy} {threshold:g}" + (f", rank up to {rank}" if rank else "")
     elif rank is not None:
         chosen = [min(each.rank, rank) for each in wanted]
         words = f"rank up to {rank}"
-    elif budget is not None:
-        chosen = within_budget(wanted, budget)
-        words = f"at most {budget:,} parameters"
+    elif wish.budget is not None:
+        chosen = within_budget(wanted, wish.budget)
+        words = f"at most {wish.budget:,} parameters"
     else:
-        bound = DEFAULT_TOL if tol is None else tol
+        bound = DEFAULT_TOL if wish.tol is None else wish.tol
         chosen = within_error(wanted, bound)
         words = f"relative error at most {bound:g}"
     return _plan(wanted, chosen, words)
@@ -78,13 +108,13 @@ def compared(
     """Plan ranks, and show what other plans would cost and lose.
 
     Raises:
-        UsageError: as `planned`.
+        UsageError: as `RankWish` and `planned`.
     """
     order = greedy_order(wanted)
     largest = max(each.rank for each in wanted)
     by_energy = [joint_energy_rank(each) for each in wanted]
     return Suggestion(
-        plan=planned(wanted, budget=budget, tol=tol),
+        plan=planned(wanted, RankWish(budget=budget, tol=tol)),
         bounds=tuple(
             _alternative(bound, wanted, within_error(wanted, bound, order)) for bound in BOUNDS
         ),
@@ -107,32 +137,6 @@ def trade_off(wanted: Sequence[Candidate], points: int = 60) -> list[Alternative
         if step < len(order):
             ranks[order[step]] += 1
     return found
-
-
-def _check_wishes(
-    rank: int | None,
-    tol: float | None,
-    budget: int | None,
-    policy: str | None,
-    threshold: float | None,
-) -> None:
-    given = [name for name, value in (("tol", tol), ("budget", budget)) if value is not None]
-    given += ["rank"] if rank is not None and policy is None else []
-    given += ["policy"] if policy is not None else []
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} contradict each other; give one of them")
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank {rank} is below 1, the smallest that a factor can have")
-    if tol is not None and not 0 <= tol < 1:
-        raise UsageError(f"tol {tol:g} is no relative error from 0 to below 1")
-    if policy is not None and policy not in POLICIES:
-        raise unknown("policy", policy, POLICIES)
-    if (policy is None) != (threshold is None):
-        raise UsageError("a policy and its threshold are given together")
-    if policy == "sv_ratio" and threshold is not None and not threshold >= 1:
-        raise UsageError(f"sv_ratio {threshold:g} is below 1, which would keep nothing")
-    if policy in POLICIES[1:] and threshold is not None and not 0 < threshold <= 1:
-        raise UsageError(f"{policy} {threshold:g} is no share from 0 to 1")
 
 
 def _steps(largest: int) -> list[int]:

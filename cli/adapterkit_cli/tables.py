@@ -57,7 +57,7 @@ def _formats() -> list[dict[str, Any]]:
 
 
 def _families() -> list[dict[str, Any]]:
-    from adapterkit.architectures import families, load
+    from adapterkit.architectures import LLAMA_CPP, families, load
 
     return [
         {
@@ -68,7 +68,7 @@ def _families() -> list[dict[str, Any]]:
             "model_types": family.model_types,
             "verified": family.verified,
             "inert": family.inert,
-            "inert_build": family.inert_build,
+            "inert_build": LLAMA_CPP if family.inert else "",
         }
         for family in map(load, families())
     ]

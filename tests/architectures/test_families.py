@@ -92,7 +92,6 @@ def test_family_is_one_that_llama_cpp_knows(name: str) -> None:
     assert family.verified in {"engine", "dense", "no"}
     assert family.classes
     assert family.model_types
-    assert bool(family.inert) == bool(family.inert_build)
 
 
 @pytest.mark.parametrize("name", families())

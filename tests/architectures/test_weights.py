@@ -48,7 +48,6 @@ def family(*rules: WeightRule) -> Architecture:
         verified="no",
         select=None,
         inert=(),
-        inert_build="",
         rules=(EMBEDDING, *rules),
         parameters={},
     )

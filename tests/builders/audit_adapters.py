@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind
 from adapterkit.notes import BaseReference
@@ -86,7 +86,7 @@ def layered(
 
 def written(whole: AdapterTensorSet, path: Path, form: str = "peft") -> Path:
     """Write an adapter to disk and return where."""
-    spec(form).write(whole, path, Options())
+    spec(form).write(whole, path, FormatOptions())
     return path
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import saved_llama
+from transformers import LlamaForCausalLM
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,20 +24,15 @@ TARGETS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=64,
+    return saved_llama(
+        tmp_path_factory.mktemp("base") / "model",
+        seed=3,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
         attention_bias=True,
         tie_word_embeddings=False,
     )
-    folder = tmp_path_factory.mktemp("base") / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def trained(base: Path, folder: Path, **settings: Any) -> Path:

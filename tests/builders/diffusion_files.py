@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.formats.diffusion.format import KOHYA
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +89,7 @@ def saved(path: Path, tensors: Mapping[str, Array], metadata: dict[str, str] | N
 
 
 def read(path: Path) -> AdapterTensorSet:
-    return KOHYA.read(path, Options())
+    return KOHYA.read(path, FormatOptions())
 
 
 def dense(adapter: AdapterTensorSet) -> dict[str, Array]:

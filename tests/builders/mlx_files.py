@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from adapterkit.base import open_base
 from adapterkit.formats.mlx.reader import read_mlx
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
@@ -47,7 +47,7 @@ def saved(
 
 
 def read(path: Path, **options: Any) -> AdapterTensorSet:
-    return read_mlx(path, Options(**options))
+    return read_mlx(path, FormatOptions(**options))
 
 
 def same(got: np.ndarray, want: np.ndarray) -> None:

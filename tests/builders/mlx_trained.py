@@ -5,30 +5,31 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from quiet_peft import quiet_peft
+from small_llama import saved_llama
+from transformers import LlamaForCausalLM
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with quiet_peft("Setting `save_embedding_layers`", ".*tie_word_embeddings"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("base"), tied=False)
+
+
 def llama(folder: Path, *, tied: bool) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return saved_llama(folder, num_hidden_layers=3, tie_word_embeddings=tied)
 
 
 def tuned(base: Path, folder: Path, model_class: Any = LlamaForCausalLM, **settings: Any) -> Any:

@@ -6,16 +6,31 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from quiet_peft import quiet_peft
+from small_llama import saved_llama
 from transformers import LlamaForCausalLM
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
 TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with quiet_peft():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_llama(tmp_path_factory.mktemp("base"), apart)
 
 
 def apart(model: Any) -> None:

@@ -6,13 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import transformers
+import pytest
+from small_llama import small_llama
 from tinylora_pack import TARGETS, Injected, chunked, inject, linear_names
 
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.formats.tinylora.pack import read as read_pack
 from adapterkit.registry import detect
 
@@ -27,17 +27,14 @@ EXACT = 1e-6
 
 
 def llama(seed: int = 0, layers: int = 2) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=40,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama(seed, num_hidden_layers=layers, vocab_size=40)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    return folder
 
 
 def names() -> list[str]:
@@ -58,7 +55,7 @@ def state_settings(folder: Path, **settings: Any) -> Path:
 
 def read(path: Path, base: Path | None, **options: Any) -> AdapterTensorSet:
     assert detect(path).name == "tinylora-pack"
-    return read_pack(path, Options(base=open_base(base) if base else None, **options))
+    return read_pack(path, FormatOptions(base=open_base(base) if base else None, **options))
 
 
 def worst(adapter: AdapterTensorSet, model: Injected) -> float:

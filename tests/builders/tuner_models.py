@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
+import pytest
 import torch
 from peft import get_peft_model
+from quiet_peft import quiet_peft
+from small_llama import saved_llama
 from transformers import LlamaForCausalLM
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 TARGETS = ["q_proj", "k_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    # Said of every loaded topk-only VB-LoRA.
+    with quiet_peft("Found infinity values"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def tuned(kind: str, base: Path, folder: Path, model_class: Any = None, **settings: Any) -> Path:

@@ -1,16 +1,12 @@
-"""The doctor: real llama.cpp servers on loopback, and the protocols of the others."""
+"""The doctor: real llama.cpp servers on loopback, and what is made of their answers."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +18,13 @@ import transformers
 from click.testing import CliRunner
 from engine import AdapterFixture, convert_adapter, family_row, make_adapter, make_base
 from llama_server import served
-from pretend_servers import Refusal, answers, ollama, pretending, sglang, softmax, vllm
+from pretend_servers import softmax
 
 from adapterkit import Condition, examine
 from adapterkit.containers.gguf import read_gguf, write_gguf
 from adapterkit.containers.gguf_values import float32
 from adapterkit.doctor.distributions import Measured, divergence, measured
 from adapterkit.doctor.examination import judged
-from adapterkit.doctor.http import Client
-from adapterkit.doctor.prompts import PROMPTS, read_prompts
-from adapterkit.doctor.servers import ServedAdapter, chosen, connected
 from adapterkit.dtype import DType
 from adapterkit.errors import UncheckableError, UsageError
 from adapterkit.lowrank.products import stored
@@ -299,143 +292,3 @@ def test_rules(
 ) -> None:
     numbers = Measured(base=base, effect=effect, expected=5.2, distance=distance, strength=strength)
     assert judged(numbers) is condition
-
-
-# The protocols of the others.
-
-
-@pytest.mark.parametrize(
-    ("answer", "kind", "name"),
-    [(vllm, "vllm", "pirate"), (sglang, "sglang", "pirate"), (ollama, "ollama", "pirate:latest")],
-)
-def test_other_servers_by_their_protocols(answer: Any, kind: str, name: str) -> None:
-    with pretending(answer) as url:
-        report = examine(url)
-    assert (report.server, report.adapter, report.condition) == (kind, name, Condition.ALIVE)
-    on, off = answers(1.0), answers(0.0)
-    exact = sum(math.exp(p) * (p - off[word]) for word, p in on.items())
-    assert report.effect == pytest.approx(exact)
-
-
-@pytest.mark.parametrize(
-    ("answer", "adapter", "said"),
-    [
-        (vllm, ServedAdapter("gone", base="org/base"), "404: .*`gone` does not exist"),
-        (sglang, ServedAdapter("gone", base="base"), "400: .*has never been loaded: gone"),
-        (ollama, ServedAdapter("gone", base="x:1"), "404: .*model 'gone' not found"),
-        (ollama, ServedAdapter("gone"), "weights that gone stands on have no name"),
-    ],
-)
-def test_what_another_server_refuses_is_told(
-    answer: Any, adapter: ServedAdapter, said: str
-) -> None:
-    with pretending(answer) as url:
-        server = connected(Client(url, most=20, seconds=20))
-        with pytest.raises(UncheckableError, match=said):
-            server.ask("text", adapter, float(bool(adapter.base)))
-
-
-def test_numbers_that_are_no_logarithms_of_probabilities_are_refused() -> None:
-    def logits(path: str, body: dict[str, Any]) -> Any:
-        found = vllm(path, body)
-        if path == "/v1/completions":
-            found["choices"][0]["logprobs"]["top_logprobs"] = [
-                {"token_id:1": 21.0, "token_id:2": 7}
-            ]
-        return found
-
-    with pretending(logits) as url, pytest.raises(UncheckableError, match="tells logits"):
-        examine(url)
-
-
-def test_a_server_that_wants_a_key_is_said_to() -> None:
-    with (
-        pretending(lambda *_: Refusal(401, {"error": "Unauthorized"})) as url,
-        pytest.raises(UncheckableError, match="asks for an API key"),
-    ):
-        examine(url)
-
-
-def test_adapters_are_chosen_by_any_of_their_names() -> None:
-    with pretending(vllm) as url:
-        server = connected(Client(url, most=20, seconds=20))
-        assert (
-            chosen(server, "/adapters/pirate") == chosen(server, None) == chosen(server, "pirate")
-        )
-
-
-# What is no server.
-
-
-def test_only_the_one_address_is_asked_and_not_for_ever() -> None:
-    asked: list[str] = []
-
-    def elsewhere(path: str, _: Any) -> Any:
-        asked.append(path)
-        return [] if path == "/lora-adapters" else None
-
-    with pretending(elsewhere) as url:
-        with pytest.raises(UncheckableError, match="has no adapter loaded"):
-            examine(url)
-        client = Client(url, most=2, seconds=20)
-        for _ in range(2):
-            client.get("/lora-adapters")
-        with pytest.raises(UncheckableError, match="2 requests for it ran out"):
-            client.get("/lora-adapters")
-        with pytest.raises(UncheckableError, match="time for it ran out"):
-            Client(url, most=2, seconds=-1).get("/")
-    with pytest.raises(UncheckableError, match="nothing answers"):
-        examine("http://127.0.0.1:9")
-    for wrong in ("file:///etc/passwd", "ftp://host", "http://"):
-        with pytest.raises(UsageError, match="no address"):
-            examine(wrong)
-
-
-def test_a_redirect_is_not_followed() -> None:
-    class Away(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(302)
-            self.send_header("Location", "http://127.0.0.1:9/")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Away)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.raises(UncheckableError, match="is no llama-server"):
-        examine(f"http://127.0.0.1:{server.server_port}")
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_slow_server_is_no_missing_one() -> None:
-    def slow(path: str, _: Any) -> Any:
-        time.sleep(3 if path == "/late" else 0)
-        return []
-
-    with pretending(slow) as url:
-        client = Client(url, most=3, seconds=1)
-        client.get("/")
-        with pytest.raises(UncheckableError, match=r"/late: no answer within 1 s; see --seconds"):
-            client.get("/late")
-
-
-def test_unknown_servers_and_silent_ones(tmp_path: Path) -> None:
-    with (
-        pretending(lambda *_: None) as url,
-        pytest.raises(UncheckableError, match="is no llama-server, vLLM, SGLang or Ollama"),
-    ):
-        examine(url)
-
-    def mute(path: str, body: dict[str, Any]) -> Any:
-        return {"choices": [{"text": ""}]} if path == "/v1/completions" else vllm(path, body)
-
-    with pretending(mute) as url, pytest.raises(UncheckableError, match="no log-probabilities"):
-        examine(url)
-    with pytest.raises(UsageError, match="both the adapter and its base"):
-        examine("http://127.0.0.1:9", source=tmp_path)
-    (tmp_path / "none.txt").write_text("\n")
-    with pytest.raises(UsageError, match="holds 0 prompts"):
-        read_prompts(tmp_path / "none.txt")
-    assert len(PROMPTS) == 10

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ from engine import (
     max_kl,
 )
 
-from adapterkit import Verdict, validate
+from adapterkit import Verdict, load_target, validate
+from adapterkit.architectures import LLAMA_CPP
 from adapterkit.containers.gguf import read_gguf
 
 if TYPE_CHECKING:
@@ -312,6 +314,12 @@ def test_wrong_number_of_experts_is_loaded_and_read_beyond_its_end(
     assert predicted(mixtral, path) is Verdict.GARBAGE
     # What lies behind the factors is chance; that it is not refused is not.
     assert fate(mixtral, path) is not Verdict.REFUSED
+
+
+def test_the_engine_here_is_the_build_that_the_tables_name() -> None:
+    build = f"b{version('xllamacpp').rpartition('.')[2]}"
+    assert build == LLAMA_CPP
+    assert f"llama.cpp {build} " in load_target("llama.cpp").source
 
 
 def test_inert_tensors_are_loaded_and_never_applied(tmp_path: Path) -> None:

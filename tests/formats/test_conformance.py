@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapterkit.base import open_base
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.model import AdapterTensorSet
 from adapterkit.registry import BUILTIN, detect, spec
 from adapterkit.testing import OF_THE_FILE, check_field, check_round_trip, variants
@@ -34,9 +34,9 @@ NO_SOURCE: frozenset[str] = frozenset()
 FIELDS = sorted({field.name for field in fields(AdapterTensorSet)} - OF_THE_FILE)
 
 
-def prepared(name: str) -> tuple[AdapterTensorSet, Options]:
+def prepared(name: str) -> tuple[AdapterTensorSet, FormatOptions]:
     """Return an adapter that a format holds whole, and the options that it is written with."""
-    options = Options(base=open_base(PLAIN.parent / "base"))
+    options = FormatOptions(base=open_base(PLAIN.parent / "base"))
     path = SOURCES.get(name, PLAIN)
     return detect(path).read(path, options), options
 

@@ -22,7 +22,7 @@ from adapterkit.errors import (
     IncompatibleBaseError,
 )
 from adapterkit.formats.handwritten.format import read as read_handwritten
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +111,7 @@ def read_in(
     folder: str, case: Written, tensors: dict[str, np.ndarray] | None = None
 ) -> adapterkit.AdapterTensorSet:
     path, own = case.save(Path(folder), tensors)
-    return read_handwritten(path, Options(dialect=own))
+    return read_handwritten(path, FormatOptions(dialect=own))
 
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)

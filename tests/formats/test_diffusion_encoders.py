@@ -9,7 +9,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusion_models import ENCODERS, loaded
+from diffusers_loaders import loaded
+from diffusion_models import ENCODERS
 from safetensors.torch import save_file
 
 import adapterkit

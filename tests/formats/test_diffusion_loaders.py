@@ -13,7 +13,8 @@ import pytest
 import torch
 from diffusers.loaders import lora_pipeline
 from diffusers_factors import dense, factors
-from diffusion_models import FAMILIES, loaded, small
+from diffusers_loaders import loaded, small
+from diffusion_models import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import adapterkit

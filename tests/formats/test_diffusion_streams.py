@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from diffusers_loaders import loaded
 from diffusion_files import contents, dense, drawn, read, saved
-from diffusion_models import loaded
 
 import adapterkit
 from adapterkit import Outcome

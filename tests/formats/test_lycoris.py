@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import saved_llama
 
 import adapterkit
 from adapterkit.base import open_base
 from adapterkit.formats.lycoris.reader import is_lycoris, read_lycoris
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 
 if TYPE_CHECKING:
@@ -32,17 +32,7 @@ def number(value: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def loha(rank: int, rows: int, columns: int) -> dict[str, np.ndarray]:
@@ -114,7 +104,7 @@ def test_factors_multiply_to_the_product(
 ) -> None:
     path = written(tmp_path, Q, parts, alpha)
     assert detect(path).name == "lycoris"
-    (pair,) = read_lycoris(path, Options(base=open_base(base))).pairs()
+    (pair,) = read_lycoris(path, FormatOptions(base=open_base(base))).pairs()
     assert pair.module == Q
     assert pair.scale == pytest.approx(scale, rel=1e-12)
     want = product(parts)
@@ -130,7 +120,7 @@ def test_modules_have_scales_of_their_own(base: Path, tmp_path: Path) -> None:
         named |= {f"{stem}.{leaf}": x for leaf, x in parts.items()}
         named[f"{stem}.alpha"] = number(alpha)
     save_file(named, tmp_path / "x.safetensors", {"ss_network_dim": "3"})
-    adapter = read_lycoris(tmp_path / "x.safetensors", Options(base=open_base(base)))
+    adapter = read_lycoris(tmp_path / "x.safetensors", FormatOptions(base=open_base(base)))
     assert dict(adapter.scales) == {Q: 2.0, K: 0.5}
     assert adapter.metadata["ss_network_dim"] == "3"
     report = adapterkit.convert(tmp_path / "x.safetensors", tmp_path / "peft", base=base)
@@ -139,12 +129,12 @@ def test_modules_have_scales_of_their_own(base: Path, tmp_path: Path) -> None:
 
 def test_names_are_told_from_a_config_alone(base: Path, tmp_path: Path) -> None:
     path = written(tmp_path, Q, loha(3, 32, 32), 2.0)
-    assert read_lycoris(path, Options(base=open_base(base / "config.json"))).modules == (Q,)
+    assert read_lycoris(path, FormatOptions(base=open_base(base / "config.json"))).modules == (Q,)
 
 
 def test_dotted_names_need_no_base(tmp_path: Path) -> None:
     save_file({f"lycoris.{Q}.{x}": y for x, y in loha(2, 8, 8).items()}, tmp_path / "x.safetensors")
-    assert read_lycoris(tmp_path / "x.safetensors", Options()).modules == (Q,)
+    assert read_lycoris(tmp_path / "x.safetensors", FormatOptions()).modules == (Q,)
 
 
 def test_underscored_names_need_the_base(tmp_path: Path) -> None:
@@ -156,7 +146,7 @@ def test_underscored_names_need_the_base(tmp_path: Path) -> None:
 def test_a_module_that_the_base_lacks_is_refused(base: Path, tmp_path: Path) -> None:
     path = written(tmp_path, "model.layers.2.self_attn.q_proj", loha(2, 8, 8), None)
     with pytest.raises(adapterkit.IncompatibleBaseError, match="has no such module"):
-        read_lycoris(path, Options(base=open_base(base)))
+        read_lycoris(path, FormatOptions(base=open_base(base)))
 
 
 REFUSED: dict[str, tuple[dict[str, np.ndarray], type[Exception], str]] = {
@@ -204,7 +194,7 @@ def test_what_is_no_linear_lora_is_refused_by_name(
 ) -> None:
     path = written(tmp_path, Q, parts, None)
     with pytest.raises(error, match=message) as caught:
-        read_lycoris(path, Options(base=open_base(base)))
+        read_lycoris(path, FormatOptions(base=open_base(base)))
     assert "q_proj" in str(caught.value)
 
 

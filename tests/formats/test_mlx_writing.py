@@ -19,9 +19,10 @@ from engine import (
     max_kl,
     prompts_for,
 )
+from mlx_trained import base as base  # noqa: PLC0414  (a fixture)
 from mlx_trained import document, llama, tuned, without_base
+from mlx_trained import quiet as quiet  # noqa: PLC0414  (a fixture)
 from peft import PeftModel
-from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaForCausalLM,
@@ -33,27 +34,15 @@ import adapterkit
 from adapterkit.base import open_base
 from adapterkit.formats.mlx.losses import losses
 from adapterkit.formats.peft.reader import read_peft
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.engine
 
 transformers.utils.logging.disable_progress_bar()
 PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with quiet_peft("Setting `save_embedding_layers`", ".*tie_word_embeddings"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return llama(tmp_path_factory.mktemp("base"), tied=False)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -91,7 +80,7 @@ def test_mlx_runs_the_model_that_peft_runs(
     before = logits(plain)
     loaded = mlx_oracle.load(plain, tmp_path / "mlx")
     assert set(loaded.adapted) == {
-        pair.module for pair in read_peft(tmp_path / "peft", Options()).pairs()
+        pair.module for pair in read_peft(tmp_path / "peft", FormatOptions()).pairs()
     }
     assert not loaded.idle
     assert document(tmp_path / "mlx")["num_layers"] == layers
@@ -192,8 +181,8 @@ def select(folder: Path, *targets: str) -> None:
 def test_a_tied_embedding_is_adapted_once_and_applied_twice(tmp_path: Path) -> None:
     base = llama(tmp_path / "base", tied=True)
     model = tuned(base, tmp_path / "peft", r=4, target_modules=["embed_tokens", "q_proj"])
-    before = read_peft(tmp_path / "peft", Options())
-    found = losses(before, Options(base=open_base(base)))
+    before = read_peft(tmp_path / "peft", FormatOptions())
+    found = losses(before, FormatOptions(base=open_base(base)))
     assert [loss.code for loss in found if loss.blocks] == ["tied-embedding"]
     del model
     stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
@@ -239,7 +228,9 @@ def test_a_magnitude_tells_a_tied_output_from_the_embedding(tmp_path: Path) -> N
     base = llama(tmp_path / "base", tied=True)
     targets = ["embed_tokens", "lm_head", "q_proj"]
     tuned(base, tmp_path / "peft", r=4, target_modules=targets, use_dora=True)
-    found = losses(read_peft(tmp_path / "peft", Options()), Options(base=open_base(base)))
+    found = losses(
+        read_peft(tmp_path / "peft", FormatOptions()), FormatOptions(base=open_base(base))
+    )
     assert {"tied-apart", "dora-embedding"} <= {loss.code for loss in found}
 
 

@@ -8,42 +8,30 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
-from mlx_trained import document, llama, tuned, without_base
-from quiet_peft import quiet_peft
+from mlx_trained import base as base  # noqa: PLC0414  (a fixture)
+from mlx_trained import document, tuned, without_base
+from mlx_trained import quiet as quiet  # noqa: PLC0414  (a fixture)
 from safetensors.torch import load_file
+from small_llama import saved_llama
 from transformers import (
     GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import adapterkit
 from adapterkit.base import open_base
 from adapterkit.formats.mlx.losses import losses
 from adapterkit.formats.peft.reader import read_peft
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with quiet_peft("Setting `save_embedding_layers`", ".*tie_word_embeddings"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return llama(tmp_path_factory.mktemp("base"), tied=False)
-
-
 def codes(folder: Path, base: Path | None, **options: Any) -> list[str]:
     known = open_base(base) if base else None
-    found = losses(read_peft(folder, Options()), Options(base=known, **options))
+    found = losses(read_peft(folder, FormatOptions()), FormatOptions(base=known, **options))
     return [loss.code for loss in found if loss.blocks]
 
 
@@ -62,18 +50,7 @@ LOST: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_what_mlx_cannot_hold_is_listed(
     settings: dict[str, Any], lost: list[str], tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    saved_llama(tmp_path / "base", num_hidden_layers=1, attention_bias=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*modules outside of its modules.*", UserWarning)
         # PEFT takes a bias of lora_B for a factor that was not gathered.

@@ -13,14 +13,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import saved_llama
+from transformers import LlamaForCausalLM
 
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
 from adapterkit.files import write
 from adapterkit.formats.peft.config import LoraConfig as ReadConfig
 from adapterkit.formats.peft.reader import read_peft
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.passes.pooling import decided
@@ -73,20 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        tie_word_embeddings=False,
-    )
-    folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("base"), attention_bias=True)
 
 
 def tuned(base: Path, folder: Path, **settings: Any) -> PeftModel:
@@ -142,7 +130,7 @@ def test_what_peft_saves_comes_back_to_peft(variant: str, base: Path, tmp_path: 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_effective_updates_are_those_of_peft(variant: str, base: Path, tmp_path: Path) -> None:
     model = tuned(base, tmp_path, **VARIANTS[variant])
-    ours = dense(read_peft(tmp_path, Options()))
+    ours = dense(read_peft(tmp_path, FormatOptions()))
     checked = 0
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or VARIANTS[variant].get("use_dora"):
@@ -176,7 +164,7 @@ def test_overlapping_patterns_follow_the_file(base: Path, tmp_path: Path) -> Non
     model, _ = loaded(base, tmp_path)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     assert (
-        read_peft(tmp_path, Options()).scales["model.layers.0.self_attn.q_proj"]
+        read_peft(tmp_path, FormatOptions()).scales["model.layers.0.self_attn.q_proj"]
         == layer.scaling["default"]
     )
     assert layer.scaling["default"] == 16
@@ -225,11 +213,11 @@ def test_bin_and_safetensors_hold_the_same(base: Path, tmp_path: Path) -> None:
 
 def test_named_adapters_lie_in_sub_directories(base: Path, tmp_path: Path) -> None:
     tuned(base, tmp_path / "all" / "pirate", r=4, target_modules=["q_proj"])
-    found = read_peft(tmp_path / "all", Options())
+    found = read_peft(tmp_path / "all", FormatOptions())
     assert found.provenance
     assert "sub-directory pirate" in found.provenance.notes[0]
     weights = tmp_path / "all" / "pirate" / "adapter_model.safetensors"
-    assert read_peft(weights, Options()).modules == found.modules
+    assert read_peft(weights, FormatOptions()).modules == found.modules
 
 
 def test_block_diagonal_factors_are_written_out(base: Path, tmp_path: Path) -> None:
@@ -273,8 +261,8 @@ def test_pooled_inputs_are_written_out(tmp_path: Path) -> None:
     fields = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32}
     (tmp_path / "base" / "config.json").write_text(json.dumps({**fields, **quantised}))
     base = open_base(tmp_path / "base")
-    update = dense(read_peft(tmp_path, Options(base=base)))["model.layers.0.self_attn.q_proj"]
-    later = decided(read_peft(tmp_path, Options()), Context(base=base)).adapter
+    update = dense(read_peft(tmp_path, FormatOptions(base=base)))["model.layers.0.self_attn.q_proj"]
+    later = decided(read_peft(tmp_path, FormatOptions()), Context(base=base)).adapter
     assert np.array_equal(dense(later)["model.layers.0.self_attn.q_proj"], update)
     ours = x.double().numpy() @ update.T
     assert np.linalg.norm(ours - expected.numpy()) < 1e-6 * np.linalg.norm(ours)
@@ -317,6 +305,6 @@ def test_a_bias_of_some_modules_is_one_of_all_to_peft(tmp_path: Path) -> None:
 
 def test_base_copy_is_no_part_of_the_update(base: Path, tmp_path: Path) -> None:
     tuned(base, tmp_path, r=4, target_modules=["lm_head"])
-    adapter = read_peft(tmp_path, Options())
+    adapter = read_peft(tmp_path, FormatOptions())
     assert TensorKey("lm_head", Role.BASE_COPY) in adapter.tensors
     assert [pair.module for pair in adapter.pairs()] == ["lm_head"]

@@ -13,11 +13,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
+from small_llama import small_llama
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -81,25 +80,10 @@ def test_a_flat_parameter_of_fsdp_is_named() -> None:
         KeyReader(Path("x")).read(f"{PREFIX}model.layers.0.q.lora_A._flat_param")
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=HIDDEN,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        )
-    )
-
-
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Arrays]:
     """Return what transformers saves of a model with an adapter in small shards, and its ΔW."""
-    model = tiny_llama()
+    model = small_llama()
     model.add_adapter(
         LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
@@ -293,7 +277,7 @@ def test_a_whole_state_dict_is_the_adapter_in_it(tmp_path: Path) -> None:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        model = get_peft_model(tiny_llama(), LoraConfig(**settings))
+        model = get_peft_model(small_llama(), LoraConfig(**settings))
     with torch.no_grad():
         model.base_model.model.model.norm.modules_to_save.default.weight.mul_(2)
     folder = tmp_path / "a"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import peft
@@ -13,11 +13,11 @@ import torch
 import transformers
 from dense_updates import dense
 from peft import PeftModel, get_peft_model
-from quiet_peft import quiet_peft
 from safetensors.torch import load_file
-from small_llama import saved_llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from tuner_models import FIXTURES, TARGETS, tuned
+from tuner_models import base as base  # noqa: PLC0414  (a fixture)
+from tuner_models import quiet as quiet  # noqa: PLC0414  (a fixture)
 
 import adapterkit
 from adapterkit.base import open_base
@@ -25,12 +25,9 @@ from adapterkit.formats.lycoris.reader import read_lycoris
 from adapterkit.formats.peft.tuners import read_tuner
 from adapterkit.formats.peft.tuners_rules import RULES
 from adapterkit.formats.peft.tuners_whole import WHOLE
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.keys import Role, TensorKey
 from adapterkit.registry import detect
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.slow
 
@@ -72,18 +69,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    # Said of every loaded topk-only VB-LoRA.
-    with quiet_peft("Found infinity values"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llama(tmp_path_factory.mktemp("base"))
-
-
 def merged(base: Path, adapter: Path, model_class: Any = LlamaForCausalLM) -> dict[str, np.ndarray]:
     """Return what PEFT adds to every weight, in float64."""
     plain = model_class.from_pretrained(base)
@@ -109,7 +94,7 @@ def test_update_is_the_one_that_peft_merges(
     path = tuned(kind, base, tmp_path, **settings)
     truth = merged(base, path)
     assert detect(path).name == "peft-tuners"
-    ours = dense(read_tuner(path, Options(base=open_base(base))))
+    ours = dense(read_tuner(path, FormatOptions(base=open_base(base))))
     assert len(ours) == len(TARGETS) * 2
     for module, update in ours.items():
         assert relative(update, truth[f"{module}.weight"]) < 2e-7, module
@@ -168,7 +153,7 @@ def test_conv1d_weights_are_updated_turned(
         fan_in_fan_out=True,
     )
     truth = merged(tmp_path / "base", path, GPT2LMHeadModel)
-    ours = dense(read_tuner(path, Options(base=open_base(tmp_path / "base"))))
+    ours = dense(read_tuner(path, FormatOptions(base=open_base(tmp_path / "base"))))
     assert len(ours) == 2
     for module, update in ours.items():
         assert relative(update, truth[f"{module}.weight"].T) < 2e-7, module
@@ -195,7 +180,7 @@ def test_pruned_adalora_keeps_the_scale_that_it_was_trained_with(
         # PEFT takes modules that it pruned to rank 0 for shards that were not gathered.
         warnings.filterwarnings("ignore", ".*have invalid shape", UserWarning)
         model.save_pretrained(tmp_path)
-    adapter = read_tuner(tmp_path, Options())
+    adapter = read_tuner(tmp_path, FormatOptions())
     with warnings.catch_warnings():
         # AdaLoRA's pattern names tensors, not modules; PEFT applies it all the same.
         warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
@@ -209,14 +194,14 @@ def test_pruned_adalora_keeps_the_scale_that_it_was_trained_with(
 
 
 def test_no_rank_is_larger_than_the_smaller_side(base: Path, tmp_path: Path) -> None:
-    adapter = read_tuner(tuned("LoHa", base, tmp_path, r=6, alpha=5), Options())
+    adapter = read_tuner(tuned("LoHa", base, tmp_path, r=6, alpha=5), FormatOptions())
     sides = {pair.module: min(pair.shape) for pair in adapter.pairs()}
     assert {pair.module: pair.rank for pair in adapter.pairs()} == sides
 
 
 def test_trained_parameters_beside_the_factors_are_kept(base: Path, tmp_path: Path) -> None:
     path = tuned("LoHa", base, tmp_path / "tuner", r=2, modules_to_save=["lm_head"])
-    adapter = read_tuner(path, Options())
+    adapter = read_tuner(path, FormatOptions())
     stored = load_file(path / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     kept = adapter.tensors[TensorKey("lm_head.weight", Role.FULL)]
     np.testing.assert_array_equal(kept.numpy(), stored.numpy())
@@ -230,13 +215,13 @@ def test_trained_parameters_beside_the_factors_are_kept(base: Path, tmp_path: Pa
 
 def test_bin_and_leaked_adapter_names_read_the_same(base: Path, tmp_path: Path) -> None:
     path = tuned("LoKr", base, tmp_path, r=2)
-    want = dense(read_tuner(path, Options()))
+    want = dense(read_tuner(path, FormatOptions()))
     stored = load_file(path / "adapter_model.safetensors")
     (path / "adapter_model.safetensors").unlink()
     torch.save(
         {f"module.{name}.default": x for name, x in stored.items()}, path / "adapter_model.bin"
     )
-    got = dense(read_tuner(path, Options()))
+    got = dense(read_tuner(path, FormatOptions()))
     assert got.keys() == want.keys()
     for module, update in got.items():
         np.testing.assert_array_equal(update, want[module])
@@ -246,9 +231,9 @@ def test_bin_and_leaked_adapter_names_read_the_same(base: Path, tmp_path: Path) 
 def test_files_without_module_sizes_ask_for_the_base(kind: str, base: Path, tmp_path: Path) -> None:
     path = tuned(kind, base, tmp_path, r=4)
     with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
-        read_tuner(path, Options())
-    bare = dense(read_tuner(path, Options(base=open_base(base / "config.json"))))
-    full = dense(read_tuner(path, Options(base=open_base(base))))
+        read_tuner(path, FormatOptions())
+    bare = dense(read_tuner(path, FormatOptions(base=open_base(base / "config.json"))))
+    full = dense(read_tuner(path, FormatOptions(base=open_base(base))))
     assert bare.keys() == full.keys()
     for module, update in bare.items():
         np.testing.assert_array_equal(update, full[module])
@@ -271,7 +256,7 @@ def test_fixtures_are_read_with_nothing_but_a_base_beside_them() -> None:
     known = open_base(FIXTURES / "tuners" / "base")
     assert {kind.upper() for kind in RANKS} == RULES.keys()
     for name, rank in RANKS.items():
-        adapter = read_tuner(FIXTURES / "tuners" / name, Options(base=known))
+        adapter = read_tuner(FIXTURES / "tuners" / name, FormatOptions(base=known))
         (pair,) = adapter.pairs()
         assert (pair.module, pair.rank) == ("model.layers.0.self_attn.q_proj", rank), name
         assert pair.shape == (8, 12)
@@ -282,7 +267,7 @@ def test_fixtures_of_whole_parameters_are_read() -> None:
     known = open_base(FIXTURES / "tuners" / "base")
     found = {
         name.lower(): next(
-            iter(read_tuner(FIXTURES / "tuners" / name.lower(), Options(base=known)).tensors)
+            iter(read_tuner(FIXTURES / "tuners" / name.lower(), FormatOptions(base=known)).tensors)
         )
         for name in WHOLE
         if name != "BEFT"
@@ -298,9 +283,9 @@ def test_fixtures_of_whole_parameters_are_read() -> None:
 def test_lycoris_and_peft_mean_the_same_by_the_same_tensors(kind: str) -> None:
     known = open_base(FIXTURES / "tuners" / "base" / "config.json")
     theirs = read_lycoris(
-        FIXTURES / "tuners" / "lycoris" / f"{kind}.safetensors", Options(base=known)
+        FIXTURES / "tuners" / "lycoris" / f"{kind}.safetensors", FormatOptions(base=known)
     )
-    ours = read_tuner(FIXTURES / "tuners" / kind, Options())
+    ours = read_tuner(FIXTURES / "tuners" / kind, FormatOptions())
     assert dense(theirs).keys() == dense(ours).keys()
     for module, update in dense(ours).items():
         np.testing.assert_array_equal(dense(theirs)[module], update)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
 from peft import get_peft_model
-from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
-from small_llama import saved_llama
 from tuner_models import FIXTURES, tuned
+from tuner_models import base as base  # noqa: PLC0414  (a fixture)
+from tuner_models import quiet as quiet  # noqa: PLC0414  (a fixture)
 
 import adapterkit
 from adapterkit.base import open_base
@@ -23,24 +23,9 @@ from adapterkit.formats.peft.tuners import read_tuner
 from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import RULES
 from adapterkit.formats.peft.tuners_whole import WHOLE
-from adapterkit.formats.protocol import Options
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from adapterkit.formats.protocol import FormatOptions
 
 transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    # Said of every loaded topk-only VB-LoRA.
-    with quiet_peft("Found infinity values"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def rewrite(path: Path, **fields: Any) -> None:
@@ -53,13 +38,13 @@ def test_vera_without_its_projections_is_refused(base: Path, tmp_path: Path) -> 
         warnings.filterwarnings("ignore", ".*save_projection.*", UserWarning)
         path = tuned("Vera", base, tmp_path, r=4, save_projection=False)
     with pytest.raises(adapterkit.UnsupportedError, match="save_projection"):
-        read_tuner(path, Options(base=open_base(base)))
+        read_tuner(path, FormatOptions(base=open_base(base)))
 
 
 def test_bat_is_refused_because_it_multiplies_the_base(base: Path, tmp_path: Path) -> None:
     path = tuned("Miss", base, tmp_path, r=4, init_weights="bat")
     with pytest.raises(adapterkit.UnsupportedError, match="bat"):
-        read_tuner(path, Options(base=open_base(base)))
+        read_tuner(path, FormatOptions(base=open_base(base)))
 
 
 @pytest.mark.parametrize(("kind", "leaf"), [("LoHa", "hada_t1"), ("LoKr", "lokr_t2")])
@@ -70,7 +55,7 @@ def test_convolutions_are_refused_by_name(kind: str, leaf: str, tmp_path: Path) 
     model = get_peft_model(plain, getattr(peft, f"{kind}Config")(**settings))
     model.save_pretrained(tmp_path)
     with pytest.raises(adapterkit.UnsupportedError, match=f"convolution \\({leaf}"):
-        read_tuner(tmp_path, Options())
+        read_tuner(tmp_path, FormatOptions())
 
 
 def test_every_other_peft_type_is_refused_with_its_reason(tmp_path: Path) -> None:
@@ -123,7 +108,7 @@ def test_broken_files_are_refused_by_module(
         stored[name] = torch.ones(shape)
     save_file(stored, path / "adapter_model.safetensors")
     with pytest.raises(adapterkit.FormatError, match=message) as caught:
-        read_tuner(path, Options())
+        read_tuner(path, FormatOptions())
     assert "model.layers.1.self_attn.q_proj" in str(caught.value)
 
 
@@ -131,7 +116,7 @@ def test_a_rank_that_the_config_contradicts_is_no_scale(base: Path, tmp_path: Pa
     path = tuned("LoHa", base, tmp_path, r=3)
     rewrite(path, r=4)
     with pytest.raises(adapterkit.FormatError, match="has rank 3, the config declares 4"):
-        read_tuner(path, Options())
+        read_tuner(path, FormatOptions())
 
 
 def test_the_format_writes_nothing(base: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import saved_llama
+from transformers import LlamaForCausalLM
 
 import adapterkit
 from adapterkit.formats.peft.tuners_refused import MERGE, REFUSED
@@ -59,25 +60,14 @@ def base(request: pytest.FixtureRequest) -> Path:
 
 
 def made(folder: Path, *, biased: bool) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=biased,
-        attention_bias=biased,
-        mlp_bias=biased,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.2)
-    model.save_pretrained(folder)
-    return folder
+    def shifted(model: Any) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.2)
+
+    switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+    return saved_llama(folder, shifted, **dict.fromkeys(switches, biased))
 
 
 def loaded(base: Path, adapter: Path | None = None) -> Any:

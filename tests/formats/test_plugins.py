@@ -12,7 +12,7 @@ import pytest
 import adapterkit
 from adapterkit import plugins, registry
 from adapterkit.fleets.discovery import discover, identity
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.registry import FormatSpec
@@ -30,7 +30,7 @@ def is_text(path: Path) -> bool:
     return path.is_file() and path.read_bytes()[:9] == b'{"lines":'
 
 
-def read_text(path: Path, options: Options) -> AdapterTensorSet:
+def read_text(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read JSON of plain numbers: one line a factor."""
     import numpy as np
 
@@ -46,7 +46,7 @@ def read_text(path: Path, options: Options) -> AdapterTensorSet:
     )
 
 
-def write_text(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+def write_text(adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
     del options
     lines = [
         (key.module, HELD[key.role], tensor.numpy().tolist(), adapter.scales[key.module])
@@ -118,7 +118,7 @@ def test_a_fleet_finds_the_folders_of_a_plugin(tmp_path: Path) -> None:
     one = tmp_path / "runs" / "one"
     (one / "weights").mkdir(parents=True)
     (one / "lines.toml").touch()
-    write_text(small_adapter(), one / "weights" / "lines.json", Options())
+    write_text(small_adapter(), one / "weights" / "lines.json", FormatOptions())
     assert discover([tmp_path]) == [one]
     assert adapterkit.inspect(one).format == "folder"
     before = identity(one)

@@ -27,7 +27,7 @@ from adapterkit.errors import (
     UnsupportedError,
 )
 from adapterkit.formats.peft import tinylora as peft_tinylora
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit_cli.main import cli
 
@@ -136,7 +136,7 @@ def expected(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def assert_reads(path: Path, truth: dict[str, np.ndarray[Any, Any]]) -> None:
     spec = detect(path)
-    pairs = {pair.module: pair for pair in spec.read(path, Options()).pairs()}
+    pairs = {pair.module: pair for pair in spec.read(path, FormatOptions()).pairs()}
     assert pairs.keys() == truth.keys()
     for name, delta in truth.items():
         pair = pairs[name]
@@ -186,7 +186,7 @@ def test_embedding_is_turned(tmp_path: Path) -> None:
             fields["embedding"] = True
 
     path = rewritten(SELF, tmp_path / "table.safetensors", change)
-    adapter = detect(path).read(path, Options())
+    adapter = detect(path).read(path, FormatOptions())
     assert {pair.embedding for pair in adapter.pairs()} == {True}
     assert_reads(path, expected(SELF))
 

@@ -21,7 +21,7 @@ from adapterkit.architectures import load
 from adapterkit.conversion import convert
 from adapterkit.errors import BaseRequiredError, FormatError, LossyConversionError, UnsupportedError
 from adapterkit.formats.peft.tinylora_reader import read_peft_tinylora
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit.tinylora.adapter import carried
 from adapterkit.tinylora.registration import known_families, registered
@@ -132,7 +132,7 @@ def test_updates_are_those_of_peft(
     model = tuned(llama(), save_projection=projection, **settings)
     folder = saved(model, tmp_path / "adapter")
     assert detect(folder).name == "tinylora-peft"
-    assert_equal(read_peft_tinylora(folder, Options()), true_deltas(model))
+    assert_equal(read_peft_tinylora(folder, FormatOptions()), true_deltas(model))
 
 
 @pytest.mark.parametrize("projection", [True, False], ids=["saved", "drawn-again"])
@@ -140,7 +140,7 @@ def test_bin_is_read(projection: bool, tmp_path: Path) -> None:
     model = tuned(llama(), save_projection=projection, weight_tying=0.5)
     folder = saved(model, tmp_path / "adapter", safe_serialization=False)
     assert (folder / "adapter_model.bin").is_file()
-    assert_equal(read_peft_tinylora(folder, Options()), true_deltas(model))
+    assert_equal(read_peft_tinylora(folder, FormatOptions()), true_deltas(model))
 
 
 @pytest.mark.parametrize("projection", [True, False], ids=["saved", "drawn-again"])
@@ -148,7 +148,7 @@ def test_conv1d_and_embeddings_of_gpt2(projection: bool, tmp_path: Path) -> None
     targets = ["c_attn", "c_proj", "wte", "wpe"]
     model = tuned(gpt2(), target_modules=targets, save_projection=projection, fan_in_fan_out=True)
     folder = saved(model, tmp_path / "adapter")
-    adapter = read_peft_tinylora(folder, Options())
+    adapter = read_peft_tinylora(folder, FormatOptions())
     assert_equal(adapter, true_deltas(model))
     assert {pair.module for pair in adapter.pairs() if pair.embedding} == {
         "transformer.wte",
@@ -172,7 +172,7 @@ def test_projections_went_through_the_type_of_the_base(
             )
             v = module.tinylora_v["default"][module._tinylora_v_key["default"]]
             truth[name] = b @ np.tensordot(v.detach().double().numpy(), p, 1) @ a
-    assert_equal(read_peft_tinylora(folder, Options()), truth)
+    assert_equal(read_peft_tinylora(folder, FormatOptions()), truth)
 
 
 def test_second_adapter_keeps_the_numbers_of_the_first(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_second_adapter_keeps_the_numbers_of_the_first(tmp_path: Path) -> None:
         if isinstance(module, TinyLoraLayer) and "default2" in module.tinylora_A
     }
     assert len(truth) == 4
-    assert_equal(read_peft_tinylora(folder, Options()), truth)
+    assert_equal(read_peft_tinylora(folder, FormatOptions()), truth)
 
 
 def test_plain_lora_gives_the_same_logits_in_peft(tmp_path: Path) -> None:
@@ -227,7 +227,9 @@ def test_other_groups_load_in_peft_as_one_vector(tmp_path: Path) -> None:
     model = tuned(llama(), weight_tying=0.3)
     source = saved(model, tmp_path / "tiny")
     convert(source, tmp_path / "self.safetensors", to="tinylora")
-    adapter = detect(tmp_path / "self.safetensors").read(tmp_path / "self.safetensors", Options())
+    adapter = detect(tmp_path / "self.safetensors").read(
+        tmp_path / "self.safetensors", FormatOptions()
+    )
     # The self-contained form remembers whose it was; as a stranger's it is spread over one row.
     stranger = tmp_path / "stranger.safetensors"
     rename_form(tmp_path / "self.safetensors", stranger)
@@ -273,7 +275,7 @@ def test_plain_lora_is_no_tinylora(tmp_path: Path) -> None:
 
 
 def test_changed_factors_are_no_tinylora_any_more(tmp_path: Path) -> None:
-    adapter = read_peft_tinylora(saved(tuned(llama()), tmp_path), Options())
+    adapter = read_peft_tinylora(saved(tuned(llama()), tmp_path), FormatOptions())
     assert carried(adapter) is not None
     (key, tensor), *_ = adapter.tensors.items()
     halved = {**adapter.tensors, key: tensor.map(lambda x: x / 2)}
@@ -295,10 +297,10 @@ def test_order_that_nothing_tells_is_refused(tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "adapter")
     strip_class(folder)
     with pytest.raises(BaseRequiredError, match="give the base model with --base"):
-        read_peft_tinylora(folder, Options())
+        read_peft_tinylora(folder, FormatOptions())
     model.base_model.model.config.save_pretrained(tmp_path / "base")
     convert(folder, tmp_path / "lora", base=tmp_path / "base")
-    source = detect(tmp_path / "lora").read(tmp_path / "lora", Options())
+    source = detect(tmp_path / "lora").read(tmp_path / "lora", FormatOptions())
     assert_equal(source, true_deltas(model))
 
 
@@ -310,7 +312,7 @@ def test_stored_projections_outrank_the_order_of_the_family(tmp_path: Path) -> N
         attention._modules = dict(reversed(attention._modules.items()))
     tuner = tuned(model, weight_tying=0.0)
     folder = saved(tuner, tmp_path / "adapter")
-    assert_equal(read_peft_tinylora(folder, Options()), true_deltas(tuner))
+    assert_equal(read_peft_tinylora(folder, FormatOptions()), true_deltas(tuner))
 
 
 def test_projections_of_an_unindexed_version_are_refused(tmp_path: Path) -> None:
@@ -318,7 +320,7 @@ def test_projections_of_an_unindexed_version_are_refused(tmp_path: Path) -> None
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_version": "0.19.0"}))
     with pytest.raises(UnsupportedError, match="no one can draw them again"):
-        read_peft_tinylora(folder, Options())
+        read_peft_tinylora(folder, FormatOptions())
 
 
 def test_wrong_tying_in_the_config_is_noticed(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ def test_wrong_tying_in_the_config_is_noticed(tmp_path: Path) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "weight_tying": 0.4}))
     with pytest.raises(FormatError, match="makes 8 vectors, the file has 7"):
-        read_peft_tinylora(folder, Options())
+        read_peft_tinylora(folder, FormatOptions())
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conformance.making import quiet
+from small_llama import small_llama
 from terminal import invoke
 
 import adapterkit
@@ -24,17 +25,8 @@ TOKENS = torch.tensor([[3, 17, 4, 9]])
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A base, PEFT's adapter, its weights alone, and the same as GGUF and MLX; the live answer."""
     root = tmp_path_factory.mktemp("alpha")
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(7)
     with quiet(), torch.no_grad():
-        base: Any = transformers.LlamaForCausalLM(config).eval()
+        base = small_llama(seed=7)
         base.save_pretrained(root / "base")
         lora = peft.LoraConfig(
             r=4, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], init_lora_weights=False

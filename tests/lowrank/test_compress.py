@@ -24,7 +24,7 @@ from adapterkit import (
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.conversion import convert
 from adapterkit.formats.peft.reader import read_peft
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
 
@@ -211,12 +211,12 @@ def test_a_file_of_any_format(suffix: str, tiny: Path, tmp_path: Path) -> None:
     assert done.format == ("gguf" if suffix else "peft")
     assert done.bytes < 2 * done.bytes_before
     assert done.max_relative_error < 1e-6
-    source = read_peft(tiny, Options())
+    source = read_peft(tiny, FormatOptions())
     if suffix:
         back = tmp_path / "back"
         convert(destination, back, base=BASE)
         destination = back
-    found = read_peft(destination, Options())
+    found = read_peft(destination, FormatOptions())
     assert {pair.rank for pair in found.pairs()} == {1}
     assert error_between(source, found) == pytest.approx(done.report.predicted_error, abs=1e-6)
 
@@ -243,8 +243,8 @@ def test_an_existing_file_stays_unless_forced(tiny: Path, tmp_path: Path) -> Non
     destination = written(adapter(layered(2)), tmp_path / "there")
     with pytest.raises(DestinationExistsError):
         compress_file(source, destination, rank=1)
-    assert len(read_peft(destination, Options()).scales) == 4
+    assert len(read_peft(destination, FormatOptions()).scales) == 4
     compress_file(source, destination, rank=1, force=True)
-    assert len(read_peft(destination, Options()).scales) == 2
+    assert len(read_peft(destination, FormatOptions()).scales) == 2
     with pytest.raises(UsageError, match="contradict"):
         compress_file(tiny, tmp_path / "new", rank=1, tol=0.1)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers_factors import dense, factors
-from diffusion_models import FAMILIES, converted, loaded, updates
+from diffusers_loaders import converted, loaded, updates
+from diffusion_models import FAMILIES
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 

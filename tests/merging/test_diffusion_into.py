@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers_factors import dense, factors
+from diffusers_loaders import converted
 from diffusion_bases import TOLD, checkpoint, pipeline
 from diffusion_files import drawn, kohya, saved, update
-from diffusion_models import FAMILIES, converted
+from diffusion_models import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import adapterkit

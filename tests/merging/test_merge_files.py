@@ -23,7 +23,7 @@ from adapterkit.errors import (
     UnsupportedError,
     UsageError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit_cli.main import cli
 
@@ -34,7 +34,7 @@ TINY, WEAK, BASE = FIXTURES / "tiny", FIXTURES / "tiny-weak", FIXTURES / "base"
 def deltas(path: Path) -> dict[str, Any]:
     from adapterkit.base import open_base
 
-    return oracle.deltas(detect(path).read(path, Options(base=open_base(BASE))))
+    return oracle.deltas(detect(path).read(path, FormatOptions(base=open_base(BASE))))
 
 
 def weighted(weights: tuple[float, float]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def test_the_stored_type_is_the_one_asked_for(tmp_path: Path, outtype: str, erro
     assert report.max_relative_error == 0
     assert report.merge.max_measured_error < error
     close(deltas(tmp_path / "m"), weighted((1.0, 1.0)), error)
-    adapter = detect(tmp_path / "m").read(tmp_path / "m", Options())
+    adapter = detect(tmp_path / "m").read(tmp_path / "m", FormatOptions())
     assert {t.dtype.value for t in adapter.tensors.values()} == {outtype.upper()}
 
 
@@ -325,7 +325,7 @@ def test_alpha_and_dialect_are_for_files_that_do_not_tell(tmp_path: Path) -> Non
     for dialect, name in (("raschka-alpha", "a"), ("raschka-alpha-over-r", "b")):
         merge_files([raschka], tmp_path / name, alpha=4, dialect=dialect)
     plain, divided = (
-        oracle.deltas(detect(path).read(path, Options()))
+        oracle.deltas(detect(path).read(path, FormatOptions()))
         for path in (tmp_path / "a", tmp_path / "b")
     )
     ranks = {pair.module: pair.rank for pair in adapterkit.read(tmp_path / "a").pairs()}

@@ -10,8 +10,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 from peft.utils import merge_utils
+from small_llama import small_llama
 
 from adapterkit import merge, merge_files
 
@@ -24,19 +24,7 @@ WEIGHTS = [0.7, -0.4]
 
 
 def base_model() -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        attention_bias=True,
-        mlp_bias=True,
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_llama(pad_token_id=0, attention_bias=True, mlp_bias=True)
 
 
 def save(folder: Path, seed: int, **settings: Any) -> Path:
@@ -104,10 +92,10 @@ def peft_deltas(model: Any, name: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> Any:
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.registry import detect
 
-    return detect(path).read(path, Options())
+    return detect(path).read(path, FormatOptions())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from quiet_peft import quiet_peft
+from small_llama import SIZES
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import adapterkit
@@ -27,14 +28,7 @@ PROMPT = torch.tensor([[3, 17, 44, 9, 60, 2]])
 MODELS: dict[str, tuple[Any, Any, list[str]]] = {
     "llama": (
         LlamaForCausalLM,
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        ),
+        LlamaConfig(**SIZES),
         ["q_proj", "k_proj", "down_proj"],
     ),
     # Its weights are stored as (in, out).

@@ -13,21 +13,21 @@ import transformers
 from dense_updates import dense
 from engine import family_row, make_base
 from pissa_models import TARGETS, apart, loaded, logits, merged, relative, tuned
-from quiet_peft import quiet_peft
+from pissa_models import base as base  # noqa: PLC0414  (a fixture)
+from pissa_models import quiet as quiet  # noqa: PLC0414  (a fixture)
 from safetensors.torch import load_file, save_file
 from small_llama import saved_llama
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import adapterkit
 from adapterkit.base import open_base
 from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.peft.writer import write_peft
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.passes.initialisation import undone
 from adapterkit.passes.protocol import Context
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.slow
@@ -43,24 +43,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with quiet_peft():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llama(tmp_path_factory.mktemp("base"), apart)
-
-
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_update_of_the_original_base_is_the_one_that_peft_merges(
     init: str, settings: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
     path = tuned(base, tmp_path, init, **settings)
-    truth, raw = merged(base, path), read_peft(path, Options())
+    truth, raw = merged(base, path), read_peft(path, FormatOptions())
     plain = undone(raw, Context(base=open_base(base))).adapter
     ranks = {pair.module: pair.rank for pair in raw.pairs()}
     naive, ours = dense(raw), dense(plain)
@@ -80,8 +69,8 @@ def test_what_is_written_gives_peft_the_same_logits(
     init: str, dora: bool, base: Path, tmp_path: Path
 ) -> None:
     path = tuned(base, tmp_path / "pissa", init, use_dora=dora)
-    plain = undone(read_peft(path, Options()), Context(base=open_base(base))).adapter
-    write_peft(plain, tmp_path / "plain", Options(base=open_base(base)))
+    plain = undone(read_peft(path, FormatOptions()), Context(base=open_base(base))).adapter
+    write_peft(plain, tmp_path / "plain", FormatOptions(base=open_base(base)))
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
     want, got = logits(loaded(base, path)), logits(loaded(base, tmp_path / "plain"))
@@ -108,7 +97,7 @@ def test_pissa_on_conv1d_follows_the_turned_weight(tmp_path: Path) -> None:
     )
     truth = merged(tmp_path / "base", path, GPT2LMHeadModel)
     ours = dense(
-        undone(read_peft(path, Options()), Context(base=open_base(tmp_path / "base"))).adapter
+        undone(read_peft(path, FormatOptions()), Context(base=open_base(tmp_path / "base"))).adapter
     )
     assert len(ours) == 4
     for module, update in ours.items():
@@ -131,7 +120,7 @@ def test_olora_on_a_square_conv1d_follows_the_stored_weight(tmp_path: Path) -> N
     )
     truth = merged(tmp_path / "base", path, GPT2LMHeadModel)
     ours = dense(
-        undone(read_peft(path, Options()), Context(base=open_base(tmp_path / "base"))).adapter
+        undone(read_peft(path, FormatOptions()), Context(base=open_base(tmp_path / "base"))).adapter
     )
     ((module, update),) = ours.items()
     assert relative(update, truth[f"{module}.weight"].T) < 3e-6
@@ -141,7 +130,7 @@ def test_embeddings_keep_their_factors(base: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
         path = tuned(base, tmp_path, "pissa", target_modules=["embed_tokens", "q_proj"])
-    raw = read_peft(path, Options())
+    raw = read_peft(path, FormatOptions())
     plain = undone(raw, Context(base=open_base(base))).adapter
     before = {pair.module: pair for pair in raw.pairs()}
     after = {pair.module: pair for pair in plain.pairs()}
@@ -156,7 +145,7 @@ def test_half_precision_factors_lose_nothing(base: Path, tmp_path: Path) -> None
     weights = path / "adapter_model.safetensors"
     halved = {name: x.to(torch.bfloat16) for name, x in load_file(weights).items()}
     save_file(halved, weights)
-    raw = read_peft(path, Options())
+    raw = read_peft(path, FormatOptions())
     plain = undone(raw, Context(base=open_base(base))).adapter
     for old, new in zip(raw.pairs(), plain.pairs(), strict=True):
         np.testing.assert_array_equal(new.a.numpy()[:4], old.a.numpy().astype(np.float32))
@@ -167,8 +156,8 @@ def test_rounding_in_training_is_noted_where_it_shows(base: Path, tmp_path: Path
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     path = tuned(base, tmp_path / "pissa", "pissa")
-    clean = undone(read_peft(path, Options()), Context(base=open_base(base)))
-    rounded = undone(read_peft(path, Options()), Context(base=open_base(tmp_path / "base")))
+    clean = undone(read_peft(path, FormatOptions()), Context(base=open_base(base)))
+    rounded = undone(read_peft(path, FormatOptions()), Context(base=open_base(tmp_path / "base")))
     assert not any("BF16" in str(note) for note in clean.notes)
     assert any("rounded to BF16" in str(note) for note in rounded.notes)
 
@@ -187,7 +176,7 @@ def crowded(base: Path, folder: Path, gap: float) -> Path:
 def test_crowded_singular_values_are_noted_with_a_bound(base: Path, tmp_path: Path) -> None:
     near = crowded(base, tmp_path / "near", 3e-6)
     path = tuned(near, tmp_path / "pissa", "pissa", target_modules=["q_proj"])
-    done = undone(read_peft(path, Options()), Context(base=open_base(near)))
+    done = undone(read_peft(path, FormatOptions()), Context(base=open_base(near)))
     (note,) = [str(note) for note in done.notes if "may amount to" in str(note)]
     plain = done.adapter
     module, bound = note.split(":")[0], float(note.split("amount to ")[1].split(" ")[0])
@@ -200,7 +189,7 @@ def test_singular_values_that_agree_are_refused(base: Path, tmp_path: Path) -> N
     same = crowded(base, tmp_path / "same", 0)
     path = tuned(same, tmp_path / "pissa", "pissa", target_modules=["q_proj"])
     with pytest.raises(adapterkit.UnsupportedError, match="so close together") as caught:
-        undone(read_peft(path, Options()), Context(base=open_base(same)))
+        undone(read_peft(path, FormatOptions()), Context(base=open_base(same)))
     assert caught.value.where == "model.layers.0.self_attn.q_proj"
 
 
@@ -220,7 +209,7 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
     path = tuned(base, tmp_path, "gaussian")
     config = path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": init}))
-    raw = read_peft(path, Options())
+    raw = read_peft(path, FormatOptions())
     if init == "olora_v2":
         raw = raw.replace(initialisation=init)
     with pytest.raises(adapterkit.UnsupportedError, match=reason) as caught:
@@ -232,7 +221,7 @@ def test_what_the_base_does_not_tell_is_refused_with_the_way_out(
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_tied_output_is_refused_for_what_it_is(init: str, tmp_path: Path) -> None:
-    base = saved_llama(tmp_path / "base", apart, tied=True)
+    base = saved_llama(tmp_path / "base", apart, tie_word_embeddings=True)
     path = tuned(base, tmp_path / "a", init, target_modules=["q_proj", "lm_head"])
     before = LlamaForCausalLM.from_pretrained(base).get_input_embeddings().weight
     after = loaded(base, path).get_input_embeddings().weight
@@ -253,7 +242,7 @@ def test_into_a_gguf_it_goes_by_way_of_a_plain_adapter(tmp_path: Path) -> None:
 
 
 def test_base_must_be_there_with_its_weights(base: Path, tmp_path: Path) -> None:
-    raw = read_peft(tuned(base, tmp_path, "pissa"), Options())
+    raw = read_peft(tuned(base, tmp_path, "pissa"), FormatOptions())
     with pytest.raises(adapterkit.BaseRequiredError, match="--base"):
         undone(raw, Context(base=None))
     (tmp_path / "bare").mkdir()
@@ -263,15 +252,7 @@ def test_base_must_be_there_with_its_weights(base: Path, tmp_path: Path) -> None
 
 
 def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
-    raw = read_peft(tuned(base, tmp_path / "pissa", "pissa"), Options())
+    saved_llama(tmp_path / "other", intermediate_size=40)
+    raw = read_peft(tuned(base, tmp_path / "pissa", "pissa"), FormatOptions())
     with pytest.raises(adapterkit.IncompatibleBaseError, match="the base has"):
         undone(raw, Context(base=open_base(tmp_path / "other")))

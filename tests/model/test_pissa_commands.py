@@ -11,22 +11,21 @@ import pytest
 import torch
 import transformers
 from dense_updates import dense
-from pissa_models import TARGETS, apart, loaded, logits, merged, relative, same, tuned
-from quiet_peft import quiet_peft
+from pissa_models import TARGETS, loaded, logits, merged, relative, same, tuned
+from pissa_models import base as base  # noqa: PLC0414  (a fixture)
+from pissa_models import quiet as quiet  # noqa: PLC0414  (a fixture)
 from safetensors.torch import load_file, save_file
-from small_llama import saved_llama
 
 import adapterkit
 from adapterkit.errors import UnsupportedError
 from adapterkit.formats.peft.reader import read_peft
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.passes.initialisation import undone
 from adapterkit.passes.protocol import Context
 from adapterkit.projection import project_file
 from adapterkit.tinylora import TinySettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.slow
@@ -34,21 +33,10 @@ pytestmark = pytest.mark.slow
 transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with quiet_peft():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llama(tmp_path_factory.mktemp("base"), apart)
-
-
 def test_adapters_that_left_the_base_alone_come_back_as_they_are(
     base: Path, tmp_path: Path
 ) -> None:
-    raw = read_peft(tuned(base, tmp_path, "gaussian"), Options())
+    raw = read_peft(tuned(base, tmp_path, "gaussian"), FormatOptions())
     assert undone(raw, Context(base=None)).adapter is raw
 
 
@@ -76,7 +64,7 @@ def test_merging_takes_it_back_where_the_base_is_given(base: Path, tmp_path: Pat
     report = adapterkit.merge_files(paths, target, base=base, weights=[0.7, -0.2])
     assert sum("taken back" in note for note in report.notes) == 2
     truths = merged(base, first), merged(base, second)
-    found = dense(read_peft(target, Options()))
+    found = dense(read_peft(target, FormatOptions()))
     assert len(found) == 2 * len(TARGETS)
     for module, update in found.items():
         name = f"{module}.weight"
@@ -104,7 +92,7 @@ def test_peft_keeps_it_as_it_is_without_a_base(base: Path, tmp_path: Path) -> No
 def pissa(base: Path, tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
     """Return a PiSSA adapter, and the update that it is of the original base."""
     path = tuned(base, tmp_path / "pissa", "pissa")
-    weights = {f"{module}.weight" for module in dense(read_peft(path, Options()))}
+    weights = {f"{module}.weight" for module in dense(read_peft(path, FormatOptions()))}
     return path, {
         n.removesuffix(".weight"): x for n, x in merged(base, path).items() if n in weights
     }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
 from adapterkit.dtype import DType
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.differences import difference
 from adapterkit.model import AdapterTensorSet
@@ -92,9 +92,9 @@ def bits(adapter: AdapterTensorSet) -> dict[TensorKey, tuple[Any, ...]]:
     return {k: (t.dtype, t.shape, bytes(t.tobytes())) for k, t in adapter.tensors.items()}
 
 
-def base_in(folder: Path) -> Options:
+def base_in(folder: Path) -> FormatOptions:
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    return Options(base=open_base(folder / "config.json"))
+    return FormatOptions(base=open_base(folder / "config.json"))
 
 
 @BOUNDED
@@ -102,8 +102,8 @@ def base_in(folder: Path) -> Options:
 def test_peft_keeps_every_bit(adapter: AdapterTensorSet) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        PEFT.write(adapter, folder / "a", Options())
-        again = PEFT.read(folder / "a", Options())
+        PEFT.write(adapter, folder / "a", FormatOptions())
+        again = PEFT.read(folder / "a", FormatOptions())
         assert bits(again) == bits(adapter)
         for module, scale in adapter.scales.items():
             np.testing.assert_allclose(again.scales[module], scale, rtol=1e-15)
@@ -142,7 +142,7 @@ def test_convert_there_and_back_changes_nothing_but_rounding(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base_in(folder)
-        PEFT.write(adapter, folder / "a", Options())
+        PEFT.write(adapter, folder / "a", FormatOptions())
         base = folder / "config.json"
         there = convert(folder / "a", folder / "b.gguf", base=base, outtype=outtype)
         back = convert(folder / "b.gguf", folder / "c", base=base)

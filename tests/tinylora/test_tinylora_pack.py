@@ -22,6 +22,7 @@ from tinylora_pack_models import (
     state_settings,
     worst,
 )
+from tinylora_pack_models import base as base  # noqa: PLC0414  (a fixture)
 
 from adapterkit.conversion import convert
 from adapterkit.errors import (
@@ -31,7 +32,7 @@ from adapterkit.errors import (
     UncheckableError,
     UsageError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit.tinylora import TinySettings, streams
 from adapterkit.tinylora.inference import tie_groups
@@ -41,13 +42,6 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -102,7 +96,7 @@ def test_tiny_coefficients_survive_half_precision(
     model = inject(llama(), every, SETTINGS, spread=spread)
     folder = state_settings(model.save(tmp_path / "step"))
     convert(folder, tmp_path / "lora", base=base, outtype=outtype)
-    written = detect(tmp_path / "lora").read(tmp_path / "lora", Options())
+    written = detect(tmp_path / "lora").read(tmp_path / "lora", FormatOptions())
     assert worst(written, model) < {"f16": 5e-4, "bf16": 4e-3}[outtype]
 
 

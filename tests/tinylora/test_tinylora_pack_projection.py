@@ -10,13 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tinylora_pack_models import injected, llama, read, state_settings, worst
+from tinylora_pack_models import base as base  # noqa: PLC0414  (a fixture)
+from tinylora_pack_models import injected, read, state_settings, worst
 
 from adapterkit.conversion import convert
 from adapterkit.errors import (
     LossyConversionError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit_cli.main import cli
 
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
 
 
 # Projection of other adapters.
@@ -72,7 +66,7 @@ def test_projection_of_a_foreign_adapter_reports_what_is_lost(base: Path, tmp_pa
     }
     save_file(noise, path)
     report = project("lora", "pack", base, tmp_path)
-    source = detect(tmp_path / "lora").read(tmp_path / "lora", Options())
+    source = detect(tmp_path / "lora").read(tmp_path / "lora", FormatOptions())
     result = read(tmp_path / "pack", base)
     dense = [
         {p.module: p.b.numpy().astype(float) @ p.a.numpy().astype(float) for p in adapter.pairs()}

@@ -22,6 +22,7 @@ from tinylora_pack_models import (
     worst,
     written,
 )
+from tinylora_pack_models import base as base  # noqa: PLC0414  (a fixture)
 
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
@@ -30,7 +31,7 @@ from adapterkit.errors import (
     IncompatibleBaseError,
     UncheckableError,
 )
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.registry import detect
 from adapterkit.tinylora.targets import target_modules
 
@@ -38,13 +39,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    return folder
 
 
 def test_checkpoint_is_written_as_the_pack_does(base: Path, tmp_path: Path) -> None:
@@ -65,7 +59,9 @@ def test_self_contained_form_goes_back_to_the_pack(base: Path, tmp_path: Path) -
     model = injected()
     source = state_settings(model.save(tmp_path / "step"))
     convert(source, tmp_path / "self.safetensors", to="tinylora", base=base)
-    adapter = detect(tmp_path / "self.safetensors").read(tmp_path / "self.safetensors", Options())
+    adapter = detect(tmp_path / "self.safetensors").read(
+        tmp_path / "self.safetensors", FormatOptions()
+    )
     assert worst(adapter, model) < EXACT
     report = convert(
         tmp_path / "self.safetensors", tmp_path / "pack", to="tinylora-pack", base=base

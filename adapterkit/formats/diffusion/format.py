@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.formats.diffusion.keys import Key
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss
 
@@ -33,16 +33,16 @@ class DiffusionFormat:
 
     spelling: str
 
-    def read(self, path: Path, options: Options) -> AdapterTensorSet:
+    def read(self, path: Path, options: FormatOptions) -> AdapterTensorSet:
         """Read a file of any spelling; nothing that could be told of it is asked for."""
         del options
         return read_diffusion(path, self.spelling)
 
-    def losses(self, adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+    def losses(self, adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
         """List what the file would lack."""
         return losses(adapter, options, self.spelling)
 
-    def write(self, adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+    def write(self, adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
         """Write a file."""
         write_diffusion(adapter, path, options, self.spelling)
 

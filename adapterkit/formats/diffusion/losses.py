@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from adapterkit.formats.diffusion.plan import Plan
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _OTHERS = {
@@ -29,7 +29,7 @@ _OTHERS = {
 }
 
 
-def losses(adapter: AdapterTensorSet, options: Options, spelling: str) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions, spelling: str) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     plan = planned(adapter, spelling, base=options.base)
     found = [

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.formats.diffusion.plan import Destination
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet, Update
 
 BESIDE = (Role.MAGNITUDE, Role.COLUMN_MAGNITUDE, Role.LORA_BIAS)
 
 
-def write_diffusion(adapter: AdapterTensorSet, path: Path, options: Options, spelling: str) -> None:
+def write_diffusion(
+    adapter: AdapterTensorSet, path: Path, options: FormatOptions, spelling: str
+) -> None:
     """Write a file; what has no place in it must have been dropped or refused before.
 
     Raises:

@@ -16,7 +16,7 @@ from adapterkit.model import GgufSource, Kind, Update
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 
@@ -37,7 +37,7 @@ class EngineAdapter:
     unmatched: tuple[str, ...]
 
 
-def engine_adapter(adapter: AdapterTensorSet, options: Options) -> EngineAdapter:
+def engine_adapter(adapter: AdapterTensorSet, options: FormatOptions) -> EngineAdapter:
     """Map an adapter onto llama.cpp's tensors.
 
     Modules that were read in llama.cpp's own layout go back as they are.
@@ -63,7 +63,7 @@ def engine_adapter(adapter: AdapterTensorSet, options: Options) -> EngineAdapter
 
 
 def _family(
-    adapter: AdapterTensorSet, options: Options, *, needed: bool
+    adapter: AdapterTensorSet, options: FormatOptions, *, needed: bool
 ) -> tuple[Architecture | None, Sizes | None]:
     if options.base:
         return options.base.family, options.base.sizes

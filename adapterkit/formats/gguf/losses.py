@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures import LLAMA_CPP
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
@@ -59,7 +60,7 @@ _SETTINGS = {
 }
 
 
-def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     adapter = spelled_out(adapter)
     base = options.base
@@ -149,8 +150,8 @@ def _early(adapter: AdapterTensorSet) -> Iterator[Loss]:
     """Say where llama.cpp lets an aLoRA begin: it cuts the prompt before the wrong token."""
     if adapter.invocation_tokens:
         message = (
-            "llama.cpp (seen on b11549) lets it act from one token before them on, PEFT from their "
-            "first; answers differ a little"
+            f"llama.cpp (seen on {LLAMA_CPP}) lets it act from one token before them on, PEFT from "
+            "their first; answers differ a little"
         )
         subject = f"alora_invocation_tokens = {list(adapter.invocation_tokens)}"
         yield Loss("alora-early", subject, message, blocks=False)
@@ -163,7 +164,7 @@ def _convolutions(adapter: AdapterTensorSet) -> Iterator[Loss]:
 
 
 def _unmatched(
-    adapter: AdapterTensorSet, engine: EngineAdapter, options: Options
+    adapter: AdapterTensorSet, engine: EngineAdapter, options: FormatOptions
 ) -> Iterator[Loss]:
     said = {pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION}
     unmatched = [module for module in engine.unmatched if module not in said]
@@ -206,7 +207,7 @@ def _scale_of(module: str, base: BaseModel | None) -> str | None:
     return next((scale.rpartition(".")[2] for scale in scales), None)
 
 
-def _inert(engine: EngineAdapter, options: Options) -> Iterator[Loss]:
+def _inert(engine: EngineAdapter, options: FormatOptions) -> Iterator[Loss]:
     if options.base is None:
         return
     architecture = options.base.architecture
@@ -214,7 +215,7 @@ def _inert(engine: EngineAdapter, options: Options) -> Iterator[Loss]:
     modules = list(dict.fromkeys(m for name in names for m in engine.sources[name]))
     if modules:
         message = (
-            f"llama.cpp (seen on {architecture.inert_build}) loads this pair and never applies it; "
+            f"llama.cpp (seen on {LLAMA_CPP}) loads this pair and never applies it; "
             "only merging carries it (adapterkit merge --into)"
         )
         yield Loss("inert", first_and_more(modules), message, blocks=False)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.tensor import LazyTensor
 
 ALPHA = "adapter.lora.alpha"
@@ -51,7 +51,7 @@ _STRANGERS = {
 _TOKENS = listed(whole(0, 1 << 40), 1 << 16)
 
 
-def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
+def read_adapter(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read a GGUF adapter.
 
     Args:
@@ -88,7 +88,10 @@ def read_adapter(path: Path, options: Options) -> AdapterTensorSet:
 
 
 def _renamed(
-    architecture: Architecture | None, sizes: Sizes | None, pairs: list[Update], options: Options
+    architecture: Architecture | None,
+    sizes: Sizes | None,
+    pairs: list[Update],
+    options: FormatOptions,
 ) -> tuple[list[Update], dict[str, str]]:
     """Return the pairs under Hugging Face names, and module -> tensor of those left as they are."""
     if architecture is None:
@@ -182,7 +185,7 @@ def _is_pair(group: Mapping[str, LazyTensor]) -> bool:
 
 
 def _family(
-    name: str, pairs: list[Update], options: Options, path: Path
+    name: str, pairs: list[Update], options: FormatOptions, path: Path
 ) -> tuple[Architecture | None, Sizes | None]:
     base = options.base
     candidates = [a for a in (base.candidates if base else find(name)) if a.gguf == name]

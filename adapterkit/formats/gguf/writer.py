@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
@@ -24,7 +24,7 @@ _QUANTISATION_VERSION = 2
 _STORABLE = {DType.F32, DType.F16, DType.BF16, DType.Q8_0}
 
 
-def write_adapter(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+def write_adapter(adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
     """Write a GGUF adapter.
 
     Args:
@@ -59,7 +59,7 @@ def _metadata(
     adapter: AdapterTensorSet,
     architecture: str,
     alpha: float,
-    options: Options,
+    options: FormatOptions,
     tensors: Mapping[str, LazyTensor],
 ) -> dict[str, Any]:
     metadata: dict[str, Any] = {
@@ -78,7 +78,7 @@ def _metadata(
     return {**(source.metadata if isinstance(source, GgufSource) else {}), **metadata}
 
 
-def _base_model(adapter: AdapterTensorSet, options: Options) -> dict[str, Any]:
+def _base_model(adapter: AdapterTensorSet, options: FormatOptions) -> dict[str, Any]:
     """Return `general.base_model.*`, so that a reader can tell what the adapter belongs to."""
     base = options.base
     name = adapter.base.name or (base.name if base else None)

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.formats.handwritten.dialects import Dialect, Document
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _MOST_SHOWN = 5
 
 
-def read(path: Path, options: Options) -> AdapterTensorSet:
+def read(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read a file, a sharded checkpoint, or the file that a dialect expects in a directory.
 
     Args:

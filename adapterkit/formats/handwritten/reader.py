@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.handwritten.dialects import Dialect, Document, Explanation, Site
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
 
 _IMAGE = 4
 
@@ -46,7 +46,7 @@ class _Update:
 
 
 def interpret(
-    explanation: Explanation, document: Document, path: Path, options: Options
+    explanation: Explanation, document: Document, path: Path, options: FormatOptions
 ) -> AdapterTensorSet:
     """Return the adapter that the explained file holds.
 
@@ -83,7 +83,7 @@ def interpret(
 
 
 def _alpha(
-    dialect: Dialect, document: Document, options: Options, explanation: Explanation
+    dialect: Dialect, document: Document, options: FormatOptions, explanation: Explanation
 ) -> float:
     """Return alpha, from the file, a file beside it, or else the options."""
     stored = dialect.alpha if isinstance(dialect.alpha, float) else None

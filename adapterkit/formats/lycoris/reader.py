@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.tensor import LazyTensor
     from adapterkit.tuners.products import Matrix
 
@@ -59,7 +59,7 @@ def is_lycoris(path: Path) -> bool:
         return False
 
 
-def read_lycoris(path: Path, options: Options) -> AdapterTensorSet:
+def read_lycoris(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read a LyCORIS file as factors, which are computed when they are asked for.
 
     Args:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into)"
@@ -59,7 +59,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List every reason at once; no tensor data is read but that of two updates of one table."""
     adapter = spelled_out(adapter)
     mapped = mlx_adapter(adapter, options.base)

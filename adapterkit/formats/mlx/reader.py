@@ -27,7 +27,7 @@ from adapterkit.errors import (
 from adapterkit.factors import fuse_rows, turned, unstack_experts
 from adapterkit.formats.mlx import spelling
 from adapterkit.formats.mlx.config import MLXConfig
-from adapterkit.formats.protocol import Options
+from adapterkit.formats.protocol import FormatOptions
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, Kind, MlxSource, Update
@@ -65,7 +65,7 @@ class _Source:
 
     config: MLXConfig
     weights: Path
-    options: Options
+    options: FormatOptions
     base: BaseModel | None
 
     @property
@@ -97,7 +97,7 @@ def locate(path: Path) -> tuple[Path | None, Path]:
     return (config if config.is_file() else None), weights
 
 
-def read_mlx(path: Path, options: Options) -> AdapterTensorSet:
+def read_mlx(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read an MLX adapter; tensors stay on disk until they are asked for.
 
     Args:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _STORABLE = {DType.F32, DType.F16, DType.BF16}
@@ -148,7 +148,7 @@ def _stacked(name: str, members: Mapping[int, Update], base: BaseModel | None) -
     return stack_experts([members.get(expert) for expert in range(count)], name)
 
 
-def write_mlx(adapter: AdapterTensorSet, folder: Path, options: Options) -> None:
+def write_mlx(adapter: AdapterTensorSet, folder: Path, options: FormatOptions) -> None:
     """Write `adapter_config.json` and `adapters.safetensors` into a new directory.
 
     Args:

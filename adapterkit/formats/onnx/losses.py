@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _MERGE = "merge it into the base instead (adapterkit merge --into), and export that"
@@ -60,7 +60,7 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
 _OVERHEAD = 256
 
 
-def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     adapter = spelled_out(adapter)
     found = [*_by_role(adapter, options.base), *_by_kind(adapter), *_by_setting(adapter)]
@@ -101,8 +101,8 @@ def _by_kind(adapter: AdapterTensorSet) -> Iterator[Loss]:
         modules = {pair.module for pair in adapter.pairs() if pair.kind is kind}
         if keys := [key for key in adapter.tensors if key.module in modules]:
             yield _loss(code, keys, message)
-    given = adapter.source.names if isinstance(adapter.source, OnnxSource) else {}
-    single = {pair.module for pair in adapter.pairs() if _EXPERT.search(pair.module)} - given.keys()
+    given = set(adapter.source.names if isinstance(adapter.source, OnnxSource) else ())
+    single = {pair.module for pair in adapter.pairs() if _EXPERT.search(pair.module)} - given
     if keys := [key for key in adapter.tensors if key.module in single]:
         yield _loss("experts", keys, f"{_OF_EXPERTS}; {_MERGE}")
 
@@ -117,8 +117,9 @@ def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
         yield Loss("engine-layout", first_and_more(list(kept)), message)
 
 
-def _too_large(adapter: AdapterTensorSet, options: Options) -> Iterator[Loss]:
-    size = (options.dtype if options.dtype in STORABLE else DType.F32).block_bytes
+def _too_large(adapter: AdapterTensorSet, options: FormatOptions) -> Iterator[Loss]:
+    stored = options.dtype or DType.F32
+    size = (stored if stored in STORABLE else DType.F32).block_bytes
     sizes = (
         size * tensor.size + len(str(key)) + _OVERHEAD for key, tensor in adapter.tensors.items()
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.tensor import LazyTensor
 
 NAME = "onnx-adapter"
@@ -36,7 +36,7 @@ _QUANTISED = re.compile(r"\.lora_[AB]\.quant\.(weight|scale|zero_point)$")
 _ROLES = {"A": Role.LORA_A, "B": Role.LORA_B}
 
 
-def read_onnx(path: Path, options: Options) -> AdapterTensorSet:
+def read_onnx(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read a file; tensors stay on disk until they are asked for.
 
     Args:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.tensor import LazyTensor
 
 STORABLE = (DType.F32, DType.F16, DType.BF16)
 
 
-def write_onnx(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+def write_onnx(adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
     """Write one file, as Olive's `convert-adapters` names a graph's inputs, or as the source does.
 
     Args:

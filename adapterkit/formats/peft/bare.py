@@ -27,7 +27,7 @@ from adapterkit.notes import Note, Provenance
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet, BesideFile
 
 _A = re.compile(r"\.lora_A(?:\.[^.]+)?\.weight$|\.lora_embedding_A(?:\.[^.]+)?$")
@@ -53,7 +53,7 @@ class State:
     notes: tuple[Note | str, ...]
 
 
-def read_weights(path: Path, options: Options) -> AdapterTensorSet:
+def read_weights(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read a file of PEFT's tensors, or the one in a directory, without a config beside it.
 
     Args:
@@ -90,7 +90,7 @@ def read_weights(path: Path, options: Options) -> AdapterTensorSet:
     return _with_alpha(state, "peft-weights", path, options)
 
 
-def adapter_of(state: State, name: str, path: Path, options: Options) -> AdapterTensorSet:
+def adapter_of(state: State, name: str, path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Return the adapter of a state, scaled by the config beside or above it, or by alpha.
 
     Args:
@@ -125,7 +125,7 @@ def adapter_of(state: State, name: str, path: Path, options: Options) -> Adapter
 
 
 def _with_config(
-    state: State, found: Counted, folder: Path, name: str, path: Path, options: Options
+    state: State, found: Counted, folder: Path, name: str, path: Path, options: FormatOptions
 ) -> AdapterTensorSet:
     config = LoraConfig(found.raw, found.path)
     adapter = interpret(state.tensors, config, state.folder, options.base)
@@ -136,7 +136,7 @@ def _with_config(
     return _told(adapter, state, name, path, scaled).replace(beside=beside)
 
 
-def _with_alpha(state: State, name: str, path: Path, options: Options) -> AdapterTensorSet:
+def _with_alpha(state: State, name: str, path: Path, options: FormatOptions) -> AdapterTensorSet:
     ranks = Counter(
         tensor.shape[-2 if "embedding" not in name and len(tensor.shape) < 4 else 0]  # noqa: PLR2004  (a convolution)
         for name, tensor in state.tensors.items()
@@ -163,7 +163,7 @@ def _with_alpha(state: State, name: str, path: Path, options: Options) -> Adapte
     )
 
 
-def _beside(state: State, path: Path, options: Options) -> tuple[BesideFile, ...]:
+def _beside(state: State, path: Path, options: FormatOptions) -> tuple[BesideFile, ...]:
     """Return what lies beside a state; a file that is passed by a name of its own lies alone."""
     own = _own(state)
     if own == {path.name} and path.name not in WEIGHTS:

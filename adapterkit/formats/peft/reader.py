@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.tensor import LazyTensor
 
 _MATRIX = 2
 _MOST_BLOCKS = 1 << 16
 
 
-def read_peft(path: Path, options: Options) -> AdapterTensorSet:
+def read_peft(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read a PEFT LoRA adapter; tensors stay on disk until they are asked for.
 
     Args:

@@ -20,11 +20,11 @@ from adapterkit.formats.peft.state import chosen
 from adapterkit.notes import Note
 
 if TYPE_CHECKING:
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 
-def read_dcp_adapter(path: Path, options: Options) -> AdapterTensorSet:
+def read_dcp_adapter(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read the adapter of a checkpoint of torch; its tensors are joined when they are asked for.
 
     Args:
@@ -40,7 +40,7 @@ def read_dcp_adapter(path: Path, options: Options) -> AdapterTensorSet:
     return adapter_of(_dcp_state(path), "dcp", path, options)
 
 
-def read_deepspeed_adapter(path: Path, options: Options) -> AdapterTensorSet:
+def read_deepspeed_adapter(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read the adapter of a checkpoint of DeepSpeed; in all else as `read_dcp_adapter`."""
     return adapter_of(_zero_state(path), "deepspeed", path, options)
 

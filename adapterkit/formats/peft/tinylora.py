@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss
 
@@ -34,13 +34,13 @@ _ROOM = 1 << 24
 _WHOLE = (Role.FULL, Role.BASE_COPY)
 
 
-def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List what PEFT's TinyLoRA cannot hold."""
     del options
     return writing.losses(adapter, holds=_WHOLE)
 
 
-def write(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+def write(adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
     """Write an adapter directory, exact: A, B and P are stored and PEFT loads all three.
 
     Another form's groups are no rows of neighbours, which is all that PEFT can tie. So all
@@ -150,7 +150,7 @@ def _placed(module: TinyModule, vector: LazyTensor, place: tuple[int, int] | Non
     )
 
 
-def _config(tiny: TinyAdapter, adapter: AdapterTensorSet, options: Options) -> dict[str, Any]:
+def _config(tiny: TinyAdapter, adapter: AdapterTensorSet, options: FormatOptions) -> dict[str, Any]:
     base = options.base
     names = [module.name for module in tiny.modules]
     conv1d = bool(base) and any(rule.conv1d for rule in base.architecture.rules)

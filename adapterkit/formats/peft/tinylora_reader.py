@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.architectures import Architecture
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 NAME = "tinylora-peft"
@@ -73,7 +73,7 @@ class _Stored:
     notes: tuple[str, ...] = ()
 
 
-def read_peft_tinylora(path: Path, options: Options) -> AdapterTensorSet:
+def read_peft_tinylora(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read an adapter directory, or its weights file.
 
     Raises:
@@ -186,7 +186,7 @@ def _modules(
     stored: _Stored,
     config: Table,
     path: Path,
-    options: Options,
+    options: FormatOptions,
     notes: list[str],
 ) -> tuple[TinyModule, ...]:
     names = tuple(stored.parts)
@@ -260,7 +260,7 @@ def _refuse_unseeded(config: Table, path: Path) -> None:
         )
 
 
-def _architecture(config: Table, options: Options) -> Architecture | None:
+def _architecture(config: Table, options: FormatOptions) -> Architecture | None:
     if options.base:
         return options.base.architecture
     name = _base_class(config)

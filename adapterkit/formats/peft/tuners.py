@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.tensor import LazyTensor
 
 # AdaLoRA's leaves are LoRA's without `.weight`; told apart before the common grammar sees them.
@@ -38,7 +38,7 @@ _NORM = re.compile(r"\.ln_tuning_layers(?:\.[^.]+)?\.(weight|bias)$")
 _KEPT = ("task_type", "revision", "auto_mapping", "modules_to_save", "fan_in_fan_out")
 
 
-def read_tuner(path: Path, options: Options) -> AdapterTensorSet:
+def read_tuner(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read a PEFT adapter of another tuner as factors or whole parameters, computed when needed.
 
     Args:

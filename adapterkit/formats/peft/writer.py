@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from adapterkit.architectures import Architecture
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
 _Number = TypeVar("_Number", int, float)
@@ -74,7 +74,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List what a PEFT LoRA directory cannot hold of this adapter."""
     del options
     found: list[Loss] = []
@@ -146,7 +146,7 @@ def _zeros(size: int, dtype: DType) -> LazyTensor:
     return LazyTensor.of(np.zeros(size, np.float32)).cast(DType.F32 if dtype.quantised else dtype)
 
 
-def write_peft(adapter: AdapterTensorSet, folder: Path, options: Options) -> None:
+def write_peft(adapter: AdapterTensorSet, folder: Path, options: FormatOptions) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into a new directory.
 
     What lies beside the adapter is carried along byte for byte; whole models and other adapters

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
     from adapterkit.tensor import LazyTensor
 
 NAME = "tinylora-pack"
 
 
-def read(path: Path, options: Options) -> AdapterTensorSet:
+def read(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Rebuild the frozen parts from the base, and return the plain LoRA they make.
 
     Raises:
@@ -47,7 +47,7 @@ def read(path: Path, options: Options) -> AdapterTensorSet:
 
 
 def _read(
-    path: Path, checkpoint: Checkpoint, vectors: Mapping[str, LazyTensor], options: Options
+    path: Path, checkpoint: Checkpoint, vectors: Mapping[str, LazyTensor], options: FormatOptions
 ) -> AdapterTensorSet:
     metadata = checkpoint.metadata
     stated = Table(metadata, path)

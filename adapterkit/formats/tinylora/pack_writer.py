@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
     from adapterkit.tinylora.adapter import TinyAdapter
 
 
-def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List what a checkpoint of coefficients cannot hold."""
     del options
     found = writing.losses(adapter)
@@ -37,7 +37,7 @@ def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
     return found
 
 
-def write_pack(adapter: AdapterTensorSet, folder: Path, options: Options) -> None:
+def write_pack(adapter: AdapterTensorSet, folder: Path, options: FormatOptions) -> None:
     """Write a checkpoint directory: vectors, manifest, settings and witness.
 
     Args:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.protocol import Options
+    from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss
 
@@ -54,7 +54,7 @@ def is_self_contained(path: Path) -> bool:
         return False
 
 
-def read(path: Path, options: Options) -> AdapterTensorSet:
+def read(path: Path, options: FormatOptions) -> AdapterTensorSet:
     """Read a file, or the one in a directory; a base that is given is held to the witness.
 
     Raises:
@@ -72,13 +72,13 @@ def read(path: Path, options: Options) -> AdapterTensorSet:
     )
 
 
-def losses(adapter: AdapterTensorSet, options: Options) -> list[Loss]:
+def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List what the form has no place for."""
     del options
     return writing.losses(adapter)
 
 
-def write(adapter: AdapterTensorSet, path: Path, options: Options) -> None:
+def write(adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
     """Write one file; the witness is the source's, or is taken from the base that is given."""
     tiny = writing.tiny_of(adapter)
     tensors: dict[str, LazyTensor] = {}
