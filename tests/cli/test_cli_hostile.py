@@ -26,7 +26,7 @@ HOSTILE: dict[str, tuple[str, int, str]] = {
     "alpha-not-finite": ("fails", 3, f"{CONFIG}lora_alpha: expects a finite number, has inf"),
     "b-without-a": ("shows", 3, f"{MODULE}.lora_B: has no lora_A"),
     "config-a-list": ("fails", 3, f"{CONFIG}is not a JSON object"),
-    "config-empty": ("fails", 3, f"{CONFIG}is not readable JSON"),
+    "config-empty": ("fails", 3, f"{CONFIG}is empty"),
     "config-not-json": ("fails", 3, f"{CONFIG}is not readable JSON"),
     "config-too-deep": ("fails", 3, f"{CONFIG}is not readable JSON"),
     "empty-tensor": ("shows", 3, f"{MODULE}.lora_A: is empty, shape [0]"),
@@ -57,7 +57,7 @@ HOSTILE: dict[str, tuple[str, int, str]] = {
     "two-of-one-meaning": ("fails", 3, f"{WEIGHTS}{MODULE}.lora_A: two tensors"),
     "unknown-lora-tensor": ("fails", 4, f"{MODULE}.lora_C.weight: is a LoRA tensor of an unknown"),
     "weights-cut": ("fails", 3, f"{WEIGHTS}100 of 6144 bytes of data are missing"),
-    "weights-garbage": ("fails", 3, f"{WEIGHTS}a header of"),
+    "weights-garbage": ("fails", 3, f"{WEIGHTS}is a web page"),
     "weights-run-a-command": ("fails", 3, "adapter_model.bin: its pickle asks for os.system"),
 }
 
