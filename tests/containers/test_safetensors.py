@@ -31,7 +31,7 @@ DEFECTS = {
     "duplicate-key-escaped": (FormatError, "second", "the header has this key twice"),
     "duplicate-metadata-key": (FormatError, "rank", "the header has this key twice"),
     "empty-file": (TruncatedFileError, None, "the file is empty"),
-    "garbage": (FormatError, None, "this is no safetensors file"),
+    "garbage": (FormatError, None, "is text ('This was a model once"),
     "git-lfs-pointer": (FormatError, None, "run `git lfs pull`"),
     "header-deeply-nested": (FormatError, None, "recursion limit"),
     "header-is-a-list": (FormatError, None, "not a JSON object"),

@@ -47,7 +47,7 @@ DEFECTS = {
     "empty-file": (TruncatedFileError, None, "the file is empty"),
     "encrypted": (FormatError, RECORD, "is encrypted"),
     "exponential-key": (FormatError, None, "a key that holds a tuple"),
-    "garbage": (FormatError, None, "is not a zip of torch.save"),
+    "garbage": (FormatError, None, "is text ('neither a zip nor a pickle')"),
     "git-lfs-pointer": (FormatError, None, "run `git lfs pull`"),
     "key-of-many-bits": (FormatError, None, "a key of 65 bits"),
     "key-is-a-list": (FormatError, None, "a key that holds a list"),
