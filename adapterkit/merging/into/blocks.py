@@ -48,15 +48,22 @@ class Left:
         kept: ⟨W' - W, ΔW⟩.
         noise: ‖(W' - W) - ΔW‖².
         own: the same along the adapter's own directions.
+        output: the same of outputs, for the inputs that are known.
     """
 
     kept: float = 0.0
     noise: float = 0.0
     own: float = 0.0
+    output: float = 0.0
 
     def __add__(self, other: Left) -> Left:
         """Add up the sums of two disjoint blocks."""
-        return Left(self.kept + other.kept, self.noise + other.noise, self.own + other.own)
+        return Left(
+            self.kept + other.kept,
+            self.noise + other.noise,
+            self.own + other.own,
+            self.output + other.output,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +73,14 @@ class Sums:
     Attributes:
         base: ‖W‖².
         update: ‖ΔW‖².
+        output: the same of outputs, for the inputs that are known.
         left: of what is stored.
         nearest: of what nearest rounding makes, where another is used.
     """
 
     base: float = 0.0
     update: float = 0.0
+    output: float = 0.0
     left: Left = Left()
     nearest: Left = Left()
 
@@ -80,6 +89,7 @@ class Sums:
         return Sums(
             self.base + other.base,
             self.update + other.update,
+            self.output + other.output,
             self.left + other.left,
             self.nearest + other.nearest,
         )
@@ -160,7 +170,7 @@ class Merger:
                 self._refuse(base)
             return data, Sums()
         merged, update = self._merged(place, base, memory)
-        sums = Sums(_inner(base, base), _inner(update, update))
+        sums = Sums(base=_inner(base, base), update=_inner(update, update))
         data = memory.stored(merged, self.change.via)
         left = self._left(memory.decoded(data), merged, update, sums.update, place)
         if self._rounder is None or not np.isfinite(sums.update):
@@ -169,7 +179,8 @@ class Merger:
             wanted = merged.astype(np.float32)
             data = self._shaped(self._rounder, wanted, data, place)
             shaped = self._left(memory.decoded(data), merged, update, sums.update, place)
-            sums = replace(sums, left=shaped, nearest=left)
+            _, output = self._rounder.seen(update, place)
+            sums = replace(sums, left=shaped, nearest=left, output=output)
         if not np.isfinite(sums.left.kept):
             self._refuse(self.base_block(place))
         return data, sums
@@ -182,8 +193,8 @@ class Merger:
         W' - W is ΔW and what rounding W + ΔW added to it, so one difference gives both sums.
         """
         stored -= merged
-        own = self._rounder.own(stored, place) if self._rounder else 0.0
-        return Left(square + _inner(stored, update), _inner(stored, stored), own)
+        seen = self._rounder.seen(stored, place) if self._rounder else ()
+        return Left(square + _inner(stored, update), _inner(stored, stored), *seen)
 
     def _shaped(
         self, rounder: Rounder, wanted: Array, nearest: memoryview, place: Place
@@ -343,10 +354,12 @@ def _compared(sums: Sums) -> dict[str, Any]:
     return {
         "rounding": "shaped",
         "direction_error": (left.own / sums.update) ** 0.5,
+        "output_error": (left.output / sums.output) ** 0.5 if sums.output else None,
         "nearest": NearestReport(
             survival=nearest.kept / sums.update,
             noise=(nearest.noise / sums.update) ** 0.5,
             direction_error=(nearest.own / sums.update) ** 0.5,
+            output_error=(nearest.output / sums.output) ** 0.5 if sums.output else None,
         ),
     }
 
