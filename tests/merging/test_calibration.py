@@ -85,7 +85,8 @@ def imatrix(base: BaseModel, path: Path, sequences: Sequence[Sequence[int]]) -> 
 
 def hessian(shaping: Shaping) -> np.ndarray[Any, Any]:
     """Return diag(D) + Gᵀ G."""
-    return np.diag(shaping.weights) + shaping.directions.T @ shaping.directions
+    directions = np.concatenate([shaping.seen, shaping.first])
+    return np.diag(shaping.others + shaping.rest) + directions.T @ directions
 
 
 def test_two_forward_passes_see_the_same(smollm2: Path) -> None:
@@ -126,15 +127,18 @@ def test_an_imatrix_is_the_diagonal(
     model, file = open_model(base), read_gguf(base)
     name = "blk.0.attn_v.weight"
     directions = np.random.default_rng(0).standard_normal((3 if drawn else 0, 256)) / 16
-    known = {name: Shaping(directions, np.ones(256))} if drawn else {}
+    seen, first = directions[:2], directions[2:]
+    known = {name: Shaping(seen, np.ones(256), first, 0.1)} if drawn else {}
     monkeypatch.setattr(calibration, "drawn_inputs", lambda *_: known)
     path = imatrix(model, tmp_path / "imatrix.gguf", [[1, 300, 301, 302], [1, 310, 311, 312]])
     (found,) = calibration.calibrated_inputs(model, file, [name], path).values()
     squares = read_gguf(path).tensors[f"{name}.in_sum2"].numpy()[0].astype(float)
     squares *= squares.size / squares.sum()
-    wanted = TEXT.others + np.maximum(TEXT.moments * squares - np.square(directions[:-1]).sum(0), 0)
-    assert found.weights == pytest.approx(wanted)
-    assert np.array_equal(found.directions, directions)
+    wanted = np.maximum(TEXT.moments * squares - np.square(seen).sum(0), 0)
+    assert found.rest == pytest.approx(wanted)
+    assert found.others == TEXT.others
+    assert np.array_equal(found.seen, seen)
+    assert np.array_equal(found.first, first)
     report = merge_into([adapter], base, tmp_path / "m.gguf", calibrate=path, **KEEP)
     assert {tensor.rounding for tensor in report.tensors} == {"shaped"}
     plain = merge_into([adapter], base, tmp_path / "plain.gguf", **KEEP)

@@ -49,15 +49,22 @@ class Left:
         kept: ⟨W' - W, ΔW⟩.
         noise: ‖(W' - W) - ΔW‖².
         own: the same along the adapter's own directions.
+        output: the same of outputs, for the inputs that are known.
     """
 
     kept: float = 0.0
     noise: float = 0.0
     own: float = 0.0
+    output: float = 0.0
 
     def __add__(self, other: Left) -> Left:
         """Add up the sums of two disjoint blocks."""
-        return Left(self.kept + other.kept, self.noise + other.noise, self.own + other.own)
+        return Left(
+            self.kept + other.kept,
+            self.noise + other.noise,
+            self.own + other.own,
+            self.output + other.output,
+        )
 
 
 @dataclass(slots=True)
@@ -67,12 +74,14 @@ class Sums:
     Attributes:
         base: ‖W‖².
         update: ‖ΔW‖².
+        output: the same of outputs, for the inputs that are known.
         left: of what is stored.
         nearest: of what nearest rounding makes, where another is used.
     """
 
     base: float = 0.0
     update: float = 0.0
+    output: float = 0.0
     left: Left = field(default_factory=Left)
     nearest: Left = field(default_factory=Left)
 
@@ -81,6 +90,7 @@ class Sums:
         return Sums(
             self.base + other.base,
             self.update + other.update,
+            self.output + other.output,
             self.left + other.left,
             self.nearest + other.nearest,
         )
@@ -166,13 +176,14 @@ class Merger:
         data = memory.stored(merged, self.change.via)
         left = self._left(memory.decoded(data, merged), merged, update, square, place)
         if self._rounder is None or not math.isfinite(square):
-            sums = Sums(weight, square, left)
+            sums = Sums(weight, square, left=left)
         else:
             wanted = merged.astype(np.float32)
             data = self._shaped(self._rounder, wanted, data, place)
             stored = memory.decoded(data, merged)
             shaped = self._left(stored, merged, update, square, place)
-            sums = Sums(weight, square, shaped, left)
+            _, output = self._rounder.seen(update, place)
+            sums = Sums(weight, square, output, shaped, left)
         if not math.isfinite(sums.left.kept):
             self._refuse(self.base_block(place))
         return data, sums
@@ -185,8 +196,8 @@ class Merger:
         W' - W is ΔW and what rounding W + ΔW added to it, so one difference gives both sums.
         """
         stored -= merged
-        own = self._rounder.own(stored, place) if self._rounder else 0.0
-        return Left(square + _inner(stored, update), _inner(stored, stored), own)
+        seen = self._rounder.seen(stored, place) if self._rounder else ()
+        return Left(square + _inner(stored, update), _inner(stored, stored), *seen)
 
     def _shaped(
         self, rounder: Rounder, wanted: Array, nearest: memoryview, place: Place
@@ -347,10 +358,12 @@ def _compared(sums: Sums) -> dict[str, Any]:
     return {
         "rounding": "shaped",
         "direction_error": (left.own / sums.update) ** 0.5,
+        "output_error": (left.output / sums.output) ** 0.5 if sums.output else None,
         "nearest": NearestReport(
             survival=nearest.kept / sums.update,
             noise=(nearest.noise / sums.update) ** 0.5,
             direction_error=(nearest.own / sums.update) ** 0.5,
+            output_error=(nearest.output / sums.output) ** 0.5 if sums.output else None,
         ),
     }
 

@@ -16,7 +16,14 @@ from adapterkit.architectures.mapping import find_rule
 from adapterkit.base.activations import computable
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.errors import FormatError, UncheckableError, UsageError
-from adapterkit.merging.into.inputs import TEXT, drawn_inputs, first_token, moments, seen_inputs
+from adapterkit.merging.into.inputs import (
+    TEXT,
+    drawn_inputs,
+    first_token,
+    moments,
+    seen_inputs,
+    unknown_inputs,
+)
 from adapterkit.merging.into.steps import Shaping
 
 if TYPE_CHECKING:
@@ -80,11 +87,9 @@ def _squared_inputs(
                 where=name,
             )
         squares *= squares.size / max(float(squares.sum()), 1e-30)
-        known = drawn.get(name)
-        directions = known.directions if known else np.zeros((0, squares.size))
-        seen = np.square(directions[:-1]).sum(0) if known else 0.0
-        rest = np.maximum(TEXT.moments * squares - seen, 0)
-        found[name] = Shaping(directions, TEXT.others + rest, TEXT.rounds)
+        known = drawn.get(name) or unknown_inputs(squares.size)
+        rest = np.maximum(TEXT.moments * squares - np.square(known.seen).sum(0), 0)
+        found[name] = Shaping(known.seen, rest, known.first, TEXT.others, TEXT.rounds)
     if not found:
         raise FormatError("holds nothing of the tensors that change", path=source)
     return drawn | found

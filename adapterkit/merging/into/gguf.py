@@ -14,6 +14,7 @@ from adapterkit.errors import UnsupportedError, UsageError, unknown
 from adapterkit.merging.into.calibration import calibrated_inputs
 from adapterkit.merging.into.engine import EMBEDDING, OUTPUT, engine_steps
 from adapterkit.merging.into.inputs import drawn_inputs
+from adapterkit.merging.into.merged_base import merged_base
 from adapterkit.merging.into.report import MOST_ERROR
 from adapterkit.merging.into.rounding import can_be_shaped, shaped_changes
 from adapterkit.merging.into.ruled import ruled
@@ -156,10 +157,11 @@ def plan_gguf(
             raise UsageError(
                 "nothing is rounded by what it listens to here; leave it out", path=calibrate
             )
+        merged = merged_base(base, changes)
         inputs = (
-            drawn_inputs(base, file, names)
+            drawn_inputs(merged, file, names)
             if calibrate is None
-            else calibrated_inputs(base, file, names, calibrate)
+            else calibrated_inputs(merged, file, names, calibrate)
         )
         changes = shaped_changes(changes, inputs, most)
         notes += _on_rounding(names, inputs)

@@ -56,7 +56,8 @@ _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 def unknown_inputs(columns: int) -> Shaping:
     """Return what counts where nothing is known: every input as much as any."""
-    return Shaping(np.zeros((0, columns)), np.full(columns, DRAWN.others))
+    none = np.zeros((0, columns))
+    return Shaping(none, np.zeros(columns), none, DRAWN.others)
 
 
 def drawn_inputs(base: BaseModel, file: GGUFFile, names: Collection[str]) -> dict[str, Shaping]:
@@ -162,8 +163,8 @@ def moments(vectors: Sequence[Array], weighting: Weighting) -> Shaping:
     rest = np.maximum(np.square(rows).sum(0) - np.square(most).sum(0), 0)
     own = first.mean(0, keepdims=True, dtype=np.float64)
     own *= weighting.first**0.5 / max(float(np.linalg.norm(own)), _TINY)
-    rows = np.concatenate([most * weighting.moments**0.5, own])
-    return Shaping(rows, weighting.others + weighting.moments * rest, weighting.rounds)
+    most *= weighting.moments**0.5
+    return Shaping(most, weighting.moments * rest, own, weighting.others, weighting.rounds)
 
 
 def _leading(rows: Array, count: int) -> Array:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 # Counts up when the same merge would be written in other bytes.
-_VERSION = 3
+_VERSION = 4
 # A base counts by its headers and by so many bytes at a place of every so many; small files whole.
 _SAMPLE = 1 << 12
 _EVERY = 1 << 20
@@ -171,6 +171,7 @@ def _segment(line: Table) -> tuple[tuple[str, int], Segment]:
             rounding=report.get("rounding", TEXT),
             noise=report.optional("noise", number()),
             direction_error=report.optional("direction_error", number()),
+            output_error=report.optional("output_error", number()),
             nearest=_nearest(report.table("nearest")),
         )
         for report in (line.inner("reports", each) for each in line.get("reports", _REPORTS))
@@ -183,7 +184,10 @@ def _segment(line: Table) -> tuple[tuple[str, int], Segment]:
 
 def _nearest(table: Table | None) -> NearestReport | None:
     names = ("survival", "noise", "direction_error")
-    return None if table is None else NearestReport(**{n: table.get(n, number()) for n in names})
+    if table is None:
+        return None
+    found = {name: table.get(name, number()) for name in names}
+    return NearestReport(**found, output_error=table.optional("output_error", number()))
 
 
 def plan_hash(

@@ -8,9 +8,12 @@ from statistics import median
 from adapterkit.notes import Loss
 from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, size
 
-_MEANING = (
-    "the first is the error that the model sees where the adapter listens; the last, over all "
-    "inputs alike, grows in exchange"
+# What shaped rounding is told by, and what each says of a tensor.
+_MEASURES = (
+    ("output_error", "errors in the layer's output, as a share of what the adapter adds to it"),
+    ("direction_error", "the same, of inputs that the adapter listens to, all alike"),
+    ("survival", "how much of the update is in the stored weights"),
+    ("noise", "the same as the first, of any inputs: grows in exchange where few are"),
 )
 # Where rounding is shaped: the largest error along the adapter's own directions.
 MOST_ERROR = 0.5
@@ -26,11 +29,13 @@ class NearestReport:
         survival: as in `TensorReport`.
         noise: the same.
         direction_error: the same.
+        output_error: the same.
     """
 
     survival: float
     noise: float
     direction_error: float
+    output_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,9 @@ class TensorReport:
             makes it larger.
         direction_error: the same along the inputs that the adapter listens to (the rows of A),
             which is what the model sees of it; None for nearest rounding.
+        output_error: ‖((W' - W) - ΔW) h‖ / ‖ΔW h‖ for the inputs h of the text or imatrix, or of
+            the tokens that the base draws: what the layer's output is off by, as a share of what
+            the adapter adds to it; None where no inputs are known.
         nearest: what nearest rounding would have left, where rounding is shaped.
         quantised: ‖W - W₄‖ / ‖W‖, where W₄ are the quantised weights that the adapter was trained
             on, decoded; None where these are not at hand.
@@ -64,6 +72,7 @@ class TensorReport:
     rounding: str = "nearest"
     noise: float | None = None
     direction_error: float | None = None
+    output_error: float | None = None
     nearest: NearestReport | None = None
     quantised: float | None = None
 
@@ -151,16 +160,12 @@ class MergeIntoReport(Shown):
         shaped = [(t, t.nearest) for t in self.tensors if t.nearest is not None]
         if not shaped:
             return []
-        pairs = {
-            "direction error": [(t.direction_error or 0.0, n.direction_error) for t, n in shaped],
-            "survival": [(t.survival or 0.0, n.survival) for t, n in shaped],
-            "noise": [(t.noise or 0.0, n.noise) for t, n in shaped],
-        }
-        shown = [
-            f"{name} {median(a for a, _ in each):.0%} ({median(b for _, b in each):.0%})"
-            for name, each in pairs.items()
-        ]
-        return [
-            f"shaped rounding, medians beside nearest's: {', '.join(shown)}",
-            _MEANING,
-        ]
+        found = ["shaped rounding, the median tensor, and by nearest rounding:"]
+        for name, meaning in _MEASURES:
+            pairs = [(getattr(t, name), getattr(nearest, name)) for t, nearest in shaped]
+            known = [(ours, other) for ours, other in pairs if None not in {ours, other}]
+            if known:
+                ours, other = (median(each) for each in zip(*known, strict=True))
+                label = f"  {name.replace('_', ' ')} {ours:.0%}, not {other:.0%}"
+                found.append(f"{label}: {meaning}")
+        return found

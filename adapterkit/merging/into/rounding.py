@@ -66,17 +66,22 @@ class Rounder:
         shape, _ = self.shape(place.matrix)
         return shaped(wanted, tuple(starts), self.change.dtype, shape, self.shaping.rounds)
 
-    def own(self, errors: Array, place: Place) -> float:
-        """Return the squared norm of errors as the adapter's own directions see them."""
+    def seen(self, errors: Array, place: Place) -> tuple[float, float]:
+        """Return the squared norms of errors along the adapter's own directions, and in outputs.
+
+        The second is that of what errors make of the inputs, as far as these are known.
+        """
         shape, count = self.shape(place.matrix)
-        seen = errors @ shape.directions[:count].T.astype(errors.dtype)
-        return float(np.square(seen).sum())
+        known = shape.directions[: count + len(self.shaping.seen)].astype(errors.dtype)
+        own, seen = np.split(np.square(errors @ known.T).sum(0, dtype=np.float64), [count])
+        rest = np.einsum("ij,ij->j", errors, errors) @ self.shaping.rest
+        return float(own.sum()), float(seen.sum() + rest)
 
     def _shape(self, matrix: int) -> tuple[Shape, int]:
         """Return what counts, and how many of the directions are the adapter's own."""
         own = _directions(self.sums, matrix)
-        rows = np.concatenate([own, self.shaping.directions])
-        shape = Shape(rows, self.shaping.weights)
+        rows = np.concatenate([own, self.shaping.seen, self.shaping.first])
+        shape = Shape(rows, self.shaping.others + self.shaping.rest)
         _ = shape.feedback
         return shape, len(own)
 

@@ -155,13 +155,17 @@ class Shaping:
     """What counts beside an adapter's own directions when a change of it is rounded.
 
     Attributes:
-        directions: (k, columns), as long as they weigh.
-        weights: (columns,), of every input by itself.
+        seen: (k, columns), the first directions of the inputs, as long as they weigh.
+        rest: (columns,), the squares of the inputs that these leave; all zero where none are known.
+        first: (n, columns), the first token's direction, as long as it weighs; none if unknown.
+        others: the weight of every direction alike.
         rounds: of scales and levels after the first pass.
     """
 
-    directions: np.ndarray[Any, np.dtype[Any]]
-    weights: np.ndarray[Any, np.dtype[Any]]
+    seen: np.ndarray[Any, np.dtype[Any]]
+    rest: np.ndarray[Any, np.dtype[Any]]
+    first: np.ndarray[Any, np.dtype[Any]]
+    others: float
     rounds: int = ROUNDS
 
 
