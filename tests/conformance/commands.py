@@ -36,6 +36,11 @@ class Asked:
     options: Mapping[str, Any]
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """What the adapter does not say itself."""
+        return {} if self.made.alpha is None else {"alpha": self.made.alpha}
+
+    @property
     def lossy(self) -> dict[str, Any]:
         return {"allow_lossy": True} if self.allow_lossy else {}
 
@@ -66,11 +71,13 @@ class Command:
 
 
 def _inspect(asked: Asked) -> Any:
-    return adapterkit.inspect(asked.made.path, base=asked.made.given)
+    return adapterkit.inspect(asked.made.path, base=asked.made.given, **asked.reading)
 
 
 def _validate(asked: Asked) -> Any:
-    return adapterkit.validate(asked.made.path, base=asked.made.given, targets=["peft"])
+    return adapterkit.validate(
+        asked.made.path, base=asked.made.given, targets=["peft"], **asked.reading
+    )
 
 
 def _to(target: str) -> Callable[[Asked], Any]:
@@ -83,6 +90,7 @@ def _to(target: str) -> Callable[[Asked], Any]:
             base=base,
             unverified=True,
             **layout,
+            **asked.reading,
             **asked.lossy,
         )
 
@@ -93,13 +101,21 @@ def _merge(asked: Asked) -> Any:
     """Merge the adapter with itself, half and half: the result is the adapter."""
     sources = [asked.made.path, asked.made.path]
     return adapterkit.merge_files(
-        sources, asked.out, weights=[0.5, 0.5], base=asked.made.given, **asked.layout, **asked.lossy
+        sources,
+        asked.out,
+        weights=[0.5, 0.5],
+        base=asked.made.given,
+        **asked.layout,
+        **asked.reading,
+        **asked.lossy,
     )
 
 
 def _into(asked: Asked, base: Path) -> Any:
     said = {name: value for name, value in asked.options.items() if name == "tied"}
-    return adapterkit.merge_into([asked.made.path], base, asked.out, **said, **asked.lossy)
+    return adapterkit.merge_into(
+        [asked.made.path], base, asked.out, **said, **asked.reading, **asked.lossy
+    )
 
 
 def _engine_model(made: Made) -> Path:
@@ -109,7 +125,9 @@ def _engine_model(made: Made) -> Path:
 
 def _compress(asked: Asked) -> Any:
     """Compress by nothing: every rank is needed for this tolerance."""
-    return adapterkit.compress_file(asked.made.path, asked.out, tol=1e-6, base=asked.made.given)
+    return adapterkit.compress_file(
+        asked.made.path, asked.out, tol=1e-6, base=asked.made.given, **asked.reading
+    )
 
 
 def _diff(asked: Asked) -> Any:
@@ -127,14 +145,16 @@ def _extract(asked: Asked) -> Any:
 def _project(asked: Asked) -> Any:
     assert asked.made.given is not None
     settings = TinySettings(projection_dim=8, frozen_rank=2)
-    return project_file(asked.made.path, asked.out, base=asked.made.given, settings=settings)
+    return project_file(
+        asked.made.path, asked.out, base=asked.made.given, settings=settings, **asked.reading
+    )
 
 
 def _stack(asked: Asked) -> Any:
     """Put the adapter on a stack at two thirds and a third, and write what the engine would run."""
     stack = adapterkit.AdapterStack(asked.made.given)
-    stack.load(asked.made.path, name="one", scale=2 / 3)
-    stack.load(asked.made.path, name="other", scale=1 / 3)
+    stack.load(asked.made.path, name="one", scale=2 / 3, **asked.reading)
+    stack.load(asked.made.path, name="other", scale=1 / 3, **asked.reading)
     combined = stack.combined()
     adapterkit.write(combined, asked.out, to="peft", base=asked.made.given)
     return [str(member) for member in stack.list()]
@@ -151,6 +171,7 @@ class Printed:
 def _serve(asked: Asked) -> Any:
     """Ask the program for the settings of an engine that loads PEFT's files."""
     given = ["--base", str(asked.made.given)] if asked.made.given else []
+    given += [f"--{name}={value}" for name, value in asked.reading.items()]
     ran = CliRunner().invoke(cli, ["stack", str(asked.made.path), "--for", "vllm", *given])
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
         raise ran.exception
@@ -229,7 +250,7 @@ COMMANDS = (
         name="audit",
         title="audit",
         line="audit A",
-        run=lambda a: adapterkit.audit(a.made.path, base=a.made.given),
+        run=lambda a: adapterkit.audit(a.made.path, base=a.made.given, **a.reading),
     ),
     Command(
         name="extract",

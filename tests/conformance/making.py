@@ -37,6 +37,7 @@ class Made:
         twin: the same without the trait; None if there is none.
         base: the model that it is for.
         given: the base that the commands are told, None for none.
+        alpha: the scale numerator that they are told, None where the adapter has it.
         model: the base that it is merged into, `model_gguf` as llama.cpp has it.
         want: answers of the model with it; None if no program can run it any more.
         rest: answers without the trait.
@@ -51,6 +52,7 @@ class Made:
     twin: Path | None
     base: Base
     given: Path | None
+    alpha: float | None
     model: Path
     model_gguf: Path | None
     want: Answers | None
@@ -71,7 +73,7 @@ class Bench:
         folder: empty.
         fresh: gives the model that PEFT adapts.
         answers: takes the answers of a live model.
-        given: the base that the commands are told.
+        given: the base that the commands are told, and the `alpha`.
         model: the base that it is merged into, `model_gguf` for llama.cpp.
         live: the model with the adapter on it; None if no program can run it any more.
         rest: takes the answers of a saved adapter without the trait.
@@ -89,6 +91,7 @@ class Bench:
     speak: Callable[[Path], Answers] | None = None
     rest: Callable[[Path], Answers] = field(init=False)
     path: Path = field(init=False)
+    alpha: float | None = None
     live: Any = None
     mergeable: bool = True
 
@@ -224,6 +227,7 @@ def make(name: str, base: Base, folder: Path) -> Made:
         twin=twin,
         base=base,
         given=bench.given,
+        alpha=bench.alpha,
         model=bench.model,
         model_gguf=bench.model_gguf,
         want=want,

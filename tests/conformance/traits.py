@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from engine import family_row, make_base
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
+from conformance import layouts
 from conformance.bases import INVOCATION, PROMPTS, logits
 from conformance.making import (
     WEIGHTS,
@@ -21,7 +20,6 @@ from conformance.making import (
     Document,
     Tensors,
     loaded,
-    quiet,
     settings,
     trait,
     unchanged,
@@ -33,7 +31,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 EMBED = ["embed_tokens", "q_proj"]
 VOCABULARY, PADDED, GROWN = 512, 576, 520
 
-__all__ = ["RECIPES"]
+__all__ = ["RECIPES", "layouts"]
 
 
 @trait("dora-declared", settings(use_dora=False))
@@ -209,30 +207,6 @@ def _leaked(bench: Bench) -> None:
             tensors[long] = tensors.pop(name)
 
     bench.edit(leak)
-
-
-@trait("sharded-checkpoint")
-def _sharded(bench: Bench) -> None:
-    """The whole live model, frozen weights and all, as Accelerate saves it of FSDP."""
-    model = bench.train()
-    (bench.path / WEIGHTS).unlink()
-    with quiet():
-        dcp.save({"model": model.state_dict()}, checkpoint_id=bench.path / "pytorch_model_fsdp_0")
-
-
-@trait("sharded-adapter")
-def _shards(bench: Bench) -> None:
-    """The adapter in two files and an index, as transformers 5 saves it."""
-    bench.train()
-    tensors = load_file(bench.path / WEIGHTS)
-    (bench.path / WEIGHTS).unlink()
-    names = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    placed = {name: names[place % 2] for place, name in enumerate(tensors)}
-    for file in names:
-        held = {name: tensors[name] for name in tensors if placed[name] == file}
-        save_file(held, bench.path / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": placed}
-    (bench.path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
 @trait("nan")

@@ -19,7 +19,7 @@ from conformance.making import quiet
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sharded_checkpoints import CHECKPOINTS, SHARDED, Tensors, copied, save, truth
+from sharded_checkpoints import CHECKPOINTS, SHARDED, Tensors, copied, save, truth, zero
 from terminal import PEFT, ROOT
 
 from adapterkit import convert, inspect
@@ -247,49 +247,6 @@ def test_torch_reads_the_fixture_alike() -> None:
     same(state, {f"model.{name}": tensor for name, tensor in truth().items()})
 
 
-def zero(
-    folder: Path, stage: int, *, ranks: int, groups: int = 1, padding: int = 0, buckets: int = 1
-) -> Path:
-    """Save the adapter as DeepSpeed parts it, with torch."""
-    folder.mkdir()
-    items = list(truth().items())
-    size = -(-len(items) // groups)
-    parted = [OrderedDict(items[at : at + size]) for at in range(0, len(items), size)]
-    model = {
-        "module": {name: torch.zeros(0) for name, _ in items},
-        "param_shapes": [{name: x.shape for name, x in group.items()} for group in parted],
-        "buffer_names": [],
-        "shared_params": {},
-        "frozen_param_shapes": None,
-    }
-    torch.save(model, folder / "mp_rank_00_model_states.pt")
-    for rank in range(ranks):
-        state: dict[str, Any] = {"zero_stage": stage, "partition_count": ranks}
-        if stage == 3:
-            row = torch.cat([share(x, rank, ranks) for _, x in items])
-            state["fp32_flat_groups"] = list(row.tensor_split(buckets))
-        else:
-            state["single_partition_of_fp32_groups"] = [
-                flat(group, padding, ranks).tensor_split(ranks)[rank].clone() for group in parted
-            ]
-            if padding:
-                state["param_alignment_paddings"] = [[padding] * len(group) for group in parted]
-        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        torch.save({"optimizer_state_dict": state}, folder / name)
-    return folder
-
-
-def flat(group: Tensors, padding: int, ranks: int) -> torch.Tensor:
-    row = torch.cat([torch.cat([x.reshape(-1), torch.zeros(padding)]) for x in group.values()])
-    return torch.cat([row, torch.zeros(-len(row) % (2 * ranks))])
-
-
-def share(tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-    size = -(-tensor.numel() // ranks)
-    row = torch.cat([tensor.reshape(-1), torch.zeros(size * ranks - tensor.numel())])
-    return row[rank * size : (rank + 1) * size].clone()
-
-
 @pytest.mark.parametrize(
     ("stage", "options"),
     [
@@ -304,7 +261,7 @@ def share(tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
 def test_partitions_are_joined_however_many(
     stage: int, options: dict[str, int], tmp_path: Path
 ) -> None:
-    folder = zero(tmp_path / "step", stage, **options)
+    folder = zero(tmp_path / "step", truth(), stage, **options)
     found = {name: torch.tensor(x.numpy()) for name, x in read_zero(folder).tensors.items()}
     same(found, truth())
 
@@ -337,7 +294,7 @@ def test_a_checkpoint_without_zero_holds_the_model_itself(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_partitions_of_other_parameters_are_refused(stage: int, tmp_path: Path) -> None:
-    folder = zero(tmp_path / "step", stage, ranks=2)
+    folder = zero(tmp_path / "step", truth(), stage, ranks=2)
     path = folder / "mp_rank_00_model_states.pt"
     model = torch.load(path, weights_only=True)
     model["param_shapes"][0]["more"] = torch.Size([9, 9])

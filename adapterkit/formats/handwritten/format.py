@@ -20,7 +20,7 @@ from adapterkit.formats.handwritten.dialects import (
     open_document,
 )
 from adapterkit.formats.handwritten.dialects.document import is_checkpoint
-from adapterkit.formats.handwritten.dialects.matching import plausible, undecided
+from adapterkit.formats.handwritten.dialects.matching import names_a_factor, plausible, undecided
 from adapterkit.formats.handwritten.reader import interpret
 from adapterkit.model.update import GATHER, ONE_RANK
 
@@ -74,11 +74,9 @@ def probe(path: Path) -> bool:
     except AdapterKitError:
         return False
     return any(
-        rule.axes and rule.match.fullmatch(name)
+        names_a_factor(dialect, names)
         for dialect in builtin()
         if document.container in dialect.containers
-        for rule in dialect.tensors
-        for name in names
     )
 
 

@@ -19,7 +19,7 @@ from adapterkit.tensor import LazyTensor
 from adapterkit.training import is_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from adapterkit.formats.handwritten.dialects.document import Document
     from adapterkit.formats.handwritten.dialects.grammar import TensorRule
@@ -117,6 +117,25 @@ def explain(dialect: Dialect, document: Document) -> Explanation | Mismatch:
     return explanation
 
 
+def names_a_factor(dialect: Dialect, names: Iterable[str]) -> bool:
+    """Tell whether some name is that of a factor, as the dialect's prefixes and stacks have it."""
+    for name in names:
+        short = _bare(dialect, name, Counter())
+        stacked = ((rule, rule.match.fullmatch(short)) for rule in dialect.stacks)
+        layers = [rule.to.format_map({**m.groupdict(), "n": 0}) for rule, m in stacked if m]
+        if any(r.axes and r.match.fullmatch(n) for r in dialect.tensors for n in (short, *layers)):
+            return True
+    return False
+
+
+def _bare(dialect: Dialect, name: str, counts: Counter[str]) -> str:
+    """Return a name without the prefixes that the dialect takes off, which are counted."""
+    while prefix := next((p for p in dialect.strip if p and name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+        counts[prefix] += 1
+    return name
+
+
 def _elsewhere(dialect: Dialect, document: Document) -> str:
     if document.container not in dialect.containers:
         return f"is for {' or '.join(dialect.containers)} files, this is {document.container}"
@@ -164,11 +183,7 @@ def _stripped(
 ) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        short = name
-        while prefix := next((p for p in dialect.strip if p and short.startswith(p)), None):
-            short = short.removeprefix(prefix)
-            counts[prefix] += 1
-        for inner, part in _slices(dialect, short, tensor):
+        for inner, part in _slices(dialect, _bare(dialect, name, counts), tensor):
             if inner in found:
                 raise FormatError("two tensors have this name", path=document.path, where=inner)
             found[inner] = part
