@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,6 @@ class _File:
     model: Model
     source: DiffusionSource
     columns: frozenset[str] = frozenset()
-    _memory: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def decisions(self, rules: Sequence[NameRule]) -> dict[str, tuple[NameRule, str]]:
         """Return the rule that decides on each module, and its message."""

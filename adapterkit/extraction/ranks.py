@@ -41,11 +41,6 @@ class Wish:
     rule: RankRule
     most: int | None
 
-    @property
-    def by_signal(self) -> bool:
-        """Whether noise decides, because no number and no tolerance were given."""
-        return self.rule.rank is None and not self.rule.tolerance
-
 
 def wish(
     rank: int | str | None, tol: float | None, energy: float | None, max_rank: int | None

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtype import DType
 from adapterkit.errors import UsageError
-from adapterkit.json_file import read_json_object
 from adapterkit.tables import NAME, Kind, Table, listed, number, one_of, whole
 from adapterkit.tinylora.groups import PACK_MODES
 
@@ -87,15 +86,6 @@ class TinySettings:
                 path=path,
                 needs="alpha" if "alpha" in missing else "",
             )
-
-
-def read_settings(path: Path) -> TinySettings:
-    """Read a settings file; unknown keys are refused, `witness` and `schema` are not settings.
-
-    Raises:
-        FormatError: if it is not JSON, or a value has the wrong type.
-    """
-    return settings_from(read_json_object(path), path)
 
 
 def settings_from(document: Mapping[str, Any], path: Path) -> TinySettings:

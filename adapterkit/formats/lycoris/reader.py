@@ -48,7 +48,6 @@ _OURS = re.compile(r"\.(?:hada|lokr)_w[12](?:_[ab])?$|^lycoris_.+\.lora_down\.we
 # What stands before the module: LyCORIS's own wrapper, and kohya's for whatever the model is.
 _PREFIX = re.compile(r"^(?:lycoris|lora(?:_unet|_te\d?|_transformer)?)[_.]")
 _CONVOLUTION = ("hada_t1", "hada_t2", "lokr_t1", "lokr_t2", "lora_mid.weight")
-_READ_ONLY = "LyCORIS files are read only; write peft"
 
 
 def is_lycoris(path: Path) -> bool:
