@@ -90,7 +90,7 @@ def planned(adapter: AdapterTensorSet, spelling: str, *, base: BaseModel | None 
             destinations[module] = Destination(module)
         else:
             misplaced[module] = _why(found, everything, each)
-    if destinations and all(each.component != DENOISER for each in spelled.values()):
+    if all(each.component.startswith("text_encoder") for each in spelled.values()):
         misplaced |= _unreadable(destinations, adapter, spelling)
     kept = {module: to for module, to in destinations.items() if module not in misplaced}
     return Plan(kept, misplaced)
