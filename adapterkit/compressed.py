@@ -7,6 +7,7 @@ from typing import Any
 
 from adapterkit.lowrank.rank_plan import ModuleRank
 from adapterkit.model import AdapterTensorSet
+from adapterkit.notes import Loss
 from adapterkit.text import PLAIN, Pen, Shown, count, line, short, size, span
 
 
@@ -79,6 +80,7 @@ class CompressedFile(Shown):
             the compressed adapter: storage alone.
         worst_module: where that is.
         report: what the compression cost.
+        losses: what was dropped, with `allow_lossy`.
         notes: what was normalised on the way.
     """
 
@@ -90,6 +92,7 @@ class CompressedFile(Shown):
     max_relative_error: float
     worst_module: str | None
     report: CompressReport
+    losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
 
     def text(self, pen: Pen = PLAIN) -> str:

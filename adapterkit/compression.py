@@ -177,6 +177,8 @@ def compress_file(
     alpha: float | None = None,
     as_format: str | None = None,
     outtype: str = "auto",
+    unverified: bool = False,
+    allow_lossy: bool = False,
     force: bool = False,
     proof: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -197,6 +199,8 @@ def compress_file(
         alpha: scale numerator, where the file does not hold it.
         as_format: name of the format to read it as, where its content does not tell.
         outtype: `auto` keeps every factor's dtype; `f32`, `f16`, `bf16`, `q8_0`.
+        unverified: allow families without a passing engine test.
+        allow_lossy: write the rest where the target cannot hold parts; the report lists them.
         force: replace an existing destination.
         proof: whether the file carries what it was made from and what it holds, for `verify`.
         progress: told how many modules of how many are done, stage by stage.
@@ -217,10 +221,17 @@ def compress_file(
     destination = Path(destination)
     target = destination_format(destination, to, force=force)
     dtype = stored_type(outtype)
-    loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
-    options = replace(loaded.options, dtype=dtype)
+    loaded = load(
+        source,
+        base=base,
+        dialect=dialect,
+        alpha=alpha,
+        as_format=as_format,
+        allow_lossy=allow_lossy,
+    )
+    options = replace(loaded.options, dtype=dtype, unverified=unverified)
     # What the target cannot hold is refused before any work.
-    ready = admitted(loaded.adapter, target, options, passed=loaded.losses)
+    ready = admitted(loaded.adapter, target, options, allow_lossy=allow_lossy, passed=loaded.losses)
     result = _compressed(
         ready.adapter,
         None if dtype is None or dtype.quantised else dtype,
@@ -238,6 +249,7 @@ def compress_file(
         max_relative_error=proven.max_relative_error,
         worst_module=proven.worst_module,
         report=result.report,
+        losses=ready.losses,
         notes=(*loaded.told, *ready.warnings),
     )
 

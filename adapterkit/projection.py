@@ -14,6 +14,7 @@ from adapterkit.certificates import Making
 from adapterkit.loading import load, open_model
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.beside import left_behind, lost_trained
+from adapterkit.notes import Loss
 from adapterkit.saving import admitted, destination_format, save
 from adapterkit.text import PLAIN, Pen, count, line
 from adapterkit.tinylora import PlanReport, ProjectionReport, TinySettings
@@ -29,11 +30,13 @@ class ProjectedFile(ProjectionReport):
         source: path that was read.
         destination: path that was written.
         format: name of the format that was written.
+        losses: what was dropped, with `allow_lossy`.
     """
 
     source: str
     destination: str
     format: str
+    losses: tuple[Loss, ...] = ()
 
     def text(self, pen: Pen = PLAIN) -> str:
         """Return what was written, what is lost, and in which modules most."""
@@ -77,6 +80,7 @@ def project_file(
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
+    allow_lossy: bool = False,
     force: bool = False,
     proof: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -92,6 +96,7 @@ def project_file(
         dialect: key grammar of a hand-written adapter, where the file cannot tell.
         alpha: scale numerator of the source, where its file does not hold it.
         as_format: name of the format to read it as, where its content does not tell.
+        allow_lossy: leave out what has no place in a TinyLoRA; the report lists it.
         force: replace an existing destination.
         proof: whether the file carries what it was made from and what it holds, for `verify`.
         progress: told how many modules of how many are done, stage by stage.
@@ -106,12 +111,20 @@ def project_file(
     del progress  # told by `watchable`
     destination = Path(destination)
     target = destination_format(destination, to, force=force)
-    loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
+    loaded = load(
+        source,
+        base=base,
+        dialect=dialect,
+        alpha=alpha,
+        as_format=as_format,
+        allow_lossy=allow_lossy,
+    )
     known = open_model(loaded.base or base)
     check_fit(loaded.adapter, known)
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
     lost = [*loaded.losses, *lost_trained(loaded.adapter.beside)]
-    ready = admitted(result, target, replace(loaded.options, alpha=None), passed=lost)
+    options = replace(loaded.options, alpha=None)
+    ready = admitted(result, target, options, allow_lossy=allow_lossy, passed=lost)
     made_from = [loaded.source.path] if loaded.source else []
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)
@@ -123,4 +136,5 @@ def project_file(
         source=loaded.label,
         destination=str(destination),
         format=target.name,
+        losses=ready.losses,
     )

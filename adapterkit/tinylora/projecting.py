@@ -142,7 +142,7 @@ def _check_source(adapter: AdapterTensorSet, names: Sequence[str], path: Path) -
     if beyond:
         more = f" and {len(set(beyond)) - 1} more" if len(set(beyond)) > 1 else ""
         raise UnsupportedError(
-            f"is no low-rank update of a target module{more}; name the module in target_modules, "
+            f"is no low-rank update of a target module{more}; name the module (--targets), "
             "or merge it into the base first (adapterkit merge --into)",
             where=str(beyond[0]),
         )

@@ -44,6 +44,8 @@ from adapterkit_cli.progress import watching
 @click.option("--sv-fro", type=float, metavar="T", help="Keep the share T of the Frobenius norm.")
 @options.reading
 @options.writing
+@options.unverified
+@options.allow_lossy
 @options.as_json
 def command(
     source: str,
@@ -60,6 +62,8 @@ def command(
     outtype: str,
     *,
     no_proof: bool,
+    unverified: bool,
+    allow_lossy: bool,
     force: bool,
     as_json: bool,
     **thresholds: float | None,
@@ -96,6 +100,8 @@ def command(
             alpha=alpha,
             as_format=as_format,
             outtype=outtype,
+            unverified=unverified,
+            allow_lossy=allow_lossy,
             force=force,
             proof=not no_proof,
         )

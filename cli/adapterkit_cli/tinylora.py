@@ -144,6 +144,7 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
 )
 @_targets
 @options.no_proof
+@options.allow_lossy
 @options.force
 @options.as_json
 def project(
@@ -158,6 +159,7 @@ def project(
     numerator: float,
     *,
     no_proof: bool,
+    allow_lossy: bool,
     force: bool,
     as_json: bool,
     **settings: Any,
@@ -182,6 +184,7 @@ def project(
             dialect=dialect,
             alpha=alpha,
             as_format=as_format,
+            allow_lossy=allow_lossy,
             force=force,
             proof=not no_proof,
         )

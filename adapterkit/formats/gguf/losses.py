@@ -38,7 +38,7 @@ _ROLES = {
         "dora",
         (
             f"DoRA magnitudes have no place in a GGUF adapter; {_MERGE}, or take the nearest LoRA "
-            "(--dora-rank N with the base's weights)"
+            "(adapterkit convert --dora-rank N, with the base's weights)"
         ),
     ),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
