@@ -22,7 +22,7 @@ from adapterkit.errors import (
 from adapterkit.lowrank.decomposition import EXACT_ZERO, decompose
 from adapterkit.lowrank.operators import Operator
 from adapterkit.lowrank.products import LowRank, expert, updates
-from adapterkit.lowrank.sketching import Triplets, leading
+from adapterkit.lowrank.sketching import Triplets, leading, leading_together
 from adapterkit.lowrank.spectrum import not_finite
 from adapterkit.model import Kind
 from adapterkit.tensor import LazyTensor
@@ -184,7 +184,7 @@ def _measured(
     if not spectral:
         return row
     # One more than is looked at: how exact a direction is depends on the gap to the next.
-    top, after = (leading(each, LEADING + 1, tolerance=_DIRECTIONS) for each in (plain, changed))
+    top, after = leading_together([plain, changed], LEADING + 1, tolerance=_DIRECTIONS)
     looked = int((after.values[:LEADING] > _NOTHING * after.values[0]).sum())
     held = np.linalg.norm(plain.transposed_times(after.left[:, :looked]), axis=0)
     retention = held / after.values[:looked]

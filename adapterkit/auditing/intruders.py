@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from adapterkit.lowrank.products import Array
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from adapterkit.lowrank.operators import Operator
     from adapterkit.lowrank.sketching import Triplets
 
@@ -35,8 +33,9 @@ RETENTION = 0.7
 # The smaller side of a weight up to which it is decomposed where anything is left open.
 _AFFORDABLE = 768
 _POINTS = 64
-# Lanczos steps after which it is looked whether more are needed, and at most.
-_LOOKS = (10, 20, 40)
+# Lanczos steps at most, between two looks at what they prove, and after which they go on only where
+# that many again may prove something.
+_STEPS, _LOOK, _DOUBLED = 40, 2, (10, 20)
 # A vector of W is known if its angle to the computed one is below this.
 _KNOWN = 0.05
 # A node is taken for a single value of W if it has less than this of the last step.
@@ -135,17 +134,23 @@ def _strange(plain: Operator, directions: Array, old: Triplets, room: Array) -> 
     size = np.maximum(np.linalg.norm(rest, axis=0), 1e-300)
     near: Mask = (held + angles[:, None]).max(axis=0, initial=0.0) < room
     proven: Mask = np.zeros_like(near)
-    steps = _lanczos(plain, rest / size) if near.any() else ()
-    for alphas, betas in (found for step, found in enumerate(steps, 1) if step in _LOOKS):
-        shares = [
-            _heaviest(*found, float(old.values[0]) ** 2)
-            for found in zip(alphas.T, betas.T, strict=True)
-        ]
-        most = np.sqrt(shares) * size + angles @ held
-        proven = near & (most < room)
+    open_ = np.flatnonzero(near)
+    run = _Lanczos(plain, (rest / size)[:, open_])
+    while open_.size and run.steps < _STEPS:
+        run.step()
+        if run.steps % _LOOK:
+            continue
+        shares = np.array(
+            [_heaviest(*each, float(old.values[0]) ** 2) for each in run.coefficients]
+        )
+        most = (np.sqrt(shares) * size[open_] + angles @ held[:, open_]) / room[open_]
+        proven[open_[most < 1]] = True
         # Twice the steps halve a share at best, where the spectrum has no gaps.
-        if not (near & (most >= room) & (most < 2**0.5 * room)).any():
+        left = (most >= 1) & (most < (_STEPS / run.steps) ** 0.5)
+        if run.steps in _DOUBLED and not (left & (most < 2**0.5)).any():
             break
+        open_ = open_[left]
+        run.keep(left)
     return proven
 
 
@@ -172,23 +177,41 @@ def _heaviest(alphas: Array, betas: Array, top: float) -> float:
     return float(max(between.max(), (first**2 + beside)[np.abs(last) < _CONVERGED].max(initial=0)))
 
 
-def _lanczos(plain: Operator, start: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield the coefficients (steps, k) of Lanczos runs on W · Wᵀ, one from each unit column.
+class _Lanczos:
+    """Lanczos runs on W · Wᵀ, one from each unit column, each orthogonalised in full.
 
-    Every run is orthogonalised in full: their bases are a few columns.
+    Attributes:
+        steps: how many were made.
     """
-    runs = [start]
-    alphas, betas = np.empty((0, start.shape[1])), np.empty((0, start.shape[1]))
-    for _ in range(_LOOKS[-1]):
-        image = plain.times(plain.transposed_times(runs[-1]))
-        alphas = np.vstack([alphas, np.einsum("ij,ij->j", runs[-1], image)])
+
+    def __init__(self, plain: Operator, start: Array) -> None:
+        """Begin at the columns of `start` (out, k)."""
+        self.steps = 0
+        self._plain, self._runs = plain, [start]
+        self._alphas, self._betas = (np.empty((0, start.shape[1])) for _ in range(2))
+
+    @property
+    def coefficients(self) -> list[tuple[Array, Array]]:
+        """Diagonal and subdiagonal of each run, (steps,)."""
+        return list(zip(self._alphas.T, self._betas.T, strict=True))
+
+    def step(self) -> None:
+        """Make one step of every run."""
+        image = self._plain.times(self._plain.transposed_times(self._runs[-1]))
+        self._alphas = np.vstack([self._alphas, np.einsum("ij,ij->j", self._runs[-1], image)])
         for _ in range(2):
-            for known in runs:
+            for known in self._runs:
                 image -= known * np.einsum("ij,ij->j", known, image)
         norms = np.maximum(np.linalg.norm(image, axis=0), 1e-300)
-        betas = np.vstack([betas, norms])
-        runs.append(image / norms)
-        yield alphas, betas
+        self._betas = np.vstack([self._betas, norms])
+        self._runs.append(image / norms)
+        self.steps += 1
+
+    def keep(self, wanted: Mask) -> None:
+        """Go on with some of the runs."""
+        if not wanted.all():
+            self._runs = [each[:, wanted] for each in self._runs]
+            self._alphas, self._betas = self._alphas[:, wanted], self._betas[:, wanted]
 
 
 def _cosines(plain: Operator, changed: Operator) -> Array:

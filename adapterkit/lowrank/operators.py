@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,11 @@ _EXACT = 1 << 22
 _HELD = 1 << 24
 # Rows at a time where a float64 copy is needed: a few megabytes, whatever the weight is.
 _BLOCK = 1 << 19
+# Rows of a weight that are used several times while they are in the processor's cache.
+_ROWS = 512
+# Columns up to which a product is taken one by one.
+_FEW = 3
+_WIDE = np.float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +167,75 @@ class Operator:
         """M as a whole, read in blocks of rows."""
         return Plane(self.shape, self.blocks)
 
-    def pulled(self, right: Array) -> tuple[Array, Array, None]:
-        """Return M · Q and Mᵀ · M · Q; what ‖M‖² is, products do not tell."""
-        images = self.times(right)
-        return images, self.transposed_times(images), None
+    def changed(self, plain: Array, core: Array, rows: slice) -> tuple[Array, Array]:
+        """Return some rows of M · Q, and what Wᵀ is multiplied by for them in Mᵀ · M · Q.
+
+        Args:
+            plain: those rows of W · Q.
+            core: R · Q.
+            rows: which.
+        """
+        image = plain if self.left is None else plain + self.left[rows] @ core
+        if self.rows is None:
+            return (image - plain,) * 2 if self.minus else (image, image)
+        factors = self.rows[rows, None]
+        image = image * factors
+        if not self.minus:
+            return image, image * factors
+        image -= plain
+        return image, image * factors - image
 
     def row_norms(self) -> Array:
         """Return the norm of every row, (out,)."""
         return np.concatenate([np.linalg.norm(block, axis=1) for block in self.blocks()])
 
 
+def pulled(operators: Sequence[Operator], columns: Sequence[Array]) -> list[tuple[Array, Array]]:
+    """Return M · Q and Mᵀ · M · Q of maps that share their weight, which is read once for all.
+
+    A product with few columns takes as long as the weight is read and ordered for it, so a block of
+    its rows is used for both products, and for all maps, while it is in the processor's cache.
+
+    Args:
+        operators: maps M of one W.
+        columns: Q (in, p) for each.
+    """
+    weight = operators[0].weight
+    kind = weight.dtype
+    narrow = np.concatenate(columns, axis=1).astype(kind)
+    ends = np.cumsum([0, *(each.shape[1] for each in columns)])
+    parts = [slice(*each) for each in pairwise(ends.tolist())]
+    images = [np.empty((weight.shape[0], each.shape[1])) for each in columns]
+    returns = np.zeros((weight.shape[1], narrow.shape[1]))
+    inner = [
+        each.right @ q if each.right is not None else q
+        for each, q in zip(operators, columns, strict=True)
+    ]
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        block = weight[rows]
+        product = block @ narrow
+        for part, each, image, core in zip(parts, operators, images, inner, strict=True):
+            plain = product[:, part].astype(np.float64)
+            image[rows], product[:, part] = each.changed(plain, core, rows)
+        returns += block.T @ product
+    found: list[tuple[Array, Array]] = []
+    for part, each, image in zip(parts, operators, images, strict=True):
+        back: Array = returns[:, part]
+        if each.left is not None and each.right is not None:
+            scaled = image if each.rows is None else image * each.rows[:, None]
+            back = back + each.right.T @ (each.left.T @ scaled)
+        found.append((image, back))
+    return found
+
+
 def _product(weight: Weight, columns: Array) -> Array:
     # A float64 operand would make numpy widen the whole weight.
-    return np.asarray(weight @ columns.astype(weight.dtype), dtype=np.float64)
+    narrow = columns.astype(weight.dtype)
+    if columns.shape[1] > _FEW:
+        return np.asarray(weight @ narrow, dtype=np.float64)
+    # For so few it is quicker not to order the weight first.
+    return np.stack([weight @ narrow[:, each] for each in range(columns.shape[1])], 1, dtype=_WIDE)
 
 
 def _squared(block: Block) -> float:

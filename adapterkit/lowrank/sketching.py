@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapterkit.lowrank.decomposition import Decomposition
+from adapterkit.lowrank.operators import pulled
 from adapterkit.lowrank.products import Array, LowRank
 from adapterkit.lowrank.ranks import within
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     from adapterkit.lowrank.operators import Operator, Plane
 
@@ -34,48 +35,6 @@ _WHOLE, _SMALL = 128, 256
 _SEED = 20_261
 # How much of ‖M‖² beyond the wanted rank more passes may still bring in, by their own bound.
 _GAIN = 5e-4
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """What some passes over M know.
-
-    Attributes:
-        basis: Q (in, k), orthonormal.
-        images: M · Q.
-        returns: Mᵀ · M · Q.
-        squared: ‖M‖²; None if a pass does not tell.
-        passes: how many there were.
-        last: whether no more will come.
-    """
-
-    basis: Array
-    images: Array
-    returns: Array
-    squared: float | None
-    passes: int
-    last: bool
-
-
-def _ranges(operator: Operator | Plane, block: Array, *, growing: bool) -> Iterator[_Range]:
-    """Yield what each pass finds, from an orthonormal block (in, p); a dozen at most.
-
-    Args:
-        operator: M.
-        block: where to begin.
-        growing: whether the directions of earlier passes are kept.
-    """
-    known: list[tuple[Array, Array, Array]] = []
-    for passes in range(1, _PASSES + 1):
-        images, returns, squared = operator.pulled(block)
-        known = [*(known if growing else []), (block, images, returns)]
-        basis, seen, back = (np.concatenate(part, axis=1) for part in zip(*known, strict=True))
-        width = min(block.shape[1], min(operator.shape) - basis.shape[1]) if growing else None
-        last = passes == _PASSES or width == 0
-        yield _Range(basis, seen, back, squared, passes, last)
-        if last:
-            return
-        block = _orthonormal(returns) if width is None else _beyond(returns[:, :width], basis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,36 +62,97 @@ def leading(operator: Operator, count: int, *, tolerance: float) -> Triplets:
         count: how many.
         tolerance: stops when every residual is below this, or after twelve passes.
     """
-    smaller = min(operator.shape)
-    count = min(count, smaller)
-    if smaller <= _WHOLE:
-        return _whole(operator, count)
-    random = np.random.default_rng(_SEED)
-    first = _orthonormal(random.standard_normal((operator.shape[1], count + _EXTRA)))
-    for found in _ranges(operator, first, growing=True):
-        triplets = _ritz(found, count)
-        enough = found.passes > 1 and float(triplets.residuals.max()) <= tolerance
-        if enough or found.last:
-            return triplets
-    raise AssertionError  # the last range has returned
+    return leading_together([operator], count, tolerance=tolerance)[0]
+
+
+def leading_together(
+    operators: Sequence[Operator], count: int, *, tolerance: float
+) -> list[Triplets]:
+    """Return the `count` largest triplets of maps that share their weight, read once for all.
+
+    Args:
+        operators: maps M of one W.
+        count: how many of each.
+        tolerance: as `leading`.
+    """
+    if min(operators[0].shape) <= _WHOLE:
+        return [_whole(operator, count) for operator in operators]
+    searches = [_Search(each.shape, count) for each in operators]
+    while open_ := [place for place, each in enumerate(searches) if each.block is not None]:
+        blocks = [searches[place].block for place in open_]
+        products = pulled(
+            [operators[place] for place in open_], [b for b in blocks if b is not None]
+        )
+        for place, (images, returns) in zip(open_, products, strict=True):
+            searches[place].take(images, returns, tolerance)
+    return [each.found for each in searches]
+
+
+class _Search:
+    """Leading triplets of M, found pass by pass in all that the passes have seen.
+
+    Attributes:
+        block: what M is to be multiplied with next, orthonormal (in, p); None when all is found.
+        found: the triplets by what is known.
+    """
+
+    block: Array | None
+    found: Triplets
+
+    def __init__(self, shape: tuple[int, int], count: int) -> None:
+        """Begin with random directions."""
+        rows, columns = shape
+        self._smaller, self._count, self._passes = min(shape), min(count, *shape), 0
+        width = self._count + _EXTRA
+        most = min(_PASSES * width, self._smaller + width)
+        self._known = 0
+        # Columns one after the other, so that those of a pass are added in place.
+        self._basis, self._returns = (np.empty((columns, most), order="F") for _ in range(2))
+        self._images = np.empty((rows, most), order="F")
+        self._gram = np.empty((most, most))
+        random = np.random.default_rng(_SEED)
+        self.block = _orthonormal(random.standard_normal((columns, width)))
+
+    def take(self, images: Array, returns: Array, tolerance: float) -> None:
+        """Learn what M · block and Mᵀ · M · block are."""
+        assert self.block is not None  # noqa: S101  (it was asked for)
+        before, now = self._known, self._known + self.block.shape[1]
+        for known, more in (
+            (self._basis, self.block),
+            (self._images, images),
+            (self._returns, returns),
+        ):
+            known[:, before:now] = more
+        shared = self._images[:, :now].T @ images
+        self._gram[:now, before:now], self._gram[before:now, :now] = shared, shared.T
+        self._known, self._passes = now, self._passes + 1
+        self.found = self._ritz()
+        enough = self._passes > 1 and float(self.found.residuals.max()) <= tolerance
+        width = min(self.block.shape[1], self._smaller - now)
+        if enough or self._passes == _PASSES or width <= 0:
+            self.block = None
+        else:
+            self.block = _beyond(returns[:, :width], self._basis[:, :now])
+
+    def _ritz(self) -> Triplets:
+        """Return the triplets that MᵀM has within the basis."""
+        basis, images, returns = (
+            each[:, : self._known] for each in (self._basis, self._images, self._returns)
+        )
+        squares, vectors = np.linalg.eigh(self._gram[: self._known, : self._known])
+        values = np.sqrt(np.maximum(squares[::-1][: self._count], 0.0))
+        chosen = vectors[:, ::-1][:, : self._count]
+        scale = np.where(values > 0, values, 1.0)
+        left, right = images @ chosen / scale, basis @ chosen
+        apart = returns @ chosen / scale - right * values
+        top = float(values[0]) or 1.0
+        return Triplets(values, left, right, np.linalg.norm(apart, axis=0) / top)
 
 
 def _whole(operator: Operator, count: int) -> Triplets:
     left, values, right = np.linalg.svd(operator.plane.dense(), full_matrices=False)
-    zero = np.zeros(count)
-    return Triplets(values[:count], left[:, :count], right[:count].T, zero)
-
-
-def _ritz(found: _Range, count: int) -> Triplets:
-    """Return the triplets that MᵀM has within the basis."""
-    squares, vectors = np.linalg.eigh(found.images.T @ found.images)
-    values = np.sqrt(np.maximum(squares[::-1][:count], 0.0))
-    chosen = vectors[:, ::-1][:, :count]
-    scale = np.where(values > 0, values, 1.0)
-    left, right = found.images @ chosen / scale, found.basis @ chosen
-    apart = found.returns @ chosen / scale - right * values
-    top = float(values[0]) or 1.0
-    return Triplets(values, left, right, np.linalg.norm(apart, axis=0) / top)
+    values = values[:count]
+    return Triplets(values, left[:, :count], right[:count].T, np.zeros_like(values))
 
 
 def _beyond(block: Array, basis: Array) -> Array:
@@ -205,16 +225,17 @@ def _randomised(
     generator = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
     extra = max(rank - len(start), 0) + _OVERSAMPLING
     directions = np.concatenate([start, generator.standard_normal((extra, plane.shape[1]))])
-    first = _orthonormal(directions[: min(plane.shape)].T)
-    for found in _ranges(plane, first, growing=False):
-        u, values, vt = np.linalg.svd(found.images, full_matrices=False)
-        residuals = found.returns @ vt.T - (found.basis @ vt.T) * values**2
-        squared = found.squared or 0.0
+    block = _orthonormal(directions[: min(plane.shape)].T)
+    for passes in range(1, _PASSES + 1):
+        images, returns, squared = plane.pulled(block)
+        u, values, vt = np.linalg.svd(images, full_matrices=False)
+        residuals = returns @ vt.T - (block @ vt.T) * values**2
         lacking = max(squared - float(np.sum(values[:rank] ** 2)), 1e-14 * squared)
-        enough = found.passes > 1 and _gain(values, residuals, rank, floor) <= _GAIN * lacking
-        if enough or found.last:
-            return u, values, vt @ found.basis.T, squared
-    raise AssertionError  # the last range has returned
+        enough = passes > 1 and _gain(values, residuals, rank, floor) <= _GAIN * lacking
+        if enough or passes == _PASSES:
+            return u, values, vt @ block.T, squared
+        block = _orthonormal(returns)
+    raise AssertionError  # the last pass has returned
 
 
 def _gain(values: Array, residuals: Array, rank: int, floor: float) -> float:
