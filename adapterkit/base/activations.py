@@ -1,11 +1,13 @@
 """What the linear layers of a GGUF base see of some tokens, layer by layer, in numpy.
 
 A plain forward pass in float32 over decoded weights, for families whose layer is Llama's: RMS norm,
-rotary attention, gated feed-forward. Memory is one weight and the tokens' vectors.
+rotary attention, gated feed-forward; and for Gemma 3, which has more norms, and layers that look
+back a window only. Memory is one weight and the tokens' vectors.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,15 +19,39 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-# GGUF architecture -> whether rotary pairs stand next to each other, rather than in two halves.
-_ADJACENT = {"llama": True, "qwen2": False, "qwen3": False}
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What a family's layers do in their own way.
+
+    Attributes:
+        adjacent: whether rotary pairs stand next to each other, rather than in two halves.
+        local: of so many layers all but the last look back a window only, and turn faster; 0 where
+            none does.
+        gelu: whether the gate is GELU's, rather than SiLU's.
+        lengthened: whether embeddings are multiplied with the root of their width.
+    """
+
+    adjacent: bool = False
+    local: int = 0
+    gelu: bool = False
+    lengthened: bool = False
+
+
+# By GGUF architecture.
+_FAMILIES = {
+    "llama": _Family(adjacent=True),
+    "qwen2": _Family(),
+    "qwen3": _Family(),
+    "gemma3": _Family(local=6, gelu=True, lengthened=True),
+}
 # What this pass knows of; a model with anything else is computed otherwise.
 _TABLES = {"token_embd.weight", "output.weight", "output_norm.weight"}
 _OF_LAYER = {
     f"{name}.weight"
     for name in (
         *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm"),
-        *("ffn_norm", "ffn_gate", "ffn_up", "ffn_down"),
+        *("ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_attention_norm", "post_ffw_norm"),
     )
 } | {f"attn_{name}.bias" for name in "qkv"}
 _FACTS = {
@@ -39,10 +65,12 @@ _FACTS = {
     "attention__key_length",
     "attention__value_length",
     "attention__layer_norm_rms_epsilon",
+    "attention__sliding_window",
     "rope__freq_base",
+    "rope__freq_base_swa",
     "rope__dimension_count",
 }
-_EPSILON, _BASE = 1e-5, 10000.0
+_EPSILON, _BASE, _WINDOW = 1e-5, 10000.0, 1 << 30
 
 
 def computable(base: BaseModel) -> bool:
@@ -51,7 +79,7 @@ def computable(base: BaseModel) -> bool:
     others = {name for name in base.tensors if not name.startswith("blk.")}
     return (
         base.kind == "gguf"
-        and base.architecture.gguf in _ADJACENT
+        and base.architecture.gguf in _FAMILIES
         and of_layers <= _OF_LAYER
         and others <= _TABLES
         and set(base.facts) <= _FACTS
@@ -74,8 +102,10 @@ def activations(
         np.concatenate([table.rows(token, token + 1).numpy() for token in tokens])
         for tokens in sequences
     ]
+    if _FAMILIES[base.architecture.gguf].lengthened:
+        states = [x * np.float32(x.shape[-1] ** 0.5) for x in states]
     for number in range(int(base.facts["block_count"])):
-        yield from _Layer(base, f"blk.{number}.").run(states)
+        yield from _Layer(base, number).run(states)
     norm = base.tensors["output_norm.weight"].numpy()
     yield ("output.weight",), [_normed(x, norm, _epsilon(base)) for x in states]
 
@@ -87,13 +117,15 @@ def _epsilon(base: BaseModel) -> float:
 class _Layer:
     """One layer; vectors of all sequences go through it together, so that it is decoded once."""
 
-    def __init__(self, base: BaseModel, prefix: str) -> None:
-        self.base, self.prefix, self.epsilon = base, prefix, _epsilon(base)
-        facts = base.facts
+    def __init__(self, base: BaseModel, number: int) -> None:
+        self.base, self.prefix, self.epsilon = base, f"blk.{number}.", _epsilon(base)
+        self.family, facts = _FAMILIES[base.architecture.gguf], base.facts
         self.heads = int(facts["attention__head_count"])
         self.shared = int(facts.get("attention__head_count_kv", self.heads))
-        self.frequency = float(facts.get("rope__freq_base", _BASE))
-        self.adjacent = _ADJACENT[base.architecture.gguf]
+        local = self.family.local and (number + 1) % self.family.local
+        rate = "rope__freq_base_swa" if local else "rope__freq_base"
+        self.frequency = float(facts.get(rate, _BASE))
+        self.window = int(facts.get("attention__sliding_window", _WINDOW)) if local else _WINDOW
 
     def run(self, states: list[Array]) -> Iterator[tuple[tuple[str, ...], list[Array]]]:
         """Yield what each weight sees, and take the states, which are written over, a layer on."""
@@ -102,13 +134,14 @@ class _Layer:
         q, k, v = (self._linear(name, seen) for name in ("attn_q", "attn_k", "attn_v"))
         seen = [self._attention(*each) for each in zip(q, k, v, strict=True)]
         yield self._names("attn_output"), seen
-        _add(states, self._linear("attn_output", seen))
+        _add(states, self._normed("post_attention_norm", self._linear("attn_output", seen)))
         seen = self._normed("ffn_norm", states)
         yield self._names("ffn_gate", "ffn_up"), seen
         gate, up = self._linear("ffn_gate", seen), self._linear("ffn_up", seen)
-        seen = [_silu(g) * u for g, u in zip(gate, up, strict=True)]
+        opened = _gelu if self.family.gelu else _silu
+        seen = [opened(g) * u for g, u in zip(gate, up, strict=True)]
         yield self._names("ffn_down"), seen
-        _add(states, self._linear("ffn_down", seen))
+        _add(states, self._normed("post_ffw_norm", self._linear("ffn_down", seen)))
 
     def _names(self, *names: str) -> tuple[str, ...]:
         return tuple(f"{self.prefix}{name}.weight" for name in names)
@@ -118,8 +151,9 @@ class _Layer:
         return None if found is None else found.numpy()
 
     def _normed(self, name: str, states: list[Array]) -> list[Array]:
+        """Return vectors as a norm of the layer leaves them; as they are, where it has none."""
         weight = self._tensor(f"{name}.weight")
-        return [_normed(x, weight, self.epsilon) for x in states]
+        return states if weight is None else [_normed(x, weight, self.epsilon) for x in states]
 
     def _linear(self, name: str, inputs: list[Array]) -> list[Array]:
         import numpy as np
@@ -139,7 +173,8 @@ class _Layer:
         times = self.heads // self.shared
         keys, values = np.repeat(keys, times, axis=0), np.repeat(values, times, axis=0)
         scores = queries @ keys.swapaxes(1, 2) / np.float32(queries.shape[-1] ** 0.5)
-        scores[:, np.triu(np.ones((count, count), bool), 1)] = -np.inf
+        every = np.ones((count, count), bool)
+        scores[:, np.triu(every, 1) | np.tril(every, -self.window)] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         return (weights @ values).swapaxes(0, 1).reshape(count, -1)
@@ -159,8 +194,9 @@ class _Layer:
         angles: Array = np.outer(np.arange(x.shape[1], dtype=np.float64), rates)
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         half = width // 2
-        first = slice(0, width, 2) if self.adjacent else slice(0, half)
-        second = slice(1, width, 2) if self.adjacent else slice(half, width)
+        adjacent = self.family.adjacent
+        first = slice(0, width, 2) if adjacent else slice(0, half)
+        second = slice(1, width, 2) if adjacent else slice(half, width)
         turned = x.copy()
         turned[..., first] = x[..., first] * cos - x[..., second] * sin
         turned[..., second] = x[..., first] * sin + x[..., second] * cos
@@ -172,14 +208,21 @@ def _add(states: list[Array], more: list[Array]) -> None:
         states[number] += each
 
 
-def _normed(x: Array, weight: Array | None, epsilon: float) -> Array:
+def _normed(x: Array, weight: Array, epsilon: float) -> Array:
     import numpy as np
 
-    scaled = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon))
-    return scaled if weight is None else scaled * weight
+    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon)) * weight
 
 
 def _silu(x: Array) -> Array:
     import numpy as np
 
     return x / (1 + np.exp(-x))
+
+
+def _gelu(x: Array) -> Array:
+    """Return GELU in its form with tanh, which is what llama.cpp computes."""
+    import numpy as np
+
+    inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x**3)
+    return x * (1 + np.tanh(inner)) / 2

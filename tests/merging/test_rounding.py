@@ -179,6 +179,18 @@ def test_the_forward_pass_is_llama_cpps(smollm2: Path) -> None:
     assert kl(engine_logprobs(smollm2, PROMPTS), normalised(logits)).max() < 0.02
 
 
+@pytest.mark.parametrize("name", ["llama-256", "qwen2", "qwen3", "gemma3"])
+def test_the_forward_pass_of_every_family_is_llama_cpps(name: str, tmp_path: Path) -> None:
+    gguf_file = make_base(family_row(name), tmp_path / name).gguf
+    base = open_model(gguf_file)
+    assert computable(base)
+    prompts = [[1, 300, 301, 302, 7, 9, 303], [1, *range(300, 340)], [5]]
+    *_, (_, found) = activations(base, prompts)
+    table = base.tensors.get("output.weight") or base.tensors["token_embd.weight"]
+    logits = np.stack([x[-1].astype(np.float64) @ table.numpy().T for x in found])
+    assert kl(engine_logprobs(gguf_file, prompts), normalised(logits)).max() < 1e-6
+
+
 def test_a_model_that_keeps_its_type_speaks_as_with_the_adapter_beside_it(
     smollm2: Path, tmp_path: Path
 ) -> None:
