@@ -82,6 +82,15 @@ class DType(StrEnum):
         """Whether the values of a base's weight mean nothing without scales stored beside them."""
         return self.value.startswith("F8_")
 
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest number of full precision; 0 for types that are none of real numbers alone."""
+        if self.quantised or not self.floating:
+            return 0.0
+        import ml_dtypes
+
+        return float(ml_dtypes.finfo(self.numpy()).smallest_normal)
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a tensor of `shape` takes; shapes must hold whole blocks."""
         count = 1
