@@ -6,6 +6,7 @@ where it is nowhere stored, the orientation where every module is square.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.containers.folders import dcp_folder
@@ -21,6 +22,7 @@ from adapterkit.formats.handwritten.dialects import (
 from adapterkit.formats.handwritten.dialects.document import is_checkpoint
 from adapterkit.formats.handwritten.dialects.matching import plausible, undecided
 from adapterkit.formats.handwritten.reader import interpret
+from adapterkit.formats.peft.own_config import carried, governed
 from adapterkit.model.update import GATHER, ONE_RANK
 
 if TYPE_CHECKING:
@@ -51,7 +53,11 @@ def read(path: Path, options: Options) -> AdapterTensorSet:
     document = open_document(_file(path, options.dialect))
     if not document.all_tensors():
         raise FormatError("holds no tensors; training saved an empty adapter", path=path)
-    return interpret(_explained(document, options.dialect), document, path, options)
+    own = carried(document.metadata, document.path)
+    if own is not None and options.alpha is None:
+        options = replace(options, alpha=own.alpha)
+    adapter = interpret(_explained(document, options.dialect), document, path, options)
+    return governed(adapter, own, options.base)
 
 
 def probe(path: Path) -> bool:
