@@ -223,7 +223,7 @@ def compress_file(
     loaded = load(source, base=base, dialect=dialect, alpha=alpha, as_format=as_format)
     options = replace(loaded.options, dtype=dtype)
     # What the target cannot hold is refused before any work.
-    ready = admitted(loaded.adapter, target, options, passed=loaded.losses)
+    ready = admitted(loaded.adapter, target, options, into=destination, passed=loaded.losses)
     result = _compressed(
         ready.adapter,
         None if dtype is None or dtype.quantised else dtype,

@@ -111,7 +111,9 @@ def project_file(
     check_fit(loaded.adapter, known)
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
     lost = [*loaded.losses, *lost_trained(loaded.adapter.beside)]
-    ready = admitted(result, target, replace(loaded.options, alpha=None), passed=lost)
+    ready = admitted(
+        result, target, replace(loaded.options, alpha=None), into=destination, passed=lost
+    )
     made_from = [loaded.source.path] if loaded.source else []
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)
