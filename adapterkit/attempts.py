@@ -10,12 +10,15 @@ from typing import Any, Generic, TypeVar
 from adapterkit.base import BaseModel
 from adapterkit.errors import UsageError, exit_code
 from adapterkit.loading import open_model
+from adapterkit.several import Said, said_of_each
 from adapterkit.work import in_threads, watched
 
 _Result = TypeVar("_Result")
 
 # Exit codes, the worst first: what one of several inputs gives decides.
 _WORST_FIRST = (2, 3, 4, 1, 5, 0)
+# Arguments that are said of all sources together.
+_SAID = ("dialect", "alpha", "as_format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +92,25 @@ def for_each(
         base: base model of all of them, opened once; None for what each names.
         jobs: how many at a time; by default one for each processor, up to four.
         progress: told how many of how many are done; of a single source, how far the work on it is.
-        arguments: what the function is given beside the source.
+        arguments: what the function is given beside the source; a `dialect` and an `alpha` are for
+            those sources that need them.
     """
     named = list(sources)
     if base is not None:
         arguments["base"] = open_model(base)
+    said = {name: arguments[name] for name in _SAID if arguments.get(name) is not None}
+    each = said_of_each(named, base=arguments.get("base"), **said)
+    own = [name for name in ("dialect", "alpha") if name in said]
 
-    def one(source: Path | str) -> Attempt[_Result]:
+    def one(source: Path | str, told: Said) -> Attempt[_Result]:
+        given = arguments | {name: getattr(told, name) for name in own}
         with watched(progress if len(named) == 1 else None):
-            return attempted(source, function, source, **arguments)
+            return attempted(source, function, source, **given)
 
     if len(named) == 1:
-        return (one(named[0]),)
+        return (one(named[0], each[0]),)
     with watched(progress):
-        return tuple(in_threads(one, named, jobs))
+        return tuple(in_threads(lambda pair: one(*pair), list(zip(named, each, strict=True)), jobs))
 
 
 def worst(codes: Iterable[int]) -> int:

@@ -93,6 +93,22 @@ def lying_beside(
     return tuple(found)
 
 
+def beside_file(
+    file: Path, own: Sequence[str], passed: Path, base: BaseModel | None
+) -> tuple[BesideFile, ...]:
+    """Return what lies beside one file of an adapter; one by a name of its own lies alone.
+
+    Args:
+        file: the weights.
+        own: names of the adapter's files, that of its weights first.
+        passed: the path that was given, the file or a directory.
+        base: as for `lying_beside`.
+    """
+    if passed == file and file.name != own[0]:
+        return ()
+    return lying_beside(file.parent, own, base)
+
+
 def carry(files: Iterable[BesideFile], folder: Path) -> None:
     """Copy what lies beside an adapter into the directory of another; whole models stay."""
     for file in files:

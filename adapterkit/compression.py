@@ -231,7 +231,14 @@ def compress_file(
     )
     options = replace(loaded.options, dtype=dtype, unverified=unverified)
     # What the target cannot hold is refused before any work.
-    ready = admitted(loaded.adapter, target, options, allow_lossy=allow_lossy, passed=loaded.losses)
+    ready = admitted(
+        loaded.adapter,
+        target,
+        options,
+        allow_lossy=allow_lossy,
+        into=destination,
+        passed=loaded.losses,
+    )
     result = _compressed(
         ready.adapter,
         None if dtype is None or dtype.quantised else dtype,

@@ -113,7 +113,9 @@ def convert(
     context = Context(base=loaded.base, dora_rank=dora_rank)
     plain = apply(["dora"], loaded.adapter, context)
     losses = (*loaded.losses, *plain.losses)
-    ready = admitted(plain.adapter, target, options, allow_lossy=allow_lossy, passed=losses)
+    ready = admitted(
+        plain.adapter, target, options, into=destination, allow_lossy=allow_lossy, passed=losses
+    )
     # The proof compares modules by name, so it is of the adapter under its new names.
     prepare = engine.changes if engine else ()
     named = apply([step for step in prepare if step == NAMES], ready.adapter, context)

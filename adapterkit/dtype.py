@@ -83,6 +83,16 @@ class DType(StrEnum):
         """Whether the values of a base's weight mean nothing without scales stored beside them."""
         return self.value.startswith("F8_")
 
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest number of full precision; 0 for types that are none of real numbers alone."""
+        if self.quantised or not self.floating:
+            return 0.0
+        import ml_dtypes
+
+        limits: Any = ml_dtypes.finfo(self.numpy())
+        return float(limits.smallest_normal)
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a tensor of `shape` takes; shapes must hold whole blocks."""
         count = 1

@@ -90,6 +90,6 @@ def write(
     target = destination_format(destination, to, force=force)
     options = FormatOptions(base=open_model(base), dtype=stored_type(outtype))
     adapter = source if isinstance(source, AdapterTensorSet) else read(source, base=options.base)
-    ready = admitted(adapter, target, options)
+    ready = admitted(adapter, target, options, into=None)
     making = Making("write") if proof else None
     return save(ready.adapter, destination, target, options, force=force, making=making)

@@ -124,7 +124,9 @@ def project_file(
     result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
     lost = [*loaded.losses, *lost_trained(loaded.adapter.beside)]
     options = replace(loaded.options, alpha=None)
-    ready = admitted(result, target, options, allow_lossy=allow_lossy, passed=lost)
+    ready = admitted(
+        result, target, options, allow_lossy=allow_lossy, into=destination, passed=lost
+    )
     made_from = [loaded.source.path] if loaded.source else []
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import filecmp
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, ProofError
 from adapterkit.keys import PARTNERS, Role
-from adapterkit.lowrank.differences import Difference, difference, silent
+from adapterkit.lowrank.differences import Difference, all_finite, difference, silent
 from adapterkit.model.tying import one_spelling
 from adapterkit.tensor import same_bits
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container, Iterable, Iterator
     from pathlib import Path
 
     from adapterkit.keys import TensorKey
@@ -42,11 +42,14 @@ class Comparison:
         differences: module -> how far the second's update is from the first's.
         only_in_first: modules whose update the second does not have; zero updates are left out.
         only_in_second: likewise.
+        elements: tensor beside the updates -> the largest error of one number of it, as a share of
+            that number: among the many of a table, one that is wrong is no error of the whole.
     """
 
     differences: Mapping[str, Difference]
     only_in_first: tuple[str, ...]
     only_in_second: tuple[str, ...]
+    elements: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def worst(self) -> tuple[str | None, float]:
@@ -86,13 +89,16 @@ def compare(
     }
     others1 = _others(first, pairs1, second, tables)
     others2 = _others(second, pairs2, first, tables)
+    elements: dict[str, float] = {}
     for key, tensor in others1.items():
         if key in others2:
-            differences[str(key)] = _value_difference(tensor, others2[key])
+            name = str(key)
+            differences[name], elements[name] = _value_difference(tensor, others2[key])
     return Comparison(
         differences,
         (*_unshared(pairs1, pairs2), *_apart(others1, others2), *_missing(files1, files2)),
         (*_unshared(pairs2, pairs1), *_apart(others2, others1), *_missing(files2, files1)),
+        elements,
     )
 
 
@@ -154,19 +160,28 @@ def _unshared(mine: Mapping[str, Update], theirs: Mapping[str, Update]) -> list[
     return [module for module, pair in mine.items() if module not in theirs and not silent(pair)]
 
 
-def _value_difference(first: LazyTensor, second: LazyTensor) -> Difference:
+def _value_difference(first: LazyTensor, second: LazyTensor) -> tuple[Difference, float]:
+    """Compare tensors by their values, as a whole and number by number."""
     if first.shape != second.shape:
-        return Difference(float("inf"), None, None)
+        return Difference(math.inf, None, None), math.inf
     if same_bits(first, second):
-        return Difference(0.0, 1.0, 1.0)
+        if not all_finite(first):
+            return Difference(math.nan, None, None), math.nan
+        return Difference(0.0, 1.0, 1.0), 0.0
     import numpy as np
 
     x, y = (np.asarray(t.numpy(), dtype=np.float64).reshape(-1) for t in (first, second))
     norm1, norm2 = float(np.linalg.norm(x)), float(np.linalg.norm(y))
-    apart = float(np.linalg.norm(y - x))
-    error = apart / norm1 if norm1 else (0.0 if apart == 0 else float("inf"))
+    errors = np.abs(y - x)
+    apart = float(np.linalg.norm(errors))
+    error = apart / norm1 if norm1 else (0.0 if apart == 0 else math.inf)
     cosine = float(x @ y) / (norm1 * norm2) if norm1 and norm2 else None
-    return Difference(error, cosine, norm2 / norm1 if norm1 else None)
+    # Numbers below the normal ones of a type are rounded as the smallest of those.
+    sizes = np.abs(x) + second.dtype.smallest_normal
+    with np.errstate(divide="ignore"):
+        np.divide(errors, sizes, out=errors, where=errors != 0)
+    of_one = float(errors.max(initial=0.0))
+    return Difference(error, cosine, norm2 / norm1 if norm1 else None), of_one
 
 
 def tolerance_for(dtypes: Iterable[DType]) -> float:
@@ -181,7 +196,8 @@ def prove(
 
     Raises:
         FormatError: if a factor of the source is not finite.
-        ProofError: if a module is missing, added, or further off than rounding explains.
+        ProofError: if a module is missing, added, or further off than rounding to the dtype that it
+            is stored in explains; of what is added or replaced beside updates, every number.
     """
     comparison = compare(source, written)
     module, error = comparison.worst
@@ -190,23 +206,34 @@ def prove(
     missing = (*comparison.only_in_first, *comparison.only_in_second)
     if missing:
         raise ProofError("was not written, or written twice", path=path, where=missing[0])
-    allowed = tolerance_for(tensor.dtype for tensor in written.tensors.values())
-    if not error <= allowed:
+    for where, found, allowed in _beyond_rounding(comparison, written):
+        of = "one of its numbers" if where in comparison.elements else "the update"
         raise ProofError(
-            f"relative error {error:.3g} of the update, more than {allowed:g} that rounding to the "
+            f"relative error {found:.3g} of {of}, more than {allowed:g} that rounding to the "
             "stored dtype explains; try --outtype f32",
             path=path,
-            where=module,
+            where=where,
         )
     return module, error
 
 
+def _beyond_rounding(
+    comparison: Comparison, written: AdapterTensorSet
+) -> Iterator[tuple[str, float, float]]:
+    """Yield what is further off than its own stored dtype explains: where, by how much, allowed."""
+    coarsest = tolerance_for(tensor.dtype for tensor in written.tensors.values())
+    own = {str(key): tolerance_for([tensor.dtype]) for key, tensor in written.tensors.items()}
+    own |= {pair.module: tolerance_for([pair.a.dtype, pair.b.dtype]) for pair in written.pairs()}
+    for name, each in comparison.differences.items():
+        found = comparison.elements.get(name, each.relative_error)
+        if not found <= (allowed := own.get(name, coarsest)):
+            yield name, found, allowed
+
+
 def _blame(source: AdapterTensorSet, module: str) -> None:
     """Raise for a source that is not finite; a finite one overflowed in the output."""
-    from adapterkit.lowrank.differences import all_finite
-
     for key, tensor in source.tensors.items():
-        if key.module == module and not all_finite(tensor):
+        if module in {key.module, str(key)} and not all_finite(tensor):
             raise FormatError(
                 "holds NaN or infinity; this adapter is broken, a diverged training run?",
                 path=source.provenance.path if source.provenance else None,

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from adapterkit.beside import lying_beside
 from adapterkit.certificates import certified
 from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
@@ -19,8 +20,9 @@ from adapterkit.errors import (
 )
 from adapterkit.keys import Role
 from adapterkit.lowrank.effect import IDLE, idle
-from adapterkit.model import AdapterTensorSet
-from adapterkit.notes import Loss
+from adapterkit.model import AdapterTensorSet, BesideKind
+from adapterkit.model.beside import MOST_NAMED
+from adapterkit.notes import Loss, first_and_more
 from adapterkit.output import staged
 from adapterkit.passes.copies import OTHER_TABLE
 from adapterkit.passes.protocol import Context
@@ -32,7 +34,7 @@ from adapterkit.storage import FileSlice
 from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from adapterkit.certificates import Making
@@ -172,6 +174,7 @@ def admitted(
     target: FormatSpec,
     options: FormatOptions,
     *,
+    into: Path | None,
     allow_lossy: bool = False,
     passed: Sequence[Loss] = (),
 ) -> Admitted:
@@ -181,6 +184,8 @@ def admitted(
         adapter: sound.
         target: the format to write.
         options: base, dtype and layout to write with.
+        into: where it is to be written; what lies there and stays is mentioned. None for a place
+            of its own.
         allow_lossy: whether to leave out what the target cannot hold.
         passed: what the passes on the way in dropped, or would have to.
 
@@ -218,7 +223,10 @@ def admitted(
     return Admitted(
         adapter=left,
         losses=(*passed, *losses),
-        warnings=(*warnings, *_carried(left, found), *_silence(left)),
+        warnings=(
+            *(*warnings, *_carried(left, found), *_silence(left)),
+            *_left_lying(left, into, target),
+        ),
     )
 
 
@@ -308,6 +316,25 @@ def _carried(adapter: AdapterTensorSet, losses: Sequence[Loss]) -> list[str]:
     lost = {loss.subject for loss in losses}
     files = [file for file in adapter.beside if file.name not in lost and file.trained]
     return [f"{file.name}: {file.what}, is copied as it is" for file in files]
+
+
+def _left_lying(
+    adapter: AdapterTensorSet, destination: Path | None, target: FormatSpec
+) -> Iterator[str]:
+    """Say of weights in a directory that is replaced that they stay, and will look like its own."""
+    if destination is None or target.directory is None or not destination.is_dir():
+        return
+    new = {file.name for file in adapter.beside if file.carried}
+    staying = [
+        file.name
+        for file in lying_beside(destination, target.directory.files(), None)
+        if (file.trained or file.kind is BesideKind.UNKNOWN) and file.name not in new
+    ]
+    if staying:
+        yield (
+            f"{first_and_more(staying, MOST_NAMED)}: weights that lie in {destination} already and "
+            "stay there; remove what was the former adapter's, it looks like this one's"
+        )
 
 
 def _trained(adapter: AdapterTensorSet) -> bool:

@@ -24,6 +24,7 @@ from adapterkit.loading import Loaded, load_all, open_model
 from adapterkit.lowrank.rank_plan import Suggestion
 from adapterkit.lowrank.spectrum import Spectrum, spectra
 from adapterkit.model import AdapterTensorSet, Update
+from adapterkit.several import Said, said_of_each
 from adapterkit.work import in_threads, watchable
 
 _REASONS = {
@@ -105,7 +106,8 @@ def audit(
         loaded = [each.adapter for each in read(sources)]
         audits = map(_renamed, _once(loaded, measured), loaded)
         return _report(list(zip(loaded, audits, strict=True)), (), suggest, budget, tol)
-    sound, failed = _sound(sources, read)
+    said = said_of_each(sources, base=model, dialect=dialect, alpha=alpha, as_format=as_format)
+    sound, failed = _sound(sources, said, read)
     done: list[tuple[AdapterTensorSet, AdapterAudit]] = []
     attempts = _once([each for _, each in sound], lambda each: attempted("", measured, each))
     for (name, adapter), attempt in zip(sound, attempts, strict=True):
@@ -134,10 +136,14 @@ def _report(
 
 def _sound(
     adapters: Sequence[AdapterTensorSet | Path | str],
-    read: Callable[[Sequence[AdapterTensorSet | Path | str]], Sequence[Loaded]],
+    said: Sequence[Said],
+    read: Callable[..., Sequence[Loaded]],
 ) -> tuple[list[tuple[str, AdapterTensorSet]], list[Attempt[AdapterAudit]]]:
     """Return the adapters that can be read, with their names, and why the others cannot."""
-    alone = [attempted(_label(each), read, [each]) for each in adapters]
+    alone = [
+        attempted(_label(each), read, [each], dialect=own.dialect, alpha=own.alpha)
+        for each, own in zip(adapters, said, strict=True)
+    ]
     kept = [each for each, attempt in zip(adapters, alone, strict=True) if attempt.error is None]
     failed: list[Attempt[AdapterAudit]] = []
     failed += [Attempt(a.source, error=a.error) for a in alone if a.error]

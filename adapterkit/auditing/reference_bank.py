@@ -30,6 +30,7 @@ from adapterkit.lowrank.products import unscaled
 from adapterkit.lowrank.spectrum import spectra
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.output import staged
+from adapterkit.several import said_of_each
 from adapterkit.tables import ANY_MAPPING, TEXT, Table, listed, mapped, number
 from adapterkit.text import PLAIN, Pen, Shown, count
 from adapterkit.work import in_threads, watchable
@@ -129,9 +130,10 @@ def bank(
         raise UsageError("no adapter was given")
     check_destination(Path(destination), force=force)
     model = open_model(base)
+    said = said_of_each(sources, base=model, dialect=dialect, alpha=alpha, as_format=as_format)
     loaded = (
-        load(each, base=model, dialect=dialect, alpha=alpha, as_format=as_format).adapter
-        for each in sources
+        load(each, base=model, dialect=own.dialect, alpha=own.alpha, as_format=as_format).adapter
+        for each, own in zip(sources, said, strict=True)
     )
     made = Bank(tuple(map(_measured, loaded)))
     content = {

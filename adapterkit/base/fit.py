@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.mapping import find_rule, to_engine
 from adapterkit.base.places import Places
 from adapterkit.errors import BaseRequiredError, IncompatibleBaseError
+from adapterkit.keys import Role
 from adapterkit.model import Kind
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Misfit:
     Attributes:
         module: Hugging Face path.
         message: what is wrong, with the sizes.
-        kind: `layer`, `expert`, `missing`, `shape`, or `unknown` where the base does not tell.
+        kind: `layer`, `expert`, `missing`, `shape`, `rows` of what is stored whole, or `unknown`
+            where the base does not tell.
     """
 
     module: str
@@ -44,8 +46,10 @@ def check_fit(adapter: AdapterTensorSet, base: BaseModel) -> None:
         IncompatibleBaseError: if a module does not fit; names the first and counts the others.
     """
     found = [wrong for wrong in misfits(adapter, base) if wrong.kind != "unknown"]
+    # Rows are a vocabulary's or those of classes, and what becomes of them is for a pass to say.
+    found += [wrong for wrong in whole_misfits(adapter, base) if wrong.kind == "shape"]
     if found:
-        count = sum(1 for _ in adapter.pairs())
+        count = len(adapter.modules)
         raise IncompatibleBaseError(
             f"{found[0].message}; {len(found)} of {count} modules do not fit the base {base.path}",
             path=adapter.provenance.path if adapter.provenance else None,
@@ -88,6 +92,35 @@ def misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
             for module, name in kept.items()
             if f"{name}.weight" not in base.tensors
         )
+
+
+def whole_misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Misfit]:
+    """Yield whole parameters, and rows of tokens, for which the base has no place of that size.
+
+    Their kind is `rows` where the base has more or fewer rows, and `shape` otherwise.
+    """
+    places = Places(base)
+    for key, tensor in adapter.tensors.items() if base.kind == "hf" else ():
+        if key.role not in {Role.FULL, Role.TOKEN_ROWS}:
+            continue
+        name = key.module if key.role is Role.FULL else f"{key.module}.weight"
+        stored = base.tensors.get(places.find(name) or "")
+        if stored is None or not stored.dtype.floating:
+            continue
+        of_rows = len(tensor.shape) > 1 and tensor.shape[1:] == stored.shape[1:]
+        last = max(adapter.tokens_of(key.module), default=-1)
+        here = f"and the base has {_shown(stored.shape)} here"
+        if key.role is Role.FULL and tensor.shape != stored.shape:
+            message = f"is stored whole, {_shown(tensor.shape)}, {here}"
+        elif key.role is Role.TOKEN_ROWS and not of_rows:
+            message = f"holds rows of tokens, {_shown(tensor.shape)}, {here}"
+        elif key.role is Role.TOKEN_ROWS and last >= stored.shape[0]:
+            message = (
+                f"trains the row of token {last}, and the base has {stored.shape[0]} rows here"
+            )
+        else:
+            continue
+        yield Misfit(key.module, message, "rows" if of_rows else "shape")
 
 
 def _before_replication(pair: Update, origins: Sequence[int]) -> Update:

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, in_tower
-from adapterkit.base.fit import misfits
+from adapterkit.base.fit import misfits, whole_misfits
 from adapterkit.base.originals import plain_name
 from adapterkit.base.places import Places
 from adapterkit.checks.findings import Finding, Severity, named
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
-    from adapterkit.tensor import LazyTensor
 
 _RESIZED = (
     "give the base with the vocabulary of the training (resize_token_embeddings), or merge it into "
@@ -139,28 +138,14 @@ def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     mostly a head, it leaves out and says nothing.
     """
     places = Places(base)
-    whole = {Role.FULL, Role.TOKEN_ROWS}
-    for key, tensor in adapter.tensors.items() if base.kind == "hf" else ():
-        if key.role not in whole:
-            continue
-        name = key.module if key.role is Role.FULL else f"{key.module}.weight"
-        if key.role is Role.FULL and places.lacks(name):
+    for key in adapter.tensors if base.kind == "hf" else ():
+        if key.role is Role.FULL and places.lacks(key.module):
             title = ", ".join(base.classes) or "the base"
             message = f"was trained whole, and {title} has no such parameter"
-            yield Finding("AK312", Severity.WARNING, (name,), message, _HEADLESS)
-        stored = base.tensors.get(places.find(name) or "")
-        if stored is None or not stored.dtype.floating:
-            continue
-        if key.role is Role.FULL and tensor.shape != stored.shape:
-            message = f"is stored whole, {_shown(tensor)}, and the base has {_shown(stored)} here"
-        elif key.role is Role.TOKEN_ROWS and _last(adapter, key.module) >= stored.shape[0]:
-            token, rows = _last(adapter, key.module), stored.shape[0]
-            message = f"trains the row of token {token}, and the base has {rows} rows here"
-        else:
-            continue
-        rows_only = len(tensor.shape) > 1 and tensor.shape[1:] == stored.shape[1:]
-        hint = _RESIZED if rows_only else "is it the right base?"
-        yield Finding("AK313", Severity.ERROR, (key.module,), message, hint)
+            yield Finding("AK312", Severity.WARNING, (key.module,), message, _HEADLESS)
+    for wrong in whole_misfits(adapter, base):
+        hint = _RESIZED if wrong.kind == "rows" else "is it the right base?"
+        yield Finding("AK313", Severity.ERROR, (wrong.module,), wrong.message, hint)
 
 
 def _copies(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
@@ -168,14 +153,6 @@ def _copies(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     for loss in apply(["copies"], adapter, Context(base=base)).losses:
         what, _, hint = loss.message.partition("; ")
         yield Finding("AK314", Severity.ERROR, (loss.subject,), what, hint)
-
-
-def _last(adapter: AdapterTensorSet, module: str) -> int:
-    return max(adapter.tokens_of(module), default=-1)
-
-
-def _shown(tensor: LazyTensor) -> str:
-    return " x ".join(map(str, tensor.shape))
 
 
 def _depth(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:

@@ -30,6 +30,7 @@ _CODES = {
     ),
     "integers": ("AK104", ""),
     "axes": ("AK105", ""),
+    "beside": ("AK123", "save the adapter again"),
     "declared-rank": ("AK106", "declare it in rank_pattern, with its alpha"),
     "unsaved": ("AK112", ""),
     "unstored": ("AK115", ""),
@@ -88,8 +89,8 @@ def _other_configs(adapter: AdapterTensorSet) -> Iterator[Finding]:
     """Report a config beside the file that is not the file's: who loads the directory takes it."""
     for note in adapter.provenance.notes if adapter.provenance else ():
         if isinstance(note, Note) and note.kind is NoteKind.OTHER_CONFIG:
-            message = f"{note}; programs that load PEFT directories take the one beside it"
-            hint = "adapterkit convert SRC -o DIR writes the file's own beside it; load DIR"
+            message = f"{note}; other programs do not look into it"
+            hint = "adapterkit convert SRC -o DIR writes what it says where all look; load DIR"
             yield Finding("AK122", Severity.ERROR, (), message, hint, fix="to-peft")
 
 

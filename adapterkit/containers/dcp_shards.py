@@ -33,10 +33,12 @@ class Shards:
     Attributes:
         tensors: by name, whole.
         ranks: how many ranks' files there are.
+        metadata: free text of the files, that of the first where several have a word.
     """
 
     tensors: Mapping[str, LazyTensor]
     ranks: int
+    metadata: Mapping[str, str]
 
 
 def read_shards(folder: Path) -> Shards:
@@ -50,8 +52,10 @@ def read_shards(folder: Path) -> Shards:
     first: dict[str, Path] = {}
     files = sorted(file for file in folder.iterdir() if RANK_SHARD.fullmatch(file.name))
     ranks = _complete(files)
+    metadata: Mapping[str, str] = {}
     for file in files:
         stored = read_safetensors(file)
+        metadata = {**stored.metadata, **metadata}
         offsets = _offsets(stored.metadata, file)
         for name, tensor in stored.tensors.items():
             offset = offsets.get(name)
@@ -62,7 +66,7 @@ def read_shards(folder: Path) -> Shards:
             if tensor.size or not tiles[name]:
                 tiles[name][offset, tensor.shape] = Tile(offset, tensor)
     whole = {name: _whole(name, [*found.values()], first[name]) for name, found in tiles.items()}
-    return Shards(whole, ranks)
+    return Shards(whole, ranks, metadata)
 
 
 def _complete(files: list[Path]) -> int:

@@ -102,7 +102,7 @@ class Reference:
 
     def _write(self, adapter: AdapterTensorSet, path: Path, name: str) -> None:
         target, options = spec(name), replace(self._loaded.options, unverified=True)
-        ready = admitted(adapter, target, options)
+        ready = admitted(adapter, target, options, into=None)
         save(ready.adapter, path, target, options, making=None)
 
 

@@ -109,7 +109,7 @@ def extract(
     adapter, modules = assembled(outcomes, before, options)
     if original.layout:
         adapter, options = from_base(adapter, original), replace(options, base=None)
-    ready = admitted(adapter, target, options, allow_lossy=allow_lossy)
+    ready = admitted(adapter, target, options, into=destination, allow_lossy=allow_lossy)
     said = {"rank": rank, "tol": tol, "energy": energy, "max_rank": max_rank, "seed": seed}
     making = Making("extract", {**said, "save_rest": save_rest}) if proof else None
     proven = save(

@@ -177,7 +177,8 @@ class Operator:
         """
         image = plain if self.left is None else plain + self.left[rows] @ core
         if self.rows is None:
-            return (image - plain,) * 2 if self.minus else (image, image)
+            change = image - plain if self.minus else image
+            return change, change
         factors = self.rows[rows, None]
         image = image * factors
         if not self.minus:

@@ -123,6 +123,7 @@ def merge_files(
         result.adapter.replace(beside=tokenizer),
         target,
         options,
+        into=destination,
         allow_lossy=allow_lossy,
         passed=[
             loss for each in loaded for loss in (*each.losses, *lost_trained(each.adapter.beside))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, cast
 
-from adapterkit.keys import EMBEDDING_FACTORS, PARTNERS, Role, TensorKey
+from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, PARTNERS, Role, TensorKey
 from adapterkit.model.beside import BesideFile
 from adapterkit.model.sources import Source
 from adapterkit.model.update import Kind, Update
@@ -178,6 +178,16 @@ class AdapterTensorSet:
                 self.scales.get(key.module, 1.0),
                 self.kind_of(key),
             )
+
+    def update_of(self, module: str) -> Update | None:
+        """Return the update of a module, None where it has no complete pair of factors."""
+        for a, b in (FACTORS, EMBEDDING_FACTORS):
+            first = self.tensors.get(key := TensorKey(module, a))
+            second = self.tensors.get(TensorKey(module, b))
+            if first is not None and second is not None:
+                scale = self.scales.get(module, 1.0)
+                return Update(module, first, second, scale, self.kind_of(key))
+        return None
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """Return the tokens whose rows are trained in a module; none where that is not said."""

@@ -23,6 +23,8 @@ _SHAPED = {
     Kind.EXPERTS: " of stacked experts",
     Kind.CONVOLUTION: " of a convolution",
 }
+# What is nothing without factors.
+_OF_FACTORS = {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE, Role.LORA_BIAS}
 _UNSTORED = {"modules_to_save": "unsaved"}
 
 
@@ -31,7 +33,8 @@ class Defect:
     """One thing that makes an adapter broken.
 
     Attributes:
-        kind: `half`, `ranks`, `empty`, `integers`, `axes`, `declared-rank`, or for a setting that
+        kind: `half`, `ranks`, `empty`, `integers`, `axes`, `beside` of what acts beside
+            factors and does not fit them, `declared-rank`, or for a setting that
             promises what is not there `unstored` and `unsaved` (of `modules_to_save`); `unplaced`
             for a module whose name in the model nothing says.
         where: tensor or module.
@@ -108,6 +111,7 @@ def _of_tensor(
         yield Defect("integers", name, f"holds {tensor.dtype} values, not real numbers")
     partner = PARTNERS.get(key.role)
     if partner is None:
+        yield from _of_others(adapter.update_of(key.module), key, tensor)
         return
     other = adapter.tensors.get(TensorKey(key.module, partner))
     kind = adapter.kind_of(key)
@@ -125,6 +129,25 @@ def _of_ranks(update: Update, sliced: str) -> Iterator[Defect]:
     if not update.sound and not said_of_b:
         shapes = f"A is {list(update.a.shape)}, B is {list(update.b.shape)}"
         yield Defect("ranks", update.module, f"ranks disagree, {shapes}{sliced}", update.embedding)
+
+
+def _of_others(update: Update | None, key: TensorKey, tensor: LazyTensor) -> Iterator[Defect]:
+    """Compare what acts beside the factors of a module with them."""
+    if update is None:
+        if key.role in _OF_FACTORS:
+            yield Defect("half", str(key), "has no factors beside it")
+        return
+    expected = update.beside(key.role) if update.sound else None
+    if expected is None:
+        return
+    shape = tensor.shape
+    if update.kind is Kind.CONVOLUTION:  # PEFT keeps the axes of the kernel
+        shape = tuple(size for size in shape if size != 1) or (1,)
+    if key.role is Role.TOKEN_ROWS:
+        shape = (0, *shape[1:])
+    if shape != expected:
+        shapes = f"A is {list(update.a.shape)}, B is {list(update.b.shape)}"
+        yield Defect("beside", str(key), f"has shape {list(tensor.shape)}, and {shapes}")
 
 
 def _of_token_rows(adapter: AdapterTensorSet) -> Iterator[Defect]:

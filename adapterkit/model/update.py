@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from adapterkit.dtype import DType
-from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, TensorKey
+from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role, TensorKey
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -114,6 +114,20 @@ class Update:
         if self.kind is Kind.CONVOLUTION:
             return self.b.shape[0], *self.a.shape[1:]
         return (*self.b.shape[:-1], self.a.shape[-1])
+
+    def beside(self, role: Role) -> tuple[int, ...] | None:
+        """Return the shape of what acts in the module beside the factors; None for other roles.
+
+        Magnitudes and biases are (out,) or (E, out), of an embedding (width,), those by column
+        (in,); token rows are (tokens, width), of which the number of tokens is given as 0.
+        """
+        stack = self.b.shape[:1] if self.kind is Kind.EXPERTS else ()
+        rows, columns = self.matrix_shape
+        if role is Role.TOKEN_ROWS:
+            return 0, rows if self.embedding else columns
+        if role is Role.COLUMN_MAGNITUDE:
+            return self.a.shape[1:2] if self.kind is Kind.CONVOLUTION else (*stack, columns)
+        return (*stack, rows) if role in {Role.MAGNITUDE, Role.LORA_BIAS} else None
 
     def matrices(
         self, wide: Callable[[LazyTensor], Array] | None = None

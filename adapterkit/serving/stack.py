@@ -24,6 +24,7 @@ from adapterkit.model import AdapterTensorSet, GgufSource, Update
 from adapterkit.model.declared import UNDECIDED
 from adapterkit.model.joining import joint_base, joint_source
 from adapterkit.model.tying import one_spelling
+from adapterkit.several import said_of_each
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -198,6 +199,47 @@ class AdapterStack:
             chosen, path, _finite(scale, chosen), adapter, loaded.base
         )
         return chosen
+
+    def load_all(
+        self,
+        sources: Sequence[AdapterTensorSet | Path | str],
+        *,
+        names: Sequence[str | None] | None = None,
+        scales: Sequence[float] | None = None,
+        dialect: str | None = None,
+        alpha: float | None = None,
+        as_format: str | None = None,
+    ) -> tuple[str, ...]:
+        """Load adapters in order, as `load` does each; return their names.
+
+        Args:
+            sources: files, directories, hub ids or adapters.
+            names: of each, None for that of its file or directory.
+            scales: of each; 1 if omitted.
+            dialect: key grammar of those whose file cannot tell.
+            alpha: scale numerator of those whose file does not hold it.
+            as_format: name of the format to read them as, where their content does not tell.
+
+        Raises:
+            StackError: as `load` does; those before stay loaded.
+            UsageError: likewise.
+        """
+        said = said_of_each(
+            sources, base=self._base, dialect=dialect, alpha=alpha, as_format=as_format
+        )
+        chosen = names or [None] * len(sources)
+        given = scales or [1.0] * len(sources)
+        return tuple(
+            self.load(
+                source,
+                name=name,
+                scale=scale,
+                dialect=own.dialect,
+                alpha=own.alpha,
+                as_format=as_format,
+            )
+            for source, name, scale, own in zip(sources, chosen, given, said, strict=True)
+        )
 
     def _free_name(self, path: Path) -> str:
         """Return the shortest end of a path that no member has: `ck`, then `run2-ck`."""

@@ -59,9 +59,10 @@ def command(
     import adapterkit
 
     stack = adapterkit.AdapterStack(base)
-    for text in adapters:
-        name, path, scale = _parsed(text)
-        stack.load(path, name=name, scale=scale, dialect=dialect, alpha=alpha, as_format=as_format)
+    names, paths, scales = zip(*map(_parsed, adapters), strict=True)
+    stack.load_all(
+        paths, names=names, scales=scales, dialect=dialect, alpha=alpha, as_format=as_format
+    )
     served = adapterkit.serving_settings(stack, engine)
     if as_json:
         rendering.emit_json(

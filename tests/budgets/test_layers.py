@@ -59,6 +59,7 @@ LAYERS = (
     {"registry"},
     {"fingerprints", "given_alpha"},
     {"proof", "loading", "certificates"},
+    {"several"},
     {"alterations", "attempts", "compressed", "saving", "checks", "diagnosis", "state_dict"},
     {"engines"},
     WORKSHOPS,

@@ -47,7 +47,7 @@ CASES = {
     code: case(code)
     for code in (
         *(f"AK{number}" for number in range(101, 114)),
-        *("AK115", "AK116", "AK117", "AK119"),
+        *("AK115", "AK116", "AK117", "AK119", "AK123"),
         *("AK201", "AK202", "AK203", "AK204", "AK205"),
         *("AK301", "AK302", "AK303", "AK304", "AK306", "AK401"),
     )

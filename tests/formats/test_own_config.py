@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import peft
 import pytest
 import torch
 from conformance.making import quiet
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from terminal import invoke
+from terminal import ROOT, invoke
 
 import adapterkit
+from adapterkit.formats.peft.own_config import KEY
 from adapterkit.serving.stack import AdapterStack
 
 if TYPE_CHECKING:
@@ -181,3 +184,79 @@ def test_settings_of_a_file_are_those_of_every_module(tmp_path: Path) -> None:
         wanted = (after[name] - before[name]).detach().double().numpy()
         update = pair.scale * pair.b.numpy().astype(float) @ pair.a.numpy()
         np.testing.assert_allclose(update, wanted, atol=1e-5)
+
+
+def with_own(weights: Path, **config: Any) -> None:
+    """Put a LoraConfig into a safetensors file."""
+    with safe_open(weights, "pt") as file:
+        metadata = dict(file.metadata() or {})
+    save_file(load_file(weights), weights, {**metadata, KEY: json.dumps(config)})
+
+
+def scales(path: Path, **options: Any) -> set[float]:
+    return set(adapterkit.read(path, **options).scales.values())
+
+
+def test_a_dialect_takes_no_scale_from_a_file(
+    trained: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    source, live = trained
+    weights = load_file(source / "adapter_model.safetensors")
+    short = {name.removeprefix("base_model.model."): t for name, t in weights.items()}
+    file = tmp_path / "factors.safetensors"
+    save_file(short, file)
+    with pytest.raises(adapterkit.UsageError, match="pass the alpha"):
+        adapterkit.convert(file, tmp_path / "out", dialect="linear-factors")
+    with_own(file, **json.loads((source / "adapter_config.json").read_text()))
+    adapterkit.convert(file, tmp_path / "out", dialect="linear-factors")
+    path = tmp_path / "out" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": None}))
+    torch.testing.assert_close(answered(tmp_path / "out"), live, rtol=0, atol=1e-6)
+    with pytest.raises(adapterkit.UsageError, match="alpha is 12 in the file"):
+        adapterkit.convert(file, tmp_path / "no", dialect="linear-factors", alpha=99)
+    # A grammar whose program scales by nothing, and a file that says otherwise.
+    renamed = {
+        name.replace("lora_A.weight", "lora_module.in_proj").replace(
+            "lora_B.weight", "lora_module.out_proj"
+        ): tensor.T.contiguous()
+        for name, tensor in short.items()
+    }
+    save_file(renamed, file)
+    assert scales(file, dialect="lora-pytorch") == {1}
+    with_own(file, r=4, lora_alpha=12)
+    assert scales(file, dialect="lora-pytorch") == {3}
+    (told,) = [n for n in adapterkit.inspect(file, dialect="lora-pytorch").notes if "itself" in n]
+    assert "scales 0 by 3, not by 1" in told
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_an_mlx_file_is_scaled_by_its_own_config(settled: bool, tmp_path: Path) -> None:
+    folder = shutil.copytree(ROOT / "fixtures" / "mlx" / "lora", tmp_path / "a")
+    path = folder / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    if not settled:
+        del raw["lora_parameters"]["scale"]
+        path.write_text(json.dumps(raw))
+    rank = raw["lora_parameters"]["rank"]
+    with_own(folder / "adapters.safetensors", r=rank, lora_alpha=7 * rank)
+    assert scales(folder) == {7}
+    notes = adapterkit.inspect(folder).notes
+    assert any("itself counts" in note for note in notes) == settled
+    found = adapterkit.validate(folder).findings
+    assert ("AK122" in {each.code for each in found}) == settled
+    # Once written, the config says it, and nothing in the file says it again.
+    adapterkit.convert(folder, tmp_path / "out", to="mlx")
+    assert scales(tmp_path / "out") == {7}
+    with safe_open(tmp_path / "out" / "adapters.safetensors", "pt") as file:
+        assert KEY not in (file.metadata() or {})
+
+
+def test_shards_are_scaled_by_the_config_in_them(tmp_path: Path) -> None:
+    folder = shutil.copytree(ROOT / "fixtures" / "sharded" / "shards", tmp_path / "a")
+    for beside in folder.glob("*.json"):
+        beside.unlink()
+    with pytest.raises(adapterkit.UsageError, match="pass the alpha"):
+        adapterkit.read(folder)
+    (rank,) = {pair.rank for pair in adapterkit.read(folder, alpha=1).pairs()}
+    with_own(next(folder.glob("shard-00002*")), r=rank, lora_alpha=5 * rank)
+    assert scales(folder) == {5}

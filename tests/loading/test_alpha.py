@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,42 @@ def test_of_several_it_is_for_those_that_leave_it_open(
     adapterkit.merge_files([root / "peft"], tmp_path / "twice", weights=[2], base=base)
     wanted = answered(root, tmp_path / "twice")
     torch.testing.assert_close(answered(root, tmp_path / "sum"), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect"],
+        ["validate"],
+        ["convert", "--to", "peft", "-o", "OUT"],
+        ["audit"],
+        ["audit", "--bank", "OUT"],
+        ["stack", "--for", "vllm"],
+    ],
+    ids=lambda command: "-".join(command[:2]),
+)
+@pytest.mark.parametrize("name", ["peft", "it.gguf"])
+def test_no_command_judges_one_of_several_alone(
+    name: str, command: list[str], made: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    root, _ = made
+    settings = [str(tmp_path / "out") if word == "OUT" else word for word in command[1:]]
+    settings += ["--base", str(root / "base"), "--alpha", str(2 * ALPHA)]
+    if command[0] == "stack":
+        name = "peft"  # an engine takes no stack of two formats
+    one, two = str(root / "bare"), str(root / name)
+    for sources in ([one, two], [two, one]):
+        ran = invoke(command[0], *sources, *settings, "--json" if command[0] == "inspect" else "-q")
+        assert "in the file, --alpha is" not in ran.output
+        if (tmp_path / "out").is_file():
+            (tmp_path / "out").unlink()
+        settings += ["--force"] if command[0] == "convert" and "--force" not in settings else []
+        if command[0] == "inspect":
+            found = {each["source"]: each["scales"] for each in json.loads(ran.stdout)["results"]}
+            assert found == {one: {"6.0": 4}, two: {"3.0": 4}}
+    # Where no file leaves it open, each that states another refuses it.
+    ran = invoke(command[0], two, str(root / "mlx"), *settings)
+    assert "in the file, --alpha is" in ran.output
 
 
 @pytest.mark.parametrize("name", ["it.gguf", "mlx"])

@@ -165,6 +165,23 @@ def test_saved_modules_are_promised_in_every_layer(
     assert not inspect(less, base=base).problems
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_every_bias_that_was_trained_is_promised(bias: str, base: Path, tmp_path: Path) -> None:
+    whole = trained(base, tmp_path / "whole", **TARGETS, bias=bias)
+    part = "layers.1.self_attn.q_proj.base_layer.bias"
+    broken = changed(whole, tmp_path / "broken", part)
+    # PEFT says nothing, and answers with the base's own.
+    assert not np.allclose(logits(base, broken), logits(base, whole), atol=1e-5)
+    assert not inspect(whole, base=base).problems
+    module = "model.layers.1.self_attn.q_proj.bias"
+    for known in (base, None):
+        assert any(module in each for each in inspect(broken, base=known).problems)
+    for command in ("into", "peft", "merge"):
+        with pytest.raises(FormatError, match="bias"):
+            everything(broken, base, tmp_path / "out")[command]()
+    assert "AK115" in {each.code for each in validate(broken, base=base, targets=["peft"]).findings}
+
+
 @pytest.mark.parametrize(
     ("setting", "off"), [("lora_bias", False), ("trainable_token_indices", None)]
 )

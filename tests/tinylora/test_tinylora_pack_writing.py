@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from tinylora_pack import chunked, inject
 from tinylora_pack_models import (
     EXACT,
@@ -24,11 +25,13 @@ from tinylora_pack_models import (
 )
 from tinylora_pack_models import base as base  # noqa: PLC0414  (a fixture)
 
+from adapterkit import inspect
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
 from adapterkit.errors import (
     FormatError,
     IncompatibleBaseError,
+    LossyConversionError,
     UncheckableError,
 )
 from adapterkit.formats.protocol import FormatOptions
@@ -69,6 +72,27 @@ def test_self_contained_form_goes_back_to_the_pack(base: Path, tmp_path: Path) -
     assert report.max_relative_error == 0
     state = torch.load(tmp_path / "pack" / "adapter_state.pt", weights_only=True)
     assert all(torch.equal(state[name], vector) for name, vector in model.state().items())
+
+
+@pytest.mark.parametrize("form", ["pack", "self-contained"])
+def test_trained_files_beside_it_go_along_or_are_a_loss(
+    form: str, base: Path, tmp_path: Path
+) -> None:
+    source, _ = written(base, tmp_path)
+    if form == "self-contained":
+        (tmp_path / "own").mkdir()
+        file = tmp_path / "own" / "tinylora.safetensors"
+        convert(source, file, to="tinylora", base=base)
+        source = file.parent
+    assert inspect(source, base=base).beside == ()
+    save_file({"v_head.weight": torch.ones(1, 32)}, source / "value_head.safetensors")
+    assert [file.name for file in inspect(source, base=base).beside] == ["value_head.safetensors"]
+    convert(source, tmp_path / "peft", base=base)
+    copied = (tmp_path / "peft" / "value_head.safetensors").read_bytes()
+    assert copied == (source / "value_head.safetensors").read_bytes()
+    for to, suffix in (("tinylora", ".safetensors"), ("tinylora-pack", "")):
+        with pytest.raises(LossyConversionError, match=r"value_head\.safetensors"):
+            convert(source, tmp_path / f"no{suffix}", to=to, base=base)
 
 
 def test_witness_restores_the_signs_on_any_machine(

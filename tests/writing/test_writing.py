@@ -9,8 +9,13 @@ import shutil
 import stat
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
 from terminal import BASE, PEFT, TINY, invoke, start
+
+from adapterkit import convert, inspect
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +105,25 @@ def test_the_former_adapter_goes_and_other_files_stay(tmp_path: Path) -> None:
         "notes.txt",
     }
     assert json.loads((target / "adapter_config.json").read_text())["use_dora"] is True
+
+
+def test_weights_that_stay_are_named(tmp_path: Path) -> None:
+    """They are nobody's by their names, and the next command takes them for this adapter's."""
+    target = tmp_path / "adapter"
+    source = shutil.copytree(PEFT / "dora", tmp_path / "source")
+    for folder, name in ((source, "own.pt"), (target, "extra.pt"), (target, "own.pt")):
+        folder.mkdir(exist_ok=True)
+        torch.save({"w": torch.ones(2)}, folder / name)
+    (target / "2_Dense").mkdir()
+    save_file({"linear.weight": np.ones((2, 2))}, target / "2_Dense" / "model.safetensors")
+    shutil.copytree(TINY, target, dirs_exist_ok=True)
+    (target / "notes.txt").write_text("mine")
+    report = convert(source, target, force=True)
+    (said,) = [note for note in report.notes if "stay there" in note]
+    assert said.startswith("2_Dense/model.safetensors and extra.pt: weights that lie in")
+    found = {file.name for file in inspect(target).beside if file.name != "notes.txt"}
+    assert found == {"2_Dense/model.safetensors", "extra.pt", "own.pt"}
+    assert not [n for n in convert(source, tmp_path / "new").notes if "stay there" in n]
 
 
 def test_nothing_is_replaced_by_what_is_made_from_it(tmp_path: Path) -> None:

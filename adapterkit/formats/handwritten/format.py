@@ -6,6 +6,7 @@ where it is nowhere stored, the orientation where every module is square.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit import strangers
@@ -22,6 +23,7 @@ from adapterkit.formats.handwritten.dialects import (
 from adapterkit.formats.handwritten.dialects.document import is_checkpoint
 from adapterkit.formats.handwritten.dialects.matching import names_a_factor, plausible, undecided
 from adapterkit.formats.handwritten.reader import interpret
+from adapterkit.formats.peft.own_config import carried, governed
 from adapterkit.model.update import GATHER, ONE_RANK
 
 if TYPE_CHECKING:
@@ -53,7 +55,11 @@ def read(path: Path, options: FormatOptions) -> AdapterTensorSet:
     if not document.all_tensors():
         what = "holds no tensors; training saved an empty adapter, or this is no file of weights"
         raise FormatError(what, path=path)
-    return interpret(_explained(document, options.dialect), document, path, options)
+    own = carried(document.metadata, document.path)
+    if own is not None and options.alpha is None:
+        options = replace(options, alpha=own.alpha)
+    adapter = interpret(_explained(document, options.dialect), document, path, options)
+    return governed(adapter, own, options.base)
 
 
 def probe(path: Path) -> bool:

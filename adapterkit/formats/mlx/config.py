@@ -91,6 +91,12 @@ class MLXConfig:
             return None
         return "num_layers" if place[1] < layers - count else None
 
+    @property
+    def leaves_scale_open(self) -> bool:
+        """Whether some rank has no scale, or two, by this config alone."""
+        parameters = self.parameters.fields
+        return "scale" not in parameters or "alpha" in parameters
+
     def scale(self, rank: int, alpha: float | None) -> float:
         """Return the multiplier of a · b.
 

@@ -27,6 +27,8 @@ from adapterkit.errors import (
 from adapterkit.factors import fuse_rows, turned, unstack_experts
 from adapterkit.formats.mlx import spelling
 from adapterkit.formats.mlx.config import MLXConfig
+from adapterkit.formats.peft.own_config import KEY as OWN
+from adapterkit.formats.peft.own_config import carried, governed
 from adapterkit.formats.protocol import FormatOptions
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
@@ -115,12 +117,15 @@ def read_mlx(path: Path, options: FormatOptions) -> AdapterTensorSet:
     raw = read_json_object(config_path) if config_path else {}
     config = MLXConfig(raw, config_path or weights_path)
     name = config.base
-    source = _Source(config, weights_path, options, options.base or _cached(name))
     stored, metadata = stored_tensors(weights_path)
+    own = carried(metadata, weights_path)
+    if own is not None and options.alpha is None:
+        options = replace(options, alpha=own.alpha if config.leaves_scale_open else None)
+    source = _Source(config, weights_path, options, options.base or _cached(name))
     groups = _grouped(stored, weights_path)
     pairs = [pair for module, parts in groups.items() for pair in _pair(module, parts, source)]
     spelled = _spelled(pairs, source)
-    return AdapterTensorSet.of(
+    adapter = AdapterTensorSet.of(
         spelled,
         _others(groups, source),
         base=BaseReference(name=name),
@@ -131,9 +136,10 @@ def read_mlx(path: Path, options: FormatOptions) -> AdapterTensorSet:
             {CONFIG, weights_path.name, *_CHECKPOINTS},
             source.base,
         ),
-        source=MlxSource(dict(raw), {k: v for k, v in metadata.items() if k != PROOF}),
+        source=MlxSource(dict(raw), {k: v for k, v in metadata.items() if k not in {PROOF, OWN}}),
         provenance=Provenance(path, "mlx", _notes(groups, pairs)),
     )
+    return governed(adapter, own, source.base)
 
 
 def stored_tensors(path: Path) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:

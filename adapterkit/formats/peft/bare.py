@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class State:
     what: str
     tensors: Mapping[str, LazyTensor]
     notes: tuple[Note | str, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def read_weights(path: Path, options: FormatOptions) -> AdapterTensorSet:
@@ -118,6 +119,12 @@ def adapter_of(state: State, name: str, path: Path, options: FormatOptions) -> A
             path=state.folder,
         )
     config_path = config_above(state.folder)
+    if (own := own_config(state.metadata, state.folder)) is not None:
+        config = Counted(own, state.folder)
+        config = counted(state.metadata, state.folder, config_path) if config_path else config
+        state = replace(state, notes=(*config.notes, *state.notes))
+        folder = config_path.parent if config_path else state.folder
+        return _with_config(state, config, folder, name, path, options)
     if config_path:
         config = Counted(read_json_object(config_path), config_path)
         return _with_config(state, config, config_path.parent, name, path, options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit.base.places import Places
 from adapterkit.errors import UncheckableError
 from adapterkit.formats.peft.selection import Selection
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role
@@ -165,11 +166,30 @@ def _among(name: str, parameters: Collection[str]) -> bool:
 def _untrained_biases(
     config: LoraConfig, keys: Collection[TensorKey], base: BaseModel | None
 ) -> tuple[str, ...]:
-    """Return biases of the base that `bias` says were trained, where not one is stored."""
+    """Return biases that `bias` says were trained and that are not stored: PEFT keeps the base's.
+
+    Where the base is unknown, those of adapted modules whose like in another layer has one.
+    """
     bias = config.raw.get("bias") or "none"
-    stored = any(key.role is Role.FULL and key.module.endswith(".bias") for key in keys)
-    if bias == "none" or stored or base is None or base.kind != "hf":
+    if bias == "none":
         return ()
-    own = {f"{module}.bias" for module in _modules(keys, *FACTORS)}
-    having = (name for name in base.names if name.endswith(".bias"))
-    return tuple(name for name in having if bias == "all" or name in own)
+    stored = {key.module for key in keys if key.role is Role.FULL and key.module.endswith(".bias")}
+    own = dict.fromkeys(f"{module}.bias" for module in _modules(keys, *FACTORS))
+    kinds = {_NUMBER.sub("#", name) for name in stored}
+    having = [name for name in own if _NUMBER.sub("#", name) in kinds]
+    if base is not None and base.kind == "hf" and base.names:
+        having = list(_live_biases(base))
+        if stored and stored.isdisjoint(having):
+            return ()  # the file is of a class that spells them otherwise
+    return tuple(n for n in having if n not in stored and (bias == "all" or n in own))
+
+
+def _live_biases(base: BaseModel) -> Iterator[str]:
+    """Yield the biases of a model as its class names them; layers past its last are none of it."""
+    places, depth = Places(base), base.sizes.get("layers")
+    for name in base.names:
+        module, _, parameter = name.rpartition(".")
+        number = _NUMBER.search(name)
+        beyond = number is not None and depth is not None and int(number[0]) >= depth
+        if parameter == "bias" and not beyond:
+            yield f"{places.memory(module)}.bias"

@@ -7,22 +7,31 @@ of the config, or of a pipeline's component each field as `transformer.r`.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.peft.config import BASE_CHANGING_INITS
+from adapterkit.formats.peft.config import BASE_CHANGING_INITS, LoraConfig
+from adapterkit.formats.peft.declared import contradictions
+from adapterkit.formats.peft.meaning import meaning
 from adapterkit.json_file import read_json_object
 from adapterkit.notes import Note, NoteKind
-from adapterkit.tables import shown
+from adapterkit.tables import TEXT, shown
+
+if TYPE_CHECKING:
+    from adapterkit.base import BaseModel
+    from adapterkit.model import AdapterTensorSet
 
 KEY = "lora_adapter_metadata"
 _LARGEST = 1 << 20
 _LONGEST = 60
 _MOST_SHOWN = 4
+# A scale that was rounded to float32 is the same one.
+_SAME_SCALE = 1e-6
 # What says which model an adapter is for: all that a config beside the file may add.
 _OF_BASE = ("base_model_name_or_path", "revision")
 # What changes neither the update nor where it goes.
@@ -115,6 +124,58 @@ def counted(metadata: Mapping[str, str], weights: Path, beside: Path) -> Counted
         f"says other: {listed}"
     )
     return Counted(raw, weights, (Note(told, NoteKind.OTHER_CONFIG),))
+
+
+def carried(metadata: Mapping[str, str], path: Path) -> LoraConfig | None:
+    """Return the config that a file of another format's names carries itself, None for none.
+
+    Raises:
+        FormatError: if what the file carries is no config.
+        UnsupportedError: if it carries several, or one that is no low-rank update of a weight.
+    """
+    raw = own_config(metadata, path)
+    return None if raw is None else LoraConfig(raw, path)
+
+
+def governed(
+    adapter: AdapterTensorSet, config: LoraConfig | None, base: BaseModel | None
+) -> AdapterTensorSet:
+    """Return an adapter that another format spells as the LoraConfig in its file says that it is.
+
+    The config's scales, and what it says of the meaning of the tensors, count before what a file
+    beside or a grammar says; a scale that is another is told.
+
+    Args:
+        adapter: as its format reads it, under Hugging Face names.
+        config: the one that the file carries; None changes nothing.
+        base: the model, if known.
+    """
+    if config is None:
+        return adapter
+    pairs = [pair for pair in adapter.pairs() if pair.rank]
+    scales = {pair.module: config.scale_of(pair.module) for pair in pairs}
+    ranks = {pair.module: (config.rank_of(pair.module), pair.rank) for pair in pairs}
+    apart = [p for p in pairs if not math.isclose(p.scale, scales[p.module], rel_tol=_SAME_SCALE)]
+    declared = contradictions(config, [*adapter.tensors], base)
+    notes = adapter.provenance.notes if adapter.provenance else ()
+    if apart:
+        first, number = apart[0], len(apart)
+        told = (
+            f"the LoraConfig in {config.path.name} itself counts, which scales {first.module} by "
+            f"{scales[first.module]:g}, not by {first.scale:g}"
+        )
+        more = f" (and {number - 1} more modules)" if number > 1 else ""
+        notes = (*notes, Note(f"{told}{more}", NoteKind.OTHER_CONFIG))
+    name = config.fields.optional(_OF_BASE[0], TEXT)
+    return adapter.replace(
+        scales={**adapter.scales, **scales},
+        rank_conflicts={m: each for m, each in ranks.items() if each[0] != each[1]},
+        unstored={**adapter.unstored, **declared["unstored"]},
+        undeclared={**adapter.undeclared, **declared["undeclared"]},
+        base=replace(adapter.base, name=name) if name else adapter.base,
+        provenance=adapter.provenance and replace(adapter.provenance, notes=notes),
+        **meaning(config),
+    )
 
 
 def _parsed(text: str, path: Path) -> Mapping[str, Any]:

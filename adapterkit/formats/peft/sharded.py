@@ -50,7 +50,7 @@ def _dcp_state(path: Path) -> State:
         held = read_shards(shards)
         note = Note(f"joined from {held.ranks} shards, which do not say how many there were")
         what = "a sharded checkpoint of torch in safetensors"
-        return State(shards, what, held.tensors, (note,))
+        return State(shards, what, held.tensors, (note,), held.metadata)
     folder = dcp_folder(path)
     if folder is None:
         raise NotFoundError(f"holds no checkpoint of torch ({INDEX} and *{DATA_SUFFIX})", path=path)

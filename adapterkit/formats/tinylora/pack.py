@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.base import find_base
+from adapterkit.beside import beside_file
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.formats.tinylora.checkpoint import (
+    COMPLETED,
+    MANIFEST,
+    STATE,
     Checkpoint,
     find_checkpoint,
     is_pack,
@@ -18,7 +22,7 @@ from adapterkit.tinylora.adapter import TinyAdapter, neutral
 from adapterkit.tinylora.inference import tie_groups
 from adapterkit.tinylora.pack import doubts, pack_targets, rebuild
 from adapterkit.tinylora.registration import registered
-from adapterkit.tinylora.settings import SEED, TinySettings
+from adapterkit.tinylora.settings import SEED, SETTINGS_FILE, TinySettings
 from adapterkit.tinylora.targets import require_weights
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from adapterkit.tensor import LazyTensor
 
 NAME = "tinylora-pack"
+# What a checkpoint is made of; the state first.
+FILES = (STATE, MANIFEST, COMPLETED, SETTINGS_FILE)
 
 
 def read(path: Path, options: FormatOptions) -> AdapterTensorSet:
@@ -81,7 +87,7 @@ def _read(
         provenance=Provenance(
             path, NAME, (*notes, *_rounding_notes(_stored_types(base, names), settings))
         ),
-    )
+    ).replace(beside=beside_file(checkpoint.state, FILES, path, base))
 
 
 def _stored_types(base: BaseModel, names: Sequence[str]) -> set[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.beside import beside_file
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError, FormatError, UnsupportedError
@@ -69,7 +70,7 @@ def read(path: Path, options: FormatOptions) -> AdapterTensorSet:
         tiny,
         base=BaseReference(name=document.optional("base_model", TEXT) or None),
         provenance=Provenance(path, NAME, notes),
-    )
+    ).replace(beside=beside_file(file, (FILE,), path, options.base))
 
 
 def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
