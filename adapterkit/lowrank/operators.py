@@ -176,15 +176,13 @@ class Operator:
             rows: which.
         """
         image = plain if self.left is None else plain + self.left[rows] @ core
-        if self.rows is None:
-            change = image - plain if self.minus else image
-            return change, change
-        factors = self.rows[rows, None]
-        image = image * factors
-        if not self.minus:
-            return image, image * factors
-        image -= plain
-        return image, image * factors - image
+        factors = None if self.rows is None else self.rows[rows, None]
+        if factors is not None:
+            image = image * factors
+        if self.minus:
+            image = image - plain
+        weighted = image if factors is None else image * factors
+        return image, weighted - image if self.minus else weighted
 
     def row_norms(self) -> Array:
         """Return the norm of every row, (out,)."""

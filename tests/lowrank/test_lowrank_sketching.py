@@ -10,7 +10,7 @@ from audit_adapters import decaying
 from lowrank_cases import update
 
 from adapterkit.lowrank import operators
-from adapterkit.lowrank.operators import Operator, Plane
+from adapterkit.lowrank.operators import Operator, Plane, pulled
 from adapterkit.lowrank.products import LowRank
 from adapterkit.lowrank.ranks import predicted_error
 from adapterkit.lowrank.sketching import compressed, leading
@@ -65,6 +65,31 @@ def test_operators_are_the_matrices_that_they_stand_for(kind: Any) -> None:
         assert operator.times(x) == pytest.approx(dense @ x, abs=1e-4)
         assert operator.transposed_times(y) == pytest.approx(dense.T @ y, abs=1e-4)
         assert operator.plane.norm() == pytest.approx(np.linalg.norm(dense), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_one_pass_multiplies_all_maps_of_a_weight(kind: Any) -> None:
+    random = np.random.default_rng(5)
+    weight = random.standard_normal((1100, 20)).astype(kind)  # more rows than a block
+    left, right = random.standard_normal((1100, 3)), random.standard_normal((3, 20))
+    rows = random.standard_normal(1100)
+    maps = [
+        Operator(weight),
+        Operator(weight, left, right),
+        Operator(weight, left, right, rows),
+        Operator(weight, left, right, rows, minus=True),
+        Operator(weight, left, right, minus=True),
+    ]
+    columns = [random.standard_normal((20, count)) for count in (4, 1, 3, 2, 5)]
+    for operator, x, (images, returns) in zip(maps, columns, pulled(maps, columns), strict=True):
+        dense = operator.plane.dense()
+        close = {
+            "rtol": 1e-5 if kind is np.float32 else 1e-12,
+            "atol": 1e-2 if kind is np.float32 else 1e-9,
+        }
+        np.testing.assert_allclose(images, dense @ x, **close)
+        np.testing.assert_allclose(returns, dense.T @ (dense @ x), **close)
+        np.testing.assert_allclose(operator.times(x), dense @ x, **close)
 
 
 class TestPlanes:
