@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.containers.gguf import GGUFArray, GGUFFile, read_gguf, write_gguf
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
@@ -168,15 +168,19 @@ def _misplaced(
             inner = file.parent.relative_to(folder).as_posix()
             place = "" if inner == "." else f"{inner}/"
             try:
-                listed = read_json_object(file).get("weight_map")
+                listed: Any = read_json_object(file).get("weight_map")
             except AdapterKitError:
                 continue
-            for name, shard in listed.items() if isinstance(listed, dict) else ():
+            for name, shard in _entries(listed):
                 if place + name not in shards.get(f"{place}{shard}", ()):
                     found[f"{place}{file.name} says where {name} lies"] = _short(
                         str(shard).encode()
                     )
     return found
+
+
+def _entries(listed: Any) -> Iterable[tuple[str, Any]]:
+    return cast("dict[str, Any]", listed).items() if isinstance(listed, dict) else ()
 
 
 def _of_weights(weights: Path) -> tuple[dict[str, str], dict[str, str]]:
