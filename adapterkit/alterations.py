@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 # A tensor that is gone and one that was added, of the same bytes.
 _PAIR = 2
+# Names of tensors that stand alone in a model, so that none beside them tells theirs.
+_ALONE = (
+    *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+    *("token_embd.weight", "output_norm.weight", "output.weight"),
+)
 _PARTS = re.compile(r"([._/])")
 
 
@@ -92,9 +97,10 @@ def _are(number: int) -> str:
 def _recalled(gone: Iterable[str], present: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     """Return the names that marks stand for, as far as one part sets them apart from those present.
 
-    A model's names repeat themselves: what another layer's tensor is called is one number away.
+    A model's names repeat themselves: what another layer's tensor is called is one number away, and
+    what belongs to a module ends as what belongs to others does.
     """
-    missing = set(gone)
+    missing, present = set(gone), list(present)
     if not missing:
         return {}
     split = [_PARTS.split(name) for name in present]
@@ -108,7 +114,12 @@ def _recalled(gone: Iterable[str], present: Iterable[str], others: Iterable[str]
         for place in range(0, len(parts), 2)
         for part in seen[place]
     )
-    return {key: name for name in chain(others, alike) if (key := mark(name)) in missing}
+    cuts = [(name.rsplit(".", parts), parts) for name in present for parts in (1, 2)]
+    stems = {cut[0] for cut, parts in cuts if len(cut) > parts}
+    ends = {".".join(cut[1:]) for cut, parts in cuts if len(cut) > parts}
+    joined = (f"{stem}.{end}" for stem in stems for end in ends)
+    every = chain(others, _ALONE, alike, joined)
+    return {key: name for name in every if (key := mark(name)) in missing}
 
 
 def _unlike(written: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:

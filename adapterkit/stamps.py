@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.containers.gguf import GGUFArray, GGUFFile, read_gguf, write_gguf
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
@@ -25,7 +25,7 @@ from adapterkit.storage import FileSlice, read_document, readable
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from adapterkit.containers.gguf import GGUFValue
     from adapterkit.tensor import LazyTensor
@@ -45,6 +45,7 @@ _STRING = 8
 # The weights of a directory, by format.
 _MAIN = ("adapter_model.safetensors", "adapters.safetensors")
 # What may be added to a directory without changing the adapter.
+_INDEX = ".safetensors.index.json"
 _NOTES = {".md", ".txt", ".log"}
 
 
@@ -132,9 +133,12 @@ def contents(path: Path) -> Contents:
     """
     tensors: dict[str, str] = {}
     settings: dict[str, str] = {}
+    files: list[Path] = []
+    shards: dict[str, set[str]] = {}
     weights = _weights(path)
     if weights is not None:
         tensors, settings = _of_weights(weights)
+        shards[weights.name] = set(tensors)
     if path.is_dir():
         with readable(path):
             files = [p for p in sorted(path.rglob("*")) if p.is_file() and p != weights]
@@ -143,12 +147,40 @@ def contents(path: Path) -> Contents:
                 continue
             name = file.relative_to(path).as_posix()
             more = _of_shard(file, name) if file.suffix == _SAFETENSORS else None
+            if more is not None:
+                shards[name] = set(more[0])
             if more is None or more[0].keys() & tensors.keys():
                 settings |= _of_file(file, name)
             else:
                 tensors |= more[0]
                 settings |= more[1]
+        settings |= _misplaced(path, files, shards)
     return Contents(tensors, settings)
+
+
+def _misplaced(
+    folder: Path, files: Iterable[Path], shards: Mapping[str, set[str]]
+) -> dict[str, str]:
+    """Return what no writer of ours leaves: the tensors that lie in another file than indexed."""
+    found: dict[str, str] = {}
+    for file in files:
+        if file.name.endswith(_INDEX):
+            inner = file.parent.relative_to(folder).as_posix()
+            place = "" if inner == "." else f"{inner}/"
+            try:
+                listed: Any = read_json_object(file).get("weight_map")
+            except AdapterKitError:
+                continue
+            for name, shard in _entries(listed):
+                if place + name not in shards.get(f"{place}{shard}", ()):
+                    found[f"{place}{file.name} says where {name} lies"] = _short(
+                        str(shard).encode()
+                    )
+    return found
+
+
+def _entries(listed: Any) -> Iterable[tuple[str, Any]]:
+    return cast("dict[str, Any]", listed).items() if isinstance(listed, dict) else ()
 
 
 def _of_weights(weights: Path) -> tuple[dict[str, str], dict[str, str]]:

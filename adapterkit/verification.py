@@ -213,7 +213,7 @@ def _updates(
     except BaseRequiredError as error:
         notes.append(f"compared by bytes alone: {error.message}")
         return []
-    except (UsageError, UncheckableError):
+    except UncheckableError:
         raise
     except AdapterKitError as error:
         return [Change("update", error.where or _label(held), error.message)]

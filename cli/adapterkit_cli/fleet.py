@@ -129,7 +129,7 @@ def _told(action: str, given: dict[str, Any]) -> dict[str, Any]:
     told = {
         name: value
         for name, value in given.items()
-        if value not in (None, False, ()) and value != "auto"
+        if value is not None and value is not False and value not in ((), "auto")
     }
     if others := sorted(told.keys() - takes):
         names = {"targets": "target", "for_engine": "for"}
