@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ class DType(StrEnum):
             return 0.0
         import ml_dtypes
 
-        limits: Any = ml_dtypes.finfo(self.numpy())
+        limits = cast("Any", ml_dtypes).finfo(self.numpy())
         return float(limits.smallest_normal)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
