@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib import import_module
@@ -26,8 +26,6 @@ from adapterkit.storage import alike, readable
 from adapterkit.unrecognised import unrecognised
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from adapterkit.formats.protocol import FormatOptions, Lister, Reader, Writer  # noqa: TC004  (slow to import)
     from adapterkit.model import AdapterTensorSet
     from adapterkit.notes import Loss

@@ -7,6 +7,7 @@ priorities and the like change nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from adapterkit.several import said_of_each
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 # Name of an adapter that has none.
 _IN_MEMORY = "adapter"

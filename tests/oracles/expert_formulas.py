@@ -210,7 +210,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Module]]] = {
     ),
     "t5": (
         "T5ForConditionalGeneration",
-        {**T5_SIZES, "vocab_size": 512, "feed_forward_proj": "gated-gelu"},
+        {
+            **T5_SIZES,
+            "vocab_size": 512,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
         {
             **T5_ATTENTION,
             **t5_feed_forward("encoder", 1, GATED),
