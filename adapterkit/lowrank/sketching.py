@@ -104,12 +104,9 @@ class _Search:
         rows, columns = shape
         self._smaller, self._count, self._passes = min(shape), min(count, *shape), 0
         width = self._count + _EXTRA
-        most = min(_PASSES * width, self._smaller + width)
         self._known = 0
-        # Columns one after the other, so that those of a pass are added in place.
-        self._basis, self._returns = (np.empty((columns, most), order="F") for _ in range(2))
-        self._images = np.empty((rows, most), order="F")
-        self._gram = np.empty((most, most))
+        self._basis, self._returns = np.empty((columns, 0)), np.empty((columns, 0))
+        self._images, self._gram = np.empty((rows, 0)), np.empty((0, 0))
         random = np.random.default_rng(_SEED)
         self.block = _orthonormal(random.standard_normal((columns, width)))
 
@@ -117,14 +114,13 @@ class _Search:
         """Learn what M · block and Mᵀ · M · block are."""
         assert self.block is not None  # noqa: S101  (it was asked for)
         before, now = self._known, self._known + self.block.shape[1]
-        for known, more in (
-            (self._basis, self.block),
-            (self._images, images),
-            (self._returns, returns),
-        ):
-            known[:, before:now] = more
+        self._basis = _with_columns(self._basis, before, self.block)
+        self._images = _with_columns(self._images, before, images)
+        self._returns = _with_columns(self._returns, before, returns)
         shared = self._images[:, :now].T @ images
-        self._gram[:now, before:now], self._gram[before:now, :now] = shared, shared.T
+        gram = np.empty((now, now))
+        gram[:before, :before], gram[:, before:], gram[before:, :] = self._gram, shared, shared.T
+        self._gram = gram
         self._known, self._passes = now, self._passes + 1
         self.found = self._ritz()
         enough = self._passes > 1 and float(self.found.residuals.max()) <= tolerance
@@ -139,7 +135,7 @@ class _Search:
         basis, images, returns = (
             each[:, : self._known] for each in (self._basis, self._images, self._returns)
         )
-        squares, vectors = np.linalg.eigh(self._gram[: self._known, : self._known])
+        squares, vectors = np.linalg.eigh(self._gram)
         values = np.sqrt(np.maximum(squares[::-1][: self._count], 0.0))
         chosen = vectors[:, ::-1][:, : self._count]
         scale = np.where(values > 0, values, 1.0)
@@ -153,6 +149,20 @@ def _whole(operator: Operator, count: int) -> Triplets:
     left, values, right = np.linalg.svd(operator.plane.dense(), full_matrices=False)
     values = values[:count]
     return Triplets(values, left[:, :count], right[:count].T, np.zeros_like(values))
+
+
+def _with_columns(known: Array, count: int, more: Array) -> Array:
+    """Return the first columns with more beside them, in place where there is room.
+
+    Columns lie one after the other, and room doubles: what is copied stays less than what is known.
+    """
+    now = count + more.shape[1]
+    if now > known.shape[1]:
+        wider = np.empty((len(more), max(now, 2 * count)), order="F")
+        wider[:, :count] = known[:, :count]
+        known = wider
+    known[:, count:now] = more
+    return known
 
 
 def _beyond(block: Array, basis: Array) -> Array:
