@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule
@@ -27,6 +28,22 @@ _COMPARED = 1 << 22
 _HALVES = (DType.BF16, DType.F16)
 # Share of a row that no quantisation of it is off by.
 _ROUNDED = 0.5
+# Numbers that share a scale, of types whose quantisers end with the nearest step of that scale,
+# whatever weights they chose it with; those of Q4_0 and its kin do not if they were given weights.
+_GRIDS = {
+    DType.Q8_0: 32,
+    DType.Q2_K: 16,
+    DType.Q3_K: 16,
+    DType.Q4_K: 32,
+    DType.Q5_K: 32,
+    DType.Q6_K: 16,
+}
+# Share of such a row that no quantisation of it is off by, but one that leaves nothing of it.
+_LEFT = 0.99
+# Numbers that vanish in blocks whose scale of scales is a float16.
+_VANISHED = 2.0**-13
+# Share of a number by which bfloat16 on the way to both is off, and what scales in float16 are.
+_HALVED, _LEAST = 2.0**-8, 2.0**-18
 
 
 def table_of(module: str, base: BaseModel) -> LazyTensor | None:
@@ -92,7 +109,11 @@ def _first_apart(one: LazyTensor, other: LazyTensor) -> int | None:
         return None
     x, y = wide_rows(one), wide_rows(other)
     if one.dtype.quantised or other.dtype.quantised:
-        return _first(_further(x, y)[:, None])
+        apart = _further(x, y, _LEFT if {one.dtype, other.dtype} & _GRIDS.keys() else _ROUNDED)
+        for tensor, plain, decoded in ((one, y, x), (other, x, y)):
+            if tensor.dtype in _GRIDS:
+                apart |= _off_grid(plain, decoded, _GRIDS[tensor.dtype])
+        return _first(apart[:, None])
     found = [_first(x != y)]
     for dtype in _HALVES if found[0] is not None else ():
         found += [_first(_rounded(x, dtype) != y), _first(x != _rounded(y, dtype))]
@@ -107,12 +128,30 @@ def wide_rows(tensor: LazyTensor) -> Array:
     return np.asarray(plain.numpy(), dtype=np.float64)
 
 
-def _further(x: Array, y: Array) -> Array:
-    """Tell which rows are further apart than rounding makes them, (rows,)."""
+def _further(x: Array, y: Array, share: float) -> Array:
+    """Tell which rows are further apart than a share of the larger, (rows,)."""
     import numpy as np
 
     size = np.maximum(np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1))
-    return ~(np.linalg.norm(x - y, axis=1) <= _ROUNDED * size)
+    return ~(np.linalg.norm(x - y, axis=1) <= share * size + _VANISHED * math.sqrt(x.shape[1]))
+
+
+def _off_grid(x: Array, decoded: Array, block: int) -> Array:
+    """Tell which rows hold a number that is not the nearest step of its block, (rows,).
+
+    The step is at most the smallest gap between two numbers of the block. What is beyond the
+    largest or the smallest of them may have been cut off there.
+    """
+    import numpy as np
+
+    plain, steps = (each.reshape(len(each), -1, block) for each in (x, decoded))
+    gaps = np.diff(np.sort(steps, axis=-1), axis=-1)
+    gaps[gaps <= 0] = np.inf
+    half = gaps.min(axis=-1, keepdims=True) / 2
+    half = half + _HALVED * np.maximum(np.abs(plain), np.abs(steps)) + _LEAST
+    above = (plain - steps > half) & (steps < steps.max(axis=-1, keepdims=True))
+    below = (steps - plain > half) & (steps > steps.min(axis=-1, keepdims=True))
+    return (above | below).any(axis=(1, 2))
 
 
 def _first(apart: Array) -> int | None:
