@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.base.places import Places
 from adapterkit.errors import UncheckableError
 from adapterkit.formats.peft.selection import Selection
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role
@@ -186,6 +185,8 @@ def _untrained_biases(
 
 def _live_biases(base: BaseModel) -> Iterator[str]:
     """Yield the biases of a model as its class names them; layers past its last are none of it."""
+    from adapterkit.base.places import Places  # with the families' tables, which `inspect` spares
+
     places, depth = Places(base), base.sizes.get("layers")
     for name in base.names:
         module, _, parameter = name.rpartition(".")
