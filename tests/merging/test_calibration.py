@@ -22,7 +22,7 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, NotFoundError, UncheckableError, UsageError
 from adapterkit.loading import open_model
 from adapterkit.merging.into import calibration
-from adapterkit.merging.into.inputs import TEXT, drawn_inputs, seen_inputs
+from adapterkit.merging.into.inputs import TEXT, seen_inputs
 from adapterkit.merging.into.steps import Shaping
 from adapterkit.tensor import LazyTensor
 
@@ -146,35 +146,34 @@ def test_an_imatrix_is_the_diagonal(
 
 
 def test_an_output_error_is_that_of_what_is_stored(
-    small: tuple[Path, Path], tmp_path: Path
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the very inputs of a merged model's layers, against dense algebra in float64."""
+    """For a few directions and the diagonal of an imatrix, against dense algebra in float64."""
     base, adapter = small
-    sequences = [[1, *range(300, 340)], [1, *range(340, 380)]]
-    wide = tmp_path / "wide.gguf"
+    out, wide, path = (tmp_path / f"{name}.gguf" for name in ("out", "wide", "imatrix"))
+    rows = np.random.default_rng(0).standard_normal((3, 256)) / 16
+    drawn = Shaping(rows[:2], np.ones(256), rows[2:], 0.1)
+    monkeypatch.setattr(calibration, "drawn_inputs", lambda *args: dict.fromkeys(args[2], drawn))
     merge_into([adapter], base, wide, gguf_type="f32")
-    imatrix(open_model(wide), tmp_path / "imatrix.gguf", sequences)
-    for given in ({}, {"calibrate": tmp_path / "imatrix.gguf"}):
-        report = merge_into([adapter], base, tmp_path / "m.gguf", force=True, **KEEP, **given)
-        before, wanted, after = (read_gguf(p).tensors for p in (base, wide, tmp_path / "m.gguf"))
-        known = drawn_inputs(open_model(wide), read_gguf(base), list(after))
-        if given:
-            known = calibration.calibrated_inputs(
-                open_model(wide), read_gguf(base), list(after), given["calibrate"]
-            )
-        for tensor in report.tensors:
-            stored, merged, plain = (
-                each[tensor.tensor].numpy().astype(float) for each in (after, wanted, before)
-            )
-            shaping = known[tensor.tensor]
-            seen = np.concatenate([shaping.seen, np.diag(shaping.rest**0.5)]).T
-            ours, its = (
-                np.linalg.norm((stored - merged) @ seen),
-                np.linalg.norm((merged - plain) @ seen),
-            )
-            assert tensor.output_error == pytest.approx(ours / its, rel=1e-4)
-            assert tensor.nearest is not None
-            assert tensor.output_error < tensor.nearest.output_error
+    imatrix(open_model(wide), path, [[1, *range(300, 340)], [1, *range(340, 380)]])
+    report = merge_into([adapter], base, out, calibrate=path, **KEEP)
+    stored, wanted, before = (read_gguf(each).tensors for each in (out, wide, base))
+    file, names = read_gguf(base), [tensor.tensor for tensor in report.tensors]
+    inputs = calibration.calibrated_inputs(open_model(wide), file, names, path)
+    for tensor in report.tensors:
+        ours, merged, plain = (
+            each[tensor.tensor].numpy().astype(float) for each in (stored, wanted, before)
+        )
+        known = inputs[tensor.tensor]
+        assert known.rest.max() > 0
+        seen = np.concatenate([known.seen, np.diag(known.rest**0.5)]).T
+        error = np.linalg.norm((ours - merged) @ seen) / np.linalg.norm((merged - plain) @ seen)
+        assert tensor.output_error is not None
+        assert tensor.output_error == pytest.approx(error, rel=1e-3)
+        assert tensor.nearest is not None
+        assert tensor.nearest.output_error is not None
+        assert tensor.output_error < tensor.nearest.output_error
+    assert "output error" in report.text()
 
 
 def test_what_is_no_text_and_no_imatrix_of_the_base_is_refused(
