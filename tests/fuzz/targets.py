@@ -198,6 +198,19 @@ def projected(path: Path) -> None:
         project_file(path / "a1", Path(folder, "out"), base=path / "base", settings=settings)
 
 
+def _packed(folder: Path) -> None:
+    _two(folder)
+    settings = TinySettings(projection_dim=4, target_modules=("o_proj", "down_proj"))
+    project_file(folder / "a1", folder / "pack", base=folder / "base", settings=settings)
+
+
+def packed(path: Path) -> None:
+    """Read a pack of TinyLoRA on the base whose singular vectors it needs, and write it as LoRA."""
+    raw(read(path / "pack", base=path / "base").tensors)
+    with tempfile.TemporaryDirectory() as folder:
+        convert(path / "pack", Path(folder, "out"), to="peft", base=path / "base")
+
+
 def proof(path: Path) -> None:
     """Put the proof into the adapter beside it, and hold the two against each other."""
     written = next(each for each in path.iterdir() if each.suffix == ".gguf" or each.is_dir())
@@ -302,6 +315,7 @@ TARGETS: dict[str, Target] = {
     "merge": Target((made(_two),), merged),
     "extract": Target((made(_two),), extracted),
     "project": Target((made(_two),), projected),
+    "pack": Target((made(_packed),), packed),
     "proof": Target((proven("x.gguf"), proven("peft"), proven("mlx")), proof),
     "megatron": Target((made(making.megatron),), megatron),
     "diffusion base": Target((made(making.pipeline), made(making.checkpoint)), diffusion),
