@@ -15,13 +15,14 @@ from adapterkit.notes import NoteKind
 from adapterkit.served import served
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
     from pathlib import Path
 
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
 _HEADS = {"classifier", "score"}
+_TABLES = {"lm_head", "embed_tokens"}
 _ADDED_TOKENS = "added_tokens.json"
 _PICKLES = {".bin", ".pt", ".pth"}
 _SHARDS = "adapter_model-*-of-*"
@@ -33,7 +34,8 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
     Numbers and truth values are of the adapter: `max_rank`, `ranks_differ`, `scales_differ`,
     `dora`, `dora_declared` (by the config, whatever the file holds), `lora_bias`, `saved_biases`,
     `saved_modules`, `saved_heads` and `head_biases` (weights and biases of `classifier` and
-    `score`, where that is one matrix), `head_absent` (the base has no such head), `token_rows`,
+    `score`, where that is one matrix), `saved_tables` (weights of `lm_head` and `embed_tokens`, by
+    these names), `head_absent` (the base has no such head), `token_rows`,
     `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`,
     `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`, `layer_replication`,
     `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `sharded`, `unclean_names`, `foreign_names`,
@@ -62,8 +64,9 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             "lora_bias": Role.LORA_BIAS in roles,
             "saved_biases": sum(name.endswith(".bias") for name in full),
             "saved_modules": sum(not name.endswith(".bias") for name in full),
-            "saved_heads": _heads(full, "weight"),
-            "head_biases": _heads(full, "bias"),
+            "saved_heads": _of(_HEADS, full, "weight"),
+            "head_biases": _of(_HEADS, full, "bias"),
+            "saved_tables": _of(_TABLES, full, "weight"),
             "head_absent": _head_absent(full, base),
             "token_rows": Role.TOKEN_ROWS in roles,
             "embedding": any(pair.embedding for pair in pairs),
@@ -122,9 +125,9 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _heads(names: Sequence[str], parameter: str) -> int:
-    """Return how many classifying heads have a parameter of their own, with no layer between."""
-    return sum(name.endswith(f".{parameter}") and name.split(".")[-2] in _HEADS for name in names)
+def _of(modules: Container[str], names: Sequence[str], parameter: str) -> int:
+    """Return how many modules of some last names have a parameter of their own among `names`."""
+    return sum(name.endswith(f".{parameter}") and name.split(".")[-2] in modules for name in names)
 
 
 def _head_absent(names: Sequence[str], base: BaseModel | None) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from conformance.engines_page import PAGE, page
+from safetensors.numpy import load_file, save_file
 from terminal import ROOT
 
 from adapterkit import Severity, explanations, load_target, target_names, validate
@@ -287,6 +290,29 @@ def test_the_page_of_engines_is_their_data() -> None:
 
 def test_fixture_configs_are_json() -> None:
     assert all(json.loads(path.read_text()) for path in FOLDER.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "verdict"), [("lm_head", "applied"), ("model.norm", "partly applied")]
+)
+def test_openvino_takes_a_saved_output_and_leaves_out_other_modules(
+    saved: str, verdict: str, tmp_path: Path
+) -> None:
+    """Run with openvino-genai 2026.4.1.0: a saved norm changed nothing, lm_head what PEFT does."""
+    path = tmp_path / "adapter"
+    shutil.copytree(source_of("sound"), path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["modules_to_save"] = [saved.rpartition(".")[2]]
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(path / "adapter_model.safetensors")
+    base = FOLDER / "bases" / "llama"
+    sizes = json.loads((base / "config.json").read_text())
+    width = sizes["hidden_size"]
+    shape = (sizes["vocab_size"], width) if saved == "lm_head" else (width,)
+    tensors[f"base_model.model.{saved}.weight"] = np.ones(shape, np.float32)
+    save_file(tensors, path / "adapter_model.safetensors")
+    report = validate(path, base=base, targets=["openvino"])
+    assert report.targets[0].verdict == verdict
 
 
 def test_only_expressions_are_expressions() -> None:
