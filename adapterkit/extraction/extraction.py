@@ -12,6 +12,7 @@ from adapterkit.base.model import BaseModel
 from adapterkit.certificates import Making
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
+from adapterkit.extraction.applied import check_applied
 from adapterkit.extraction.assembly import assembled, fitting
 from adapterkit.extraction.checkpoints import open_both
 from adapterkit.extraction.factors import Outcome, extract_tensor
@@ -21,6 +22,7 @@ from adapterkit.extraction.report import ExtractedModule, ExtractReport
 from adapterkit.extraction.twins import Twin, twins
 from adapterkit.formats.diffusion.on_base import flattened, from_base
 from adapterkit.formats.protocol import FormatOptions
+from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import first_and_more
 from adapterkit.saving import admitted, destination_format, save, stored_type
 from adapterkit.work import counter, in_threads
@@ -112,6 +114,11 @@ def extract(
     ready = admitted(adapter, target, options, into=destination, allow_lossy=allow_lossy)
     said = {"rank": rank, "tol": tol, "energy": energy, "max_rank": max_rank, "seed": seed}
     making = Making("extract", {**said, "save_rest": save_rest}) if proof else None
+
+    def accept(written: AdapterTensorSet) -> None:
+        if not original.layout:
+            check_applied(written, outcomes, after, path=destination)
+
     proven = save(
         ready.adapter,
         destination,
@@ -119,6 +126,7 @@ def extract(
         options,
         force=force,
         spared=[after.path],
+        accept=accept,
         making=making,
     )
     return ExtractReport(

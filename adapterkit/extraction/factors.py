@@ -163,7 +163,7 @@ def _factored(
     norm = _total(part.norm for part in parts)
     error = _total(
         part.plane.distance(update)
-        for part, update in zip(parts, _as_stored(twin, pair), strict=True)
+        for part, update in zip(parts, as_stored(twin, pair), strict=True)
         if part.plane is not None
     )
     if not math.isfinite(error):
@@ -194,7 +194,7 @@ def _rounded(twin: Twin, parts: Sequence[_Part], asked: Wish, dtype: DType | Non
         return pair
     lost = _total(
         distance(part.update, update)
-        for part, update in zip(parts, _as_stored(twin, pair), strict=True)
+        for part, update in zip(parts, as_stored(twin, pair), strict=True)
     )
     lacking = _total(part.lacking for part in parts)
     allowed = asked.rule.tolerance * _total(part.norm for part in parts)
@@ -222,7 +222,7 @@ def _stored(twin: Twin, parts: Sequence[_Part], dtype: DType) -> Update:
     return Update(twin.modules[0], a, b, 1.0, kind)
 
 
-def _as_stored(twin: Twin, pair: Update) -> list[LowRank]:
+def as_stored(twin: Twin, pair: Update) -> list[LowRank]:
     """Return the rounded updates in the orientation of the stored matrices."""
     return [u.turned if twin.turned or twin.embedding else u for u in updates(pair)]
 

@@ -9,12 +9,16 @@ import gguf
 import numpy as np
 import torch
 from engine import family_row, make_base
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import QALoraLinearVariant
+from quantised_bases import quantised
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from conformance import layouts
 from conformance.bases import INVOCATION, PROMPTS, logits
 from conformance.making import (
+    LINEAR,
     WEIGHTS,
     Bench,
     Document,
@@ -29,6 +33,7 @@ from conformance.plain_traits import RECIPES
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 EMBED = ["embed_tokens", "q_proj"]
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": False}
 VOCABULARY, PADDED, GROWN = 512, 576, 520
 
 __all__ = ["RECIPES", "layouts"]
@@ -270,6 +275,58 @@ def _unknown(bench: Bench) -> None:
     bench.train()
     bench.edit(settings(base_model_name_or_path="org/unknown"))
     bench.given = None
+
+
+class Coded(torch.nn.Linear):
+    """A layer that stands for one that GPTQ quantised, whose kernels need a GPU: its numbers."""
+
+
+def _pooling(bench: Bench) -> None:
+    """Train factors of pooled inputs, by PEFT's own code for a base that GPTQ quantised."""
+    fresh, resolve = bench.fresh, Linear.resolve_lora_variant
+
+    def coded() -> Any:
+        model = fresh()
+        for name, layer in model.named_modules():
+            if name.endswith(tuple(LINEAR)):
+                layer.__class__ = Coded
+        return model
+
+    def variant(self: Any, **given: Any) -> Any:
+        pooled = given["config"].use_qalora and isinstance(self.get_base_layer(), Coded)
+        return QALoraLinearVariant() if pooled else resolve(self, **given)
+
+    bench.fresh = coded
+    Linear.resolve_lora_variant = variant
+    bench.train(use_qalora=True, qalora_group_size=4)
+    bench.mergeable = False
+
+
+@trait("qalora")
+def _qalora(bench: Bench) -> None:
+    _pooling(bench)
+    bench.given = bench.model = quantised(bench.base.hf, bench.folder / "gptq", GPTQ, _packed)
+
+
+@trait("qalora-without-a-base")
+def _qalora_alone(bench: Bench) -> None:
+    _pooling(bench)
+    bench.edit(settings(base_model_name_or_path="org/unknown"))
+    bench.given = None
+
+
+def _packed(name: str, tensor: torch.Tensor) -> Tensors | None:
+    """Return what GPTQ stores for a weight, eight numbers of four bits in one; none is read."""
+    if not name.removesuffix(".weight").endswith(tuple(LINEAR)):
+        return None
+    rows, columns = tensor.shape
+    stem = name.removesuffix("weight")
+    return {
+        f"{stem}qweight": torch.zeros((columns // 8, rows), dtype=torch.int32),
+        f"{stem}qzeros": torch.zeros((1, rows // 8), dtype=torch.int32),
+        f"{stem}scales": torch.ones((1, rows), dtype=torch.float16),
+        f"{stem}g_idx": torch.zeros(columns, dtype=torch.int32),
+    }
 
 
 @trait("wrong-base", unchanged)

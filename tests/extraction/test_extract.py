@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,10 @@ from extraction_settings import SETTINGS, ranks
 from safetensors.torch import load_file
 
 from adapterkit import diff, extract, inspect, merge_into, read
+from adapterkit.errors import AdapterKitError
+from adapterkit.extraction import assembly
+from adapterkit.factors import turned
+from adapterkit.model import AdapterTensorSet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -370,3 +375,39 @@ def test_nothing_depends_on_threads(bases: dict[str, BaseFixture], tmp_path: Pat
         (tmp_path / jobs / "adapter_model.safetensors").read_bytes() for jobs in ("1", "3")
     )
     assert one == three
+
+
+@pytest.mark.parametrize("fault", ["exchanged", "turned", "unknown"])
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_what_is_written_is_laid_on_the_weights_that_it_names(
+    fault: str,
+    kind: str,
+    bases: dict[str, BaseFixture],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = bases["llama"]
+    trained(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"])
+    original = base.hf if kind == "hf" else base.gguf
+    tuned = tmp_path / ("merged" if kind == "hf" else "merged.gguf")
+    merge_into([tmp_path / "adapter"], original, tuned)
+    sound = assembly.assembled
+
+    def faulty(*arguments: Any) -> Any:
+        adapter, modules = sound(*arguments)
+        pairs = {pair.module: pair for pair in adapter.pairs()}
+        q, o = (f"model.layers.0.self_attn.{name}_proj" for name in "qo")
+        wrong = (
+            pairs
+            | {
+                "exchanged": {q: replace(pairs[o], module=q), o: replace(pairs[q], module=o)},
+                "turned": {o: replace(pairs[o], a=turned(pairs[o].b), b=turned(pairs[o].a))},
+                "unknown": {o: replace(pairs[o], module=o.replace("model.", "model.text."))},
+            }[fault]
+        )
+        return AdapterTensorSet.of(wrong.values(), {}, base=adapter.base), modules
+
+    monkeypatch.setattr("adapterkit.extraction.extraction.assembled", faulty)
+    with pytest.raises(AdapterKitError, match=r"laid on it|is no module|no table"):
+        extract(original, tuned, tmp_path / "back")
+    assert not (tmp_path / "back").exists()

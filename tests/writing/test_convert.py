@@ -103,12 +103,13 @@ def test_invocation_tokens_survive(base: Path, tmp_path: Path) -> None:
 
 def test_every_reason_is_given_at_once(tmp_path: Path) -> None:
     rows = LazyTensor.of(np.zeros((4, 576), np.float32))
+    norms = LazyTensor.of(np.ones(576, np.float32))
     source = with_tensors(
         tmp_path / "a",
         lm_head__weight=rows,
-        model__layers__0__self_attn__q_proj__lora_magnitude_vector=rows,
+        model__layers__0__self_attn__q_proj__lora_magnitude_vector=norms,
         model__layers__0__self_attn__q_proj__base_layer__bias=rows,
-        model__layers__1__self_attn__q_proj__lora_B__bias=rows,
+        model__layers__1__self_attn__q_proj__lora_B__bias=norms,
         model__embed_tokens__token_adapter__trainable_tokens_delta=rows,
         model__embed_tokens__lora_embedding_A=rows,
         model__embed_tokens__lora_embedding_B=LazyTensor.of(np.zeros((576, 4), np.float32)),

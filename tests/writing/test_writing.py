@@ -120,7 +120,7 @@ def test_weights_that_stay_are_named(tmp_path: Path) -> None:
     (target / "notes.txt").write_text("mine")
     report = convert(source, target, force=True)
     (said,) = [note for note in report.notes if "stay there" in note]
-    assert said.startswith("2_Dense/model.safetensors and extra.pt: weights that lie in")
+    assert said.startswith("2_Dense/model.safetensors, extra.pt: weights that lie in")
     found = {file.name for file in inspect(target).beside if file.name != "notes.txt"}
     assert found == {"2_Dense/model.safetensors", "extra.pt", "own.pt"}
     assert not [n for n in convert(source, tmp_path / "new").notes if "stay there" in n]
