@@ -10,10 +10,10 @@ from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, si
 
 # What shaped rounding is told by, and what each says of a tensor.
 _MEASURES = (
-    ("output_error", "errors in the layer's output, as a share of what the adapter adds to it"),
-    ("direction_error", "the same, of inputs that the adapter listens to, all alike"),
-    ("survival", "how much of the update is in the stored weights"),
-    ("noise", "the same as the first, of any inputs: grows in exchange where few are"),
+    ("output_error", "what a layer's output is off by, as a share of what the adapter adds to it"),
+    ("direction_error", "the same, if inputs were only what the adapter listens to"),
+    ("survival", "how much of the update the stored weights hold"),
+    ("noise", "the output error if inputs were anything, which they are not: it may grow"),
 )
 # Where rounding is shaped: the largest error along the adapter's own directions.
 MOST_ERROR = 0.5
@@ -160,12 +160,12 @@ class MergeIntoReport(Shown):
         shaped = [(t, t.nearest) for t in self.tensors if t.nearest is not None]
         if not shaped:
             return []
-        found = ["shaped rounding, the median tensor, and by nearest rounding:"]
+        found = ["shaped rounding, medians of the tensors:"]
         for name, meaning in _MEASURES:
             pairs = [(getattr(t, name), getattr(nearest, name)) for t, nearest in shaped]
             known = [(ours, other) for ours, other in pairs if None not in {ours, other}]
             if known:
                 ours, other = (median(each) for each in zip(*known, strict=True))
-                label = f"  {name.replace('_', ' ')} {ours:.0%}, not {other:.0%}"
+                label = f"  {name.replace('_', ' ')} {ours:.0%} (nearest rounding {other:.0%})"
                 found.append(f"{label}: {meaning}")
         return found
