@@ -45,7 +45,7 @@ def contradictions(
     missing, denied = dict(_missing_of_flags(config, keys)), dict(_denied_by_flags(config, keys))
     if lost := _unsaved(config, keys, base):
         missing["modules_to_save"] = lost
-    if lost := _untrained_biases(config, keys, base):
+    if lost := untrained_biases(config.raw.get("bias") or "none", keys, base):
         missing["bias"] = lost
     rows = _modules(keys, Role.TOKEN_ROWS)
     declared: object = config.raw.get("trainable_token_indices")
@@ -162,14 +162,13 @@ def _among(name: str, parameters: Collection[str]) -> bool:
     return any(name in each.split(".") or f".{name}." in f".{each}." for each in parameters)
 
 
-def _untrained_biases(
-    config: LoraConfig, keys: Collection[TensorKey], base: BaseModel | None
+def untrained_biases(
+    bias: object, keys: Collection[TensorKey], base: BaseModel | None
 ) -> tuple[str, ...]:
     """Return biases that `bias` says were trained and that are not stored: PEFT keeps the base's.
 
     Where the base is unknown, those of adapted modules whose like in another layer has one.
     """
-    bias = config.raw.get("bias") or "none"
     if bias == "none":
         return ()
     stored = {key.module for key in keys if key.role is Role.FULL and key.module.endswith(".bias")}

@@ -13,6 +13,7 @@ from adapterkit.beside import carry
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
 from adapterkit.formats.peft.config import NO_TARGETS, LoraConfig
+from adapterkit.formats.peft.declared import untrained_biases
 from adapterkit.formats.peft.experts import (
     WRITTEN_VERSION,
     fold_experts,
@@ -212,6 +213,11 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
     config["use_dora"] = any(key.role is Role.MAGNITUDE for key in adapter.tensors)
     config["lora_bias"] = any(key.role is Role.LORA_BIAS for key in adapter.tensors)
     config.update(_saved(source, adapter))
+    # PEFT loads stored biases whatever it says: what is not stored is not to be promised.
+    if not source.get("bias") and (
+        base is None or untrained_biases(config["bias"], adapter.tensors, base)
+    ):
+        config["bias"] = "none"
     name = adapter.base.name or (base.name if base else None)
     config["base_model_name_or_path"] = name
     if base and not source:
