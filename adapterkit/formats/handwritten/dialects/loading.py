@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _Parsed = TypeVar("_Parsed")
 _HERE = Path(__file__).parent
 _LARGEST = 1 << 20
+_PARTS = 64
 _MOST = 1 << 20
 _VALUE = either(FLAG, number(), TEXT)
 _CONTAINERS = ("torch", "npz", "safetensors")
@@ -94,6 +95,9 @@ def _read(path: Path, name: str) -> Dialect:
 def _document(path: Path, trail: tuple[Path, ...]) -> dict[str, Any]:
     """Return the fields of a file over those of what it extends."""
     data = read_document(path, _LARGEST)
+    # The time to read a key grows with the square of its parts.
+    if any(line.partition(b"=")[0].count(b".") > _PARTS for line in data.splitlines()):
+        raise FormatError(f"a key has more than {_PARTS} parts", path=path)
     try:
         raw: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
