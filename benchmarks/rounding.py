@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PIRATE = ROOT / "fixtures" / "pirate" / "adapter"
 TEXTS = ROOT / "benchmarks" / "rounding"
-TYPES = ("Q4_1", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K_M", "Q6_K")
+TYPES = ("Q4_1", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q6_K")
 
 WAYS: dict[str, dict[str, Any]] = {
     "nearest": {"gguf_type": "keep", "rounding": "nearest", "allow_weak": True},
