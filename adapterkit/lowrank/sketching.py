@@ -78,13 +78,12 @@ def leading_together(
     if min(operators[0].shape) <= _WHOLE:
         return [_whole(operator, count) for operator in operators]
     searches = [_Search(each.shape, count) for each in operators]
-    while open_ := [place for place, each in enumerate(searches) if each.block is not None]:
-        blocks = [searches[place].block for place in open_]
-        products = pulled(
-            [operators[place] for place in open_], [b for b in blocks if b is not None]
-        )
-        for place, (images, returns) in zip(open_, products, strict=True):
-            searches[place].take(images, returns, tolerance)
+    while asked := [
+        (place, each.block) for place, each in enumerate(searches) if each.block is not None
+    ]:
+        products = pulled([operators[place] for place, _ in asked], [block for _, block in asked])
+        for (place, block), found in zip(asked, products, strict=True):
+            searches[place].take(block, *found, tolerance)
     return [each.found for each in searches]
 
 
@@ -110,11 +109,10 @@ class _Search:
         random = np.random.default_rng(_SEED)
         self.block = _orthonormal(random.standard_normal((columns, width)))
 
-    def take(self, images: Array, returns: Array, tolerance: float) -> None:
-        """Learn what M · block and Mᵀ · M · block are."""
-        assert self.block is not None  # noqa: S101  (it was asked for)
-        before, now = self._known, self._known + self.block.shape[1]
-        self._basis = _with_columns(self._basis, before, self.block)
+    def take(self, block: Array, images: Array, returns: Array, tolerance: float) -> None:
+        """Learn what M · block and Mᵀ · M · block are, of the block that was asked for."""
+        before, now = self._known, self._known + block.shape[1]
+        self._basis = _with_columns(self._basis, before, block)
         self._images = _with_columns(self._images, before, images)
         self._returns = _with_columns(self._returns, before, returns)
         shared = self._images[:, :now].T @ images
@@ -124,7 +122,7 @@ class _Search:
         self._known, self._passes = now, self._passes + 1
         self.found = self._ritz()
         enough = self._passes > 1 and float(self.found.residuals.max()) <= tolerance
-        width = min(self.block.shape[1], self._smaller - now)
+        width = min(block.shape[1], self._smaller - now)
         if enough or self._passes == _PASSES or width <= 0:
             self.block = None
         else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from adapterkit.keys import Role
+from adapterkit.keys import Role, TensorKey
 from adapterkit.model.adapter import SETTINGS, AdapterTensorSet
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.update import Kind
@@ -18,6 +18,45 @@ _MORE = {
     "unplaced": "modules without a place",
     "tied": "tied tables",
 }
+
+
+def lost_tensors(code: str, keys: Iterable[TensorKey], message: str, *, drop: bool = True) -> Loss:
+    """Name many tensors by their modules, as `first and 13 more`; `drop` says that they can go."""
+    keys = tuple(keys)
+    modules = list(dict.fromkeys(key.module for key in keys))
+    return Loss(code, first_and_more(modules), message, keys if drop else ())
+
+
+def tensors_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
+    """Return the tensors of some modules, in the adapter's order."""
+    wanted = set(modules)
+    return [key for key in adapter.tensors if key.module in wanted]
+
+
+def lost_roles(
+    adapter: AdapterTensorSet, reasons: Mapping[Role, tuple[str, str]]
+) -> Iterator[Loss]:
+    """Name the tensors of roles that a format does not hold, each with its code and reason."""
+    for role, (code, message) in reasons.items():
+        if keys := [key for key in adapter.tensors if key.role is role]:
+            yield lost_tensors(code, keys, message)
+
+
+def lost_named_settings(
+    adapter: AdapterTensorSet, reasons: Mapping[str, tuple[str, str]]
+) -> Iterator[Loss]:
+    """Name the settings that a format does not hold, each with its code and reason."""
+    for field, (code, message) in reasons.items():
+        if getattr(adapter, field):
+            shown = SETTINGS[field]
+            yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
+
+
+def lost_layout(adapter: AdapterTensorSet) -> Iterator[Loss]:
+    """Name the modules whose rows only llama.cpp can use."""
+    if adapter.engine_layout:
+        message = "its rows are in llama.cpp's order; give the base model with --base"
+        yield Loss("engine-layout", first_and_more(list(adapter.engine_layout)), message)
 
 
 def lost_beyond_pairs(adapter: AdapterTensorSet) -> Iterator[Loss]:
@@ -43,23 +82,19 @@ def lost_beyond_pairs(adapter: AdapterTensorSet) -> Iterator[Loss]:
 
 def lost_settings(adapter: AdapterTensorSet) -> Iterator[Loss]:
     """Name every setting, for a format that holds none of them; nothing can be dropped."""
-    for field, shown in SETTINGS.items():
-        if getattr(adapter, field):
-            setting = f"{shown} = {adapter.settings[shown]!r}"
-            yield Loss(field.replace("_", "-"), setting, "has no place in this format")
-    if adapter.engine_layout:
-        message = "its rows are in llama.cpp's order; give the base model with --base"
-        yield Loss("engine-layout", first_and_more(list(adapter.engine_layout)), message)
+    message = "has no place in this format"
+    reasons = {field: (field.replace("_", "-"), message) for field in SETTINGS}
+    yield from lost_named_settings(adapter, reasons)
+    yield from lost_layout(adapter)
 
 
 def lost_columns(adapter: AdapterTensorSet) -> Iterator[Loss]:
     """Name DoRA by column, for a format whose magnitudes are those of rows."""
-    if keys := tuple(key for key in adapter.tensors if key.role is Role.COLUMN_MAGNITUDE):
-        message = (
-            "DoRA by column has a place in kohya and comfyui alone; merge it into the base instead "
-            "(adapterkit merge --into)"
-        )
-        yield Loss("dora-columns", first_and_more([key.module for key in keys]), message, keys)
+    message = (
+        "DoRA by column has a place in kohya and comfyui alone; merge it into the base instead "
+        "(adapterkit merge --into)"
+    )
+    yield from lost_roles(adapter, {Role.COLUMN_MAGNITUDE: ("dora-columns", message)})
 
 
 def lost_metadata(adapter: AdapterTensorSet) -> Iterator[Loss]:

@@ -11,11 +11,11 @@ from adapterkit.keys import Role, TensorKey
 from adapterkit.model import Kind
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import undeclared
-from adapterkit.model.losses import lost_columns, lost_settings
+from adapterkit.model.losses import lost_columns, lost_settings, lost_tensors, tensors_of
 from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from adapterkit.formats.diffusion.plan import Plan
     from adapterkit.formats.protocol import FormatOptions
@@ -49,7 +49,7 @@ def losses(adapter: AdapterTensorSet, options: FormatOptions, spelling: str) -> 
 def _by_role(adapter: AdapterTensorSet) -> Iterator[Loss]:
     for role, (code, message) in _OTHERS.items():
         if keys := [key for key in adapter.tensors if key.role is role]:
-            yield _loss(code, keys, f"{message}; merge the adapter into the base instead")
+            yield lost_tensors(code, keys, f"{message}; merge the adapter into the base instead")
 
 
 def _misplaced(adapter: AdapterTensorSet, plan: Plan) -> Iterator[Loss]:
@@ -57,14 +57,14 @@ def _misplaced(adapter: AdapterTensorSet, plan: Plan) -> Iterator[Loss]:
     for module, why in plan.misplaced.items():
         reasons.setdefault(why, []).append(module)
     for why, modules in reasons.items():
-        yield _loss("no-such-module", _keys(adapter, modules), why)
+        yield lost_tensors("no-such-module", tensors_of(adapter, modules), why)
 
 
 def _by_kind(adapter: AdapterTensorSet) -> Iterator[Loss]:
     stacks = [module for module, kind in adapter.kinds.items() if kind is Kind.EXPERTS]
     if stacks:
         message = "stacked experts have no place in a LoRA file of a diffusion model"
-        yield _loss("experts", _keys(adapter, stacks), message)
+        yield lost_tensors("experts", tensors_of(adapter, stacks), message)
 
 
 def _partly(adapter: AdapterTensorSet, plan: Plan) -> Iterator[Loss]:
@@ -75,20 +75,22 @@ def _partly(adapter: AdapterTensorSet, plan: Plan) -> Iterator[Loss]:
         by_column = [TensorKey(module, Role.COLUMN_MAGNITUDE) for module, _ in members]
         if parts > 1 and (by_column := [key for key in by_column if key in adapter.tensors]):
             message = "DoRA by column has the norm of all rows of a layer, which is fused there"
-            yield _loss("dora-columns", by_column, f"{message}; merge it into its base instead")
+            yield lost_tensors(
+                "dora-columns", by_column, f"{message}; merge it into its base instead"
+            )
         keys = [TensorKey(module, Role.MAGNITUDE) for module, _ in members]
         keys = [key for key in keys if key in adapter.tensors]
         if keys and len(keys) < parts:
             message = f"it is one of {parts} parts of a fused layer, and not all are DoRA"
             modules = [key.module for key in keys]
-            yield _loss("dora-partly", _keys(adapter, modules), message)
+            yield lost_tensors("dora-partly", tensors_of(adapter, modules), message)
 
 
 def _by_spelling(adapter: AdapterTensorSet, spelling: str) -> Iterator[Loss]:
     biases = [key for key in adapter.tensors if key.role is Role.LORA_BIAS]
     if spelling == "kohya" and biases:
         message = "kohya's scripts read no bias; write comfyui or diffusers"
-        yield _loss("lora-bias", biases, message)
+        yield lost_tensors("lora-bias", biases, message)
     if spelling == "diffusers":
         yield from lost_columns(adapter)
     magnitudes = [key for key in adapter.tensors if key.role is Role.MAGNITUDE]
@@ -96,13 +98,3 @@ def _by_spelling(adapter: AdapterTensorSet, spelling: str) -> Iterator[Loss]:
         names = first_and_more([key.module for key in magnitudes])
         message = "DoRA is written exactly, but ComfyUI divides by the norm of the base alone"
         yield Loss("dora", names, message, blocks=False)
-
-
-def _keys(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
-    wanted = set(modules)
-    return [key for key in adapter.tensors if key.module in wanted]
-
-
-def _loss(code: str, keys: list[TensorKey], message: str) -> Loss:
-    modules = list(dict.fromkeys(key.module for key in keys))
-    return Loss(code, first_and_more(modules), message, tuple(keys))

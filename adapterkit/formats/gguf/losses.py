@@ -13,14 +13,20 @@ from adapterkit.dtype import DType
 from adapterkit.formats.gguf.engine import EngineAdapter, engine_adapter
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import GgufSource, Kind, spelled_out
-from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import UNDECIDED, undeclared
-from adapterkit.model.losses import lost_columns, lost_metadata
+from adapterkit.model.losses import (
+    lost_columns,
+    lost_metadata,
+    lost_named_settings,
+    lost_roles,
+    lost_tensors,
+    tensors_of,
+)
 from adapterkit.notes import Loss, first_and_more
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import FormatOptions
@@ -64,7 +70,11 @@ def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List every reason at once; no tensor data is read."""
     adapter = spelled_out(adapter)
     base = options.base
-    found = [*_by_role(adapter, base), *_saved(adapter, base), *_by_setting(adapter)]
+    found = [
+        *_by_role(adapter, base),
+        *_saved(adapter, base),
+        *lost_named_settings(adapter, _SETTINGS),
+    ]
     found += [*undeclared(adapter), *lost_beside(adapter.beside), *lost_metadata(adapter)]
     engine = engine_adapter(adapter, options)
     found += [*_early(adapter), *_convolutions(adapter)]
@@ -81,21 +91,8 @@ def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     return found
 
 
-def _loss(code: str, keys: Sequence[TensorKey], message: str) -> Loss:
-    """Name many tensors as `first and 13 more`."""
-    modules = list(dict.fromkeys(key.module for key in keys))
-    return Loss(code, first_and_more(modules), message, tuple(keys))
-
-
-def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
-    wanted = set(modules)
-    return [key for key in adapter.tensors if key.module in wanted]
-
-
 def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
-    for role, (code, message) in _ROLES.items():
-        if keys := [key for key in adapter.tensors if key.role is role]:
-            yield _loss(code, keys, message)
+    yield from lost_roles(adapter, _ROLES)
     yield from lost_biases(adapter, base, "a GGUF adapter")
     yield from lost_columns(adapter)
 
@@ -106,7 +103,7 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
         stray := [k for k in full if _is_weight(k.module)]
     ):
         message = "is no part of an adapter, and llama.cpp refuses the file; leave it out with"
-        yield _loss("stray-tensor", stray, f"{message} --allow-lossy")
+        yield lost_tensors("stray-tensor", stray, f"{message} --allow-lossy")
         full = [key for key in full if key not in stray]
     kinds: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
         ("saved-bias", "a trained bias has no place in a GGUF adapter", _is_bias),
@@ -119,11 +116,13 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     resized = {key: rows for key in full if (rows := _other_rows(key, adapter, base))}
     for key, rows in resized.items():
         held = adapter.tensors[key].shape[0]
-        yield _loss("resized-vocabulary", [key], f"has {held} rows, the base {rows}; {_GROW}")
+        yield lost_tensors(
+            "resized-vocabulary", [key], f"has {held} rows, the base {rows}; {_GROW}"
+        )
     full = [key for key in full if key not in resized]
     for code, reason, fits in kinds:
         if keys := [key for key in full if fits(key.module) and key not in foreign]:
-            yield _loss(code, keys, f"{reason}; {_MERGE}")
+            yield lost_tensors(code, keys, f"{reason}; {_MERGE}")
     yield from lost_heads(foreign, ", and convert that with llama.cpp's convert_hf_to_gguf.py")
 
 
@@ -137,13 +136,6 @@ def _is_norm(name: str) -> bool:
 
 def _is_weight(name: str) -> bool:
     return not _is_bias(name) and not _is_norm(name)
-
-
-def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
-    for name, (code, message) in _SETTINGS.items():
-        if getattr(adapter, name):
-            shown = SETTINGS[name]
-            yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
 
 
 def _early(adapter: AdapterTensorSet) -> Iterator[Loss]:
@@ -160,7 +152,7 @@ def _early(adapter: AdapterTensorSet) -> Iterator[Loss]:
 def _convolutions(adapter: AdapterTensorSet) -> Iterator[Loss]:
     if found := [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]:
         message = f"llama.cpp applies no adapter to convolutions; {_MERGE}"
-        yield _loss("convolution", _keys_of(adapter, found), message)
+        yield lost_tensors("convolution", tensors_of(adapter, found), message)
 
 
 def _unmatched(
@@ -173,20 +165,20 @@ def _unmatched(
     title = options.base.architecture.title if options.base else engine.architecture
     if towers:
         message = "belongs to a vision or audio tower, which llama.cpp keeps in another file"
-        yield _loss("tower", _keys_of(adapter, towers), f"{message}; {_MERGE}")
+        yield lost_tensors("tower", tensors_of(adapter, towers), f"{message}; {_MERGE}")
     scaled = {module: name for module in others if (name := _scale_of(module, options.base))}
     if scaled:
         name = next(iter(scaled.values()))
         message = f"{name} scales what an expert gives, and not what llama.cpp adds to it"
-        yield _loss("no-target", _keys_of(adapter, scaled), f"{message}; {_MERGE}")
+        yield lost_tensors("no-target", tensors_of(adapter, scaled), f"{message}; {_MERGE}")
     others = [module for module in others if module not in scaled]
     known = [module for module in others if options.base and _known(module, options.base)]
     if known:
         message = f"llama.cpp applies no adapter to this part of {title}"
-        yield _loss("no-target", _keys_of(adapter, known), f"{message}; {_MERGE}")
+        yield lost_tensors("no-target", tensors_of(adapter, known), f"{message}; {_MERGE}")
     if unknown := [module for module in others if module not in known]:
         message = f"is no module of {title} that llama.cpp can adapt; is it the right base?"
-        yield _loss("no-target", _keys_of(adapter, unknown), message)
+        yield lost_tensors("no-target", tensors_of(adapter, unknown), message)
     for pair in engine.pairs:
         name = f"{pair.module}.weight.lora_a"
         if len(name.encode()) > _NAME_LIMIT:
@@ -232,7 +224,7 @@ def _copies(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]
             continue
         if rows := _other_rows(key, adapter, base):
             message = f"was resized to {copy.shape[0]} rows, the base has {rows}; {_GROW}"
-            yield _loss("resized-vocabulary", [key], message)
+            yield lost_tensors("resized-vocabulary", [key], message)
         else:
             yield from lost_copies(adapter.replace(tensors={key: copy}), base)
 
@@ -247,13 +239,13 @@ def _tied(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:
     for pair in adapter.pairs():
         match = find_rule(base.architecture, pair.module)
         name = match.rule.targets[0].name if match else ""
-        keys = _keys_of(adapter, [pair.module])
+        keys = tensors_of(adapter, [pair.module])
         if name == "token_embd":
             reason = "the output shares this table, and llama.cpp aborts on it"
-            yield _loss("tied-embedding", keys, f"{reason}; {_MERGE}")
+            yield lost_tensors("tied-embedding", keys, f"{reason}; {_MERGE}")
         elif name == "output":
             reason = "the base has no output weight of its own (tied embeddings)"
-            yield _loss("tied-output", keys, f"{reason}; {_MERGE}")
+            yield lost_tensors("tied-output", keys, f"{reason}; {_MERGE}")
 
 
 def _blocks(engine: EngineAdapter) -> Iterator[Loss]:

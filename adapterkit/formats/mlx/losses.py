@@ -11,17 +11,24 @@ from adapterkit.dtype import DType
 from adapterkit.factors import turned
 from adapterkit.formats.mlx import spelling
 from adapterkit.formats.mlx.writer import MLXAdapter, mlx_adapter
-from adapterkit.keys import Role, TensorKey
+from adapterkit.keys import Role
 from adapterkit.model import Kind, Update, spelled_out
-from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import UNDECIDED, undeclared
-from adapterkit.model.losses import lost_columns, lost_metadata
-from adapterkit.notes import Loss, first_and_more
+from adapterkit.model.losses import (
+    lost_columns,
+    lost_layout,
+    lost_metadata,
+    lost_named_settings,
+    lost_roles,
+    lost_tensors,
+    tensors_of,
+)
+from adapterkit.notes import Loss
 from adapterkit.served import served
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import FormatOptions
@@ -85,63 +92,45 @@ def _rigid(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     kind = str(base.facts.get("model_type") or "") if base else ""
     if kind in _FOLDED:
         message = f"mlx-lm multiplies the weights of {kind} when it loads them, and no adapter"
-        yield _loss("folded", [*adapter.tensors], f"{message}; {_MERGE}")
+        yield lost_tensors("folded", [*adapter.tensors], f"{message}; {_MERGE}")
     layers = served("mlx").rigid.get(kind, frozenset())
     if found := [p.module for p in adapter.pairs() if p.module.rpartition(".")[2] in layers]:
         message = f"in mlx-lm it is no layer that takes LoRA, and the file would not load; {_MERGE}"
-        yield _loss("rigid", _keys_of(adapter, found), message)
-
-
-def _loss(code: str, keys: list[TensorKey], message: str, *, drop: bool = True) -> Loss:
-    """Name many tensors as `first and 13 more`."""
-    modules = list(dict.fromkeys(key.module for key in keys))
-    return Loss(code, first_and_more(modules), message, tuple(keys) if drop else ())
-
-
-def _keys_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:
-    wanted = set(modules)
-    return [key for key in adapter.tensors if key.module in wanted]
+        yield lost_tensors("rigid", tensors_of(adapter, found), message)
 
 
 def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
-    for role, (code, message) in _ROLES.items():
-        if keys := [key for key in adapter.tensors if key.role is role]:
-            yield _loss(code, keys, message)
+    yield from lost_roles(adapter, _ROLES)
     yield from lost_biases(adapter, base, "an MLX adapter")
     foreign = foreign_parameters(adapter, base)
     yield from lost_heads(foreign)
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     if kept := [key for key in full if key not in foreign]:
         message = f"a whole trained parameter has no place there; {_MERGE}"
-        yield _loss("saved-module", kept, message)
+        yield lost_tensors("saved-module", kept, message)
     yield from lost_columns(adapter)
     yield from lost_copies(adapter, base)
 
 
 def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
-    for name, (code, message) in _SETTINGS.items():
-        if getattr(adapter, name):
-            shown = SETTINGS[name]
-            yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
-    if kept := adapter.engine_layout:
-        message = "its rows are in llama.cpp's order; give the base model with --base"
-        yield _loss("engine-layout", _keys_of(adapter, kept), message, drop=False)
+    yield from lost_named_settings(adapter, _SETTINGS)
+    yield from lost_layout(adapter)
 
 
 def _unplaced(adapter: AdapterTensorSet, mapped: MLXAdapter) -> Iterator[Loss]:
     if mapped.unknown:
         message = "MLX-LM's name for it depends on the model; give the base with --base"
-        yield _loss("needs-base", _keys_of(adapter, mapped.unknown), message, drop=False)
+        yield lost_tensors("needs-base", tensors_of(adapter, mapped.unknown), message, drop=False)
     for module, reason in mapped.stranded.items():
-        yield _loss("experts", _keys_of(adapter, [module]), reason)
+        yield lost_tensors("experts", tensors_of(adapter, [module]), reason)
     towers = [pair.module for pair in adapter.pairs() if in_tower(pair.module)]
     if towers:
         message = f"belongs to a vision or audio tower, which MLX-LM leaves out; {_MERGE}"
-        yield _loss("tower", _keys_of(adapter, towers), message)
+        yield lost_tensors("tower", tensors_of(adapter, towers), message)
     convolutions = [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]
     if convolutions:
         message = f"MLX-LM adapts no convolutions; {_MERGE}"
-        yield _loss("convolution", _keys_of(adapter, convolutions), message)
+        yield lost_tensors("convolution", tensors_of(adapter, convolutions), message)
 
 
 def _dora(adapter: AdapterTensorSet) -> Iterator[Loss]:
@@ -152,44 +141,44 @@ def _dora(adapter: AdapterTensorSet) -> Iterator[Loss]:
     without = [pair.module for pair in adapter.pairs() if pair.module not in modules]
     if without:
         message = "fine_tune_type dora holds for all modules, and this one has no magnitude"
-        yield _loss("dora-partly", _keys_of(adapter, without), message)
+        yield lost_tensors("dora-partly", tensors_of(adapter, without), message)
     tables = [pair.module for pair in adapter.pairs() if pair.embedding and pair.module in modules]
     if tables:
         reason = "MLX normalises an embedding's DoRA for every token, PEFT for every dimension"
-        yield _loss("dora-embedding", _keys_of(adapter, tables), f"{reason}; {_MERGE}")
+        yield lost_tensors("dora-embedding", tensors_of(adapter, tables), f"{reason}; {_MERGE}")
     experts = [
         pair.module
         for pair in adapter.pairs()
         if pair.module in modules and (pair.kind is Kind.EXPERTS or spelling.expert_of(pair.module))
     ]
     if experts:
-        yield _loss(
-            "dora-experts", _keys_of(adapter, experts), f"MLX has no DoRA of experts; {_MERGE}"
+        yield lost_tensors(
+            "dora-experts", tensors_of(adapter, experts), f"MLX has no DoRA of experts; {_MERGE}"
         )
 
 
 def _embeddings(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     tables = [key for key in adapter.tensors if key.role is Role.EMBEDDING_A]
-    outputs = _keys_of(adapter, [_OUTPUT])
+    outputs = tensors_of(adapter, [_OUTPUT])
     tied = base.tied if base else None
     if tables and tied is None:
         message = "MLX applies it to the output too if the two are tied; give the base with --base"
-        yield _loss("needs-base", _keys_of(adapter, [tables[0].module]), message)
+        yield lost_tensors("needs-base", tensors_of(adapter, [tables[0].module]), message)
     elif tables and tied and not outputs:
         message = (
             f"MLX applies it to the tied output too, which this adapter leaves alone; {_MERGE}"
         )
-        yield _loss("tied-embedding", _keys_of(adapter, [tables[0].module]), message)
+        yield lost_tensors("tied-embedding", tensors_of(adapter, [tables[0].module]), message)
     elif outputs and tied and not tables:
         message = f"MLX-LM has no output module where it is tied to the embedding; {_MERGE}"
-        yield _loss("tied-output", outputs, message)
+        yield lost_tensors("tied-output", outputs, message)
     elif outputs and tied and not _one_update(adapter, tables[0].module):
         message = (
             f"MLX-LM has one table for this and {tables[0].module}, whose update is another one; "
             "give each a table of its own instead (adapterkit merge --into, with --tied untie)"
         )
         yield Loss(
-            "tied-apart", _OUTPUT, message, (*_keys_of(adapter, [tables[0].module]), *outputs)
+            "tied-apart", _OUTPUT, message, (*tensors_of(adapter, [tables[0].module]), *outputs)
         )
 
 
@@ -200,7 +189,7 @@ def _one_update(adapter: AdapterTensorSet, table: str) -> bool:
     """
     from adapterkit.lowrank.differences import difference
 
-    if any(key.role is Role.MAGNITUDE for key in _keys_of(adapter, [table, _OUTPUT])):
+    if any(key.role is Role.MAGNITUDE for key in tensors_of(adapter, [table, _OUTPUT])):
         return False
     pairs = {pair.module: pair for pair in adapter.pairs() if pair.module in {table, _OUTPUT}}
     if len(pairs) < len({table, _OUTPUT}):

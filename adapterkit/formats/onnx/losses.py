@@ -10,16 +10,23 @@ from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.containers.onnx_adapter import MAX_BYTES
 from adapterkit.dtype import DType
 from adapterkit.formats.onnx.writer import STORABLE
-from adapterkit.keys import Role, TensorKey
+from adapterkit.keys import Role
 from adapterkit.model import Kind, OnnxSource, spelled_out
-from adapterkit.model.adapter import SETTINGS
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import UNDECIDED, undeclared
-from adapterkit.model.losses import lost_columns, lost_metadata
-from adapterkit.notes import Loss, first_and_more
+from adapterkit.model.losses import (
+    lost_columns,
+    lost_layout,
+    lost_metadata,
+    lost_named_settings,
+    lost_roles,
+    lost_tensors,
+    tensors_of,
+)
+from adapterkit.notes import Loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import FormatOptions
@@ -74,24 +81,15 @@ def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     return found
 
 
-def _loss(code: str, keys: Iterable[TensorKey], message: str) -> Loss:
-    """Name many tensors as `first and 13 more`."""
-    keys = tuple(keys)
-    modules = list(dict.fromkeys(key.module for key in keys))
-    return Loss(code, first_and_more(modules), message, keys)
-
-
 def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
-    for role, (code, message) in _ROLES.items():
-        if keys := [key for key in adapter.tensors if key.role is role]:
-            yield _loss(code, keys, message)
+    yield from lost_roles(adapter, _ROLES)
     yield from lost_biases(adapter, base, "an .onnx_adapter")
     foreign = foreign_parameters(adapter, base)
     yield from lost_heads(foreign)
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     if kept := [key for key in full if key not in foreign]:
         message = f"a whole trained parameter has no place there; {_MERGE}"
-        yield _loss("saved-module", kept, message)
+        yield lost_tensors("saved-module", kept, message)
     yield from lost_columns(adapter)
     yield from lost_copies(adapter, base)
 
@@ -99,22 +97,17 @@ def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss
 def _by_kind(adapter: AdapterTensorSet) -> Iterator[Loss]:
     for kind, (code, message) in _KINDS.items():
         modules = {pair.module for pair in adapter.pairs() if pair.kind is kind}
-        if keys := [key for key in adapter.tensors if key.module in modules]:
-            yield _loss(code, keys, message)
+        if keys := tensors_of(adapter, modules):
+            yield lost_tensors(code, keys, message)
     given = set(adapter.source.names if isinstance(adapter.source, OnnxSource) else ())
     single = {pair.module for pair in adapter.pairs() if _EXPERT.search(pair.module)} - given
-    if keys := [key for key in adapter.tensors if key.module in single]:
-        yield _loss("experts", keys, f"{_OF_EXPERTS}; {_MERGE}")
+    if keys := tensors_of(adapter, single):
+        yield lost_tensors("experts", keys, f"{_OF_EXPERTS}; {_MERGE}")
 
 
 def _by_setting(adapter: AdapterTensorSet) -> Iterator[Loss]:
-    for name, (code, message) in _SETTINGS.items():
-        if getattr(adapter, name):
-            shown = SETTINGS[name]
-            yield Loss(code, f"{shown} = {adapter.settings[shown]!r}", message)
-    if kept := adapter.engine_layout:
-        message = "its rows are in llama.cpp's order; give the base model with --base"
-        yield Loss("engine-layout", first_and_more(list(kept)), message)
+    yield from lost_named_settings(adapter, _SETTINGS)
+    yield from lost_layout(adapter)
 
 
 def _too_large(adapter: AdapterTensorSet, options: FormatOptions) -> Iterator[Loss]:

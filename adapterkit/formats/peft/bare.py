@@ -121,7 +121,8 @@ def adapter_of(state: State, name: str, path: Path, options: FormatOptions) -> A
     config_path = config_above(state.folder)
     if (own := own_config(state.metadata, state.folder)) is not None:
         config = Counted(own, state.folder)
-        config = counted(state.metadata, state.folder, config_path) if config_path else config
+        if config_path:
+            config = counted(state.metadata, state.folder, config_path)
         state = replace(state, notes=(*config.notes, *state.notes))
         folder = config_path.parent if config_path else state.folder
         return _with_config(state, config, folder, name, path, options)

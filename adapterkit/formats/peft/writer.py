@@ -25,7 +25,7 @@ from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role, TensorKey
 from adapterkit.model import DiffusionSource, Kind, PeftSource, spelled_out
 from adapterkit.model.beside import lost_apart
 from adapterkit.model.declared import undeclared
-from adapterkit.model.losses import lost_columns, lost_metadata
+from adapterkit.model.losses import lost_columns, lost_layout, lost_metadata
 from adapterkit.notes import Loss, first_and_more
 from adapterkit.tensor import LazyTensor
 
@@ -78,10 +78,7 @@ _DEFAULTS: dict[str, Any] = {
 def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List what a PEFT LoRA directory cannot hold of this adapter."""
     del options
-    found: list[Loss] = []
-    if kept := list(adapter.engine_layout):
-        message = "its rows are in llama.cpp's order; give the base model with --base"
-        found.append(Loss("engine-layout", first_and_more(kept), message))
+    found = [*lost_layout(adapter)]
     if missing := _without(adapter, Role.MAGNITUDE):
         message = "use_dora holds for all modules or none, and this one has none"
         found.append(Loss("dora-partly", missing[0], message))

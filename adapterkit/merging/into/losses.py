@@ -10,7 +10,8 @@ from adapterkit.base.heads import foreign_parameters, lost_heads, without_bias
 from adapterkit.base.places import vocabulary_rows
 from adapterkit.errors import UnsupportedError
 from adapterkit.keys import Role, TensorKey
-from adapterkit.notes import Loss, first_and_more
+from adapterkit.model.losses import lost_tensors
+from adapterkit.notes import Loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ def _biases(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:
             "has a bias on B, and the base has no bias here that it could be added to; serve it as "
             "an adapter with PEFT, or leave the bias out with --allow-lossy"
         )
-        yield _loss("lora-bias", found, message)
+        yield lost_tensors("lora-bias", found, message)
 
 
 def _placeless(
@@ -53,17 +54,17 @@ def _placeless(
     towers = [key for key in towers if find_rule(base.architecture, key.module) is None]
     if towers:
         message = "is of a vision or audio tower, which llama.cpp keeps in another file"
-        yield _loss("tower", towers, f"{message}; {_ELSEWHERE}")
+        yield lost_tensors("tower", towers, f"{message}; {_ELSEWHERE}")
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     others = [key for key in full if key not in foreign and key not in towers]
     for key in others:
         held, rows = adapter.tensors[key].shape[0], vocabulary_rows(key.module, base)
         if rows not in {None, held}:
             reason = f"holds {held} rows, the base {rows}, and the vocabulary of a GGUF stays"
-            yield _loss("vocabulary", [key], f"{reason}; {_ELSEWHERE}")
+            yield lost_tensors("vocabulary", [key], f"{reason}; {_ELSEWHERE}")
     if nowhere := [key for key in others if not _placed(key.module, base)]:
         message = f"has no place of its own in a GGUF of {base.architecture.title}"
-        yield _loss("saved-module", nowhere, f"{message}; {_ELSEWHERE}")
+        yield lost_tensors("saved-module", nowhere, f"{message}; {_ELSEWHERE}")
 
 
 def _placed(parameter: str, base: BaseModel) -> bool:
@@ -71,8 +72,3 @@ def _placed(parameter: str, base: BaseModel) -> bool:
         return bool(engine_names(base.architecture, parameter))
     except UnsupportedError:
         return False
-
-
-def _loss(code: str, keys: Sequence[TensorKey], message: str) -> Loss:
-    modules = list(dict.fromkeys(key.module for key in keys))
-    return Loss(code, first_and_more(modules), message, tuple(keys))
