@@ -53,6 +53,7 @@ _NAMES = {
     "fleets.running": "FleetReport run_fleet",
     "fleets.similarity": "Copy LikelyMerge SimilarityReport find_similar",
     "formats.protocol": "FormatOptions Lister Reader Writer",
+    "formats.spec": "FormatSpec",
     "keys": "Role TensorKey",
     "lowrank.rank_plan": "Alternative ModuleRank RankPlan Suggestion",
     "merging.adapters": "MergeResult merge",
@@ -70,13 +71,14 @@ _NAMES = {
     "model.update": "Kind Update",
     "notes": "BaseReference Loss Note NoteKind Provenance",
     "page": "write_page",
-    "registry": "FormatSpec",
     "saving": "ProvenFile",
     "serving.launch": "ServingSettings serving_settings",
-    "serving.stack": (
-        "AdapterIncompatibleError AdapterLoadFailedError AdapterNotFoundError AdapterStack "
-        "Conflict StackError StackedAdapter"
+    "serving.members": (
+        "AdapterIncompatibleError AdapterLoadFailedError AdapterNotFoundError StackError "
+        "StackedAdapter"
     ),
+    "serving.stack": "AdapterStack",
+    "serving.sums": "Conflict",
     "state_dict": "from_state_dict to_state_dict",
     "summary": "BesideEntry Summary inspect summarize",
     "tensor": "LazyTensor",

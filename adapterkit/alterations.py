@@ -1,4 +1,4 @@
-"""What of a file's tensors and settings is not what its certificate lists, by name."""
+"""What of a file's tensors, settings and updates is not what its certificate lists, by name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from adapterkit.certificates import Certificate, mark
+from adapterkit.notes import first_and_more
 from adapterkit.text import count
 
 if TYPE_CHECKING:
+    from adapterkit.fingerprints import Fingerprint, ModuleFingerprint
     from adapterkit.stamps import Contents
 
+# Sixteen numbers of float16 are right to this; storage in 8 to 16 bits moves them less than that.
+_SAME, ROUNDED = 2e-3, 2e-2
+# Norms are computed alike from the same bytes.
+_EXACT = 1e-9
 # A tensor that is gone and one that was added, of the same bytes.
 _PAIR = 2
 # Names of tensors that stand alone in a model, so that none beside them tells theirs.
@@ -136,3 +142,74 @@ def _unlike(written: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tupl
             yield key, "was written and is not there"
         elif written[key] != now[key]:
             yield key, "is not what was written"
+
+
+def changed_updates(
+    written: Mapping[str, ModuleFingerprint], now: Mapping[str, ModuleFingerprint]
+) -> Iterator[Change]:
+    """Compare what modules do, by norms and sketches: a name, a scale, a rounding, or another."""
+    yield from _moved(written, now)
+    yield from _altered(written, now)
+
+
+def _moved(
+    known: Mapping[str, ModuleFingerprint], now: Mapping[str, ModuleFingerprint]
+) -> Iterator[Change]:
+    added = {name: now[name] for name in now if name not in known}
+    for name in [name for name in known if name not in now]:
+        twin = next((new for new, each in added.items() if _alike(known[name], each)), None)
+        if twin is None:
+            yield Change("dropped", name, "has no update any more")
+        else:
+            del added[twin]
+            yield Change("renamed", name, f"is {twin} now")
+    for name in added:
+        yield Change("added", name, "had no update when the file was written")
+
+
+def _alike(one: ModuleFingerprint, other: ModuleFingerprint) -> bool:
+    ratio, apart = _against(one, other)
+    return abs(ratio - 1) < _SAME and apart < _SAME
+
+
+def _against(one: ModuleFingerprint, other: ModuleFingerprint) -> tuple[float, float]:
+    """Return the ratio of the norms, negative for opposite updates, and the sketches' distance."""
+    import numpy as np
+
+    first, second = (np.frombuffer(each.sketch, "<f2").astype(float) for each in (one, other))
+    sign = -1 if float(first @ second) < 0 else 1
+    length = float(np.linalg.norm(first)) or 1.0
+    return sign * other.norm / one.norm, float(np.linalg.norm(second * sign - first)) / length
+
+
+def _altered(
+    known: Mapping[str, ModuleFingerprint], now: Mapping[str, ModuleFingerprint]
+) -> Iterator[Change]:
+    scaled: dict[str, list[str]] = {}
+    rounded: list[str] = []
+    for name in known:
+        if name not in now:
+            continue
+        ratio, apart = _against(known[name], now[name])
+        if apart < _SAME and abs(ratio - 1) > _SAME:
+            scaled.setdefault(f"{ratio:.4g}", []).append(name)
+        elif apart > ROUNDED or abs(ratio - 1) > ROUNDED:
+            message = f"is another update: {apart:.2g} of it differ, ‖ΔW‖ is {ratio:.3g} times"
+            yield Change("update", name, message)
+        elif apart > _SAME or abs(ratio - 1) > _EXACT:
+            rounded.append(name)
+    for ratio, names in scaled.items():
+        every = f"all {len(names)} modules" if len(names) == len(known) else first_and_more(names)
+        yield Change("scale", every, f"{ratio} times the update that was written")
+    if rounded:
+        yield Change("rounding", first_and_more(rounded), "differs as another dtype would explain")
+
+
+def distance(one: Fingerprint, other: Fingerprint) -> float:
+    """Return about how far the second update is from the first, as a share of the first."""
+    import numpy as np
+
+    if not one.norm:
+        return 0.0 if not other.norm else float("inf")
+    ratio = other.norm / one.norm
+    return float(np.linalg.norm(other.vector * ratio - one.vector))

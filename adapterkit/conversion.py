@@ -11,13 +11,15 @@ from adapterkit.attempts import Attempt, for_each
 from adapterkit.base import BaseModel
 from adapterkit.certificates import Making
 from adapterkit.errors import UsageError
+from adapterkit.formats.builtin import BUILTIN
+from adapterkit.formats.spec import FormatSpec
 from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
 from adapterkit.passes.naming import NAMES
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
-from adapterkit.registry import BUILTIN, FormatSpec, spec
+from adapterkit.registry import spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 from adapterkit.work import watchable
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.formats.protocol import FormatOptions
+    from adapterkit.formats.spec import FormatSpec
     from adapterkit.model import AdapterTensorSet
-    from adapterkit.registry import FormatSpec
 
 # An alpha that was rounded to float32, as GGUF holds it, is the same one.
 _SAME_ALPHA = 1e-6

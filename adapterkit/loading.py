@@ -16,12 +16,13 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.formats.protocol import FormatOptions
+from adapterkit.formats.spec import FormatSpec
 from adapterkit.given_alpha import check_no_other, check_number, filled
 from adapterkit.hub import located
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.defects import check_structure
 from adapterkit.notes import Loss, Note
-from adapterkit.registry import FormatSpec, detect, spec
+from adapterkit.registry import detect, spec
 from adapterkit.storage import readable
 
 if TYPE_CHECKING:

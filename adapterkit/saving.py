@@ -18,6 +18,7 @@ from adapterkit.errors import (
     UsageError,
     unknown,
 )
+from adapterkit.formats.builtin import BUILTIN
 from adapterkit.keys import Role
 from adapterkit.lowrank.effect import IDLE, idle
 from adapterkit.model import AdapterTensorSet, BesideKind
@@ -28,7 +29,7 @@ from adapterkit.passes.copies import OTHER_TABLE
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
-from adapterkit.registry import BUILTIN, by_suffix, formats, spec
+from adapterkit.registry import by_suffix, directory_of, formats, spec
 from adapterkit.stamps import contents, stamp
 from adapterkit.storage import FileSlice
 from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, size
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from adapterkit.certificates import Making
     from adapterkit.formats.protocol import FormatOptions
-    from adapterkit.registry import FormatSpec
+    from adapterkit.formats.spec import FormatSpec
 
 OUTTYPES = {
     "auto": None,
@@ -128,7 +129,7 @@ def destination_format(path: Path, name: str | None, *, force: bool) -> FormatSp
         )
     if chosen.files and path.suffix in _SHARED_SUFFIXES and not os.path.isdir(path):  # noqa: PTH112  (never raises)
         raise UsageError(f"{chosen.name} is a directory, not a {path.suffix} file; name another")
-    check_destination(path, force=force, directory=chosen.directory)
+    check_destination(path, force=force, directory=directory_of(chosen))
     return chosen
 
 
@@ -264,7 +265,7 @@ def save(
     # What was told of the source is no news about the file: it must say everything itself.
     reading = replace(options, like=adapter.modules, alpha=None, dialect=None)
     kept = {*spared, *_read_from(against or adapter, options)}
-    with staged(destination, force=force, directory=target.directory, spared=kept) as staging:
+    with staged(destination, force=force, directory=directory_of(target), spared=kept) as staging:
         target.write(adapter, staging, options)
         written = target.read(staging, reading)
         worst, error = prove(against or adapter, written, path=destination)
@@ -322,12 +323,13 @@ def _left_lying(
     adapter: AdapterTensorSet, destination: Path | None, target: FormatSpec
 ) -> Iterator[str]:
     """Say of weights in a directory that is replaced that they stay, and will look like its own."""
-    if destination is None or target.directory is None or not destination.is_dir():
+    directory = directory_of(target)
+    if destination is None or directory is None or not destination.is_dir():
         return
     new = {file.name for file in adapter.beside if file.carried}
     staying = [
         file.name
-        for file in lying_beside(destination, target.directory.files(), None)
+        for file in lying_beside(destination, directory.files(), None)
         if (file.trained or file.kind is BesideKind.UNKNOWN) and file.name not in new
     ]
     if staying:

@@ -13,13 +13,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.formats.builtin import BUILTIN
 from adapterkit.formats.protocol import FormatOptions
+from adapterkit.formats.spec import FormatSpec
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, BesideFile, BesideKind, Kind, Update
 from adapterkit.model.defects import problems
 from adapterkit.notes import BaseReference
 from adapterkit.proof import prove
-from adapterkit.registry import BUILTIN, FormatSpec
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.alterations import Change, altered
+from adapterkit.alterations import ROUNDED, Change, altered, changed_updates, distance
 from adapterkit.base import BaseModel
 from adapterkit.base.identity import identified
 from adapterkit.certificates import Certificate, read_certificate, source_digest
@@ -27,12 +27,8 @@ from adapterkit.text import PLAIN, Pen, Shown, count, printable, short
 from adapterkit.work import watchable
 
 if TYPE_CHECKING:
-    from adapterkit.fingerprints import Fingerprint, ModuleFingerprint
+    from adapterkit.fingerprints import Fingerprint
 
-# Sixteen numbers of float16 are right to this; storage in 8 to 16 bits moves them less than that.
-_SAME, _ROUNDED = 2e-3, 2e-2
-# Norms are computed alike from the same bytes.
-_EXACT = 1e-9
 _MOST = 20
 # Commands whose output does what its source does; of old proofs none is known.
 _FAITHFUL = ("", "convert", "write")
@@ -230,60 +226,7 @@ def _updates(
     now = {n: m for n, m in found.modules.items() if n not in turned}
     if not known:
         return []
-    return [*_moved(known, now), *_altered(known, now)]
-
-
-def _moved(
-    known: Mapping[str, ModuleFingerprint], now: Mapping[str, ModuleFingerprint]
-) -> Iterator[Change]:
-    added = {name: now[name] for name in now if name not in known}
-    for name in [name for name in known if name not in now]:
-        twin = next((new for new, each in added.items() if _alike(known[name], each)), None)
-        if twin is None:
-            yield Change("dropped", name, "has no update any more")
-        else:
-            del added[twin]
-            yield Change("renamed", name, f"is {twin} now")
-    for name in added:
-        yield Change("added", name, "had no update when the file was written")
-
-
-def _alike(one: ModuleFingerprint, other: ModuleFingerprint) -> bool:
-    ratio, apart = _against(one, other)
-    return abs(ratio - 1) < _SAME and apart < _SAME
-
-
-def _against(one: ModuleFingerprint, other: ModuleFingerprint) -> tuple[float, float]:
-    """Return the ratio of the norms, negative for opposite updates, and the sketches' distance."""
-    import numpy as np
-
-    first, second = (np.frombuffer(each.sketch, "<f2").astype(float) for each in (one, other))
-    sign = -1 if float(first @ second) < 0 else 1
-    length = float(np.linalg.norm(first)) or 1.0
-    return sign * other.norm / one.norm, float(np.linalg.norm(second * sign - first)) / length
-
-
-def _altered(
-    known: Mapping[str, ModuleFingerprint], now: Mapping[str, ModuleFingerprint]
-) -> Iterator[Change]:
-    scaled: dict[str, list[str]] = {}
-    rounded: list[str] = []
-    for name in known:
-        if name not in now:
-            continue
-        ratio, apart = _against(known[name], now[name])
-        if apart < _SAME and abs(ratio - 1) > _SAME:
-            scaled.setdefault(f"{ratio:.4g}", []).append(name)
-        elif apart > _ROUNDED or abs(ratio - 1) > _ROUNDED:
-            message = f"is another update: {apart:.2g} of it differ, ‖ΔW‖ is {ratio:.3g} times"
-            yield Change("update", name, message)
-        elif apart > _SAME or abs(ratio - 1) > _EXACT:
-            rounded.append(name)
-    for ratio, names in scaled.items():
-        every = f"all {len(names)} modules" if len(names) == len(known) else first_and_more(names)
-        yield Change("scale", every, f"{ratio} times the update that was written")
-    if rounded:
-        yield Change("rounding", first_and_more(rounded), "differs as another dtype would explain")
+    return list(changed_updates(known, now))
 
 
 def _source(
@@ -353,22 +296,12 @@ def _merged(
     if found.unplaced:
         raise UncheckableError("is in llama.cpp's row order; give --base", where=name)
     alike = {k: each for k, each in proof.adapters.items() if each.version == found.version}
-    apart = {key: _apart(each, found) for key, each in alike.items()}
+    apart = {key: distance(each, found) for key, each in alike.items()}
     if not apart:
         notes.append("its sketches are of another version and were not compared")
-    elif (closest := min(apart, key=lambda key: apart[key])) and apart[closest] > _ROUNDED:
+    elif (closest := min(apart, key=lambda key: apart[key])) and apart[closest] > ROUNDED:
         message = f"is not what was merged; the closest, {closest}, is {apart[closest]:.2g} away"
         yield Change("source", name, message)
-
-
-def _apart(one: Fingerprint, other: Fingerprint) -> float:
-    """Return about how far the second update is from the first, as a share of the first."""
-    import numpy as np
-
-    if not one.norm:
-        return 0.0 if not other.norm else float("inf")
-    ratio = other.norm / one.norm
-    return float(np.linalg.norm(other.vector * ratio - one.vector))
 
 
 def _held_against(one: Loaded, other: Loaded, name: str) -> Iterator[Change]:

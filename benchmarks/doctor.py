@@ -30,8 +30,8 @@ from llama_server import served  # noqa: E402
 
 from adapterkit import convert, merge_into  # noqa: E402
 from adapterkit.containers.gguf import float32, read_gguf, write_gguf  # noqa: E402
-from adapterkit.doctor.distributions import _FAR, _NEAR, Distribution  # noqa: E402
-from adapterkit.doctor.examination import _against  # noqa: E402
+from adapterkit.doctor.distributions import FAR, NEAR, Distribution  # noqa: E402
+from adapterkit.doctor.examination import compared  # noqa: E402
 from adapterkit.doctor.http import Client  # noqa: E402
 from adapterkit.doctor.prompts import PROMPTS  # noqa: E402
 from adapterkit.doctor.reference import Reference  # noqa: E402
@@ -124,7 +124,7 @@ class Known(Reference):
 
     def computed(self, texts: Sequence[str]) -> None:
         with super().expected(texts) as ask:
-            self._strengths = {strength: ask(strength) for strength in (*_NEAR, *_FAR)}
+            self._strengths = {strength: ask(strength) for strength in (*NEAR, *FAR)}
         self._causes = super().mistaken(texts)
 
     @contextmanager
@@ -184,7 +184,7 @@ def run(folder: Path, trained: Path, healthy: int, broken: int) -> None:
             server = connected(Client(url, most=100, seconds=3600))
             (found,) = server.adapters()
             off, on = ([server.ask(t, found, s) for t in texts] for s in (0.0, case.scale))
-        said = _against(case.known, texts, off, on)
+        said = compared(case.known, texts, off, on)
         took = time.perf_counter() - began
         right = said.condition == case.condition and case.cause in "".join(said.causes)
         hits.setdefault((case.name, str(said.condition), right), []).append(took)

@@ -23,7 +23,7 @@ from adapterkit import AdapterTensorSet, Update
 from adapterkit.dtype import DType
 from adapterkit.fingerprints import fingerprinted
 from adapterkit.fleets import relations
-from adapterkit.fleets.similarity import _first_of_each
+from adapterkit.fleets.similarity import first_of_each
 from adapterkit.lowrank.products import stored
 
 LAYERS, WIDTH, RANK = 32, 1024, 8
@@ -137,7 +137,7 @@ def main(total: int) -> None:
     began = time.perf_counter()
     twins = list(relations.twins(vectors))
     middle = time.perf_counter()
-    leaders = _first_of_each(total, twins)
+    leaders = first_of_each(total, twins)
     sums = relations.sums(vectors, sorted(set(leaders)))
     print(f"copies {middle - began:.1f} s, merges {time.perf_counter() - middle:.1f} s")
     judge(rows, twins, leaders, sums)

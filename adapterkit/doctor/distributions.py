@@ -17,8 +17,8 @@ Distribution: TypeAlias = Mapping[int | str, float]
 
 # Strengths at which the expected effect is computed: the effect is far from linear in them. Where
 # the first of them explain what is seen, the others are not needed.
-_NEAR = (0.0, 0.9, 1.0, 1.1)
-_FAR = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.25, 1.5, 2.0, 4.0)
+NEAR = (0.0, 0.9, 1.0, 1.1)
+FAR = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.25, 1.5, 2.0, 4.0)
 # What is explained: the share of the effect that may be left.
 _EXPLAINED = 0.01
 _TINY = 1e-12
@@ -76,12 +76,12 @@ def measured(
     off: Sequence[Distribution], on: Sequence[Distribution], expected: Expected
 ) -> Measured:
     """Compare the answers without and with an adapter with what they should be."""
-    known = {strength: expected(strength) for strength in _NEAR}
+    known = {strength: expected(strength) for strength in NEAR}
     distances = {s: mean_divergence(on, answers) for s, answers in known.items()}
     base = mean_divergence(off, known[0.0])
     effect = mean_divergence(on, off)
     if distances[1.0] > min(distances.values()) or distances[1.0] > 2 * base + _EXPLAINED * effect:
-        distances |= {s: mean_divergence(on, expected(s)) for s in _FAR}
+        distances |= {s: mean_divergence(on, expected(s)) for s in FAR}
     nearest = min(distances, key=lambda strength: distances[strength])
     count = min(map(len, on))
     with_it, without = ([_first(each, count) for each in known[s]] for s in (1.0, 0.0))

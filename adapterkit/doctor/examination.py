@@ -196,7 +196,7 @@ def examine(
             alpha=alpha,
             as_format=as_format,
         )
-        found = _against(known, texts, off, on)
+        found = compared(known, texts, off, on)
     elif found.effect < _NONE_NATS:
         found = Findings(Condition.NO_EFFECT, effect=found.effect)
     return DoctorReport(
@@ -229,7 +229,7 @@ class Findings:
     causes: tuple[str, ...] = ()
 
 
-def _against(
+def compared(
     known: Reference,
     texts: Sequence[str],
     off: Sequence[Distribution],

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from adapterkit.extraction.factors import Outcome
     from adapterkit.extraction.report import ExtractedModule
     from adapterkit.formats.protocol import FormatOptions
+    from adapterkit.formats.spec import FormatSpec
     from adapterkit.model import Update
-    from adapterkit.registry import FormatSpec
     from adapterkit.tensor import LazyTensor
 
 # Losses that are about one table; what loses it keeps all other modules.

@@ -10,9 +10,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from adapterkit.errors import AdapterKitError, FormatError, NotFoundError
+from adapterkit.formats.spec import FormatSpec
 from adapterkit.hub import cache_folder, located
 from adapterkit.loading import recognise
-from adapterkit.registry import FormatSpec, added_suffixes, claims, folder_format, spec
+from adapterkit.registry import added_suffixes, claims, folder_format, spec
 from adapterkit.storage import alike, read_lines, readable
 
 # What a user types for all that the hub cache holds.

@@ -241,7 +241,7 @@ def _related(
     found = list(relations.twins(vectors))
     partial = [bool(row.result["beside"]) for row in rows]
     copies = [_copy(twin, paths, norms, partial) for twin in found]
-    first = _first_of_each(len(rows), found)
+    first = first_of_each(len(rows), found)
     groups: dict[int, list[str]] = defaultdict(list)
     for place, path in enumerate(paths):
         groups[first[place]].append(path)
@@ -254,7 +254,7 @@ def _related(
     )
 
 
-def _first_of_each(count: int, found: Iterable[Twin]) -> list[int]:
+def first_of_each(count: int, found: Iterable[Twin]) -> list[int]:
     """Return for each the first of its cluster; a twin is always of an earlier one."""
     first = list(range(count))
     for twin in found:

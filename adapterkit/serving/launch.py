@@ -13,7 +13,9 @@ from adapterkit.engines.engine import Target, load_target
 from adapterkit.engines.facts import facts
 from adapterkit.engines.judgement import check_served
 from adapterkit.errors import UnsupportedError, UsageError, unknown
-from adapterkit.serving.stack import AdapterStack, Conflict, StackedAdapter
+from adapterkit.serving.members import StackedAdapter
+from adapterkit.serving.stack import AdapterStack
+from adapterkit.serving.sums import Conflict
 from adapterkit.text import PLAIN, Pen, Shown
 
 # vLLM's --max-lora-rank takes these and no other.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,106 +17,24 @@ from adapterkit.base import BaseModel
 from adapterkit.base.fit import misfits
 from adapterkit.base.places import Places
 from adapterkit.errors import AdapterKitError, NotFoundError, UnsupportedError, UsageError
-from adapterkit.factors import concatenated
-from adapterkit.keys import Role, TensorKey
 from adapterkit.loading import Need, load, open_model, recognise
-from adapterkit.lowrank.differences import difference
-from adapterkit.model import AdapterTensorSet, GgufSource, Update
+from adapterkit.model import AdapterTensorSet, GgufSource
 from adapterkit.model.declared import UNDECIDED
-from adapterkit.model.joining import joint_base, joint_source
-from adapterkit.model.tying import one_spelling
+from adapterkit.serving.members import (
+    AdapterIncompatibleError,
+    AdapterLoadFailedError,
+    AdapterNotFoundError,
+    StackedAdapter,
+    StackError,
+)
+from adapterkit.serving.sums import Conflict, combined, conflicts
 from adapterkit.several import said_of_each
-from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Name of an adapter that has none.
 _IN_MEMORY = "adapter"
-# Two updates whose sum is smaller than this share of either cancel.
-_CANCELLED = 0.05
-
-
-class StackError(AdapterKitError):
-    """An adapter could not be put on the stack; `code` is stable, for programs to switch on."""
-
-    code = "load-failed"
-
-
-class AdapterNotFoundError(StackError):
-    """There is no such file, or no adapter of that name on the stack."""
-
-    code = "not-found"
-    exit_code = 3
-
-
-class AdapterIncompatibleError(StackError):
-    """The adapter does not fit the base of the stack."""
-
-    code = "incompatible"
-    exit_code = 4
-
-
-class AdapterLoadFailedError(StackError):
-    """The adapter is malformed, or is something that no stack can hold."""
-
-    code = "load-failed"
-    exit_code = 3
-
-
-@dataclass(frozen=True, slots=True)
-class StackedAdapter:
-    """One adapter on a stack.
-
-    Attributes:
-        name: its name there.
-        path: where it was read from; None for one in memory.
-        scale: multiplier of its update; 0 keeps it loaded and inactive.
-        adapter: what it holds.
-        base: the model that it is for, given or found; None if it is unknown.
-    """
-
-    name: str
-    path: Path | None
-    scale: float
-    adapter: AdapterTensorSet
-    base: BaseModel | None = None
-
-    @property
-    def file(self) -> Path:
-        """The file or directory that an engine is told.
-
-        Raises:
-            AdapterIncompatibleError: if the adapter is in memory.
-        """
-        if self.path is None:
-            message = "is in memory, and an engine loads files; write it and load what was written"
-            raise AdapterIncompatibleError(message, where=self.name)
-        return self.path
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its tensors as stored."""
-        return sum(tensor.nbytes for tensor in self.adapter.tensors.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """Two adapters that meet on a module.
-
-    Attributes:
-        module: where.
-        first: name of one adapter.
-        second: name of the other.
-        cosine: of the two scaled updates; None if one is zero.
-        cancels: whether nearly nothing is left of them together.
-    """
-
-    module: str
-    first: str
-    second: str
-    cosine: float | None
-    cancels: bool
 
 
 class AdapterStack:
@@ -321,17 +239,7 @@ class AdapterStack:
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """Return every module that two active adapters change, and how much of it is left."""
-        return tuple(self._conflicts())
-
-    def _conflicts(self) -> Iterator[Conflict]:
-        active = [member for member in self._members.values() if member.scale]
-        for place, first in enumerate(active):
-            mine = {pair.module: pair for pair in _scaled_pairs(first.adapter, first.scale)}
-            for second in active[place + 1 :]:
-                for pair in _scaled_pairs(second.adapter, second.scale):
-                    other = mine.get(pair.module)
-                    if other and (other.kind, other.shape) == (pair.kind, pair.shape):
-                        yield _conflict(other, pair, first.name, second.name)
+        return tuple(conflicts(self._active()))
 
     def combined(self) -> AdapterTensorSet:
         """Return the whole stack as one adapter: ranks add up, the update is the exact sum.
@@ -341,22 +249,12 @@ class AdapterStack:
             AdapterIncompatibleError: if an adapter holds more than pairs of factors, or trained
                 weights lie beside it.
         """
-        members = [member for member in self._members.values() if member.scale]
-        if not members:
-            raise AdapterLoadFailedError("the stack holds no active adapter")
-        for member in members:
-            _check_summable(member)
-        adapters, tied = one_spelling([member.adapter for member in members])
-        groups: dict[str, list[Update]] = {}
-        for member, adapter in zip(members, adapters, strict=True):
-            for pair in _scaled_pairs(adapter, member.scale):
-                groups.setdefault(pair.module, []).append(pair)
-        return AdapterTensorSet.of(
-            map(concatenated, groups.values()),
-            _base_copies(members),
-            base=joint_base(adapters),
-            source=joint_source(adapters),
-        ).replace(tied=tied)
+        if members := self._active():
+            return combined(members)
+        raise AdapterLoadFailedError("the stack holds no active adapter")
+
+    def _active(self) -> Sequence[StackedAdapter]:
+        return [member for member in self._members.values() if member.scale]
 
     def _get(self, name: str) -> StackedAdapter:
         if name not in self._members:
@@ -386,49 +284,3 @@ def _finite(scale: float, name: str) -> float:
     if not math.isfinite(scale):
         raise AdapterLoadFailedError(f"scale {scale} is no finite number", where=name)
     return float(scale)
-
-
-def _scaled_pairs(adapter: AdapterTensorSet, scale: float) -> Iterator[Update]:
-    for pair in adapter.pairs():
-        yield replace(pair, scale=pair.scale * scale)
-
-
-def _conflict(one: Update, other: Update, first: str, second: str) -> Conflict:
-    # ‖ΔW₁ + ΔW₂‖ is the distance of ΔW₁ from -ΔW₂.
-    opposite = difference(one, replace(other, scale=-other.scale))
-    cosine = None if opposite.cosine is None else -opposite.cosine
-    return Conflict(one.module, first, second, cosine, opposite.relative_error < _CANCELLED)
-
-
-def _base_copies(members: Sequence[StackedAdapter]) -> dict[TensorKey, LazyTensor]:
-    """Return the weights of the base that the files carry along."""
-    found: dict[TensorKey, LazyTensor] = {}
-    for member in members:
-        for key, tensor in member.adapter.tensors.items():
-            if key.role is not Role.BASE_COPY:
-                continue
-            if key in found and found[key].tobytes() != tensor.tobytes():
-                message = "is a copy of the base's weight, and another adapter has another"
-                raise AdapterIncompatibleError(message, path=member.path, where=str(key))
-            found[key] = tensor
-    return found
-
-
-def _check_summable(member: StackedAdapter) -> None:
-    adapter = member.adapter
-    factors = {key for pair in adapter.pairs() for key in pair.keys}
-    for key in adapter.tensors:
-        if key not in factors and key.role is not Role.BASE_COPY:
-            raise AdapterIncompatibleError(
-                "is no pair of factors and cannot be added up", path=member.path, where=str(key)
-            )
-    if settings := [*adapter.settings, *(["engine_layout"] if adapter.engine_layout else [])]:
-        raise AdapterIncompatibleError(
-            f"{settings[0]} makes it more than a sum of updates", path=member.path
-        )
-    if trained := [file for file in adapter.beside if file.trained]:
-        raise AdapterIncompatibleError(
-            f"{trained[0].name} lies beside it ({trained[0].what}), and a sum of updates has no "
-            "place for it; leave the file out of the folder to go without",
-            path=member.path,
-        )

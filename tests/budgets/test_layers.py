@@ -66,6 +66,8 @@ LAYERS = (
     {"fleets"},  # does to many what the workshops do to one
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# What stands in `formats` beside the formats.
+COMMON = {"protocol", "spec"}
 # What may be known of the terminal by the package that never uses it.
 TERMINAL = {"click", "rich", "argparse", "adapterkit_cli", "warnings", "getpass"}
 LIBRARY = sorted((ROOT / "adapterkit").rglob("*.py"))
@@ -130,12 +132,15 @@ def test_a_format_imports_no_other_format(path: Path) -> None:
     used = {name.removeprefix(folder) for name in imports(path) if name.startswith(folder)}
     # A LoraConfig of PEFT's may stand in the metadata of a file of any format.
     used -= {"peft.own_config"}
-    assert {name for name in used if name.partition(".")[0] not in {top, "protocol"}} == set()
+    assert {name for name in used if name.partition(".")[0] not in {top, *COMMON}} == set()
 
 
-def test_the_protocol_knows_no_format() -> None:
-    used = imports(ROOT / "adapterkit" / "formats" / "protocol.py")
-    assert not {name for name in used if name.startswith("adapterkit.formats.")}
+@pytest.mark.parametrize("name", sorted(COMMON))
+def test_what_formats_share_knows_none(name: str) -> None:
+    used = imports(ROOT / "adapterkit" / "formats" / f"{name}.py")
+    assert not {name for name in used if name.startswith("adapterkit.formats.")} - {
+        "adapterkit.formats.protocol"
+    }
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=shown)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapterkit.errors import AdapterKitError, LossyConversionError
-from adapterkit.registry import BUILTIN
+from adapterkit.formats.builtin import BUILTIN
 from conformance import bases, judges, making
 from conformance.commands import COMMANDS, Asked, Command, said
 from conformance.page import PAGE, page

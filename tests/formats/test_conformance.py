@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adapterkit.base import open_base
+from adapterkit.formats.builtin import BUILTIN
 from adapterkit.formats.protocol import FormatOptions
 from adapterkit.model import AdapterTensorSet
-from adapterkit.registry import BUILTIN, detect, spec
+from adapterkit.registry import detect, spec
 from adapterkit.testing import OF_THE_FILE, check_field, check_round_trip, variants
 
 if TYPE_CHECKING:
-    from adapterkit.registry import FormatSpec
+    from adapterkit.formats.spec import FormatSpec
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 # The pack is written from its own checkpoints alone, with its base: its losses are looked at below.

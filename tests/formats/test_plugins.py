@@ -13,9 +13,9 @@ import adapterkit
 from adapterkit import plugins, registry
 from adapterkit.fleets.discovery import discover, identity
 from adapterkit.formats.protocol import FormatOptions
+from adapterkit.formats.spec import FormatSpec
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
-from adapterkit.registry import FormatSpec
 from adapterkit.tensor import LazyTensor
 from adapterkit.testing import check_format, small_adapter
 

@@ -27,7 +27,7 @@ from adapterkit import (
 )
 from adapterkit.beside import lying_beside
 from adapterkit.errors import LossyConversionError, UnsupportedError
-from adapterkit.serving.stack import AdapterIncompatibleError
+from adapterkit.serving.members import AdapterIncompatibleError
 
 if TYPE_CHECKING:
     from pathlib import Path
