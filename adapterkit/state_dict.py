@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np  # noqa: TC002, TID253  (public signatures resolve at run time)
 
 from adapterkit.errors import UsageError
-from adapterkit.formats.peft.config import LoraConfig
 from adapterkit.formats.peft.reader import interpret
 from adapterkit.formats.peft.writer import as_peft
 from adapterkit.loading import Need, load
+from adapterkit.lora_config.config import LoraConfig
 from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
 

@@ -12,9 +12,9 @@ from adapterkit.base.places import Places
 from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.checks.structure import peft_config
 from adapterkit.errors import UncheckableError, UnsupportedError
-from adapterkit.formats.peft.config import NO_TARGETS
-from adapterkit.formats.peft.selection import selection
 from adapterkit.keys import Role
+from adapterkit.lora_config.config import NO_TARGETS
+from adapterkit.lora_config.selection import selection
 from adapterkit.model import GgufSource
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply

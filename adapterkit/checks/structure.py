@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.errors import UncheckableError
-from adapterkit.formats.peft.selection import ends_with
+from adapterkit.lora_config.selection import ends_with
 from adapterkit.model import PeftSource
 from adapterkit.model.declared import SELECTORS, undeclared
 from adapterkit.model.defects import Defect, defects

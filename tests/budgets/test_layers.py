@@ -54,7 +54,7 @@ LAYERS = (
     {"architectures"},
     {"base"},
     {"passes", "beside", "stamps"},
-    {"tinylora", "tuners", "unrecognised"},
+    {"lora_config", "tinylora", "tuners", "unrecognised"},
     {"formats"},
     {"registry"},
     {"fingerprints", "given_alpha"},
@@ -130,8 +130,6 @@ def test_a_format_imports_no_other_format(path: Path) -> None:
     folder = "adapterkit.formats."
     top = path.relative_to(ROOT / "adapterkit" / "formats").with_suffix("").parts[0]
     used = {name.removeprefix(folder) for name in imports(path) if name.startswith(folder)}
-    # A LoraConfig of PEFT's may stand in the metadata of a file of any format.
-    used -= {"peft.own_config"}
     assert {name for name in used if name.partition(".")[0] not in {top, *COMMON}} == set()
 
 

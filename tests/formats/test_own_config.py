@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from terminal import ROOT, invoke
 
 import adapterkit
-from adapterkit.formats.peft.own_config import KEY
+from adapterkit.lora_config.own import KEY
 from adapterkit.serving.stack import AdapterStack
 
 if TYPE_CHECKING:

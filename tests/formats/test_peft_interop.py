@@ -19,10 +19,10 @@ from transformers import LlamaForCausalLM
 from adapterkit.base import open_base
 from adapterkit.conversion import convert
 from adapterkit.files import write
-from adapterkit.formats.peft.config import LoraConfig as ReadConfig
 from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.protocol import FormatOptions
 from adapterkit.keys import Role, TensorKey
+from adapterkit.lora_config.config import LoraConfig as ReadConfig
 from adapterkit.model import AdapterTensorSet, Update
 from adapterkit.passes.pooling import decided
 from adapterkit.passes.protocol import Context

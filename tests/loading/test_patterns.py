@@ -23,7 +23,7 @@ from terminal import ROOT
 from adapterkit import merge, patterns, validate
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.files import read
-from adapterkit.formats.peft.selection import selection
+from adapterkit.lora_config.selection import selection
 from adapterkit.patterns import Allowance, Expression, ending
 
 if TYPE_CHECKING:

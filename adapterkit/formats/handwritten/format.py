@@ -23,7 +23,7 @@ from adapterkit.formats.handwritten.dialects import (
 from adapterkit.formats.handwritten.dialects.document import is_checkpoint
 from adapterkit.formats.handwritten.dialects.matching import names_a_factor, plausible, undecided
 from adapterkit.formats.handwritten.reader import interpret
-from adapterkit.formats.peft.own_config import carried, governed
+from adapterkit.lora_config.own import carried, governed
 from adapterkit.model.update import GATHER, ONE_RANK
 
 if TYPE_CHECKING:

@@ -27,11 +27,11 @@ from adapterkit.errors import (
 from adapterkit.factors import fuse_rows, turned, unstack_experts
 from adapterkit.formats.mlx import spelling
 from adapterkit.formats.mlx.config import MLXConfig
-from adapterkit.formats.peft.own_config import KEY as OWN
-from adapterkit.formats.peft.own_config import carried, governed
 from adapterkit.formats.protocol import FormatOptions
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
+from adapterkit.lora_config.own import KEY as OWN
+from adapterkit.lora_config.own import carried, governed
 from adapterkit.model import AdapterTensorSet, Kind, MlxSource, Update
 from adapterkit.notes import BaseReference, Provenance
 from adapterkit.stamps import KEY as PROOF

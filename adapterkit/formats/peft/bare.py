@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.beside import lying_beside
 from adapterkit.errors import FormatError, NotFoundError, UsageError
 from adapterkit.formats.peft.bare_files import weights_of
-from adapterkit.formats.peft.config import LoraConfig
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS, parts, stored_tensors
-from adapterkit.formats.peft.own_config import Counted, counted, own_config
 from adapterkit.formats.peft.reader import interpret
 from adapterkit.formats.peft.sharded_files import config_above
 from adapterkit.formats.peft.state import FACTOR
 from adapterkit.json_file import read_json_object
+from adapterkit.lora_config.config import LoraConfig
+from adapterkit.lora_config.own import Counted, counted, own_config
 from adapterkit.model.update import GATHER, ONE_RANK, is_slice
 from adapterkit.notes import Note, Provenance
 from adapterkit.tensor import LazyTensor

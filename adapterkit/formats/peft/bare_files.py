@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import AdapterKitError, UnsupportedError
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS, stored_tensors
-from adapterkit.formats.peft.own_config import KEY
 from adapterkit.formats.peft.state import FACTOR
+from adapterkit.lora_config.own import KEY
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.factors import turned
-from adapterkit.formats.peft.config import LoraConfig
 from adapterkit.keys import Role, TensorKey
+from adapterkit.lora_config.config import LoraConfig
 from adapterkit.model import Kind, PeftSource
 from adapterkit.tables import TEXT
 from adapterkit.tensor import LazyTensor

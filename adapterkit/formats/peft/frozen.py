@@ -15,7 +15,7 @@ from adapterkit.tables import TEXT
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from adapterkit.formats.peft.config import LoraConfig
+    from adapterkit.lora_config.config import LoraConfig
     from adapterkit.tensor import LazyTensor
 
 _IN_BLOCK = re.compile(r"\.\d+\.")

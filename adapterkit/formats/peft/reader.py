@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.peft.config import LoraConfig
-from adapterkit.formats.peft.declared import adapted, contradictions, unselected
 from adapterkit.formats.peft.experts import unfold_experts
 from adapterkit.formats.peft.files import locate, lying_beside_adapter, stored_tensors
 from adapterkit.formats.peft.frozen import without_frozen
 from adapterkit.formats.peft.keys import KeyReader
 from adapterkit.formats.peft.layouts import in_place, is_stack
-from adapterkit.formats.peft.meaning import meaning
-from adapterkit.formats.peft.own_config import counted
 from adapterkit.formats.peft.slots import SETTINGS, spelled_out
 from adapterkit.formats.peft.tying import folded, tied_tables
 from adapterkit.keys import FACTORS, Role, TensorKey
+from adapterkit.lora_config.config import LoraConfig
+from adapterkit.lora_config.declared import adapted, contradictions, unselected
+from adapterkit.lora_config.meaning import meaning
+from adapterkit.lora_config.own import counted
 from adapterkit.model import AdapterTensorSet, Kind, PeftSource
 from adapterkit.model.declared import UNDECIDED
 from adapterkit.notes import BaseReference, Note, Provenance

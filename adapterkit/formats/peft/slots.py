@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from adapterkit.formats.peft.config import LoraConfig
+    from adapterkit.lora_config.config import LoraConfig
     from adapterkit.tensor import LazyTensor
 
 SETTINGS = ("enable_lora", "merge_weights")

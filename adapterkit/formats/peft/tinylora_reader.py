@@ -18,11 +18,11 @@ from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, UnsupportedError
 from adapterkit.formats.peft.files import locate, lying_beside_adapter, stored_tensors
 from adapterkit.formats.peft.keys import KeyReader
-from adapterkit.formats.peft.own_config import own_config
 from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.peft.tinylora_order import base_type, find_order, round_through
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import TensorKey
+from adapterkit.lora_config.own import own_config
 from adapterkit.notes import BaseReference, Provenance
 from adapterkit.storage import readable
 from adapterkit.tables import TEXT, Table, number, whole

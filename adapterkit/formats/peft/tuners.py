@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from adapterkit.base import find_base
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.peft.config import SELECTING
-from adapterkit.formats.peft.declared import adapted, unselected
 from adapterkit.formats.peft.files import locate, lying_beside_adapter, stored_tensors
 from adapterkit.formats.peft.keys import KeyReader
-from adapterkit.formats.peft.own_config import own_config
 from adapterkit.formats.peft.reader import read_peft
 from adapterkit.formats.peft.tuners_refused import REFUSED
 from adapterkit.formats.peft.tuners_rules import LEAF, RULES, SHARED, Context, Parts
 from adapterkit.formats.peft.tuners_whole import WHOLE, token_indices
 from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role, TensorKey
+from adapterkit.lora_config.config import SELECTING
+from adapterkit.lora_config.declared import adapted, unselected
+from adapterkit.lora_config.own import own_config
 from adapterkit.model import AdapterTensorSet, PeftSource
 from adapterkit.notes import BaseReference, Provenance
 from adapterkit.tables import TEXT, Table

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.base import BaseModel
 from adapterkit.base.places import Places
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
-from adapterkit.formats.peft.config import LARGEST_RANK, LoraConfig
 from adapterkit.formats.peft.tuners_refused import MERGE
+from adapterkit.lora_config.config import LARGEST_RANK, LoraConfig
 from adapterkit.tables import FLAG, Table, number, whole
 from adapterkit.tensor import LazyTensor
 from adapterkit.tuners import (

@@ -15,7 +15,7 @@ from adapterkit.tensor import same_bits
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from adapterkit.formats.peft.config import LoraConfig
+    from adapterkit.lora_config.config import LoraConfig
     from adapterkit.tensor import LazyTensor
 
     Tensors = Mapping[TensorKey, LazyTensor]

@@ -12,8 +12,6 @@ from adapterkit.base.places import Places
 from adapterkit.beside import carry
 from adapterkit.containers.safetensors import write_safetensors
 from adapterkit.dtype import DType
-from adapterkit.formats.peft.config import NO_TARGETS, LoraConfig
-from adapterkit.formats.peft.declared import untrained_biases
 from adapterkit.formats.peft.experts import (
     WRITTEN_VERSION,
     fold_experts,
@@ -22,6 +20,8 @@ from adapterkit.formats.peft.experts import (
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS
 from adapterkit.formats.peft.keys import saved_name
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role, TensorKey
+from adapterkit.lora_config.config import NO_TARGETS, LoraConfig
+from adapterkit.lora_config.declared import untrained_biases
 from adapterkit.model import DiffusionSource, Kind, PeftSource, spelled_out
 from adapterkit.model.beside import lost_apart
 from adapterkit.model.declared import undeclared

@@ -12,8 +12,8 @@ import re
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.errors import UncheckableError
-from adapterkit.formats.peft.selection import Selection
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role
+from adapterkit.lora_config.selection import Selection
 from adapterkit.notes import Note, NoteKind
 from adapterkit.tables import TEXT
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from adapterkit.base import BaseModel
-    from adapterkit.formats.peft.config import LoraConfig
     from adapterkit.keys import TensorKey
+    from adapterkit.lora_config.config import LoraConfig
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _FLAGS = {"use_dora": Role.MAGNITUDE, "lora_bias": Role.LORA_BIAS}

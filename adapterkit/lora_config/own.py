@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.peft.config import BASE_CHANGING_INITS, LoraConfig
-from adapterkit.formats.peft.declared import contradictions
-from adapterkit.formats.peft.meaning import meaning
 from adapterkit.json_file import read_json_object
+from adapterkit.lora_config.config import BASE_CHANGING_INITS, LoraConfig
+from adapterkit.lora_config.declared import contradictions
+from adapterkit.lora_config.meaning import meaning
 from adapterkit.notes import Note, NoteKind
 from adapterkit.tables import TEXT, shown
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.formats.peft.config import BASE_CHANGING_INITS
+from adapterkit.lora_config.config import BASE_CHANGING_INITS
 from adapterkit.tables import whole
 
 if TYPE_CHECKING:
-    from adapterkit.formats.peft.config import LoraConfig
+    from adapterkit.lora_config.config import LoraConfig
 
 
 _LARGEST_GROUP = 1 << 12
