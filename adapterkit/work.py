@@ -14,6 +14,8 @@ from functools import wraps
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast
 
+from adapterkit.blas import BLAS
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -141,6 +143,7 @@ class Crew:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._begun = 0
+        self._thin = workers > 1 and BLAS.hold()
         self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
         self._ends: SimpleQueue[None] = SimpleQueue()
         self._lock = _thread.allocate_lock()
@@ -193,6 +196,9 @@ class Crew:
         """Begin nothing more, and let the threads end."""
         with self._lock:
             self._stopped = True
+        if self._thin:
+            self._thin = False
+            BLAS.let_go()
         for _ in range(self._begun):
             self._tasks.put(None)
 

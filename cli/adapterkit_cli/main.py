@@ -12,7 +12,6 @@ from adapterkit_cli.boundary import ErrorBoundary
 from adapterkit_cli.memory import settle_memory
 from adapterkit_cli.signals import ended_by_signal, leave_at_once, stopping_cleanly
 from adapterkit_cli.streams import harden
-from adapterkit_cli.threads import settle_blas
 
 # In the order of `--help`; each is the attribute `command` of the module of its name.
 COMMANDS = (
@@ -92,7 +91,6 @@ class Program(ErrorBoundary):
 def cli(ctx: click.Context) -> None:
     """Read, check and convert LoRA adapters, and prove that nothing changed."""
     manner.settle(ctx)
-    settle_blas(ctx.invoked_subcommand)
     settle_memory(ctx.invoked_subcommand)
 
 

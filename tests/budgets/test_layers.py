@@ -32,7 +32,7 @@ WORKSHOPS = {
 LAYERS = (
     {"keys"},
     {"notes"},
-    {"errors", "dtype"},
+    {"errors", "dtype", "blas"},
     {
         "storage",
         "quantisation",

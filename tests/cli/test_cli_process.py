@@ -28,12 +28,6 @@ module.prove = prove
 from adapterkit_cli.main import main
 main()
 """
-THREADS = """
-import atexit, os
-from adapterkit_cli.main import main
-atexit.register(lambda: print(os.environ["OPENBLAS_NUM_THREADS"]))
-main()
-"""
 PATIENCE = 60  # seconds
 
 
@@ -42,15 +36,6 @@ def test_runs_as_a_module() -> None:
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "")
     assert out.startswith("source ")
-
-
-@pytest.mark.parametrize("wished", [None, "3"])
-def test_blas_has_one_thread_unless_another_number_is_wished(wished: str | None) -> None:
-    told = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
-    told |= {} if wished is None else {"OPENBLAS_NUM_THREADS": wished}
-    arguments = [sys.executable, "-c", THREADS, "inspect", str(TINY)]
-    answer = subprocess.run(arguments, capture_output=True, text=True, check=True, env=told)
-    assert answer.stdout.splitlines()[-1] == (wished or "1")
 
 
 def test_one_request_that_comes_twice_ends_cleanly(tmp_path: Path) -> None:

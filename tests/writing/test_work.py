@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import pytest
+import threadpoolctl
 
 from adapterkit.output import uninterrupted
 from adapterkit.work import Crew, in_threads
@@ -135,3 +137,29 @@ def test_an_interrupt_at_any_step_hangs_nothing(way: str) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) > (5 if way == "uninterrupted" else 50)
+
+
+def blas_threads(_: object = None) -> int:
+    """Return the most threads that a BLAS of this process may use."""
+    found: list[dict[str, Any]] = threadpoolctl.threadpool_info()
+    return max(each["num_threads"] for each in found if each["user_api"] == "blas")
+
+
+def test_blas_is_called_by_our_threads_or_has_its_own_never_both() -> None:
+    np.ones((2, 2)) @ np.ones((2, 2))
+    with threadpoolctl.threadpool_limits(3, user_api="blas"):
+        assert in_threads(blas_threads, range(4), 2) == [1] * 4
+        assert blas_threads() == 3
+        assert in_threads(blas_threads, range(1), 1) == [3]
+        with Crew(2), Crew(2) as inner:
+            assert inner.wait([inner.submit(blas_threads)])
+            inner.dismiss()
+            assert blas_threads() == 1, "the outer crew is still at work"
+        assert blas_threads() == 3
+
+
+def test_blas_has_its_threads_again_after_an_error() -> None:
+    with threadpoolctl.threadpool_limits(3, user_api="blas"):
+        with pytest.raises(ZeroDivisionError):
+            in_threads(lambda number: 1 // number, range(4), 2)
+        assert blas_threads() == 3
