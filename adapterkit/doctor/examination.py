@@ -143,6 +143,7 @@ def examine(
     base: BaseModel | Path | str | None = None,
     prompts: Path | str | None = None,
     seconds: float = 300.0,
+    api_key: str | None = None,
     dialect: str | None = None,
     alpha: float | None = None,
     as_format: str | None = None,
@@ -160,6 +161,7 @@ def examine(
         base: its base model with weights: GGUF file or Hugging Face directory.
         prompts: file with a prompt in each line; by default ten of its own.
         seconds: after which no more is asked.
+        api_key: what the server wants as a bearer token.
         dialect: key grammar of a hand-written source.
         alpha: scale numerator of the source, where its file does not hold it.
         as_format: name of the format to read the source as, where its content does not tell.
@@ -176,7 +178,7 @@ def examine(
         raise UsageError("what to expect takes both the adapter and its base: --source and --base")
     began = time.monotonic()
     asked = read_prompts(Path(prompts)) if prompts is not None else PROMPTS
-    server = connected(Client(url, most=_REQUESTS, seconds=seconds))
+    server = connected(Client(url, most=_REQUESTS, seconds=seconds, key=api_key))
     served = chosen(server, name)
     texts = [server.prompt(prompt) for prompt in asked]
     # What a server multiplies by is part of what its users get; asked off, it is asked at 1.

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 64 << 20
 _PATIENCE = 60.0
-_KEY_WANTED = 401
-_NO_KEY = "asks for an API key, and none is sent; start it without one for the examination"
+_KEY_WANTED = {401, 403}
+_NO_KEY = "asks for an API key; give it with --api-key, or as ADAPTERKIT_API_KEY"
+_WRONG_KEY = "does not take this API key"
 
 
 class _Stay(HTTPRedirectHandler):
@@ -36,22 +37,28 @@ class Client:
         requests: how many were made.
     """
 
-    def __init__(self, url: str, *, most: int, seconds: float) -> None:
+    def __init__(self, url: str, *, most: int, seconds: float, key: str | None = None) -> None:
         """Describe a server; nothing is asked yet.
 
         Args:
             url: `http://HOST:PORT`.
             most: requests that may be made.
             seconds: after which no more are made.
+            key: sent as a bearer token, to this address alone; it stands in no message.
 
         Raises:
-            UsageError: if it is no such address.
+            UsageError: if it is no such address, or the key cannot stand in a header.
         """
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise UsageError(f"{url!r} is no address of a server, such as http://127.0.0.1:8080")
+        if key is not None and not (
+            key.isascii() and key.isprintable() and key.strip() == key != ""
+        ):
+            raise UsageError("the API key is empty, or holds spaces at an end or other letters")
         self.url = f"{parts.scheme}://{parts.netloc}"
         self.requests = 0
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._answered = False
         self._most = most
         self._until = time.monotonic() + seconds
@@ -63,7 +70,8 @@ class Client:
         Raises:
             UncheckableError: if nothing answers, or too much was asked.
         """
-        return self._asked(Request(self.url + path), optional=True)  # noqa: S310  (http alone)
+        request = Request(self.url + path, headers=self._headers)  # noqa: S310  (http alone)
+        return self._asked(request, optional=True)
 
     def post(self, path: str, document: Mapping[str, Any], *, optional: bool = False) -> Any:
         """Return the answer to a JSON document; None if it is optional and the server refuses.
@@ -72,7 +80,7 @@ class Client:
             UncheckableError: if nothing answers, the server refuses, or too much was asked.
         """
         data = json.dumps(document).encode()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **self._headers}
         return self._asked(Request(self.url + path, data, headers), optional=optional)  # noqa: S310  (http)
 
     def _asked(self, request: Request, *, optional: bool) -> Any | None:
@@ -91,8 +99,9 @@ class Client:
                 raise UncheckableError("answers with too much", path=self.url)
             return json.loads(data)
         except HTTPError as error:
-            if error.code == _KEY_WANTED:
-                raise UncheckableError(_NO_KEY, path=self.url) from error
+            if error.code in _KEY_WANTED:
+                message = _WRONG_KEY if self._headers else _NO_KEY
+                raise UncheckableError(message, path=self.url) from error
             if optional:
                 return None
             said = error.read(1000).decode(errors="replace").strip()

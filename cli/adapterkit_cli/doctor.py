@@ -39,6 +39,13 @@ from adapterkit_cli.progress import watching
     show_default=True,
     help="After which the server is asked no more.",
 )
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    envvar="ADAPTERKIT_API_KEY",
+    show_envvar=True,
+    help="What the server wants as a bearer token.",
+)
 @options.as_json
 @click.pass_context
 def command(
@@ -52,6 +59,7 @@ def command(
     as_format: str | None,
     prompts: str | None,
     seconds: float,
+    api_key: str | None,
     *,
     as_json: bool,
 ) -> None:
@@ -74,6 +82,7 @@ def command(
             base=base,
             prompts=prompts,
             seconds=seconds,
+            api_key=api_key,
             dialect=dialect,
             alpha=alpha,
             as_format=as_format,

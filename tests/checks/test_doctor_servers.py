@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pretend_servers import Refusal, answers, ollama, pretending, sglang, vllm
+from pretend_servers import answers, ollama, pretending, sglang, vllm
 
 from adapterkit import Condition, examine
 from adapterkit.doctor.http import Client
@@ -65,12 +65,22 @@ def test_numbers_that_are_no_logarithms_of_probabilities_are_refused() -> None:
         examine(url)
 
 
-def test_a_server_that_wants_a_key_is_said_to() -> None:
-    with (
-        pretending(lambda *_: Refusal(401, {"error": "Unauthorized"})) as url,
-        pytest.raises(UncheckableError, match="asks for an API key"),
-    ):
-        examine(url)
+def test_a_key_is_sent_where_it_is_wanted_and_told_to_nobody() -> None:
+    with pretending(vllm, key="s3cret") as url:
+        with pytest.raises(UncheckableError, match="asks for an API key; give it with --api-key"):
+            examine(url)
+        with pytest.raises(UncheckableError, match="does not take this API key") as refused:
+            examine(url, api_key="0ther")
+        assert "0ther" not in str(refused.value)
+        report = examine(url, api_key="s3cret")
+    assert report.condition == Condition.ALIVE
+    assert "s3cret" not in repr(report) + report.text()
+
+
+@pytest.mark.parametrize("key", ["", " ", "a\nHost: b", "schlüssel"])
+def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+    with pytest.raises(UsageError, match="API key"):
+        examine("http://127.0.0.1:9", api_key=key)
 
 
 def test_adapters_are_chosen_by_any_of_their_names() -> None:

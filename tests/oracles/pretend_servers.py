@@ -118,7 +118,11 @@ def ollama_generated(body: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def pretending(answer: Callable[[str, dict[str, Any]], Any]) -> Iterator[str]:
+def pretending(
+    answer: Callable[[str, dict[str, Any]], Any], *, key: str | None = None
+) -> Iterator[str]:
+    """Serve on loopback; with a key, only who sends it as vLLM and llama-server want it."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.respond({})
@@ -127,7 +131,11 @@ def pretending(answer: Callable[[str, dict[str, Any]], Any]) -> Iterator[str]:
             self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def respond(self, body: dict[str, Any]) -> None:
-            found = answer(self.path, body)
+            wanted = None if key is None else f"Bearer {key}"
+            if wanted is not None and self.headers["Authorization"] != wanted:
+                found = Refusal(401, {"error": "Unauthorized"})
+            else:
+                found = answer(self.path, body)
             code = 404 if found is None else 200
             if isinstance(found, Refusal):
                 code, found = found.code, found.document
