@@ -45,7 +45,7 @@ soak: $(STAMP)  ## kill, race and starve every command that writes, at real size
 	$(BIN)/pytest tests/soak -m soak
 
 fuzz: $(STAMP)  ## change sound files for SECONDS; crashes, hangs and wrong accepts end with 1
-	cd tests && PYTHONPATH=..:builders ../$(BIN)/python -m fuzz $(SECONDS)
+	cd tests && PYTHONPATH=..:builders:oracles ../$(BIN)/python -m fuzz $(SECONDS)
 
 lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff format --check .
