@@ -56,6 +56,12 @@ def holding(names: Collection[str]) -> str | None:
     return None
 
 
+def pickled(asks: str) -> str | None:
+    """Return one sentence on a pickle, told by the class or function that it asks for, or None."""
+    rule = next((r for r in _table()["pickled"] if _is_like(asks, r["asks"])), None)
+    return _said(rule, base=False).replace("{asks}", asks) if rule else None
+
+
 def of_training(path: Path) -> str | None:
     """Return one sentence on a file that a training run leaves beside its adapter, or None."""
     table = _table()

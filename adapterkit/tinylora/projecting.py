@@ -20,8 +20,6 @@ from adapterkit.tinylora.targets import require_weights
 from adapterkit.tinylora.writing import NO_PLACE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
@@ -37,8 +35,12 @@ _NO_UPDATE = {
     "engine_layout": "is in llama.cpp's layout, which this base does not undo",
 }
 _NO_TARGET = (
-    "is no target; name its last component among --targets, if it is a linear layer, or leave it "
-    "out with --allow-lossy"
+    "is no target module; name its last component among --targets, if it is a linear layer, or "
+    "leave it out with --allow-lossy"
+)
+_NO_WEIGHT = (
+    "has no plain weight in this base; give the base that is not quantised, or leave it out with "
+    "--allow-lossy"
 )
 _WEIGHT = ".weight"
 
@@ -155,16 +157,22 @@ def beyond_reach(
     known = set(pack_targets(base, settings))
     stored = _stored(adapter, base)
     keys = [key for key in adapter.tensors if stored.get(key.module, key.module) not in known]
-    strangers = [key for key in keys if key.role in FACTORS]
-    others = [key for key in adapter.tensors if key.role not in FACTORS]
+    factors = [key for key in keys if key.role in FACTORS]
     found: list[Loss] = []
-    if strangers:
-        named = first_and_more(list(dict.fromkeys(key.module for key in strangers)))
-        found.append(Loss("no-target", named, _NO_TARGET, tuple(strangers)))
+    for named, message in ((False, _NO_TARGET), (True, _NO_WEIGHT)):
+        drops = [key for key in factors if (_last(key.module) in settings.target_modules) is named]
+        if drops:
+            subject = first_and_more(list(dict.fromkeys(key.module for key in drops)))
+            found.append(Loss("no-target", subject, message, tuple(drops)))
+    others = [key for key in adapter.tensors if key.role not in FACTORS]
     if others:
-        named = first_and_more([str(key) for key in others])
-        found.append(Loss("not-an-update", named, NO_PLACE, tuple(others)))
+        subject = first_and_more([str(key) for key in others])
+        found.append(Loss("not-an-update", subject, NO_PLACE, tuple(others)))
     return tuple(found)
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _stored(adapter: AdapterTensorSet, base: BaseModel) -> dict[str, str]:

@@ -104,7 +104,7 @@ def test_projection_refuses_what_is_no_target(base: Path, tmp_path: Path) -> Non
         cli, ["tinylora", "project", *map(str, arguments), "--targets", "q_proj"]
     )
     assert done.exit_code == 4
-    assert "is no target; name its last component among --targets" in done.stderr
+    assert "is no target module; name its last component among --targets" in done.stderr
     assert not (tmp_path / "x").exists()
     rest = ("--targets", "q_proj", "--tie", "none")
     report = project("lora", "x", base, tmp_path, *rest, "--allow-lossy")
