@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.notes import Loss
 
 _GROUP = "adapterkit.formats"
-_CONFIG = "adapter_config.json"
+_CONFIG, _INDEX = "adapter_config.json", "*.index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,7 +397,13 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _config(path: Path) -> Mapping[str, Any]:
-    """Return the adapter_config.json that describes a path; empty if there is none."""
+    """Return the adapter_config.json that describes a path; empty if there is none.
+
+    It does not describe what lies beside it and is told as something else by itself.
+    """
+    own = any(fnmatch(path.name, name) for name in (*_adapter_files(), _INDEX))
+    if path.is_file() and not own and strangers.named(path):
+        return {}
     folder = path if path.is_dir() else path.parent
     config = folder / _CONFIG
     if not config.is_file() and path.is_dir():

@@ -254,3 +254,31 @@ def test_what_a_trainer_leaves_is_named_with_the_adapter_to_pass(
     adapter = tmp_path / "adapter_model.safetensors"
     assert f"pass {adapter}" in beside.stderr
     assert invoke("inspect", adapter).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("README.md", "is no file of weights"),
+        ("tokenizer.json", "is of a tokenizer"),
+        ("config.json", "is the config of a model"),
+        (".gitattributes", "is text, not weights"),
+        ("loss.png", "is a picture"),
+    ],
+)
+def test_a_config_does_not_make_an_adapter_of_what_lies_beside(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(PEFT / "tiny", tmp_path / "a")
+    begin = b"\x89PNG\r\n\x1a\n\0" if name.endswith(".png") else b'{"some": "text"}\n'
+    (folder / name).write_bytes(begin)
+    result = invoke("inspect", folder / name)
+    assert result.exit_code == 3
+    assert f"{name}: {what}" in result.stderr
+
+
+def test_safetensors_beside_a_config_are_read_under_any_name(tmp_path: Path) -> None:
+    folder = shutil.copytree(PEFT / "tiny", tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    for path in (folder, folder / "adapter_model.bin"):
+        assert invoke("inspect", path).exit_code == 0
