@@ -348,6 +348,7 @@ def folder_format(folder: Path, names: Iterable[str]) -> FormatSpec | None:
 
 def by_suffix(suffix: str) -> FormatSpec | None:
     """Return the format that a destination's suffix means, None if it means none."""
+    suffix = suffix.lower()
     for known in BUILTIN:
         if suffix in known.suffixes:
             return known

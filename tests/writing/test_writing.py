@@ -177,3 +177,18 @@ def test_an_empty_path_is_not_the_current_folder(empty: str) -> None:
         assert result.exit_code == 2
         assert "is empty; is a variable of the shell not set?" in result.stderr
     assert invoke("convert", TINY, "--force", "-o", empty).exit_code == 2
+
+
+def test_a_suffix_means_its_format_in_any_case(tmp_path: Path) -> None:
+    for to in ((), ("--to", "gguf")):
+        target = tmp_path / f"A{len(to)}.GGUF"
+        assert invoke("convert", TINY, "-o", target, "--base", BASE, *to).exit_code == 0
+        assert target.read_bytes().startswith(b"GGUF")
+
+
+def test_several_adapters_make_no_folder_of_the_name_of_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "both.gguf"
+    result = invoke("convert", TINY, PEFT / "dora", "-o", target, "--base", BASE)
+    assert result.exit_code == 2
+    assert "is the name of one gguf file" in result.stderr
+    assert not target.exists()
