@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterkit.base import BaseModel
@@ -15,6 +15,7 @@ from adapterkit.model.adapter import SETTINGS
 from adapterkit.page import natural, page, shown, table
 from adapterkit.passes.copies import other_tables
 from adapterkit.passes.declaration import settled
+from adapterkit.passes.naming import missing_prefix
 from adapterkit.passes.protocol import Context
 from adapterkit.proof import Comparison, compare, tolerance_for
 from adapterkit.text import PLAIN, Pen, Shown, columns, count, printable, short
@@ -175,13 +176,32 @@ def diff(
     )
     first, second = (settled(each.adapter, Context()).adapter for each in (one, other))
     _check_comparable(first, second)
+    first, second, spelling = _spelled_alike(first, second)
     comparison = compare(first, second, other_tables([*one.losses, *other.losses]))
     _check_plain(first, second, comparison)
     stored = (t.dtype for adapter in (first, second) for t in adapter.tensors.values())
     allowed = tolerance_for(stored) if tolerance is None else tolerance
     settings = tuple(_other_settings(first, second))
     causes = diagnose(first, second, comparison, one.options)
-    return _report(one.label, other.label, comparison, allowed, settings, causes)
+    report = _report(one.label, other.label, comparison, allowed, settings, causes)
+    return replace(report, diagnosis=(*spelling, *report.diagnosis))
+
+
+def _spelled_alike(
+    first: AdapterTensorSet, second: AdapterTensorSet
+) -> tuple[AdapterTensorSet, AdapterTensorSet, tuple[str, ...]]:
+    """Return two adapters with one name for each module, where one alone has a prefix; say so."""
+    prefix = missing_prefix(first.modules, second.modules)
+    if not prefix:
+        return first, second, ()
+    longer = any(name.startswith(prefix) for name in first.modules)
+    short = second if longer else first
+    spelled = short.renamed({name: prefix + name for name in short.modules})
+    said = (
+        f"names: {'B' if longer else 'A'} leaves out {prefix!r} before every module, as a model "
+        "without its head has them; what looks for the very path finds one of the two"
+    )
+    return (first, spelled, (said,)) if longer else (spelled, second, (said,))
 
 
 def _check_comparable(first: AdapterTensorSet, second: AdapterTensorSet) -> None:

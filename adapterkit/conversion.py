@@ -19,7 +19,7 @@ from adapterkit.notes import Loss
 from adapterkit.passes.naming import NAMES
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
-from adapterkit.registry import spec
+from adapterkit.registry import by_suffix, spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 from adapterkit.work import watchable
 
@@ -178,10 +178,15 @@ def convert_all(
         settings: what `convert` takes besides.
 
     Raises:
-        UsageError: if two outputs would have one name, before anything is written.
+        UsageError: if two outputs would have one name, or the folder that of a file, before
+            anything is written.
     """
+    folder = Path(destination)
+    if (one_file := by_suffix(folder.suffix)) and not folder.is_dir():
+        message = f"is the name of one {one_file.name} file, and several adapters go to a folder"
+        raise UsageError(f"{message}; name one, with --to {one_file.name}", path=destination)
     name = to or (_engine(for_engine).format if for_engine else None) or BUILTIN[0].name
-    places = _places(sources, Path(destination), spec(name))
+    places = _places(sources, folder, spec(name))
 
     def one(source: Path | str, **given: Any) -> ConversionReport:
         return convert(source, places[str(source)], to=name, for_engine=for_engine, **given)

@@ -79,8 +79,10 @@ def check_destination(
     except FileNotFoundError:
         return
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteError(f"could not be written ({reason})", path=destination) from error
+        above = next((each for each in destination.parents if each.is_file()), None)
+        reason = f"{above} is a file, no folder" if above else error.strerror or str(error)
+        message = f"could not be written ({reason}); name another"
+        raise WriteError(message, path=destination) from error
     if stat.S_ISLNK(mode):
         message = f"is a link to {destination.readlink()}; name what it points to"
     elif directory is None:
@@ -94,6 +96,34 @@ def check_destination(
         _check_not_current(destination)
         victims = [path for path in destination.iterdir() if directory.owns(path.name)]
     check_spared(victims, spared, destination)
+
+
+def check_report(destination: Path, *, what: str, begins: bytes, force: bool = False) -> None:
+    """Raise what `check_destination` does, and where a report would replace anything but its like.
+
+    Args:
+        destination: file to create.
+        what: one word for messages, such as `page`.
+        begins: what every such report begins with; an empty file is none that is lost either.
+        force: replace an earlier report.
+
+    Raises:
+        DestinationExistsError: if there is something at the destination that is not to be replaced.
+        WriteError: if nothing can be replaced there in one step.
+        UsageError: if it is empty.
+    """
+    check_destination(destination, force=force)
+    try:
+        with destination.open("rb") as file:
+            begin = file.read(len(begins))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(f"cannot be looked at ({reason})", path=destination) from error
+    if begin and begin.lower() != begins.lower():
+        message = f"is no {what}, and is never replaced by one; name another"
+        raise DestinationExistsError(message, path=destination)
 
 
 def _kept_file(mode: int, *, force: bool) -> str:

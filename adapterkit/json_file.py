@@ -37,7 +37,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         what = f"is not readable JSON ({error}); mend it, or download or copy it again"
-        raise FormatError(strangers.content(path) or what, path=path) from None
+        raise FormatError(strangers.content(path, weights=False) or what, path=path) from None
     if not isinstance(value, dict):
         raise FormatError("is not a JSON object; download or copy it again", path=path)
     return cast("dict[str, Any]", value)

@@ -186,7 +186,7 @@ def load_all(
             for each in readings
         ]
     known = readings[-1].base if readings else options.base
-    return tuple(
+    prepared = [
         _prepared(
             replace(each, options=replace(each.options, base=known), given=base is not None),
             need,
@@ -196,7 +196,8 @@ def load_all(
             any_vocabulary=any_vocabulary,
         )
         for each in readings
-    )
+    ]
+    return tuple(prepared) if need < Need.SOUND else _named_alike(prepared, known)
 
 
 def recognise(
@@ -367,6 +368,19 @@ def _prepared(
         adapter=_annotated(done),
         notes=(*loaded.notes, *done.notes),
         losses=(*loaded.losses, *done.losses),
+    )
+
+
+def _named_alike(prepared: Sequence[Loaded], base: BaseModel | None) -> tuple[Loaded, ...]:
+    """Give the modules that several adapters name differently the names that the base has."""
+    if len(prepared) == 1:
+        return tuple(prepared)
+    from adapterkit.passes.naming import named_alike
+
+    named = named_alike([each.adapter for each in prepared], base)
+    return tuple(
+        replace(each, adapter=_annotated(done), notes=(*each.notes, *done.notes))
+        for each, done in zip(prepared, named, strict=True)
     )
 
 

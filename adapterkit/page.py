@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TypeAlias
 
+from adapterkit.destination import check_report
 from adapterkit.output import staged
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -122,17 +123,24 @@ def copied(text: str, name: str) -> str:
     )
 
 
+def check_page(destination: Path | str, *, force: bool = False) -> None:
+    """Raise now what `write_page` would raise first."""
+    check_report(Path(destination), what="page", begins=b"<!doctype html", force=force)
+
+
 def write_page(text: str, destination: Path | str, *, force: bool = False) -> None:
     """Write a page.
 
     Args:
         text: the whole page.
         destination: file to create.
-        force: replace a file that is there.
+        force: replace a page that is there.
 
     Raises:
-        DestinationExistsError: if there is something at the destination and `force` is false.
+        DestinationExistsError: if there is something at the destination that is no page, or
+            `force` is false.
         WriteError: if it cannot be written.
     """
+    check_page(destination, force=force)
     with staged(Path(destination), force=force) as staging:
         staging.write_text(text, encoding="utf-8")

@@ -11,10 +11,13 @@ from adapterkit import tinylora
 from adapterkit.base import BaseModel
 from adapterkit.base.fit import check_fit
 from adapterkit.certificates import Making
+from adapterkit.errors import LossyConversionError
 from adapterkit.loading import load, open_model
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.beside import left_behind, lost_trained
 from adapterkit.notes import Loss
+from adapterkit.passes.protocol import Context
+from adapterkit.passes.registry import apply
 from adapterkit.saving import admitted, destination_format, save
 from adapterkit.text import PLAIN, Pen, count, line
 from adapterkit.tinylora import PlanReport, ProjectionReport, TinySettings
@@ -121,8 +124,15 @@ def project_file(
     )
     known = open_model(loaded.base or base)
     check_fit(loaded.adapter, known)
-    result, report = tinylora.project(loaded.adapter, base=known, settings=settings)
-    lost = [*loaded.losses, *lost_trained(loaded.adapter.beside)]
+    beyond = tinylora.beyond_reach(loaded.adapter, known, settings)
+    lost = [*loaded.losses, *beyond, *lost_trained(loaded.adapter.beside)]
+    left = apply(["drop"], loaded.adapter, Context(losses=beyond if allow_lossy else ())).adapter
+    if not any(left.pairs()):
+        nothing = Loss(
+            "nothing-left", target.title, "without it there is no update to come near to"
+        )
+        raise LossyConversionError([*beyond, nothing], path=destination)
+    result, report = tinylora.project(left, base=known, settings=settings)
     options = replace(loaded.options, alpha=None)
     ready = admitted(
         result, target, options, allow_lossy=allow_lossy, into=destination, passed=lost
@@ -131,8 +141,8 @@ def project_file(
     making = Making("tinylora project", asdict(settings), made_from) if proof else None
     save(ready.adapter, destination, target, loaded.options, force=force, making=making)
     found: dict[str, Any] = {each.name: getattr(report, each.name) for each in fields(report)}
-    left = left_behind(loaded.adapter.beside)
-    found["notes"] = (*loaded.told, *left, *ready.warnings, *report.notes)
+    lying = left_behind(loaded.adapter.beside)
+    found["notes"] = (*loaded.told, *lying, *ready.warnings, *report.notes)
     return ProjectedFile(
         **found,
         source=loaded.label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from adapterkit.storage import alike, readable
 from adapterkit.unrecognised import unrecognised
 
 _GROUP = "adapterkit.formats"
+_INDEX = "*.index.json"
 
 
 def _adapter_files() -> tuple[str, ...]:
@@ -97,6 +99,7 @@ def folder_format(folder: Path, names: Iterable[str]) -> FormatSpec | None:
 
 def by_suffix(suffix: str) -> FormatSpec | None:
     """Return the format that a destination's suffix means, None if it means none."""
+    suffix = suffix.lower()
     for known in BUILTIN:
         if suffix in known.suffixes:
             return known
@@ -146,7 +149,13 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _config(path: Path) -> Mapping[str, Any]:
-    """Return the adapter_config.json that describes a path; empty if there is none."""
+    """Return the adapter_config.json that describes a path; empty if there is none.
+
+    It does not describe what lies beside it and is told as something else by itself.
+    """
+    own = any(fnmatch(path.name, name) for name in (*_adapter_files(), _INDEX))
+    if path.is_file() and not own and strangers.named(path):
+        return {}
     folder = path if path.is_dir() else path.parent
     config = folder / CONFIG
     if not config.is_file() and path.is_dir():

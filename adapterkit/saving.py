@@ -122,7 +122,7 @@ def destination_format(path: Path, name: str | None, *, force: bool) -> FormatSp
     chosen = _meant(path) if name is None else spec(name)
     if not chosen.writes:
         raise UsageError(f"format {chosen.name!r} can be read but not written")
-    if path.suffix not in chosen.suffixes and (other := by_suffix(path.suffix)):
+    if path.suffix.lower() not in chosen.suffixes and (other := by_suffix(path.suffix)):
         raise UsageError(
             f"{path.suffix} is for {other.name}, and {chosen.name} is "
             f"{'a directory' if chosen.files else 'another file'}; name another destination"

@@ -37,13 +37,20 @@ def named(path: Path, *, base: bool = False) -> str | None:
     return _said(rule, base=base) if rule else _as_text(start, path)
 
 
-def content(path: Path) -> str | None:
-    """Return one sentence on a file that is not what its name says, told by its bytes alone."""
+def content(path: Path, *, weights: bool = True) -> str | None:
+    """Return one sentence on a file that is not what its name says, told by its bytes alone.
+
+    Args:
+        path: what was read.
+        weights: whether it was read as weights, which are no text.
+    """
     start = _start(path)
     if not start:
         return _EMPTY
     rule = next((r for r in _table()["file"] if _begins(start, path, r)), None)
-    return _said(rule, base=False) if rule else _as_text(start, path)
+    if rule:
+        return _said(rule, base=False)
+    return _as_text(start, path) or (_TEXT if weights and _is_text(start) else None)
 
 
 def holding(names: Collection[str]) -> str | None:
@@ -54,6 +61,12 @@ def holding(names: Collection[str]) -> str | None:
         if held and all(_is_like(name, only) for name in names):
             return _said(rule, base=False)
     return None
+
+
+def pickled(asks: str) -> str | None:
+    """Return one sentence on a pickle, told by the class or function that it asks for, or None."""
+    rule = next((r for r in _table()["pickled"] if _is_like(asks, r["asks"])), None)
+    return _said(rule, base=False).replace("{asks}", asks) if rule else None
 
 
 def of_training(path: Path) -> str | None:
@@ -69,6 +82,7 @@ def of_training(path: Path) -> str | None:
 
 
 _EMPTY = "is empty; download or copy it again"
+_TEXT = "is text, not weights; pass the folder, or the file of weights in it"
 
 
 def _start(path: Path) -> bytes:

@@ -160,7 +160,7 @@ def validate(
         place, base=open_model(base), dialect=dialect, alpha=alpha
     )
     if isinstance(place, Source):
-        found += check_security(place.path)
+        found += check_security(place.path, readable=adapter is not None)
     if adapter is not None:
         found += check(adapter, known, values=values)
     every = list(found)

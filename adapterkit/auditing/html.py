@@ -74,10 +74,11 @@ def write_html(report: AuditReport, destination: Path | str, *, force: bool = Fa
     Args:
         report: what to show.
         destination: file to create.
-        force: replace a file that is there.
+        force: replace a page that is there.
 
     Raises:
-        DestinationExistsError: if there is something at the destination and `force` is false.
+        DestinationExistsError: if there is something at the destination that is no page, or
+            `force` is false.
         WriteError: if it cannot be written.
     """
     write_page(html_page(report), destination, force=force)

@@ -21,7 +21,7 @@ import numpy as np
 from adapterkit.auditing.places import place_of
 from adapterkit.auditing.reference_report import ReferenceAudit, Standing
 from adapterkit.base import BaseModel
-from adapterkit.destination import check_destination
+from adapterkit.destination import check_report
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.json_file import read_json_object
 from adapterkit.loading import load, open_model
@@ -122,13 +122,15 @@ def bank(
     Raises:
         FormatError: if one is no adapter, or it is malformed, unpaired or not finite.
         UsageError: if no adapter is given.
-        DestinationExistsError: if there is something at `destination` and `force` is false.
+        DestinationExistsError: if there is something at `destination` that is no bank, or `force`
+            is false.
         WriteError: if it cannot be written.
     """
     del progress  # told by `watchable`
     if not sources:
         raise UsageError("no adapter was given")
-    check_destination(Path(destination), force=force)
+    begins = f'{{\n "kind": "{_KIND}"'.encode()
+    check_report(Path(destination), what="bank", begins=begins, force=force)
     model = open_model(base)
     said = said_of_each(sources, base=model, dialect=dialect, alpha=alpha, as_format=as_format)
     loaded = (

@@ -36,6 +36,9 @@ _WORD = text(1 << 8)
 _LONGEST_NAME, _MOST_PARTS = 255, 9_999
 _LONGEST_ARRAY = 1 << 16
 _MAGIC, _CONFIG = b"GGUF", "config.json"
+_NO_WEIGHTS = (
+    "is a GGUF without weights, as llama.cpp keeps a vocabulary alone; pass the model's own GGUF"
+)
 
 
 def open_base(base: Path | str) -> BaseModel:
@@ -272,6 +275,8 @@ def _open_gguf(path: Path) -> BaseModel:
             path=path,
         )
     tensors = {**file.tensors, **_other_shards(path, file.metadata, name)}
+    if not tensors:
+        raise FormatError(_NO_WEIGHTS, path=path)
     facts = _gguf_facts(name, file.metadata, tensors, path)
     identity = {
         key.removeprefix("general."): value

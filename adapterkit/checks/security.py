@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.checks.findings import Finding, Severity, named
-from adapterkit.storage import readable
+from adapterkit.storage import readable as reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,16 +15,22 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _HEADER_LIMIT = 10 << 20
 
 
-def check_security(path: Path) -> Iterator[Finding]:
-    """Yield findings about the files at a path; contents are never executed."""
-    with readable(path):
+def check_security(path: Path, *, readable: bool = True) -> Iterator[Finding]:
+    """Yield findings about the files at a path; contents are never executed.
+
+    Args:
+        path: file or directory.
+        readable: whether it was read; what was not cannot be converted either.
+    """
+    with reading(path):
         files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.is_symlink() and not _inside(file, path):
             message = f"is a link that leads to {file.readlink()}"
             yield Finding("AK403", Severity.WARNING, named(file.name), message)
         elif file.suffix in _PICKLES:
-            hint = "convert it to safetensors (adapterkit convert -o DIR) before you share it"
+            hint = "convert it to safetensors (adapterkit convert SRC -o DIR) before you share it"
+            hint = hint if readable else ""
             message = "is a pickle: programs that load it with pickle run what it says"
             yield Finding("AK401", Severity.WARNING, named(file.name), message, hint)
         elif file.suffix == ".safetensors" and file.is_file():
@@ -32,7 +38,7 @@ def check_security(path: Path) -> Iterator[Finding]:
 
 
 def _header(file: Path) -> Iterator[Finding]:
-    with readable(file), file.open("rb") as stream:
+    with reading(file), file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     if length > _HEADER_LIMIT:
         message = f"has a header of {length >> 20} MB"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from adapterkit import strangers
 from adapterkit.containers.pickle_names import (
     PLAIN_NAMES,
     Constructor,
@@ -294,7 +295,10 @@ class _Machine:
         if isinstance(found, Refused):
             raise FormatError(found.reason, path=self._path)
         if found is None:
-            self._unsafe(f"asks for {_printable(f'{module}.{name}')}")
+            asks = _printable(f"{module}.{name}")
+            if known := strangers.pickled(asks):
+                raise UnsafePickleError(f"{known}; nothing was executed", path=self._path)
+            self._unsafe(f"asks for {asks}")
         self._stack.append(found)
 
     def _refuse(self, opcode: str, stream: io.BytesIO) -> None:

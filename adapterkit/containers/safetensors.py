@@ -189,8 +189,8 @@ def _read_header(path: Path, size: int) -> bytes:
         length = int.from_bytes(file.read(PREFIX), "little")
         if size >= PREFIX and length > MAX_HEADER:
             what = (
-                f"a header of {length} bytes is claimed, the most is {MAX_HEADER}: "
-                "this is no safetensors file"
+                f"is no safetensors file: a header of {length} bytes is claimed, the most is "
+                f"{MAX_HEADER}"
             )
             raise FormatError(strangers.content(path) or what, path=path)
         if size < PREFIX or length > size - PREFIX:

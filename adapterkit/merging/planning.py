@@ -270,8 +270,8 @@ def _check_names(found: Sequence[Source]) -> None:
             twin = next((m for m in sorted(mine) if _same_place(m, module)), None)
             if twin:
                 raise IncompatibleBaseError(
-                    f"no module is called as in {first.label}, which has {twin}; are they made for "
-                    "the same model?",
+                    f"no module is called as in {first.label}, which has {twin}; if both are of "
+                    "one model, give its directory with --base, whose names both then get",
                     path=second.label,
                     where=module,
                 )

@@ -213,6 +213,31 @@ class AdapterTensorSet:
         """Number of stored elements."""
         return sum(tensor.size for tensor in self.tensors.values())
 
+    def renamed(self, names: Mapping[str, str]) -> AdapterTensorSet:
+        """Return a copy whose modules have other names, in every field that names modules.
+
+        Args:
+            names: module or replaced parameter -> its new name; those not there keep theirs.
+        """
+
+        def new(name: str) -> str:
+            return names.get(name, name)
+
+        fields = ("scales", "kinds", "engine_layout", "rank_conflicts")
+        moved = {each: {new(k): v for k, v in getattr(self, each).items()} for each in fields}
+        for setting in ("unstored", "undeclared"):
+            listed = getattr(self, setting)
+            moved[setting] = {what: tuple(map(new, each)) for what, each in listed.items()}
+        tokens = self.token_indices
+        return self.replace(
+            **moved,
+            tensors={TensorKey(new(k.module), k.role): each for k, each in self.tensors.items()},
+            tied={new(table): tuple(map(new, others)) for table, others in self.tied.items()},
+            token_indices=tokens
+            if isinstance(tokens, tuple)
+            else {new(name): rows for name, rows in tokens.items()},
+        )
+
     def replace(self, **changes: Any) -> AdapterTensorSet:
         """Return a copy with the named fields changed."""
         return replace(self, **changes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from adapterkit.tinylora.adapter import TinyAdapter, TinyModule
 from adapterkit.tinylora.planner import BudgetPlan, PlanReport, plan
-from adapterkit.tinylora.projecting import ProjectionReport, project
+from adapterkit.tinylora.projecting import ProjectionReport, beyond_reach, project
 from adapterkit.tinylora.settings import TARGETS, TinySettings
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "TinyAdapter",
     "TinyModule",
     "TinySettings",
+    "beyond_reach",
     "plan",
     "project",
 ]

@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import FormatError, UnsupportedError
+from adapterkit.base.places import Places
+from adapterkit.errors import FormatError, LossyConversionError, UnsupportedError
+from adapterkit.keys import FACTORS
 from adapterkit.lowrank.differences import finite
-from adapterkit.notes import Provenance
+from adapterkit.notes import Loss, Provenance, first_and_more
 from adapterkit.text import PLAIN, Pen, Shown, columns, short
 from adapterkit.tinylora.adapter import TinyAdapter, neutral
 from adapterkit.tinylora.fitting import Fit, ModuleResidual, fit
 from adapterkit.tinylora.pack import doubts, grouping, pack_targets, rebuild
 from adapterkit.tinylora.settings import TinySettings
 from adapterkit.tinylora.targets import require_weights
+from adapterkit.tinylora.writing import NO_PLACE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
@@ -33,6 +34,15 @@ _NO_UPDATE = {
     "init_lora_weights": "is for a base that its initialisation changed; convert it with --base",
     "engine_layout": "is in llama.cpp's layout, which this base does not undo",
 }
+_NO_TARGET = (
+    "is no target module; name its last component among --targets, if it is a linear layer, or "
+    "leave it out with --allow-lossy"
+)
+_NO_WEIGHT = (
+    "has no plain weight in this base; give the base that is not quantised, or leave it out with "
+    "--allow-lossy"
+)
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -89,8 +99,8 @@ def project(
 
     Raises:
         BaseRequiredError: if the base has no Hugging Face weights.
-        UnsupportedError: if the adapter changes something that is no target, or is no update that
-            always acts.
+        LossyConversionError: if the adapter changes something that is no target.
+        UnsupportedError: if it is no update that always acts.
         FormatError: if it is not finite.
         UncheckableError: if torch is not installed.
     """
@@ -100,9 +110,14 @@ def project(
     for trait, reason in _NO_UPDATE.items():
         if trait in adapter.settings:
             raise UnsupportedError(f"{reason} ({trait})", path=path)
-    names = pack_targets(known, settings)
-    _check_source(adapter, names, path)
-    groups = grouping(names, settings)
+    if losses := beyond_reach(adapter, known, settings):
+        raise LossyConversionError(losses, path=path)
+    if broken := next((pair for pair in adapter.pairs() if not finite(pair)), None):
+        raise FormatError(
+            "holds NaN or infinity; this adapter is broken", path=path, where=broken.module
+        )
+    adapter = adapter.renamed(_stored(adapter, known))
+    groups = grouping(pack_targets(known, settings), settings)
     # Nothing was trained with these factors, so they may be the ones that every machine finds.
     rebuilt = rebuild(known, settings, groups, path=path, precision="float64")
     modules = tuple(each.module for each in rebuilt)
@@ -135,18 +150,33 @@ def _report(
     )
 
 
-def _check_source(adapter: AdapterTensorSet, names: Sequence[str], path: Path) -> None:
-    known = set(names)
-    beyond = [key for key in adapter.tensors if key.module not in known]
-    beyond += [key for key in adapter.tensors if key.role.value not in {"lora_A", "lora_B"}]
-    if beyond:
-        more = f" and {len(set(beyond)) - 1} more" if len(set(beyond)) > 1 else ""
-        raise UnsupportedError(
-            f"is no low-rank update of a target module{more}; name the module (--targets), "
-            "or merge it into the base first (adapterkit merge --into)",
-            where=str(beyond[0]),
-        )
-    if broken := next((pair for pair in adapter.pairs() if not finite(pair)), None):
-        raise FormatError(
-            "holds NaN or infinity; this adapter is broken", path=path, where=broken.module
-        )
+def beyond_reach(
+    adapter: AdapterTensorSet, base: BaseModel, settings: TinySettings
+) -> tuple[Loss, ...]:
+    """List what no TinyLoRA of these settings can come near to: no target, or no update."""
+    known = set(pack_targets(base, settings))
+    stored = _stored(adapter, base)
+    keys = [key for key in adapter.tensors if stored.get(key.module, key.module) not in known]
+    factors = [key for key in keys if key.role in FACTORS]
+    found: list[Loss] = []
+    for named, message in ((False, _NO_TARGET), (True, _NO_WEIGHT)):
+        drops = [key for key in factors if (_last(key.module) in settings.target_modules) is named]
+        if drops:
+            subject = first_and_more(list(dict.fromkeys(key.module for key in drops)))
+            found.append(Loss("no-target", subject, message, tuple(drops)))
+    others = [key for key in adapter.tensors if key.role not in FACTORS]
+    if others:
+        subject = first_and_more([str(key) for key in others])
+        found.append(Loss("not-an-update", subject, NO_PLACE, tuple(others)))
+    return tuple(found)
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _stored(adapter: AdapterTensorSet, base: BaseModel) -> dict[str, str]:
+    """Return what the checkpoint calls the modules that it names otherwise than the adapter."""
+    places = Places(base)
+    found = {name: places.find(name + _WEIGHT) for name in adapter.modules}
+    return {name: each.removesuffix(_WEIGHT) for name, each in found.items() if each}

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from adapterkit.keys import Role
     from adapterkit.model import AdapterTensorSet
 
+NO_PLACE = (
+    "TinyLoRA has no place for it; merge it into the base (adapterkit merge --into), or leave it "
+    "out with --allow-lossy"
+)
 _PROJECT = (
     "is a plain LoRA: its factors are no singular vectors of a base; `adapterkit tinylora project` "
     "fits coefficients to it and reports what they cannot reach"
@@ -34,9 +38,8 @@ def losses(adapter: AdapterTensorSet, *, holds: Container[Role] = ()) -> list[Lo
     found: list[Loss] = []
     others = [key for key in adapter.tensors if key.role not in PARTNERS and key.role not in holds]
     if others:
-        message = "TinyLoRA has no place for it; merge it into the base (adapterkit merge --into)"
         named = first_and_more([str(key) for key in others])
-        found.append(Loss("not-an-update", named, message, tuple(others)))
+        found.append(Loss("not-an-update", named, NO_PLACE, tuple(others)))
     if carried(adapter) is None:
         found.append(Loss("not-tinylora", "the update", _PROJECT))
     found += [*lost_settings(adapter), *undeclared(adapter), *lost_beside(adapter.beside)]

@@ -109,12 +109,7 @@ def command(
             raise click.UsageError("--bank writes a bank and nothing else")
         _bank(bank_file, sources, told, force=force)
         return
-    if html is not None:
-        from pathlib import Path
-
-        from adapterkit.destination import check_destination
-
-        check_destination(Path(html), force=force)
+    options.check_page(html, force=force)
     from adapterkit import audit
 
     with watching("auditing"):

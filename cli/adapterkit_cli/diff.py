@@ -49,6 +49,7 @@ def command(
     """
     import adapterkit
 
+    options.check_page(html, force=force)
     with watching("comparing"):
         report = adapterkit.diff(
             first,

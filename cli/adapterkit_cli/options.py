@@ -15,9 +15,24 @@ if TYPE_CHECKING:
 
     _Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Nothing is checked here: a missing file is an error of the input, not of the usage, and what
-# looks like a relative path may be a hub id.
-PATH = click.Path()
+
+class _Path(click.Path):
+    """A path that names something: an empty one would be the current folder.
+
+    All else is not checked here: a missing file is an error of the input, not of the usage, and
+    what looks like a relative path may be a hub id.
+    """
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if not str(value).strip():
+            self.fail("is empty; is a variable of the shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path()
 
 
 def _all(*given: _Option) -> _Option:
@@ -185,3 +200,11 @@ html = click.option(
 )
 # What every command takes that writes an adapter in a format of choice.
 writing = _all(to, outtype, no_proof, force)
+
+
+def check_page(html: str | None, *, force: bool) -> None:
+    """Refuse a page that could not be written, before work is done for it."""
+    if html is not None:
+        from adapterkit.page import check_page
+
+        check_page(html, force=force)

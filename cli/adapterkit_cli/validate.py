@@ -89,6 +89,7 @@ def command(
         raise click.UsageError("SRC is missing; name an adapter, or a code with --explain")
     import adapterkit
 
+    options.check_page(html, force=force)
     with watching("validating", "modules" if len(sources) == 1 else "adapters") as progress:
         attempts = adapterkit.for_each(
             adapterkit.validate,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from quiet_peft import quiet_peft
 from safetensors.numpy import save_file
 from terminal import PEFT, invoke
 
@@ -104,6 +105,31 @@ def tensors_of(*names: str) -> Callable[[Path], Path]:
     return write
 
 
+def pickled_settings(folder: Path) -> Path:
+    from transformers import TrainingArguments
+
+    return saved_by_torch(TrainingArguments(output_dir=str(folder)))(folder)
+
+
+def pickled_model(folder: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+    from small_llama import small_llama
+
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with quiet_peft():
+        return saved_by_torch(get_peft_model(small_llama(), settings))(folder)
+
+
+def vocabulary_alone(folder: Path) -> Path:
+    writer = gguf.GGUFWriter(folder / "x.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return folder / "x.gguf"
+
+
 STRANGERS: dict[str, Callable[[Path], Path]] = {
     "Git LFS pointer": bytes_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     "zip archive": zipped,
@@ -128,7 +154,10 @@ STRANGERS: dict[str, Callable[[Path], Path]] = {
     "value head": tensors_of("v_head.summary.weight", "v_head.summary.bias"),
     "emb": tensors_of("emb_params"),
     "training saved an empty adapter": tensors_of(),
+    "pickle of a training run's settings": pickled_settings,
+    "pickle of a whole PEFT model": pickled_model,
 }
+PICKLES = {what for what in STRANGERS if what.startswith("pickle of")}
 MODELS = {"adapterkit extract --base", "whole model, not an adapter"}
 
 
@@ -136,6 +165,11 @@ MODELS = {"adapterkit extract --base", "whole model, not an adapter"}
 @pytest.mark.parametrize("what", STRANGERS)
 def test_a_stranger_is_named(what: str, command: str, tmp_path: Path) -> None:
     result = invoke(command, STRANGERS[what](tmp_path))
+    if command == "validate" and what in PICKLES:
+        assert result.exit_code == 1
+        assert f"AK404 is a {what}" in result.stdout
+        assert "adapterkit convert" not in result.stdout
+        return
     assert result.exit_code == 3
     assert what in result.stderr
     assert result.stderr.count("\n") == 1
@@ -164,6 +198,21 @@ def test_a_stranger_is_no_base_and_is_told_as_such(what: str, tmp_path: Path) ->
     assert result.stderr.count("\n") == 1
     assert "adapter_config.json" not in result.stderr
     assert "b'" not in result.stderr
+
+
+def test_a_vocabulary_without_weights_is_no_base(tmp_path: Path) -> None:
+    base = vocabulary_alone(tmp_path)
+    for command in (("inspect",), ("convert", "-o", tmp_path / "o.gguf"), ("validate",)):
+        result = invoke(*command, PEFT / "tiny", "--base", base)
+        assert result.exit_code == 3
+        assert "is a GGUF without weights" in result.stderr
+
+
+def test_a_pickled_model_saves_itself_as_advised(tmp_path: Path) -> None:
+    with quiet_peft():
+        model = torch.load(pickled_model(tmp_path), weights_only=False)
+        model.save_pretrained(tmp_path / "saved")
+    assert convert(tmp_path / "saved", tmp_path / "p", to="peft").modules == 2
 
 
 def test_the_file_that_is_named_reads_as_advised(tmp_path: Path) -> None:
@@ -205,3 +254,31 @@ def test_what_a_trainer_leaves_is_named_with_the_adapter_to_pass(
     adapter = tmp_path / "adapter_model.safetensors"
     assert f"pass {adapter}" in beside.stderr
     assert invoke("inspect", adapter).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("README.md", "is no file of weights"),
+        ("tokenizer.json", "is of a tokenizer"),
+        ("config.json", "is the config of a model"),
+        (".gitattributes", "is text, not weights"),
+        ("loss.png", "is a picture"),
+    ],
+)
+def test_a_config_does_not_make_an_adapter_of_what_lies_beside(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(PEFT / "tiny", tmp_path / "a")
+    begin = b"\x89PNG\r\n\x1a\n\0" if name.endswith(".png") else b'{"some": "text"}\n'
+    (folder / name).write_bytes(begin)
+    result = invoke("inspect", folder / name)
+    assert result.exit_code == 3
+    assert f"{name}: {what}" in result.stderr
+
+
+def test_safetensors_beside_a_config_are_read_under_any_name(tmp_path: Path) -> None:
+    folder = shutil.copytree(PEFT / "tiny", tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    for path in (folder, folder / "adapter_model.bin"):
+        assert invoke("inspect", path).exit_code == 0

@@ -124,6 +124,24 @@ def test_modules_are_named_as_the_class_has_them(adapter: AdapterTensorSet, tmp_
     assert "embed_tokens" in str(done.notes[0])
 
 
+def test_every_field_that_names_modules_has_the_new_names(
+    adapter: AdapterTensorSet, tmp_path: Path
+) -> None:
+    headless = open_base(written(tmp_path, ROWS, "LlamaModel"))
+    told = adapter.replace(
+        tied={TABLE: (OUTPUT,)},
+        token_indices={TABLE: (1, 2)},
+        unstored={"lora_bias": (LAYER,)},
+        rank_conflicts={LAYER: (2, 4)},
+    )
+    done = apply(["names"], told, Context(base=headless)).adapter
+    table, layer = TABLE.removeprefix("model."), LAYER.removeprefix("model.")
+    assert done.tied == {table: (OUTPUT,)}
+    assert done.token_indices == {table: (1, 2)}
+    assert done.unstored == {"lora_bias": (layer,)}
+    assert done.rank_conflicts == {layer: (2, 4)}
+
+
 @pytest.mark.parametrize("name", [known.name for known in PASSES])
 def test_what_has_nothing_to_change_comes_back_the_same(
     name: str, adapter: AdapterTensorSet

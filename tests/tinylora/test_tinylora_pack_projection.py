@@ -104,5 +104,35 @@ def test_projection_refuses_what_is_no_target(base: Path, tmp_path: Path) -> Non
         cli, ["tinylora", "project", *map(str, arguments), "--targets", "q_proj"]
     )
     assert done.exit_code == 4
-    assert "is no low-rank update of a target module" in done.stderr
+    assert "is no target module; name its last component among --targets" in done.stderr
     assert not (tmp_path / "x").exists()
+    rest = ("--targets", "q_proj", "--tie", "none")
+    report = project("lora", "x", base, tmp_path, *rest, "--allow-lossy")
+    assert [loss["code"] for loss in report["losses"]] == ["no-target"]
+    assert all(row["module"].endswith("q_proj") for row in report["modules"])
+
+
+def test_a_saved_head_is_left_out_where_that_is_allowed(base: Path, tmp_path: Path) -> None:
+    convert(state_settings(injected().save(tmp_path / "step")), tmp_path / "lora", base=base)
+    plain = project("lora", "plain", base, tmp_path)
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    head = load_file(base / "model.safetensors")["lm_head.weight"] + 1
+    save_file({**load_file(weights), "base_model.model.lm_head.weight": head}, weights)
+    arguments = [tmp_path / "lora", "-o", tmp_path / "x", "--base", base, "--size", 4]
+    done = CliRunner().invoke(cli, ["tinylora", "project", *map(str, arguments)])
+    assert done.exit_code == 4
+    assert "lm_head.weight.full: TinyLoRA has no place for it" in done.stderr
+    report = project("lora", "x", base, tmp_path, "--allow-lossy")
+    assert [loss["code"] for loss in report["losses"]] == ["not-an-update"]
+    assert report["modules"] == plain["modules"]
+
+
+def test_names_of_the_model_without_its_head_are_the_same_targets(
+    base: Path, tmp_path: Path
+) -> None:
+    convert(state_settings(injected().save(tmp_path / "step")), tmp_path / "lora", base=base)
+    whole = project("lora", "whole", base, tmp_path)
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name.replace(".model.model.", ".model."): t for name, t in tensors.items()}, weights)
+    assert project("lora", "x", base, tmp_path)["modules"] == whole["modules"]

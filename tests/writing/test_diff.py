@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from adapterkit import audit, merge_files
 from adapterkit.architectures.transforms import rope
 from adapterkit.comparison import diff
-from adapterkit.errors import FormatError, UncheckableError
+from adapterkit.errors import FormatError, IncompatibleBaseError, UncheckableError
 from adapterkit.factors import take_rows, transposed
 from adapterkit.files import write
 from adapterkit.model import AdapterTensorSet, Update
@@ -128,6 +129,45 @@ def test_a_basis_change_is_no_difference(tmp_path: Path) -> None:
     assert report.equal
     assert report.max_relative_error
     assert report.max_relative_error > 0
+
+
+def headless(folder: Path) -> AdapterTensorSet:
+    """The adapter as one is named that was trained on the model without its head."""
+    whole = adapter()
+    write(whole.renamed({m: m.removeprefix("model.") for m in whole.modules}), folder)
+    return whole
+
+
+def test_a_prefix_that_one_leaves_out_is_said_and_no_difference(tmp_path: Path) -> None:
+    write(headless(tmp_path / "short"), tmp_path / "whole")
+    for a, b, name in (("short", "whole", "A"), ("whole", "short", "B")):
+        report = diff(tmp_path / a, tmp_path / b)
+        assert report.equal
+        assert len(report.modules) == 2 * len(SHAPES)
+        assert report.diagnosis[0].startswith(f"names: {name} leaves out 'model.'")
+
+
+def test_names_of_another_place_are_not_joined(tmp_path: Path) -> None:
+    whole = adapter()
+    write(whole, tmp_path / "a")
+    tower = {m: m.replace("model.", "model.vision_tower.") for m in whole.modules}
+    write(whole.renamed(tower), tmp_path / "b")
+    report = diff(tmp_path / "a", tmp_path / "b")
+    assert not report.equal
+    assert len(report.only_in_a) == len(report.only_in_b) == 2 * len(SHAPES)
+
+
+def test_a_base_gives_its_names_to_all_that_are_loaded_together(base: Path, tmp_path: Path) -> None:
+    write(headless(tmp_path / "short"), tmp_path / "whole")
+    both = [tmp_path / "short", tmp_path / "whole"]
+    assert diff(*both, base=base).equal
+    with pytest.raises(IncompatibleBaseError, match="give its directory with --base"):
+        merge_files(both, tmp_path / "merged")
+    merged = merge_files(both, tmp_path / "merged", base=base, weights=[0.25, 0.75])
+    assert diff(tmp_path / "whole", merged.destination).equal
+    pairs = audit(*both, base=base).interference
+    assert pairs is not None
+    assert pairs.pairs[0].shared == 2 * len(SHAPES)
 
 
 def test_missing_modules_are_listed(tmp_path: Path) -> None:

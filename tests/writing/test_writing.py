@@ -139,3 +139,56 @@ def test_nothing_is_replaced_by_what_is_made_from_it(tmp_path: Path) -> None:
         assert result.exit_code == 2, result.output
         assert "which it is made from" in result.stderr
         assert contents(source) == before
+
+
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path: Path) -> None:
+    source, page, bank = (tmp_path / name for name in ("adapter", "page.html", "bank.json"))
+    shutil.copytree(TINY, source)
+    assert invoke("audit", source, "--html", page).exit_code == 0
+    assert invoke("audit", source, "--bank", bank).exit_code == 0
+    (tmp_path / "thesis.txt").write_text("do not lose")
+    before = contents(tmp_path)
+    others = (source / "adapter_model.safetensors", source / "adapter_config.json", "thesis.txt")
+    for arguments, own in (
+        (("audit", source, "--html"), page),
+        (("audit", source, "--bank"), bank),
+        (("diff", source, source, "--html"), page),
+        (("validate", source, "--html"), page),
+    ):
+        for other in {*others, page, bank} - {own}:
+            result = invoke(*arguments, tmp_path / other, "--force")
+            assert (result.exit_code, "and is never replaced by one" in result.stderr) == (1, True)
+            assert contents(tmp_path) == before
+    (tmp_path / "empty.html").touch()
+    assert invoke("audit", source, "--html", tmp_path / "empty.html", "--force").exit_code == 0
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    result = invoke("convert", TINY, "-o", tmp_path / "notes" / "deep" / "out")
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'notes'} is a file, no folder); name another" in result.stderr
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_path_is_not_the_current_folder(empty: str) -> None:
+    for arguments in (("inspect", empty), ("inspect", TINY, "--base", empty)):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert "is empty; is a variable of the shell not set?" in result.stderr
+    assert invoke("convert", TINY, "--force", "-o", empty).exit_code == 2
+
+
+def test_a_suffix_means_its_format_in_any_case(tmp_path: Path) -> None:
+    for to in ((), ("--to", "gguf")):
+        target = tmp_path / f"A{len(to)}.GGUF"
+        assert invoke("convert", TINY, "-o", target, "--base", BASE, *to).exit_code == 0
+        assert target.read_bytes().startswith(b"GGUF")
+
+
+def test_several_adapters_make_no_folder_of_the_name_of_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "both.gguf"
+    result = invoke("convert", TINY, PEFT / "dora", "-o", target, "--base", BASE)
+    assert result.exit_code == 2
+    assert "is the name of one gguf file" in result.stderr
+    assert not target.exists()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapterkit.beside import lying_beside
-from adapterkit.containers.safetensors import read_safetensors
+from adapterkit.containers.safetensors import PREFIX, read_safetensors
 from adapterkit.errors import FormatError, NotFoundError
 from adapterkit.json_file import read_json_object
 from adapterkit.notes import Note
@@ -155,8 +155,10 @@ def stored_tensors(path: Path) -> Stored:
     if named := _SHARD.match(path.name):
         return _sharded(path.parent, named["stem"], int(named["count"]))
     with readable(path), path.open("rb") as file:
-        zipped = file.read(len(_ZIP)) == _ZIP
-    if not zipped and path.suffix not in {".bin", ".pt", ".pth"}:
+        start = file.read(PREFIX + 1)
+    # What begins as safetensors is that under any name.
+    header = start[PREFIX:] == b"{"
+    if not start.startswith(_ZIP) and (header or path.suffix not in {".bin", ".pt", ".pth"}):
         file = read_safetensors(path)
         return Stored(file.tensors, file.metadata)
     from adapterkit.containers.torch_zip import flatten, read_torch_zip
