@@ -164,7 +164,7 @@ def _compiled(own: Mapping[str, float]) -> tuple[tuple[str, Expression, float], 
 
 
 def called(key: TensorKey) -> tuple[str, ...]:
-    """Return what patterns may call a tensor: its module, and what it is if it is whole."""
+    """Return what patterns may call a tensor: its module, a whole one also its own name."""
     module, _, parameter = key.module.rpartition(".")
     own = key.role is Role.FULL and parameter in {"weight", "bias"}
     return (key.module, module) if own else (key.module,)
