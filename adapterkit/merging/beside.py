@@ -13,6 +13,7 @@ from adapterkit.errors import FormatError, IncompatibleBaseError, UnsupportedErr
 from adapterkit.keys import Role, TensorKey
 from adapterkit.lowrank.differences import all_finite
 from adapterkit.lowrank.products import wide
+from adapterkit.merging.planning import called
 from adapterkit.merging.storing import widest
 from adapterkit.tensor import LazyTensor
 
@@ -70,16 +71,13 @@ def merge_beside(
     for key in biases:
         tensors[key] = _bias(key, found, spec, scales[key.module], dtype)
         how[str(key)] = "weighted sum"
-    tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     for key in dict.fromkeys(key for source in found for key in source.adapter.tensors):
         if key.role in _ABSOLUTE:
             tensors[key], how[str(key)] = _absolute(key, found, spec, dtype)
-            if key.role is Role.TOKEN_ROWS:
-                tokens = _tokens(key, found)
         elif key.role is Role.BASE_COPY:
             tensors[key] = _frozen(key, found)
             how[str(key)] = "copied: the frozen table that training started from"
-    return Beside(tensors, how, tokens)
+    return Beside(tensors, how, _tokens(found))
 
 
 def _frozen(key: TensorKey, found: Sequence[Source]) -> LazyTensor:
@@ -146,7 +144,7 @@ def _absolute(
     key: TensorKey, found: Sequence[Source], spec: MethodSpec, dtype: DType | None
 ) -> tuple[LazyTensor, str]:
     holders = _holders(key, found)
-    weights = [source.weight_of(key.module) for source, _ in holders]
+    weights = [source.weight_of(*called(key)) for source, _ in holders]
     for source, tensor in holders[1:]:
         if tensor.shape != holders[0][1].shape:
             raise IncompatibleBaseError(
@@ -195,18 +193,21 @@ def _not_finite(key: TensorKey, source: Source) -> FormatError:
     return FormatError("holds NaN or infinity", path=source.label, where=str(key))
 
 
-def _tokens(
-    key: TensorKey, found: Sequence[Source]
-) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
+def _tokens(found: Sequence[Source]) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
     """Return the token numbers of merged rows; all that hold rows must mean the same tokens."""
-    name = "trainable_token_indices"
-    holders = _holders(key, found)
-    known = holders[0][0].adapter.token_indices
-    for source, _ in holders[1:]:
-        if source.adapter.token_indices != known:
+    held = [(source, rows) for source in found if (rows := _rows_by_module(source))]
+    for source, rows in held[1:]:
+        if rows != held[0][1]:
             raise UnsupportedError(
-                f"holds rows of other tokens than {holders[0][0].label} ({name}); {_INTO}",
+                f"holds rows of other tokens than {held[0][0].label} (trainable_token_indices); "
+                f"{_INTO}",
                 path=source.label,
-                where=str(key),
+                where=next(iter(rows)),
             )
-    return known
+    return held[0][0].adapter.token_indices if held else ()
+
+
+def _rows_by_module(source: Source) -> dict[str, tuple[int, ...]]:
+    adapter = source.adapter
+    rows = (key.module for key in adapter.tensors if key.role is Role.TOKEN_ROWS)
+    return {module: adapter.tokens_of(module) for module in rows}

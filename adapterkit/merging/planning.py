@@ -65,9 +65,10 @@ class Source:
     weight: float
     patterns: tuple[tuple[str, Expression, float], ...] = ()
 
-    def weight_of(self, module: str) -> float:
-        """Return the weight for a module."""
-        return next((w for _, pattern, w in self.patterns if pattern.fits(module)), self.weight)
+    def weight_of(self, *names: str) -> float:
+        """Return the weight for a module, or for what has several names."""
+        fitting = (w for _, pattern, w in self.patterns if any(map(pattern.fits, names)))
+        return next(fitting, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +163,18 @@ def _compiled(own: Mapping[str, float]) -> tuple[tuple[str, Expression, float], 
     )
 
 
+def called(key: TensorKey) -> tuple[str, ...]:
+    """Return what patterns may call a tensor: its module, a whole one also its own name."""
+    module, _, parameter = key.module.rpartition(".")
+    own = key.role is Role.FULL and parameter in {"weight", "bias"}
+    return (key.module, module) if own else (key.module,)
+
+
 def _check_patterns(source: Source) -> None:
     for text, pattern, _ in source.patterns:
         try:
-            hits = [pattern.fits(module) for module in source.adapter.modules]
+            names = dict.fromkeys(name for key in source.adapter.tensors for name in called(key))
+            hits = [pattern.fits(name) for name in names]
         except UncheckableError as error:
             raise UsageError(f"module {error.message}") from None
         if not any(hits):

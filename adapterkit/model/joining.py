@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.model.sources import GgufSource, PeftSource
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Fields of adapter_config.json that say what the model is for, not what the adapter holds.
 _PEFT_FIELDS = ("task_type", "revision", "auto_mapping", "fan_in_fan_out")
+
+_PARAMETERS = "target_parameters"
 
 
 def joint_base(adapters: Sequence[AdapterTensorSet]) -> BaseReference:
@@ -32,10 +34,15 @@ def joint_source(adapters: Sequence[AdapterTensorSet]) -> PeftSource | GgufSourc
     peft = [source.config for source in sources if isinstance(source, PeftSource)]
     if not peft:
         return None
-    return PeftSource(
-        {
-            name: peft[0][name]
-            for name in _PEFT_FIELDS
-            if all(name in config and config[name] == peft[0][name] for config in peft)
-        }
-    )
+    agreed = {
+        name: peft[0][name]
+        for name in _PEFT_FIELDS
+        if all(name in config and config[name] == peft[0][name] for config in peft)
+    }
+    # Which modules are bare parameters is a fact of the model that any of them may tell.
+    bare = sorted({name for config in peft for name in _names(config.get(_PARAMETERS))})
+    return PeftSource({**agreed, **({_PARAMETERS: bare} if bare else {})})
+
+
+def _names(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.keys import Role
 from adapterkit.model.declared import denied
 from adapterkit.model.tying import module_of, spelled_out
 from adapterkit.passes.protocol import Context, Passed
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from adapterkit.keys import TensorKey
     from adapterkit.model import AdapterTensorSet
 
 
@@ -31,7 +35,23 @@ def drop(adapter: AdapterTensorSet, context: Context) -> Passed:
     }
     without = adapter.replace(
         tensors=left,
+        token_indices=_indices(adapter, left),
         beside=tuple(file for file in adapter.beside if file.name not in files),
         undeclared={setting: modules for setting, modules in declared.items() if modules},
     )
     return Passed(without, losses=context.losses)
+
+
+def _indices(
+    adapter: AdapterTensorSet, left: Collection[TensorKey]
+) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """Return the tokens of the rows that are left."""
+    modules = {f".{key.module}" for key in left if key.role is Role.TOKEN_ROWS}
+    numbers = adapter.token_indices
+    if isinstance(numbers, tuple):
+        return numbers if modules else ()
+    return {
+        name: tokens
+        for name, tokens in numbers.items()
+        if any(module.endswith(f".{name}") for module in modules)
+    }

@@ -255,6 +255,29 @@ def test_patterns_meet_parameters_as_in_peft(base: BaseFixture, tmp_path: Path) 
     assert max_kl(logprobs(tuned.model, prompts), answer) < base.tolerance
 
 
+def test_a_router_of_a_rank_of_its_own_is_merged_as_the_parameter_that_it_is(
+    base: BaseFixture, tmp_path: Path
+) -> None:
+    """Its pattern meets `router.weight` in PEFT: under the module's name it would say nothing."""
+    patterns = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {".*weight": 2}}
+    with pytest.warns(RuntimeWarning, match="did not match any targeted module"):
+        tuned = make_adapter(base, tmp_path / "a", **patterns)
+    prompts = prompts_for(base)
+    wanted = logprobs(tuned.model, prompts)
+    # Square experts cannot be read without a base.
+    for given in (base.hf,) if base.row.name == "qwen3moe" else (base.hf, None):
+        out = tmp_path / f"merged-{given is None}"
+        sources = [tmp_path / "a", tmp_path / "a"]
+        adapterkit.merge_files(sources, out, weights=[1.5, -0.5], base=given)
+        model = type(base.model).from_pretrained(
+            base.hf, attn_implementation="eager", dtype=torch.float32
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            merged = PeftModel.from_pretrained(model, out)
+        assert max_kl(wanted, logprobs(merged, prompts)) < 1e-9
+
+
 def test_targets_of_transformers_4_that_peft_translates(tmp_path: Path) -> None:
     # PEFT turns these names into target_parameters without a module, and doubles a rank.
     row = family_row("qwen3moe")

@@ -296,6 +296,20 @@ def test_vocabulary_that_grew_is_stored_with_its_new_size(
     assert max_kl(logprobs(tuned, prompts), logprobs(merged, prompts)) < EQUAL
 
 
+def test_an_output_that_grew_alone_is_not_untied_from_an_embedding_that_did_not(
+    bases: dict[str, BaseFixture], tmp_path: Path
+) -> None:
+    trained(bases["llama-tied"], tmp_path / "adapter", modules_to_save=["lm_head"])
+
+    def more_rows(stored: dict[str, Any]) -> dict[str, Any]:
+        return {n: torch.cat([t, t[:8]]) if "lm_head" in n else t for n, t in stored.items()}
+
+    adapter = edited(tmp_path / "adapter", tmp_path / "grown", more_rows)
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight 520"):
+        merge_into([adapter], bases["llama-tied"].hf, tmp_path / "merged", tied="untie")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_experts_meet_in_every_spelling(bases: dict[str, BaseFixture], tmp_path: Path) -> None:
     base = bases["mixtral"]
     stored = load_file(base.hf / "model.safetensors")

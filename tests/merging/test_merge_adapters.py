@@ -205,6 +205,30 @@ class TestWhatIsMerged:
         with pytest.raises(UnsupportedError, match="rows of other tokens than adapter 1"):
             merge([holder(5, 6), holder(5, 7)], weights=[0.5, 0.5])
 
+    def test_token_rows_of_two_modules_are_no_rows_of_one_list(self) -> None:
+        """The tokens of both would have to be kept, and where tables are tied say another thing."""
+        embedding = factors(np.ones((2, 3)), "model.embed_tokens", Role.TOKEN_ROWS)
+        output = factors(np.ones((1, 3)), "lm_head", Role.TOKEN_ROWS)
+        pair = [
+            plain(1, tensors=embedding, token_indices=(5, 6)),
+            plain(2, tensors=output, token_indices={"lm_head": (7,)}),
+        ]
+        for adapters in (pair, pair[::-1]):
+            with pytest.raises(UnsupportedError, match="rows of other tokens than adapter 1"):
+                merge(adapters)
+        named = plain(3, tensors=embedding, token_indices={"embed_tokens": (5, 6)})
+        assert merge([pair[0], named], weights=[0.5, 0.5]).adapter.token_indices == (5, 6)
+
+    def test_the_weight_of_a_module_is_that_of_its_whole_parameters_too(self) -> None:
+        keys = [TensorKey(f"lm_head.{name}", Role.FULL) for name in ("weight", "bias")]
+        pair = [
+            plain(seed, tensors={key: LazyTensor.of(np.full((4, 3), float(seed))) for key in keys})
+            for seed in (1, 2)
+        ]
+        own = [{"lm_head": 1.0}, {"lm_head": 0.0}]
+        merged = merge(pair, weights=[0.5, 0.5], module_weights=own).adapter
+        assert all((merged.tensors[key].numpy() == 1).all() for key in keys)
+
     def test_what_the_base_owns_is_passed_on(self) -> None:
         copy = factors(np.ones((2, 3)), "model.embed_tokens", Role.BASE_COPY)
         result = merge([plain(1), plain(2, tensors=copy)])

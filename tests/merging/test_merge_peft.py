@@ -14,6 +14,8 @@ from peft.utils import merge_utils
 from small_llama import small_llama
 
 from adapterkit import merge, merge_files
+from adapterkit.errors import LossyConversionError
+from adapterkit.keys import FACTORS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,6 +173,34 @@ def test_a_merged_adapter_in_peft_is_the_sum_of_its_sources(
     found, wanted, plain = logits(merged), logits(reference), logits(base_model())
     assert np.abs(wanted - plain).max() > 0.01
     assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        ("lm_head", {"modules_to_save": ["lm_head"]}),
+        ("model.embed_tokens", {"modules_to_save": ["embed_tokens"]}),
+        ("model.embed_tokens", {"trainable_token_indices": [5, 9]}),
+    ],
+)
+def test_a_module_that_sources_train_in_two_ways_is_refused(
+    module: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT loads one of the two, and leaves the other out without a word."""
+    whole = save(tmp_path / "whole", 1, **settings)
+    factors = save(tmp_path / "factors", 2, target_modules=["q_proj", module.rpartition(".")[2]])
+    with pytest.raises(LossyConversionError, match=f"{module}: in PEFT a module has either"):
+        merge_files([whole, factors], tmp_path / "m")
+    merge_files([whole, factors], tmp_path / "m", allow_lossy=True)
+    apart = read(whole)
+    pairs = {key: tensor for key, tensor in apart.tensors.items() if key.role in FACTORS}
+    merge_files([apart.replace(tensors=pairs, token_indices=()), factors], tmp_path / "pairs")
+    with Quiet():
+        lossy, wanted = (
+            logits(peft.PeftModel.from_pretrained(base_model(), tmp_path / name).eval())
+            for name in ("m", "pairs")
+        )
+    assert np.array_equal(lossy, wanted)
 
 
 class TestWherePeftIsNotTheOracle:

@@ -131,8 +131,7 @@ def wrapped_parameters(adapter: AdapterTensorSet, base: BaseModel | None) -> dic
     one_by_one = any(_has_layout(base, pair.module, "experts") for pair in adapter.pairs())
     found: dict[str, str] = {}
     for pair in adapter.pairs():
-        config = _source(adapter)
-        bare = config.is_parameter(pair.module) if config else _is_bare(base, pair.module)
+        bare = _is_parameter(adapter, pair.module, base)
         if pair.kind is Kind.EXPERTS:
             found[pair.module] = ".".join(_owner(adapter, pair.module, base))
         elif bare and not one_by_one:
@@ -146,11 +145,18 @@ def _joined(module: str, parameter: str) -> str:
 
 def _owner(adapter: AdapterTensorSet, name: str, base: BaseModel | None) -> tuple[str, str]:
     """Split a stack's name into its module and the parameter there."""
-    config = _source(adapter)
-    if config.is_parameter(name) if config else _is_bare(base, name):
+    if _is_parameter(adapter, name, base):
         return name, _WEIGHT
     module, _, parameter = name.rpartition(".")
     return module, parameter
+
+
+def _is_parameter(adapter: AdapterTensorSet, module: str, base: BaseModel | None) -> bool:
+    """Tell whether a module's weight is a bare parameter: its config says it, or else the base."""
+    config = _source(adapter)
+    if config and (config.is_parameter(module) or config.names("target_modules")):
+        return config.is_parameter(module)
+    return _is_bare(base, module)
 
 
 def _source(adapter: AdapterTensorSet) -> LoraConfig | None:

@@ -19,6 +19,7 @@ from adapterkit.formats.peft.experts import (
 )
 from adapterkit.formats.peft.files import CONFIG, WEIGHTS
 from adapterkit.formats.peft.keys import saved_name
+from adapterkit.formats.peft.losses import lost_seconds
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role, TensorKey
 from adapterkit.lora_config.config import NO_TARGETS, LoraConfig
 from adapterkit.lora_config.declared import untrained_biases
@@ -82,7 +83,7 @@ def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     if missing := _without(adapter, Role.MAGNITUDE):
         message = "use_dora holds for all modules or none, and this one has none"
         found.append(Loss("dora-partly", missing[0], message))
-    found += [*lost_columns(adapter), *_lost_biases(adapter)]
+    found += [*lost_columns(adapter), *_lost_biases(adapter), *lost_seconds(adapter)]
     denied = [_kept_out(loss, adapter) for loss in undeclared(adapter)]
     return [*found, *lost_apart(adapter.beside), *denied, *lost_metadata(adapter)]
 

@@ -253,8 +253,9 @@ def _vocabulary(base: BaseModel, names: Places, changes: Mapping[str, Change]) -
         for name in dict.fromkeys((*base.tensors, *changes))
         if names.role(name)
     }
-    moved = [name for name in tables if name in base.tensors and name in changes]
-    if all(tables[name] == base.tensors[name].shape[0] for name in moved):
+    # An output that is untied had the rows of the embedding.
+    before = {n: base.tensors[n if n in base.tensors else names.embedding or n] for n in tables}
+    if all(rows == before[name].shape[0] for name, rows in tables.items() if name in changes):
         return {}
     if len(set(tables.values())) > 1:
         shown = ", ".join(f"{name} {rows}" for name, rows in tables.items())
