@@ -148,7 +148,11 @@ def _sound(
     failed: list[Attempt[AdapterAudit]] = []
     failed += [Attempt(a.source, error=a.error) for a in alone if a.error]
     # Read together: what one of them names as its base serves all.
-    return [(named(k), r.adapter) for k, r in zip(kept, read(kept), strict=True)], failed
+    loaded = [each.adapter for each in read(kept)]
+    apart = _unlike(loaded)
+    failed += [Attempt(named(kept[number]), error=error) for number, error in apart.items()]
+    sound = list(zip(map(named, kept), loaded, strict=True))
+    return [each for number, each in enumerate(sound) if number not in apart], failed
 
 
 def _once(
@@ -184,6 +188,12 @@ def _suggestions(
     from adapterkit.auditing.plan import suggestion
 
     return tuple(suggestion(each, budget=budget, tol=tol) for each in audits)
+
+
+def _unlike(adapters: Sequence[AdapterTensorSet]) -> dict[int, UncheckableError]:
+    from adapterkit.auditing.pairwise import unlike
+
+    return unlike(adapters)
 
 
 def _interference(
