@@ -38,7 +38,7 @@ BLOCK = re.compile(r"^```(?:sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # tests.
 ELSEWHERE = ("adapterkit doctor http", "my-adapter.mine", "mine.safetensors", "--tuned merged/")
 # What README shows with the output of a real model, which test_readme runs.
-PRINTED = ("SmolLM2", "smollm2")
+PRINTED = ("SmolLM2",)
 # What is shown because it finds something.
 FOUND = {
     "adapterkit validate my-adapter --base base/ --target llama.cpp --target vllm": 1,
