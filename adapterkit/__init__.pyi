@@ -1,3 +1,4 @@
+from adapterkit import torch as torch
 from adapterkit.alterations import Change as Change
 from adapterkit.architectures.sizes import Sizes as Sizes
 from adapterkit.architectures.table import Architecture as Architecture

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 from adapterkit.base import BaseModel
 from adapterkit.errors import UsageError, exit_code
 from adapterkit.loading import open_model
-from adapterkit.several import Said, said_of_each
+from adapterkit.model import AdapterTensorSet
+from adapterkit.several import Said, each_of, named, said_of_each
 from adapterkit.work import in_threads, watched
 
 _Result = TypeVar("_Result")
@@ -58,23 +59,26 @@ class Attempt(Generic[_Result]):
 
 
 def attempted(
-    source: Path | str, function: Callable[..., _Result], *arguments: Any, **named: Any
+    source: AdapterTensorSet | Path | str,
+    function: Callable[..., _Result],
+    *arguments: Any,
+    **settings: Any,
 ) -> Attempt[_Result]:
     """Return what a call gave or why it failed.
 
     What has no exit code is a bug and is raised, and so is what is wrong with the arguments.
     """
     try:
-        return Attempt(str(source), function(*arguments, **named))
+        return Attempt(named(source), function(*arguments, **settings))
     except Exception as error:
         if exit_code(error) is None or (isinstance(error, UsageError) and error.path is None):
             raise
-        return Attempt(str(source), error=error)
+        return Attempt(named(source), error=error)
 
 
 def for_each(
     function: Callable[..., _Result],
-    sources: Iterable[Path | str],
+    sources: Iterable[AdapterTensorSet | Path | str],
     *,
     base: BaseModel | Path | str | None = None,
     jobs: int | None = None,
@@ -88,29 +92,29 @@ def for_each(
 
     Args:
         function: takes a source first, such as `inspect`, `validate` or `read`.
-        sources: files, directories or hub ids.
+        sources: files, directories or hub ids, or adapters in memory.
         base: base model of all of them, opened once; None for what each names.
         jobs: how many at a time; by default one for each processor, up to four.
         progress: told how many of how many are done; of a single source, how far the work on it is.
         arguments: what the function is given beside the source; a `dialect` and an `alpha` are for
             those sources that need them.
     """
-    named = list(sources)
+    every = each_of(sources)
     if base is not None:
         arguments["base"] = open_model(base)
     said = {name: arguments[name] for name in _SAID if arguments.get(name) is not None}
-    each = said_of_each(named, base=arguments.get("base"), **said)
+    each = said_of_each(every, base=arguments.get("base"), **said)
     own = [name for name in ("dialect", "alpha") if name in said]
 
-    def one(source: Path | str, told: Said) -> Attempt[_Result]:
+    def one(source: AdapterTensorSet | Path | str, told: Said) -> Attempt[_Result]:
         given = arguments | {name: getattr(told, name) for name in own}
-        with watched(progress if len(named) == 1 else None):
+        with watched(progress if len(every) == 1 else None):
             return attempted(source, function, source, **given)
 
-    if len(named) == 1:
-        return (one(named[0], each[0]),)
+    if len(every) == 1:
+        return (one(every[0], each[0]),)
     with watched(progress):
-        return tuple(in_threads(lambda pair: one(*pair), list(zip(named, each, strict=True)), jobs))
+        return tuple(in_threads(lambda pair: one(*pair), list(zip(every, each, strict=True)), jobs))
 
 
 def worst(codes: Iterable[int]) -> int:

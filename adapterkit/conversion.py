@@ -21,6 +21,7 @@ from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.registry import by_suffix, spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+from adapterkit.several import each_of, named
 from adapterkit.work import watchable
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def convert(
 
 
 def convert_all(
-    sources: Sequence[Path | str],
+    sources: Sequence[AdapterTensorSet | Path | str],
     destination: Path | str,
     *,
     to: str | None = None,
@@ -168,7 +169,7 @@ def convert_all(
     """Convert several adapters into one folder; one that fails ends nothing.
 
     Args:
-        sources: adapters of any formats that are read.
+        sources: adapters of any formats that are read, or in memory.
         destination: folder where each output goes, under its source's name with the suffix.
         to: name of the format; peft by default.
         for_engine: an engine whose format is written, as for `convert`.
@@ -186,27 +187,30 @@ def convert_all(
         message = f"is the name of one {one_file.name} file, and several adapters go to a folder"
         raise UsageError(f"{message}; name one, with --to {one_file.name}", path=destination)
     name = to or (_engine(for_engine).format if for_engine else None) or BUILTIN[0].name
-    places = _places(sources, folder, spec(name))
+    every = each_of(sources)
+    places = _places(every, folder, spec(name))
 
-    def one(source: Path | str, **given: Any) -> ConversionReport:
-        return convert(source, places[str(source)], to=name, for_engine=for_engine, **given)
+    def one(source: AdapterTensorSet | Path | str, **given: Any) -> ConversionReport:
+        return convert(source, places[named(source)], to=name, for_engine=for_engine, **given)
 
-    return for_each(one, sources, base=base, jobs=jobs, progress=progress, **settings)
+    return for_each(one, every, base=base, jobs=jobs, progress=progress, **settings)
 
 
-def _places(sources: Sequence[Path | str], folder: Path, target: FormatSpec) -> dict[str, Path]:
+def _places(
+    sources: Sequence[AdapterTensorSet | Path | str], folder: Path, target: FormatSpec
+) -> dict[str, Path]:
     """Return where each output goes: below the folder, as its source's directory or stem."""
     suffix = "" if target.files else next(iter(target.suffixes), ".safetensors")
     places: dict[str, Path] = {}
-    for source in sources:
+    for source in map(named, sources):
         path = Path(source)
         name = path.stem if path.is_file() else path.resolve().name
         if folder / (name + suffix) in places.values():
             raise UsageError(
                 f"two outputs would be called {name + suffix}; convert one of them alone",
-                path=str(source),
+                path=source,
             )
-        places[str(source)] = folder / (name + suffix)
+        places[source] = folder / (name + suffix)
     return places
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from adapterkit.errors import AdapterKitError
 from adapterkit.loading import Need, load, recognise
@@ -11,9 +13,26 @@ from adapterkit.model import AdapterTensorSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from adapterkit.base import BaseModel
+
+_Item = TypeVar("_Item")
+
+
+def each_of(given: _Item | Iterable[_Item]) -> list[_Item]:
+    """Return what is given as a list: one that stands alone is one, and a text is not its letters.
+
+    To a type checker a text is a sequence of texts, so that no checker finds the missing brackets.
+    """
+    alone = isinstance(given, (str, Path, AdapterTensorSet)) or not isinstance(given, Iterable)
+    return [cast("_Item", given)] if alone else list(cast("Iterable[_Item]", given))
+
+
+def named(source: AdapterTensorSet | Path | str) -> str:
+    """Return what an adapter is called: its path, of one in memory that which it was read from."""
+    if isinstance(source, AdapterTensorSet):
+        return str(source.provenance.path) if source.provenance else "in memory"
+    return str(source)
 
 
 @dataclass(frozen=True, slots=True)

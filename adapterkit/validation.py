@@ -19,6 +19,7 @@ from adapterkit.errors import UsageError
 from adapterkit.loading import Source, open_model, recognise
 from adapterkit.model import AdapterTensorSet
 from adapterkit.page import Cell, page, shown, table
+from adapterkit.several import each_of
 from adapterkit.text import PLAIN, Pen, Shown, printable
 from adapterkit.text import count as counted
 from adapterkit.work import watchable
@@ -149,8 +150,8 @@ def validate(
         UsageError: if an engine or a code is unknown.
     """
     del progress  # told by `watchable`
-    engines = [load_target(reference) for reference in targets]
-    ignored = {known_code(code) for code in ignore}
+    engines = [load_target(reference) for reference in each_of(targets)]
+    ignored = {known_code(code) for code in each_of(ignore)}
     place = (
         source
         if isinstance(source, AdapterTensorSet)

@@ -134,7 +134,7 @@ class Match:
     expert: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Architecture:
     """A model family: names, transforms and sizes, loaded from its file.
 
@@ -167,6 +167,9 @@ class Architecture:
     parameters: Mapping[str, Mapping[str, tuple[str, ...]]]
     absent: str = ""
     other_heads: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Architecture: {self.name}, {self.title}, {len(self.rules)} rules>"
 
     @property
     def names(self) -> frozenset[str]:

@@ -24,7 +24,7 @@ from adapterkit.loading import Loaded, load_all, open_model
 from adapterkit.lowrank.rank_plan import Suggestion
 from adapterkit.lowrank.spectrum import Spectrum, spectra
 from adapterkit.model import AdapterTensorSet, Update
-from adapterkit.several import Said, said_of_each
+from adapterkit.several import Said, named, said_of_each
 from adapterkit.work import in_threads, watchable
 
 _REASONS = {
@@ -141,18 +141,18 @@ def _sound(
 ) -> tuple[list[tuple[str, AdapterTensorSet]], list[Attempt[AdapterAudit]]]:
     """Return the adapters that can be read, with their names, and why the others cannot."""
     alone = [
-        attempted(_label(each), read, [each], dialect=own.dialect, alpha=own.alpha)
+        attempted(each, read, [each], dialect=own.dialect, alpha=own.alpha)
         for each, own in zip(adapters, said, strict=True)
     ]
     kept = [each for each, attempt in zip(adapters, alone, strict=True) if attempt.error is None]
     failed: list[Attempt[AdapterAudit]] = []
     failed += [Attempt(a.source, error=a.error) for a in alone if a.error]
     # Read together: what one of them names as its base serves all.
-    return [(_label(k), r.adapter) for k, r in zip(kept, read(kept), strict=True)], failed
-
-
-def _label(adapter: AdapterTensorSet | Path | str) -> str:
-    return "in memory" if isinstance(adapter, AdapterTensorSet) else str(adapter)
+    loaded = [each.adapter for each in read(kept)]
+    apart = _unlike(loaded)
+    failed += [Attempt(named(kept[number]), error=error) for number, error in apart.items()]
+    sound = list(zip(map(named, kept), loaded, strict=True))
+    return [each for number, each in enumerate(sound) if number not in apart], failed
 
 
 def _once(
@@ -188,6 +188,12 @@ def _suggestions(
     from adapterkit.auditing.plan import suggestion
 
     return tuple(suggestion(each, budget=budget, tol=tol) for each in audits)
+
+
+def _unlike(adapters: Sequence[AdapterTensorSet]) -> dict[int, UncheckableError]:
+    from adapterkit.auditing.pairwise import unlike
+
+    return unlike(adapters)
 
 
 def _interference(

@@ -72,7 +72,8 @@ def interference(
     Raises:
         UncheckableError: if a module has llama.cpp's row order in only some of them.
     """
-    _check_layouts(adapters)
+    for error in unlike(adapters).values():
+        raise error
     groups = copies(adapters)
     energies = [audited.summary.energy for audited in audits]
     same = tuple(group for group in groups if len(group) > 1)
@@ -142,17 +143,19 @@ def _compared(
     return [each for group in found for each in group], mismatched
 
 
-def _check_layouts(adapters: Sequence[AdapterTensorSet]) -> None:
-    layouts = [set(adapter.engine_layout) for adapter in adapters]
-    adapted = [set(adapter.scales) for adapter in adapters]
-    for (i, first), (j, second) in combinations(enumerate(layouts), 2):
-        alone = (first ^ second) & adapted[i] & adapted[j]
-        if alone:
-            raise UncheckableError(
-                "is in llama.cpp's layout in only one of the adapters; give the base model with "
-                "--base",
-                where=min(alone),
-            )
+def unlike(adapters: Sequence[AdapterTensorSet]) -> dict[int, UncheckableError]:
+    """Return the adapters that keep llama.cpp's row order where another does not, and why not."""
+    kept = [set(adapter.engine_layout) for adapter in adapters]
+    plain = set[str]().union(*(set(a.scales) - set(a.engine_layout) for a in adapters))
+    return {
+        number: UncheckableError(
+            f"keeps {min(names & plain)} in llama.cpp's row order, and other adapters do not; to "
+            "compare them give the base model with --base",
+            path=adapter.provenance.path if adapter.provenance else None,
+        )
+        for number, (adapter, names) in enumerate(zip(adapters, kept, strict=True))
+        if names & plain
+    }
 
 
 def _alike(first: Update, second: Update) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -302,6 +303,12 @@ class AuditReport(Shown):
     interference: Interference | None = None
     failed: tuple[Attempt[AdapterAudit], ...] = ()
     _view = "adapterkit.auditing.view:view"
+
+    def __repr__(self) -> str:
+        if len(self.adapters) == 1:
+            return Shown.__repr__(self)
+        names = textwrap.shorten(", ".join(a.source or "?" for a in self.adapters), 120)
+        return f"<AuditReport: {len(self.adapters)} adapters: {names}>"
 
     @property
     def summary(self) -> AuditSummary:

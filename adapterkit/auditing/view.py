@@ -25,6 +25,8 @@ _CLASHES = 4
 _ADAPTERS, _COPIES = 16, 8
 _STANDINGS = 5
 _MANY = 1e6
+# Exit code of what could not be checked.
+_UNCHECKED = 5
 
 
 def view(report: AuditReport, pen: Pen = PLAIN) -> str:
@@ -33,7 +35,11 @@ def view(report: AuditReport, pen: Pen = PLAIN) -> str:
         lines = _single(report.adapters[0], next(iter(report.suggestions), None), pen)
     else:
         lines = _several(report, pen)
-    lines += [f"unreadable: {printable(each.source)}" for each in report.failed]
+    lines += [
+        f"{'not compared' if each.exit_code == _UNCHECKED else 'unreadable'}: "
+        + printable(each.source)
+        for each in report.failed
+    ]
     if len(lines) > _LINES and not pen.whole:
         lines = [
             *lines[: _LINES - 1],

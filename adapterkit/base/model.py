@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adapterkit.architectures import Architecture, Sizes  # noqa: TC004  (slow to import)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BaseModel:
     """The model that an adapter was trained on or will be served with.
 
@@ -41,15 +41,21 @@ class BaseModel:
     kind: str
     name: str | None
     candidates: Sequence[Architecture]
-    facts: Mapping[str, Any] = field(repr=False)
-    tensors: Mapping[str, LazyTensor] = field(default_factory=dict[str, LazyTensor], repr=False)
-    names: Collection[str] = field(default=(), repr=False)
+    facts: Mapping[str, Any]
+    tensors: Mapping[str, LazyTensor] = field(default_factory=dict[str, LazyTensor])
+    names: Collection[str] = ()
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
     tied: bool | None = None
     text_prefix: str = ""
     classes: tuple[str, ...] = ()
     layout: str = ""
     folders: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __repr__(self) -> str:
+        families = " or ".join(each.name for each in self.candidates)
+        name = f", {self.name!r}" if self.name else ""
+        known = f"{len(self.tensors)} tensors" if self.tensors else "no tensors"
+        return f"<BaseModel: {self.path}, {self.kind}{name}, {families or 'no family'}, {known}>"
 
     @property
     def architecture(self) -> Architecture:

@@ -128,7 +128,9 @@ def _misfits(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
             yield Finding("AK305", Severity.UNCHECKED, named(wrong.module), wrong.message)
             continue
         hint = "is it the right base?"
-        yield Finding(_CODES[wrong.kind], Severity.ERROR, named(wrong.module), wrong.message, hint)
+        # Where rows are moved, the message asks so itself: it is raised by other commands too.
+        message = wrong.message.removesuffix(f"; {hint}")
+        yield Finding(_CODES[wrong.kind], Severity.ERROR, named(wrong.module), message, hint)
 
 
 def _whole(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:

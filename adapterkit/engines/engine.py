@@ -74,7 +74,7 @@ class NameRule:
     after: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Target:
     """One engine, at one version.
 
@@ -112,6 +112,10 @@ class Target:
     prepare: tuple[str, ...]
     rules: tuple[EngineRule, ...]
     names: tuple[NameRule, ...] = ()
+
+    def __repr__(self) -> str:
+        version = f" {self.version}" if self.version else ""
+        return f"<Target: {self.title}{version}, {len(self.rules)} rules, checked {self.checked}>"
 
     @property
     def format(self) -> str | None:

@@ -14,6 +14,7 @@ from adapterkit.formats.spec import FormatSpec
 from adapterkit.hub import cache_folder, located
 from adapterkit.loading import recognise
 from adapterkit.registry import added_suffixes, claims, folder_format, spec
+from adapterkit.several import each_of
 from adapterkit.storage import alike, read_lines, readable
 
 # What a user types for all that the hub cache holds.
@@ -80,7 +81,7 @@ def discover(sources: Iterable[Path | str], reading: Reading = _DETECTED) -> lis
     if reading.as_format is not None:
         spec(reading.as_format)
     found: dict[str, Path] = {}
-    for source in sources:
+    for source in each_of(sources):
         for path in _of(source, reading, ()):
             whole = os.path.abspath(path)  # noqa: PTH100  (links stay links)
             found.setdefault(os.path.realpath(path), Path(whole))

@@ -26,6 +26,7 @@ from adapterkit.model import AdapterTensorSet
 from adapterkit.model.joining import joint_base, joint_source
 from adapterkit.model.tying import one_spelling
 from adapterkit.saving import stored_type
+from adapterkit.several import each_of
 from adapterkit.text import PLAIN, Pen, Shown
 from adapterkit.work import in_threads, watchable
 
@@ -119,7 +120,8 @@ def merge(
     spec = find_method(method)
     kind = stored_type(dtype)
     loaded = [
-        each if isinstance(each, AdapterTensorSet) else load(each).adapter for each in sources
+        each if isinstance(each, AdapterTensorSet) else load(each).adapter
+        for each in each_of(sources)
     ]
     adapters, tied = one_spelling(loaded)
     found = planning.sources(adapters, weights, module_weights, spec)

@@ -19,6 +19,7 @@ from adapterkit.model import AdapterTensorSet, BesideFile, BesideKind
 from adapterkit.model.beside import left_behind, lost_trained
 from adapterkit.notes import Loss
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
+from adapterkit.several import each_of
 from adapterkit.text import PLAIN, Pen, short
 from adapterkit.work import watchable
 
@@ -101,6 +102,7 @@ def merge_files(
         AdapterKitError: as `merge` and `convert` do; nothing is written then.
     """
     del progress  # told by `watchable`
+    sources = each_of(sources)
     if not sources:
         raise UsageError("nothing to merge; name one adapter or more")
     destination = Path(destination)

@@ -25,6 +25,7 @@ from adapterkit.model.declared import UNDECIDED
 from adapterkit.model.defects import problems
 from adapterkit.notes import first_and_more
 from adapterkit.patterns import Allowance, Expression, ending
+from adapterkit.text import count as counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -118,9 +119,10 @@ def sources(
         raise UsageError(f"{spec.name} takes {wanted} adapters, not {count}")
     if weights is None:
         weights = [1 / count if spec.mean else 1.0] * count
-    for what, given in (("weights", weights), ("module_weights", module_weights)):
+    for what, given in (("weight", weights), ("module_weight", module_weights)):
         if given is not None and len(given) != count:
-            raise UsageError(f"{count} adapters and {len(given)} {what}; give one for each")
+            numbers = f"{counted(count, 'adapter')}, but {counted(len(given), what)}"
+            raise UsageError(f"{numbers}: give one for each")
     nothing: Mapping[str, float] = {}
     patterns = module_weights or [nothing] * count
     found = tuple(

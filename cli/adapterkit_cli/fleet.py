@@ -22,7 +22,7 @@ _dask = click.option("--dask", metavar="ADDRESS", help="Scheduler of a Dask clus
 @click.group(
     "fleet",
     epilog=options.examples(
-        "adapterkit fleet run validate adapters/ -o results/",
+        "adapterkit fleet run validate adapters/ -o results/ --base base/",
         "adapterkit fleet similar adapters/ -o prints/",
     ),
 )
@@ -37,7 +37,7 @@ def command() -> None:
 @command.command(
     "run",
     epilog=options.examples(
-        "adapterkit fleet run validate adapters/ -o results/",
+        "adapterkit fleet run validate adapters/ -o results/ --base base/",
         "adapterkit fleet run convert list.txt -o gguf/ --base base/ --jobs 4",
     ),
 )

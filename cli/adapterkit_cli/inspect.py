@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     epilog=options.examples(
         "adapterkit inspect my-adapter",
         "adapterkit inspect adapters/* --csv > adapters.csv",
-        "adapterkit inspect weights.pt --dialect torchtune --alpha 16",
+        "adapterkit inspect weights.pt --dialect torchtune --alpha 16 --base base/",
     ),
 )
 @click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1, required=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _LEVELS = {"error": "error", "unchecked": "warning", "warning": "warning", "note": "note"}
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+_CONFIG = "adapter_config.json"
 # What stands for an adapter that could not be read at all, and so has no findings.
 _UNREADABLE = "unreadable"
 _UNREADABLE_RULE: dict[str, object] = {
@@ -62,13 +64,24 @@ def _rule(code: str) -> dict[str, object]:
 
 
 def _location(path: str) -> dict[str, object]:
-    """Return where something is; an absolute path is a file URI, as SARIF has it (RFC 3986)."""
-    from pathlib import Path
+    """Return where something is; an absolute path is a file URI, as SARIF has it (RFC 3986).
 
+    GitHub shows a result beside a line of a file, and none without either.
+    """
+    file = _file(Path(path))
     # Half surrogate pairs, which file names may hold, stand as the bytes that they are.
-    uri = quote(path, safe="/:@", encoding="utf-8", errors="surrogateescape")
-    uri = f"file://{uri}" if Path(path).is_absolute() else uri
-    return {"physicalLocation": {"artifactLocation": {"uri": uri}}}
+    uri = quote(str(file), safe="/:@", encoding="utf-8", errors="surrogateescape")
+    uri = f"file://{uri}" if file.is_absolute() else uri
+    return {"physicalLocation": {"artifactLocation": {"uri": uri}, "region": {"startLine": 1}}}
+
+
+def _file(path: Path) -> Path:
+    """Return the file that stands for an adapter: of a directory its config, else its first."""
+    try:
+        files = sorted(each for each in path.iterdir() if each.is_file())
+    except OSError:
+        return path
+    return next((each for each in files if each.name == _CONFIG), files[0] if files else path)
 
 
 def _result(finding: Finding, path: str, codes: list[str]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit import Attempt, ValidationReport
+
+# What is said of several adapters in the end, and the severity that it counts.
+_WORST = {
+    "with errors": "error",
+    "unreadable": "",
+    "unchecked": "unchecked",
+    "with warnings": "warning",
+}
 
 
 @click.command(
@@ -180,9 +189,15 @@ def _several(attempts: Sequence[Attempt[ValidationReport]]) -> str:
         found = attempt.result.lines(rendering.pen())
         lines.append(f"{name}: {attempt.result.counts}")
         lines += [f"  {line}" for line in found]
-    failed = sum(attempt.result is None for attempt in attempts)
-    wrong = sum(bool(o.result and o.result.count("error")) for o in attempts)
-    more = [f"{wrong} with errors"] if wrong else []
-    more += [f"{failed} unreadable"] if failed else []
+    worst = Counter(_worst(attempt.result) for attempt in attempts)
+    more = [f"{worst[kind]} {kind}" for kind in _WORST if worst[kind]]
     total = rendering.count(len(attempts), "adapter")
-    return "\n".join([*lines, f"{total}: {', '.join(more) or 'none has errors'}"])
+    return "\n".join([*lines, f"{total}: {', '.join(more) or 'nothing found'}"])
+
+
+def _worst(report: ValidationReport | None) -> str:
+    """Return the worst that is said of an adapter, one of _WORST; empty if nothing is."""
+    if report is None:
+        return "unreadable"
+    found = {kind for kind, severity in _WORST.items() if severity and report.count(severity)}
+    return next((kind for kind in _WORST if kind in found), "")

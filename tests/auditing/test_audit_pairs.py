@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from audit_adapters import adapter, gaussian, layered, orthonormal, planted, written
-from terminal import invoke
+from terminal import BASE, PEFT, TINY, invoke
 
-from adapterkit import UncheckableError, audit
+from adapterkit import UncheckableError, audit, convert
 from adapterkit.model import Kind
 
 if TYPE_CHECKING:
@@ -192,9 +192,25 @@ def test_a_third_adapter_of_another_shape_leaves_the_others_comparable() -> None
 def test_rows_in_another_order_cannot_be_compared() -> None:
     whole = adapter({NAME: gaussian(20, 16, 3)})
     moved = whole.replace(engine_layout={NAME: "blk.0.attn_q.weight"})
-    with pytest.raises(UncheckableError, match=r"llama.cpp's layout"):
+    with pytest.raises(UncheckableError, match=r"keeps .* in llama.cpp's row order"):
         audit(whole, moved)
     assert audit(moved, moved).interference is not None
+
+
+def test_what_cannot_be_compared_is_one_row_and_not_the_end(tmp_path: Path) -> None:
+    gguf = tmp_path / "tiny.gguf"
+    convert(TINY, gguf, base=BASE)
+    report = audit(TINY, gguf, PEFT / "tiny-weak", keep_going=True)
+    assert [audited.source for audited in report.adapters] == [str(TINY), str(PEFT / "tiny-weak")]
+    assert report.interference is not None
+    (apart,) = report.failed
+    assert (apart.source, apart.exit_code) == (str(gguf), 5)
+    assert f"not compared: {gguf}" in str(report)
+    done = invoke("audit", TINY, gguf)
+    assert done.exit_code == 5
+    assert f"Error: {gguf}: keeps model.layers.0.self_attn.q_proj in llama.cpp's row" in done.stderr
+    assert "give the base model with --base" in done.stderr
+    assert invoke("audit", TINY, gguf, "--base", BASE).exit_code == 0
 
 
 def test_large_matrices_are_sampled_for_signs() -> None:

@@ -15,6 +15,7 @@ from terminal import PEFT, ROOT, invoke
 
 import adapterkit
 from adapterkit import LazyTensor, Outcome, Verdict, convert, validate
+from adapterkit.containers.gguf import uint32, write_gguf
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
 from adapterkit.errors import AdapterKitError, FormatError
 
@@ -102,6 +103,21 @@ def test_quantised_bases_have_logical_shapes(tmp_path: Path) -> None:
     assert codes(gptq) == []
     wide = base_folder(tmp_path / "gptq", hidden_size=64)
     assert set(codes(wide)) == {"AK304"}
+
+
+def test_what_to_do_is_said_once(tmp_path: Path) -> None:
+    sizes = {"block_count": 2, "embedding_length": 63, "attention.head_count": 9}
+    tensors = {
+        f"blk.{layer}.attn_{name}.weight": LazyTensor.of(np.zeros((63, 63), np.float32))
+        for layer in range(2)
+        for name in "qkv"
+    }
+    kept: dict[str, Any] = {f"llama.{name}": uint32(value) for name, value in sizes.items()}
+    write_gguf(tmp_path / "nine.gguf", {"general.architecture": "llama"} | kept, tensors)
+    findings = validate(TINY, base=tmp_path / "nine.gguf").findings
+    asked = [finding for finding in findings if finding.hint == "is it the right base?"]
+    assert any("do not divide by heads = 9" in finding.message for finding in asked)
+    assert all(finding.hint not in finding.message for finding in asked)
 
 
 def test_cached_hub_id_is_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

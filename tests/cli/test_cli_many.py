@@ -9,7 +9,8 @@ import os
 import pty
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -17,9 +18,6 @@ from terminal import BASE, PEFT, TINY, invoke
 
 import adapterkit
 from adapterkit_cli.main import COMMANDS
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
@@ -130,15 +128,19 @@ def test_sarif_holds_all_with_percent_encoded_places(tmp_path: Path) -> None:
     places: dict[str, set[str]] = {}
     for result in run["results"]:
         assert rules[result["ruleIndex"]] == result["ruleId"]
-        uri = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+        place = result["locations"][0]["physicalLocation"]
+        # GitHub's rule GH1003: without a line nothing is shown.
+        assert place["region"] == {"startLine": 1}
+        uri = place["artifactLocation"]["uri"]
         assert uri.isascii()
         split = urlsplit(uri)
         assert (split.scheme, split.query, split.fragment) == ("file", "", "")
         places.setdefault(unquote(split.path), set()).add(result["ruleId"])
     assert places == {
-        str(odd): {"AK403", "VLLM003", "VLLM005"} & set(rules),
-        str(BROKEN): {"unreadable"},
+        str(odd / "adapter_config.json"): {"AK403", "VLLM003", "VLLM005"} & set(rules),
+        str(BROKEN / "adapter_config.json"): {"unreadable"},
     }
+    assert all(Path(place).is_file() for place in places)
 
 
 @pytest.mark.parametrize(

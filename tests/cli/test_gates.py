@@ -29,7 +29,7 @@ def loaded(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
-def acted(folder: Path, **inputs: str) -> tuple[int, str, dict[str, Any]]:
+def acted(folder: Path, **inputs: str) -> tuple[int, str, dict[str, Any] | None]:
     """Run the action's last step with these inputs; return its exit code, output and SARIF."""
     action = loaded("action.yml")
     known = {name: str(each.get("default", "")) for name, each in action["inputs"].items()}
@@ -41,16 +41,18 @@ def acted(folder: Path, **inputs: str) -> tuple[int, str, dict[str, Any]]:
     }
     home = folder / "home"
     home.mkdir()
+    sarif = folder / "a.sarif"
     done = subprocess.run(
         ["/bin/bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
         cwd=PEFT,
-        env=environment(home) | given | {"SARIF": str(folder / "a.sarif")},
+        env=environment(home) | given | {"SARIF": str(sarif), "RUNNER_TEMP": str(folder)},
         capture_output=True,
         text=True,
         timeout=TIME_LIMIT,
         check=False,
     )
-    return done.returncode, done.stdout + done.stderr, json.loads((folder / "a.sarif").read_text())
+    report = json.loads(sarif.read_text()) if sarif.exists() else None
+    return done.returncode, done.stdout + done.stderr, report
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,11 @@ def acted(folder: Path, **inputs: str) -> tuple[int, str, dict[str, Any]]:
             0,
             set[str](),
         ),
+        (
+            {"adapters": "**/leaked-name/adapter_config.json", "fail_on": "error"},
+            5,
+            {"AK110", "AK300"},
+        ),
     ],
 )
 def test_the_action_does_what_its_inputs_say(
@@ -75,7 +82,18 @@ def test_the_action_does_what_its_inputs_say(
 ) -> None:
     ended, told, sarif = acted(tmp_path, **inputs)
     assert ended == code, told
+    assert sarif is not None
     assert {result["ruleId"] for result in sarif["runs"][0]["results"]} == rules
+
+
+@pytest.mark.parametrize("inputs", [{"targets": "vlm"}, {"base": "nowhere"}])
+def test_wrong_inputs_of_the_action_leave_no_half_report(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    ended, told, sarif = acted(tmp_path, adapters="tiny", **inputs)
+    assert ended in {2, 3}
+    assert "Error: " in told
+    assert sarif is None
 
 
 @pytest.mark.parametrize(("name", "code"), [("tiny", 0), ("dora", 1)])
@@ -83,7 +101,7 @@ def test_the_hook_gates_the_files_that_it_is_given(name: str, code: int, tmp_pat
     (hook,) = loaded(".pre-commit-hooks.yaml")
     files = [f"{name}/{path.name}" for path in sorted((PEFT / name).iterdir())]
     chosen = [path for path in files if re.search(hook["files"], path)]
-    assert chosen == [f"{name}/adapter_model.safetensors"]
+    assert chosen == [f"{name}/adapter_config.json", f"{name}/adapter_model.safetensors"]
     words = [*shlex.split(hook["entry"]), "--base", str(BASE), "--target", "vllm", *chosen]
     done = subprocess.run(
         words,
@@ -94,6 +112,23 @@ def test_the_hook_gates_the_files_that_it_is_given(name: str, code: int, tmp_pat
         check=False,
     )
     assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("path", "gated"),
+    [
+        ("adapters/0000100_adapters.safetensors", True),
+        ("a/adapter_model-00001-of-00002.safetensors", True),
+        ("pytorch_lora_weights.safetensors", True),
+        ("a.onnx_adapter", True),
+        ("base/config.json", False),
+        ("model.safetensors", False),
+        ("my_adapter_config.json", False),
+    ],
+)
+def test_the_hook_takes_files_of_adapters_alone(path: str, gated: bool) -> None:
+    (hook,) = loaded(".pre-commit-hooks.yaml")
+    assert bool(re.search(hook["files"], path)) is gated
 
 
 @pytest.mark.parametrize(

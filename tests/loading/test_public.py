@@ -82,7 +82,8 @@ def test_the_stub_says_what_the_package_does() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert stub == {name: f"adapterkit.{home}" for name, home in adapterkit._HOMES.items()}
+    homes = {name: f"adapterkit.{home}" for name, home in adapterkit._HOMES.items()}
+    assert stub == homes | dict.fromkeys(adapterkit._SUBMODULES, "adapterkit")
 
 
 def test_every_name_is_there_and_listed() -> None:
@@ -91,6 +92,14 @@ def test_every_name_is_there_and_listed() -> None:
         assert name in dir(adapterkit)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = adapterkit.nonsense
+
+
+def test_a_public_module_is_there_without_an_import_of_its_own() -> None:
+    program = "import adapterkit; print(adapterkit.torch.__name__, 'torch' in dir(adapterkit))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "adapterkit.torch True\n"
 
 
 def test_no_module_has_the_name_of_a_public_thing() -> None:
@@ -121,7 +130,9 @@ def main(path: Path) -> list[str]:
     merged = adapterkit.merge([adapter, adapter], weights=[0.5, 0.5])
     stack = adapterkit.AdapterStack()
     stack.load(path, scale=0.5)
-    return [auditing.__name__, report.format, *errors, str(len(merged.adapter.pairs_by_module()))]
+    state, _ = adapterkit.torch.to_state_dict(adapter)
+    errors += [auditing.__name__, report.format, *state]
+    return [*errors, str(len(merged.adapter.pairs_by_module()))]
 """
 
 

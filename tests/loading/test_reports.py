@@ -130,6 +130,15 @@ def test_a_report_of_every_type_is_made_here(made: dict[type, Any]) -> None:
     assert REPORTS | answered == set(made)
 
 
+def test_what_is_no_report_is_a_line_too() -> None:
+    target, base = adapterkit.load_target("vllm"), adapterkit.open_base(BASE)
+    for thing in (target, base, base.architecture, adapterkit.read(TINY)):
+        line = repr(thing)
+        assert line.startswith(f"<{type(thing).__name__}: "), line
+        assert "\n" not in line, line
+        assert len(line) < 250, line
+
+
 def test_every_report_is_text_a_line_rows_and_a_notebooks_table(made: dict[type, Any]) -> None:
     for kind, report in made.items():
         text = str(report)

@@ -35,6 +35,7 @@ from adapterkit.merging.planning import Source
 from adapterkit.merging.registry import remark
 from adapterkit.model import AdapterTensorSet
 from adapterkit.saving import stored_type
+from adapterkit.several import each_of
 from adapterkit.work import counter, threads
 
 
@@ -119,6 +120,7 @@ def merge_into(
         DestinationExistsError: if the destination exists.
         WriteError: if the output cannot be written.
     """
+    sources = each_of(sources)
     how = rule_of(method, density, params, seed)
     weights = shares(weights, len(sources), how, normalize=normalize)
     check_choice(tied)

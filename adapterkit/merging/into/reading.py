@@ -13,6 +13,7 @@ from adapterkit.merging.planning import Source, checked_weight
 from adapterkit.model.beside import BesideKind, left_behind, lost_trained
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
+from adapterkit.text import count as counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,8 @@ def read_sources(
     if not given:
         raise UsageError("nothing to merge; name one adapter or more")
     if weights is not None and len(weights) != len(given):
-        raise UsageError(f"{len(given)} adapters and {len(weights)} weights; give one for each")
+        numbers = f"{counted(len(given), 'adapter')}, but {counted(len(weights), 'weight')}"
+        raise UsageError(f"{numbers}: give one for each")
     weights = list(map(checked_weight, weights or [1.0] * len(given)))
     found: list[Source] = []
     dropped: list[Loss] = []
