@@ -96,6 +96,10 @@ class Places:
             return True
         return any(name in self._named for name in self._spellings(module))
 
+    def has_leaf(self, leaf: str) -> bool | None:
+        """Tell whether any module's last name is this; None if nothing is known of its modules."""
+        return leaf in self._leaves if self._leaves else None
+
     def own(self, module: str) -> bool:
         """Tell whether a path is that of a module in the base's class, as far as names tell."""
         if not self._named or module in self._named or module in self._live:
@@ -352,6 +356,10 @@ class Places:
     @cached_property
     def _live(self) -> frozenset[str]:
         return frozenset(map(self.memory, self._named))
+
+    @cached_property
+    def _leaves(self) -> frozenset[str]:
+        return frozenset(name.rpartition(".")[2] for name in (*self._named, *self._live))
 
     @cached_property
     def _spots(self) -> frozenset[Spot]:
