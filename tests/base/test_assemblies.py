@@ -55,7 +55,7 @@ def test_rows_of_one_tensor_are_merged(targets: list[str], tmp_path: Path, *, do
 
 def test_each_module_is_held_against_its_own_rows(tmp_path: Path) -> None:
     live = saved("NomicBertModel", tmp_path, target_modules=["q_proj", "v_proj"])
-    found = audit(tmp_path / "adapter", base=tmp_path / "base").base
+    found = audit(tmp_path / "adapter", base=tmp_path / "base").adapters[0].base
     assert found is not None
     assert found.not_compared == ()
     norms = {each.modules[0]: each.base_frobenius_norm for each in found.weights}
