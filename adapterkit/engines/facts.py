@@ -78,9 +78,7 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             "output": any(_is_output(pair.module, base) for pair in pairs),
             "experts_fused": any(pair.kind is Kind.EXPERTS for pair in pairs),
             "tower": any(in_tower(pair.module) for pair in pairs),
-            "tower_layers": sum(
-                in_tower(pair.module) and bool(_LAYERS.search(pair.module)) for pair in pairs
-            ),
+            "tower_layers": _tower_layers([pair.module for pair in pairs], base),
             "stacked_apart": len(missing(adapter, base)),
             "base_changing_init": adapter.initialisation is not None,
             "init": (adapter.initialisation or "").lower(),
@@ -156,6 +154,14 @@ def _tokens_added(adapter: AdapterTensorSet, base: BaseModel | None) -> int:
     except AdapterKitError:
         return 0
     return sum(isinstance(place, int) and place >= rows for place in tokens.values())
+
+
+def _tower_layers(modules: Sequence[str], base: BaseModel | None) -> int:
+    """Return how many modules of towers are under `layers.N`, beside a text model's own layers."""
+    found = sum(in_tower(module) and bool(_LAYERS.search(module)) for module in modules)
+    beside = base.names if base else ()
+    text = [name for name in beside if _LAYERS.search(name) and not in_tower(name)]
+    return found if text or not beside else 0
 
 
 def _is_regex(targets: Any) -> bool:
