@@ -14,6 +14,7 @@ import numpy as np
 from adapterkit.architectures.mapping import from_engine, to_engine
 from adapterkit.auditing.base_report import NotCompared
 from adapterkit.base.places import Places
+from adapterkit.base.spreading import spread
 from adapterkit.dtype import DType
 from adapterkit.errors import AdapterKitError, UnsupportedError
 from adapterkit.keys import Role
@@ -177,6 +178,8 @@ def _in_checkpoint(
 
 def _stored(module: str, places: Places) -> LazyTensor | None:
     """Return a module's weight, a bare parameter, or the table that an absent output shares."""
+    if (weight := places.stored(module)) is not None:
+        return weight
     name = places.of(module) or places.shared(f"{module}.weight")
     return places.base.tensors[name] if name else None
 
@@ -185,16 +188,23 @@ def _respelled(
     pairs: list[Update], places: Places, adapter: AdapterTensorSet
 ) -> tuple[list[Site], list[NotCompared]]:
     """Look experts and fused projections up under the checkpoint's spelling, by llama.cpp's."""
-    base, found = places.base, list[Site]()
+    base, apart = places.base, spread(pairs, places)
+    found: list[Site] = []
+    for pair in apart.pairs:
+        origins, stored = apart.sources[pair.module], _stored(pair.module, places)
+        if stored is not None:
+            number = _number(pair, origins, pairs)
+            found.append(Site(origins, pair, stored, turned=False, expert=number))
+    pairs = apart.left
     if not pairs:
-        return [], []
+        return found, []
     if not base.architecture.known:
-        return [], _absent((pair.module for pair in pairs), "is not in the base")
+        return found, _absent((pair.module for pair in pairs), "is not in the base")
     try:
         there = to_engine(base.architecture, base.sizes, pairs)
         back = from_engine(base.architecture, base.sizes, there.pairs, like=places.spelled)
     except AdapterKitError as error:
-        return [], _absent((pair.module for pair in pairs), f"is not in the base: {error.message}")
+        return found, _absent((p.module for p in pairs), f"is not in the base: {error.message}")
     missing = _absent(there.unmatched, "is not in the base")
     for pair in back.pairs:
         origins = tuple(o for part in back.sources[pair.module] for o in there.sources[part])

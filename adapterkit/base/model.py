@@ -75,8 +75,14 @@ class BaseModel:
     @property
     def model_type(self) -> str:
         """That of the whole model; empty where only a wrapped text tower's, or none, is known."""
-        known = self.kind == "hf" and not self.text_prefix
-        return str(self.facts.get("model_type") or "") if known else ""
+        if self.kind != "hf":
+            return ""
+        if not self.text_prefix:
+            return str(self.facts.get("model_type") or "")
+        from adapterkit.base.classes import model_class
+
+        known = next(filter(None, map(model_class, self.classes)), None)
+        return known.model_type if known else ""
 
     @property
     def sizes(self) -> Sizes:

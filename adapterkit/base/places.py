@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule
+from adapterkit.base.assemblies import Assembly, assemblies
 from adapterkit.base.classes import model_class
 from adapterkit.base.model import BaseModel
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
@@ -61,9 +62,27 @@ class Places:
         return self.find(module + _WEIGHT) or self.find(module)
 
     def stored(self, module: str) -> LazyTensor | None:
-        """Return a module's weight as it is stored: (out, in), or (in, out) of a Conv1D."""
-        name = self.find(module + _WEIGHT)
-        return self.base.tensors[name] if name else None
+        """Return a module's weight as it is stored: (out, in), or (in, out) of a Conv1D.
+
+        Where it is rows of a tensor that holds more, it is those.
+        """
+        if name := self.find(module + _WEIGHT):
+            return self.base.tensors[name]
+        made = self.assembly(module)
+        if made is None or made.kind != "rows":
+            return None
+        return made.rows(self.base.tensors[made.names[0]])
+
+    def assembly(self, module: str) -> Assembly | None:
+        """Return what the class makes a module's weight of, where no stored tensor is that."""
+        if self.base.kind != "hf":
+            return None
+        found = map(self._assemblies.get, self._prefixed(module))
+        return next(filter(None, found), None)
+
+    def assembled_from(self, stored: str) -> list[str]:
+        """Return the modules whose weights the class makes of a stored tensor."""
+        return self._origins.get(stored, [])
 
     def shared(self, parameter: str) -> str | None:
         """Return the table that an output shares, where it has no tensor of its own."""
@@ -82,7 +101,10 @@ class Places:
         if self.base.kind != "hf" or not self.base.names:
             return False if self.base.architecture.known else None
         return bool(
-            self.of(module) or self.names_place(module) or self.shared(module + _WEIGHT) is not None
+            self.of(module)
+            or self.names_place(module)
+            or self.assembly(module)
+            or self.shared(module + _WEIGHT) is not None
         )
 
     def names_place(self, module: str) -> bool | None:
@@ -96,9 +118,15 @@ class Places:
             return True
         return any(name in self._named for name in self._spellings(module))
 
+    def has_leaf(self, leaf: str) -> bool | None:
+        """Tell whether any module's last name is this; None if nothing is known of its modules."""
+        return leaf in self._leaves if self._leaves else None
+
     def own(self, module: str) -> bool:
         """Tell whether a path is that of a module in the base's class, as far as names tell."""
         if not self._named or module in self._named or module in self._live:
+            return True
+        if module in self._assemblies:
             return True
         return self.cls is not None and module + _WEIGHT in self.cls.tied
 
@@ -286,6 +314,18 @@ class Places:
             yield name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
 
     @cached_property
+    def _assemblies(self) -> Mapping[str, Assembly]:
+        return assemblies(self.base.classes, self.base.tensors)
+
+    @cached_property
+    def _origins(self) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for module, made in self._assemblies.items():
+            for name in made.names if made.known else ():
+                found.setdefault(name, []).append(module)
+        return found
+
+    @cached_property
     def _spelling(self) -> Renaming | None:
         """The renaming by which the checkpoint is spelled; None if it has the names in memory.
 
@@ -352,6 +392,10 @@ class Places:
     @cached_property
     def _live(self) -> frozenset[str]:
         return frozenset(map(self.memory, self._named))
+
+    @cached_property
+    def _leaves(self) -> frozenset[str]:
+        return frozenset(name.rpartition(".")[2] for name in (*self._named, *self._live))
 
     @cached_property
     def _spots(self) -> frozenset[Spot]:

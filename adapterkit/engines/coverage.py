@@ -163,18 +163,34 @@ def _placed(
     wrong: Mapping[str, Misfit],
     outside: Collection[str],
 ) -> CoveredModule:
-    module, absent = pair.module, Outcome(target.unmatched)
+    module = pair.module
     misfit = wrong.get(module)
     if misfit and misfit.kind in {"shape", "expert"}:
         return CoveredModule(module, Outcome.REFUSED, module, misfit.message)
+    if target.within and not re.search(target.within, f"{module}."):
+        reason = f"{target.title} looks only at modules under layers.N, and says nothing"
+        return CoveredModule(module, Outcome.IGNORED, None, reason)
     if misfit or places.has(module) is False:
-        silent = " and says nothing" if absent is Outcome.IGNORED else ""
-        reason = f"{target.title} finds no such module{silent}"
-        return CoveredModule(module, absent, None, reason)
+        return _absent(module, places, target)
     if target.wrapped == "exact" and not _own_path(module, places):
         reason = f"{target.title} looks for its very path, and the base's class has another"
         return CoveredModule(module, Outcome.IGNORED, None, reason)
-    kind = places.base.model_type
+    return _taken(module, places.base.model_type, target, outside)
+
+
+def _absent(module: str, places: Places, target: Target) -> CoveredModule:
+    """Return what the engine makes of a module that the base does not have."""
+    leaf = module.rpartition(".")[2]
+    outcome = Outcome(target.unmatched)
+    if places.has_leaf(leaf) is False and Outcome(target.strangers) is not outcome:
+        reason = f"{target.title} has no module that is called {leaf}, and refuses the adapter"
+        return CoveredModule(module, Outcome(target.strangers), None, reason)
+    silent = " and says nothing" if outcome is Outcome.IGNORED else ""
+    return CoveredModule(module, outcome, None, f"{target.title} finds no such module{silent}")
+
+
+def _taken(module: str, kind: str, target: Target, outside: Collection[str]) -> CoveredModule:
+    """Return what the engine makes of a module of the base, by the type of the model."""
     if not served(target.models).takes(kind, module):
         reason = f"{target.title} has no place for it in models of type {kind}, and says nothing"
         return CoveredModule(module, Outcome.IGNORED, None, reason)

@@ -6,8 +6,10 @@ module, or how a file of a diffusion model spells it; for the last there are row
 and `checked` (where the rules come from, and when), optionally `like` (another engine, whose
 file holds what this one does not), `models` (the engine whose list of models holds, if it is not
 the one that it is like), `wrapped` (`exact` if modules count only under the very path of the base's
-class), `whole` (whether a kind of module counts only where every layer has it), `losses` (code of
-GGUF's loss -> code of the finding), `effects` (code of a finding -> what becomes of the file; with
+class), `whole` (whether a kind of module counts only where every layer has it), `within` (an
+expression that the paths of the modules that it looks at have), `strangers` (`refused` if it
+refuses a module by whose last name the base has none), `losses` (code of GGUF's loss -> code of the
+finding), `effects` (code of a finding -> what becomes of the file; with
 a row `error` that is for every other error, only errors count), `prepare` (exact changes that
 `convert --for` makes) and rules:
 
@@ -88,6 +90,9 @@ class Target:
         checked: when they were last compared with that source.
         wrapped: `exact` or `any`: whether a module counts under its own path only.
         whole: whether a kind of module counts only where every layer has it.
+        within: what is in the paths of the modules that it looks at; empty for all.
+        strangers: `refused` if it refuses a module by whose last name the base has none; else what
+            is true of all that it does not have.
         models: the engine whose list of models holds for it.
         losses: GGUF loss code -> finding code.
         effects: finding code -> what becomes of the file.
@@ -106,6 +111,8 @@ class Target:
     checked: str
     wrapped: str
     whole: bool
+    within: str
+    strangers: str
     models: str
     losses: Mapping[str, str]
     effects: Mapping[str, Verdict]
@@ -192,6 +199,8 @@ def load_target(engine: str) -> Target:
         checked=data["checked"],
         wrapped=data.get("wrapped", "any"),
         whole=data.get("whole", False),
+        within=data.get("within", ""),
+        strangers=data.get("strangers", data["unmatched"]),
         losses=data.get("losses", {}),
         effects={code: Verdict(effect) for code, effect in data.get("effects", {}).items()},
         prepare=tuple(dict.fromkeys(fixes)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.architectures.mapping import find_rule, in_tower
@@ -12,6 +13,7 @@ from adapterkit.json_file import read_json_object
 from adapterkit.keys import Role
 from adapterkit.model import Kind
 from adapterkit.notes import NoteKind
+from adapterkit.passes.stacking import missing
 from adapterkit.served import served
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ _HEADS = {"classifier", "score"}
 _TABLES = {"lm_head", "embed_tokens"}
 _ADDED_TOKENS = "added_tokens.json"
 _PICKLES = {".bin", ".pt", ".pth"}
+_LAYERS = re.compile(r"(^|\.)layers\.\d+\.")
 _SHARDS = "adapter_model-*-of-*"
 
 
@@ -39,6 +42,8 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
     `embedding`, `output`, `experts_fused`, `tower`, `rslora`, `rank_pattern`, `alpha_pattern`,
     `alpha_whole`, `alpha_zero`, `regex_targets`, `base_changing_init`, `layer_replication`,
     `invocation_tokens`, `bdlora`, `qalora`, `pickled`, `sharded`, `unclean_names`, `foreign_names`,
+    `stacked_apart` (how many of q, v and gate are without an update, and stacked with modules that
+    have one), `tower_layers` (how many modules of towers are under `layers.N`),
     `trained_beside` (files without which answers are others), `tokens_added` (how many entries of
     an added_tokens.json beside it the base has no row for); texts: `format`, `init`,
     `architecture` (of the base, empty if unknown). Of the engine's models: `class_unserved`,
@@ -73,6 +78,8 @@ def facts(adapter: AdapterTensorSet, base: BaseModel | None, engine: str = "") -
             "output": any(_is_output(pair.module, base) for pair in pairs),
             "experts_fused": any(pair.kind is Kind.EXPERTS for pair in pairs),
             "tower": any(in_tower(pair.module) for pair in pairs),
+            "tower_layers": _tower_layers([pair.module for pair in pairs], base),
+            "stacked_apart": len(missing(adapter, base)),
             "base_changing_init": adapter.initialisation is not None,
             "init": (adapter.initialisation or "").lower(),
             "layer_replication": bool(adapter.layer_replication),
@@ -147,6 +154,14 @@ def _tokens_added(adapter: AdapterTensorSet, base: BaseModel | None) -> int:
     except AdapterKitError:
         return 0
     return sum(isinstance(place, int) and place >= rows for place in tokens.values())
+
+
+def _tower_layers(modules: Sequence[str], base: BaseModel | None) -> int:
+    """Return how many modules of towers are under `layers.N`, beside a text model's own layers."""
+    found = sum(in_tower(module) and bool(_LAYERS.search(module)) for module in modules)
+    beside = base.names if base else ()
+    text = [name for name in beside if _LAYERS.search(name) and not in_tower(name)]
+    return found if text or not beside else 0
 
 
 def _is_regex(targets: Any) -> bool:

@@ -21,8 +21,10 @@ def live_name(places: Places, module: str, match: Match | None) -> str:
     a stored name it is the table's.
     """
     model = places.base
-    if match is None:
-        return places.memory(module)
+    renamed = places.memory(module)
+    # A layout of experts is a spelling of its own, which may be another than that in memory.
+    if match is None or (renamed != module and match.rule.layout is None):
+        return renamed
     if match.rule.alias:
         return module
     canonical = match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))

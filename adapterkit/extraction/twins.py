@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from adapterkit.architectures.table import WeightRule
+    from adapterkit.base.assemblies import Assembly
     from adapterkit.base.model import BaseModel
 
 _TABLES = ("token_embd", "output")
@@ -151,6 +152,9 @@ class _HuggingFace:
         for name, tensor in self.tuned.tensors.items():
             if name in self.done:
                 continue
+            if units := self._assembled(name):
+                yield from units
+                continue
             there = self.there.find(name)
             if there is None and name == self.mine and self.base.tied:
                 there = self.there.embedding
@@ -246,11 +250,55 @@ class _HuggingFace:
             found.append(twin)
         return found
 
+    def _assembled(self, name: str) -> list[Twin]:
+        """Return the matrices that the class makes of a tensor, and of others with it."""
+        found: list[Twin] = []
+        for module in self.here.assembled_from(name):
+            new, old = self.here.assembly(module), self.there.assembly(module)
+            if (
+                new is None
+                or old is None
+                or (new.kind, len(new.names)) != (old.kind, len(old.names))
+            ):
+                return []
+            stacked = new.kind == "experts"
+            if stacked and self.layout != "fused":
+                return []
+            self.done |= set(new.names)
+            self.used |= set(old.names)
+            tensor = self.tuned.tensors[name]
+            found.append(
+                Twin(
+                    name,
+                    _of_assembly(self.base, old),
+                    _of_assembly(self.tuned, new),
+                    new.rows(tensor) if new.kind == "rows" else tensor,
+                    (module,),
+                    stacked=stacked,
+                    respelled=True,
+                )
+            )
+        for twin in found:
+            for first, second in zip(twin.base, twin.tuned, strict=True):
+                if first.shape != second.shape:
+                    raise _other_shape((self.base, first.name, first.shape), (name, second.shape))
+        return found
+
     def missing(self) -> tuple[BaseModel, list[str]] | None:
         if self.unpaired:
             return self.tuned, self.unpaired
         left = [name for name in self.base.tensors if name not in self.used]
         return (self.base, left) if left else None
+
+
+def _of_assembly(model: BaseModel, made: Assembly) -> tuple[Stored, ...]:
+    if made.kind == "rows":
+        (name,) = made.names
+        return (Stored((made.rows(model.tensors[name]),), model.path, name),)
+    return tuple(
+        Stored(tuple(model.tensors[name] for name in names), model.path, names[0])
+        for names in made.experts()
+    )
 
 
 def _is_copy(names: Places, output: str) -> bool:
@@ -327,7 +375,10 @@ def _no_matrix(name: str, tensor: LazyTensor, rule: WeightRule | None, kind: str
     if len(tensor.shape) < _MATRIX:
         kind = "norm" if rule is not None and rule.kind == "norm" else "vector"
         return f"is a {'bias' if name.endswith('.bias') else kind}"
-    if rule is None and kind in {"linear", "embedding", "conv1d"} and tensor.is_matrix:
+    whole = kind in {"linear", "embedding", "conv1d"} or (
+        kind == "bare" and name.endswith(".weight")
+    )
+    if rule is None and whole and tensor.is_matrix:
         return ""
     if rule is None:
         return f"is no matrix of a linear layer ({kind})" if kind else _UNKNOWN

@@ -13,6 +13,7 @@ from adapterkit.passes.magnitudes import truncated
 from adapterkit.passes.naming import NAMES, named
 from adapterkit.passes.pooling import decided
 from adapterkit.passes.protocol import Context, Pass, Passed
+from adapterkit.passes.stacking import stacked
 from adapterkit.passes.uniform import uniform
 from adapterkit.passes.vocabulary import matched
 
@@ -59,6 +60,12 @@ PASSES = (
         name="uniform",
         promise="every update stays the same, and all modules have one rank and one scale",
         change=uniform,
+    ),
+    Pass(
+        name="stacked",
+        promise="every update stays the same, and modules that an engine stacks with others have "
+        "one, of zero at least",
+        change=stacked,
     ),
     Pass(
         name=NAMES,

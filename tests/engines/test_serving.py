@@ -68,7 +68,9 @@ def test_findings_are_gone_and_the_update_is_the_same(
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["results"][0]["max_relative_error"] < 1e-6
         report = validate(made, base=base.hf, targets=[engine])
-        assert report.findings == (), engine
+        # SGLang wants factors of zero where a stacked module has none, and validate names them.
+        zero = {"AK205"} if engine == "sglang" else set[str]()
+        assert {finding.code for finding in report.findings} <= zero, engine
         assert {str(module.outcome) for module in report.targets[0].modules} == {"applied"}
         if (made / "adapter_config.json").is_file() and engine != "mlx":
             assert max_kl(wanted, logprobs(loaded(base, made), PROMPTS)) < 1e-9

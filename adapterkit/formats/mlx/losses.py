@@ -68,12 +68,14 @@ _SETTINGS: Mapping[str, tuple[str, str]] = {
 
 def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
     """List every reason at once; no tensor data is read but that of two updates of one table."""
+    if unserved := [*_unserved(options.base)]:
+        return unserved  # whatever else there is, no model of it is there to load it
     adapter = spelled_out(adapter)
     mapped = mlx_adapter(adapter, options.base)
     found = [*_by_role(adapter, options.base), *_by_setting(adapter), *_unplaced(adapter, mapped)]
     found += [*_dora(adapter), *_embeddings(adapter, options.base), *lost_metadata(adapter)]
     found += [*undeclared(adapter), *lost_beside(adapter.beside)]
-    found += [*_unserved(options.base), *_rigid(adapter, options.base)]
+    found += [*_rigid(adapter, options.base)]
     if options.dtype is DType.Q8_0:
         message = "MLX adapters hold f32, f16 or bf16; choose one with --outtype"
         found.append(Loss("quantised", "q8_0", message))

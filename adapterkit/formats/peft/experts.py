@@ -168,9 +168,14 @@ def _source(adapter: AdapterTensorSet) -> LoraConfig | None:
 
 def _is_bare(base: BaseModel | None, module: str) -> bool:
     from adapterkit.architectures.mapping import find_rule
+    from adapterkit.base.places import Places
 
-    match = find_rule(base.architecture, module) if base else None
-    return bool(match and match.rule.bare and base and base.expert_layout == "fused")
+    if base is None or base.expert_layout != "fused":
+        return False
+    if match := find_rule(base.architecture, module):
+        return match.rule.bare
+    cls = Places(base).cls
+    return cls is not None and cls.kind(f"{module}.{_WEIGHT}") == "bare"
 
 
 def _has_layout(base: BaseModel | None, module: str, layout: str) -> bool:

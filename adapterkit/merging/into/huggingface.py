@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import from_engine, to_engine
+from adapterkit.base.spreading import spread
 from adapterkit.errors import IncompatibleBaseError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.merging.into.magnitudes import column_magnitude_of, magnitude_of, moved_magnitudes
@@ -89,10 +90,22 @@ def _shown(shape: tuple[int, ...]) -> str:
 def _respelled(
     source: Source, names: Places, pairs: list[Update]
 ) -> Iterator[tuple[Update, list[str], Magnitude | None]]:
-    """Yield updates under the checkpoint's spelling of experts, by way of llama.cpp's names.
+    """Yield updates of what the class makes its weights of, and of experts in other spellings.
 
-    With each, the modules that it was made from, and its magnitudes.
+    The latter go by way of llama.cpp's names. With each, the modules that it was made from, and its
+    magnitudes.
     """
+    apart = spread(pairs, names)
+
+    def cut(markers: Iterable[Update]) -> Sequence[Update]:
+        return spread(markers, names).pairs
+
+    left = {pair.module for pair in apart.left}
+    taken = [pair for pair in pairs if pair.module not in left]
+    magnitudes = moved_magnitudes(source, taken, cut)
+    for pair in apart.pairs:
+        yield pair, list(apart.sources[pair.module]), magnitudes.get(pair.module)
+    pairs = apart.left
     if not pairs:
         return
     base = names.base
@@ -152,6 +165,14 @@ def _without(source: Source, names: Places, parameter: str) -> IncompatibleBaseE
 
 
 def _absent(source: Source, names: Places, module: str) -> IncompatibleBaseError:
+    made = names.assembly(module)
+    if made is not None and not made.known:
+        return IncompatibleBaseError(
+            f"is no part of a tensor as it is in the base {names.base.path}: transformers makes it "
+            f"of {made.names[0]} ({made.kind}); merge in PEFT and save the model there",
+            path=source.label,
+            where=module,
+        )
     return IncompatibleBaseError(
         f"is not in the base {names.base.path}; is it the right base?",
         path=source.label,

@@ -1,0 +1,96 @@
+"""What vLLM and SGLang make of modules by their paths, as their loaders read them.
+
+vLLM holds the last name of a module against those of the model's linear layers: an unknown one is
+a ValueError, and a known one under a path that the model has not is passed over. SGLang reads the
+number behind `layers.` and the last name, and stacks q, k and v, gate and up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import transformers
+
+from adapterkit import convert, read, validate, write
+from adapterkit.keys import Role, TensorKey
+from adapterkit.model import AdapterTensorSet
+from adapterkit.tensor import LazyTensor
+from fixtures.classes.tiny import built
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYER = "model.layers.0"
+
+
+def saved(name: str, shapes: dict[str, tuple[int, int]], folder: Path) -> Path:
+    """Save a tiny model of a class, and an adapter with an update of each module, (out, in)."""
+    model: Any = built(getattr(transformers, name), "cpu")
+    model.save_pretrained(str(folder / "base"))
+    numbers = np.random.default_rng(0)
+    tensors: dict[TensorKey, LazyTensor] = {}
+    for module, (rows, columns) in shapes.items():
+        for role, shape in ((Role.LORA_A, (2, columns)), (Role.LORA_B, (rows, 2))):
+            values = numbers.normal(size=shape).astype(np.float32)
+            tensors[TensorKey(module, role)] = LazyTensor.of(values)
+    write(AdapterTensorSet(tensors=tensors, scales=dict.fromkeys(shapes, 1.0)), folder / "adapter")
+    return folder / "adapter"
+
+
+def outcome(adapter: Path, engine: str) -> tuple[dict[str, int], str, set[str]]:
+    report = validate(adapter, base=adapter.parent / "base", targets=[engine])
+    judged = report.targets[0]
+    counts = {name: len(modules) for name, modules in judged.coverage.items() if modules}
+    return counts, str(judged.verdict), {finding.code for finding in report.findings}
+
+
+@pytest.mark.parametrize(
+    ("module", "counts"),
+    [
+        (f"{LAYER}.self_attn.q_proj", {"applied": 1}),
+        ("model.blocks.0.self_attn.q_proj", {"ignored": 1}),
+        (f"{LAYER}.self_attn.wibble", {"refused": 1}),
+    ],
+)
+def test_vllm_refuses_last_names_and_passes_over_paths(
+    module: str, counts: dict[str, int], tmp_path: Path
+) -> None:
+    adapter = saved("Qwen3ForCausalLM", {module: (64, 64)}, tmp_path)
+    assert outcome(adapter, "vllm")[0] == counts
+
+
+@pytest.mark.parametrize(
+    ("modules", "missing"),
+    [
+        (("self_attn.q_proj",), {"self_attn.v_proj"}),
+        (("self_attn.k_proj",), {"self_attn.q_proj", "self_attn.v_proj"}),
+        (("self_attn.q_proj", "self_attn.v_proj"), set[str]()),
+        (("mlp.up_proj",), {"mlp.gate_proj"}),
+        (("mlp.gate_proj",), set[str]()),
+    ],
+)
+def test_sglang_gets_factors_of_zero_for_what_it_stacks(
+    modules: tuple[str, ...], missing: set[str], tmp_path: Path
+) -> None:
+    sizes = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}
+    shapes = {f"{LAYER}.{name}": sizes.get(name.split(".")[-1], (96, 64)) for name in modules}
+    adapter = saved("Qwen3ForCausalLM", shapes, tmp_path)
+    _, verdict, codes = outcome(adapter, "sglang")
+    assert (verdict, "SGL015" in codes) == (("refused", True) if missing else ("applied", False))
+    made = tmp_path / "made"
+    convert(adapter, made, base=tmp_path / "base", for_engine="sglang")
+    added = set(read(made).modules) - set(read(adapter).modules)
+    assert added == {f"{LAYER}.{name}" for name in missing}
+    assert all(not read(made).update_of(name).delta().any() for name in added)
+    made.rename(tmp_path / "adapter-made")
+    report = validate(tmp_path / "adapter-made", base=tmp_path / "base", targets=["sglang"])
+    assert str(report.targets[0].verdict) == "applied"
+
+
+def test_sglang_passes_over_what_is_under_no_layers(tmp_path: Path) -> None:
+    module = "transformer.h.0.attn.c_attn"
+    adapter = saved("GPT2LMHeadModel", {module: (192, 64)}, tmp_path)
+    counts, verdict, _ = outcome(adapter, "sglang")
+    assert (counts, verdict) == ({"ignored": 1}, "no effect")
