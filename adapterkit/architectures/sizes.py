@@ -53,7 +53,8 @@ class Sizes:
         side: `hf` or `gguf`, the kind of `facts`.
         facts: raw keys: of config.json, or of the GGUF header without the architecture's prefix and
             with dots as double underscores. Lists hold one value per layer; what a nested config
-            or list holds is named outer__inner, outer__0.
+            or list holds is named outer__inner, outer__0, and outer__inner of a list of configs is
+            the list of theirs.
         path: what states them, for messages.
     """
 
@@ -162,13 +163,20 @@ class Sizes:
 
 
 def _stated(facts: Mapping[str, Any], name: str) -> Any:
-    """Return a fact, or one of a nested config or list, spelled outer__inner or outer__0."""
+    """Return a fact, or one of a nested config or list, spelled outer__inner or outer__0.
+
+    Of a list of configs, one for each layer, outer__inner is the list of theirs.
+    """
     if name in facts or "__" not in name:
         return facts.get(name)
     outer, inner = name.split("__", 1)
     nested = facts.get(outer)
-    if isinstance(nested, list) and inner.isdecimal():
-        return dict(enumerate(cast("list[Any]", nested))).get(int(inner))
+    if isinstance(nested, list):
+        entries = cast("list[Any]", nested)
+        if inner.isdecimal():
+            return dict(enumerate(entries)).get(int(inner))
+        layers = [each for each in entries if isinstance(each, dict)]
+        return [_stated(each, inner) for each in layers] if len(layers) == len(entries) else None
     return _stated(cast("Mapping[str, Any]", nested), inner) if isinstance(nested, dict) else None
 
 

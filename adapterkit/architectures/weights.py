@@ -139,16 +139,18 @@ def model_to_engine(
 
 
 def _place(architecture: Architecture, name: str) -> tuple[_Place, int | None]:
+    whole = find_rule(architecture, name)
+    if whole and whole.rule.kind in _WHOLE:
+        return _Place(whole.rule, whole.layer, ""), whole.expert
     for suffix in _SUFFIXES:
         if not name.endswith(suffix):
             continue
         match = find_rule(architecture, name.removesuffix(suffix))
         if match and match.rule.kind not in _WHOLE:
             return _Place(match.rule, match.layer, suffix), match.expert
-    if match := find_rule(architecture, name):
-        # A bare parameter: fused experts, or a tensor whose names the table gives whole.
-        suffix = "" if match.rule.kind in _WHOLE else ".weight"
-        return _Place(match.rule, match.layer, suffix), match.expert
+    if whole:
+        # A bare parameter: fused experts.
+        return _Place(whole.rule, whole.layer, ".weight"), whole.expert
     raise UnsupportedError(
         f"no rule of {architecture.name!r} says which llama.cpp tensor this is", where=name
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import pytest
+from converter_formulas import RECORDED
 from engine import (
     convert_adapter,
     engine_logprobs,
@@ -87,11 +88,13 @@ def named(rule: WeightRule, expert: int = 0) -> str:
 @pytest.mark.parametrize("name", families())
 def test_family_is_one_that_llama_cpp_knows(name: str) -> None:
     family = load(name)
-    # The engine test runs what is newer than the package.
-    assert family.gguf in gguf.MODEL_ARCH_NAMES.values() or family.verified == "engine"
+    # The engine test, or the record of the converter, has what is newer than the package.
+    known = {*gguf.MODEL_ARCH_NAMES.values(), *RECORDED}
+    assert family.gguf in known or family.verified == "engine"
     assert family.verified in {"engine", "dense", "no"}
     assert family.classes
-    assert family.model_types
+    # A class of remote code may go by another family's model type.
+    assert family.model_types or family.verified == "dense"
 
 
 @pytest.mark.parametrize("name", families())

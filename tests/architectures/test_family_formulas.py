@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import pytest
+from converter_formulas import CASES as RECORDED
 from expert_formulas import CASES
 from safetensors.numpy import save_file
 
@@ -174,7 +175,7 @@ DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Module]]] = {
 }
 
 
-DENSE |= CASES
+DENSE |= CASES | RECORDED
 
 
 def write_adapter(folder: Path, modules: Mapping[str, Module]) -> dict[str, Array]:

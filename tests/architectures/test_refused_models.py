@@ -44,7 +44,7 @@ def test_reason_is_given(config: dict[str, object], reason: str, tmp_path: Path)
         ({"model_type": "gemma3_text"}, "gemma3"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "gemma-embedding"),
         ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "t5encoder"),
-        ({"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}, ""),
+        ({"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}, "jina-bert-v2"),
         ({"architectures": ["BaichuanM1ForCausalLM"], "model_type": "llama"}, ""),
     ],
 )
