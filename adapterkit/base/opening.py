@@ -29,7 +29,9 @@ _TEXT_TOWERS = {
     "llm_config": "model.language_model.",
     "language_config": "model.language_model.",
 }
-_USUAL_TOWER, _TABLE = ".language_model.", ".embed_tokens.weight"
+_USUAL_TOWER = ".language_model."
+# The table of a text tower; of a class without a tower it is the trunk's own.
+_TABLE = re.compile(r"(?:(.+)\.)??(?:embed_tokens|embeddings\.tok_embeddings)\.weight")
 INDEX = "model.safetensors.index.json"
 _WORD = text(1 << 8)
 # The names of split models count to 99999; the largest one has some two hundred.
@@ -151,7 +153,8 @@ def _open_config(path: Path, name: str | None) -> BaseModel:
 def _text_prefix(config: Mapping[str, Any], classes: Iterable[str]) -> str:
     """Return what the paths of a wrapper's text tower begin with; empty if it is no wrapper.
 
-    Most have `language_model`; a class that is known has its own (`text_model` of SmolVLM).
+    Most have `language_model`; a class that is known has its own (`text_model` of SmolVLM), or
+    none, if its own trunk has a part of the configuration that is called so.
     """
     from adapterkit.base.classes import model_class
 
@@ -159,9 +162,11 @@ def _text_prefix(config: Mapping[str, Any], classes: Iterable[str]) -> str:
     known = next(filter(None, map(model_class, classes)), None)
     if not usual.endswith(_USUAL_TOWER) or known is None or known.headless or not known.prefix:
         return usual
-    towers = {name.removesuffix(_TABLE) for name in known.kinds if name.endswith(_TABLE)}
-    tower = towers.pop() if len(towers) == 1 else ""
-    return usual if not tower or "." in tower else f"{known.prefix}.{tower}."
+    towers = {found[1] for found in map(_TABLE.fullmatch, known.kinds) if found}
+    tower = towers.pop() if len(towers) == 1 else usual
+    if tower and "." in tower:
+        return usual
+    return f"{known.prefix}.{tower}." if tower else ""
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
