@@ -175,8 +175,9 @@ def _stated(facts: Mapping[str, Any], name: str) -> Any:
         entries = cast("list[Any]", nested)
         if inner.isdecimal():
             return dict(enumerate(entries)).get(int(inner))
-        layers = [each for each in entries if isinstance(each, dict)]
-        return [_stated(each, inner) for each in layers] if len(layers) == len(entries) else None
+        layers = [cast("dict[str, Any]", each) for each in entries if isinstance(each, dict)]
+        whole = layers and len(layers) == len(entries)
+        return [_stated(each, inner) for each in layers] if whole else None
     return _stated(cast("Mapping[str, Any]", nested), inner) if isinstance(nested, dict) else None
 
 
