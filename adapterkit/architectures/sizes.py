@@ -176,7 +176,8 @@ def _stated(facts: Mapping[str, Any], name: str) -> Any:
         if inner.isdecimal():
             return dict(enumerate(entries)).get(int(inner))
         layers = [cast("dict[str, Any]", each) for each in entries if isinstance(each, dict)]
-        return [_stated(each, inner) for each in layers] if len(layers) == len(entries) else None
+        whole = layers and len(layers) == len(entries)
+        return [_stated(each, inner) for each in layers] if whole else None
     return _stated(cast("Mapping[str, Any]", nested), inner) if isinstance(nested, dict) else None
 
 

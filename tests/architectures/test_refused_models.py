@@ -46,6 +46,13 @@ def test_reason_is_given(config: dict[str, object], reason: str, tmp_path: Path)
         ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "t5encoder"),
         ({"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}, "jina-bert-v2"),
         ({"architectures": ["BaichuanM1ForCausalLM"], "model_type": "llama"}, ""),
+        (
+            {
+                "architectures": ["InternVLChatModel"],
+                "llm_config": {"architectures": ["InternLM2ForCausalLM"]},
+            },
+            "internlm2",
+        ),
     ],
 )
 def test_class_decides(config: dict[str, object], family: str, tmp_path: Path) -> None:

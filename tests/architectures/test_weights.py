@@ -312,3 +312,15 @@ def test_nested_facts_and_what_is_stated() -> None:
     told = Sizes(tower, "gguf", {"rope__dimension_sections": [2, 3, 3, 0]})
     assert told.fact("sections") is True
     assert Sizes(tower, "gguf", {}).fact("sections") is False
+
+
+def test_facts_of_configs_of_which_each_layer_has_one() -> None:
+    deci = load("deci")
+    blocks = [{"attention": {"n_heads_in_group": size}} for size in (8, None, 4)]
+    known = Sizes(deci, "hf", {"num_attention_heads": 8, "block_configs": blocks})
+    assert [known.get("kv_heads", layer) for layer in range(3)] == [1, None, 2]
+    for odd in ([], [*blocks, 1], {}):
+        assert (
+            Sizes(deci, "hf", {"num_attention_heads": 8, "block_configs": odd}).get("kv_heads")
+            is None
+        )
