@@ -21,7 +21,7 @@ from adapterkit.errors import (
 from adapterkit.formats.builtin import BUILTIN
 from adapterkit.keys import Role
 from adapterkit.lowrank.effect import IDLE, idle
-from adapterkit.model import AdapterTensorSet, BesideKind
+from adapterkit.model import AdapterTensorSet, BesideKind, Kind
 from adapterkit.model.beside import MOST_NAMED
 from adapterkit.notes import Loss, first_and_more
 from adapterkit.output import staged
@@ -51,6 +51,7 @@ OUTTYPES = {
 }
 # Suffixes that several formats have.
 _SHARED_SUFFIXES = {".safetensors", ".npz", ".bin"}
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 # What looks like the suffix of a file: `.ggf`, and not the `.5` or `.1-lora` of a model's name.
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,11}")
 
@@ -195,6 +196,7 @@ def admitted(
         IncompatibleBaseError: if it does not fit the base.
         LossyConversionError: if something would be lost and may not be, or if nothing would be
             left; lists every reason.
+        UnsupportedError: if nothing was trained, or experts are spelled in two ways.
     """
     path = adapter.provenance.path if adapter.provenance else None
     grown: set[str] = set()
@@ -206,6 +208,7 @@ def admitted(
         raise UnsupportedError(what, path=path)
     if passed and not allow_lossy:
         raise LossyConversionError(passed, path=path)
+    _check_experts(adapter, path)
     if options.base:
         from adapterkit.base.fit import check_fit
 
@@ -310,6 +313,21 @@ def _beside(adapter: AdapterTensorSet, modules: set[str]) -> AdapterTensorSet:
     """Return an adapter without some modules."""
     kept = {key: tensor for key, tensor in adapter.tensors.items() if key.module not in modules}
     return adapter.replace(tensors=kept) if modules else adapter
+
+
+def _check_experts(adapter: AdapterTensorSet, path: Path | None) -> None:
+    """Refuse experts that are stacked and one by one: who loads one spelling leaves the other."""
+    modules = [update.module for update in adapter.pairs()]
+    alone = next((module for module in modules if _EXPERT.search(module)), None)
+    stacks = (m for m in modules if adapter.kinds.get(m) is Kind.EXPERTS and ".experts" in m)
+    stacked = next(stacks, None)
+    if alone and stacked:
+        raise UnsupportedError(
+            f"is an expert, and those of {stacked} are stacked: no model has both; merge the "
+            "adapters into the base instead (adapterkit merge --into)",
+            path=path,
+            where=alone,
+        )
 
 
 def _carried(adapter: AdapterTensorSet, losses: Sequence[Loss]) -> list[str]:

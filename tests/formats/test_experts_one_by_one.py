@@ -14,10 +14,12 @@ from engine import (
 )
 from safetensors.numpy import load_file, save_file
 
+from adapterkit import merge_files
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.conversion import convert
 from adapterkit.errors import (
     IncompatibleBaseError,
+    UnsupportedError,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +82,18 @@ def test_missing_experts_are_zero_and_mixed_ranks_are_brought_together(
             ours = alpha / b.shape[-1] * (b[expert] @ a[expert])
             wanted = expected.get((expert, name), np.zeros_like(ours))
             np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_in_two_spellings_are_no_adapter(mixtral: BaseFixture, tmp_path: Path) -> None:
+    """A merge of two layouts: PEFT loads the stacks, and none of what is said one by one."""
+    write_one_by_one(tmp_path / "single", RANKS)
+    convert(tmp_path / "single", tmp_path / "a.gguf", base=mixtral.hf)
+    convert(tmp_path / "a.gguf", tmp_path / "fused", base=mixtral.hf, moe_layout="fused")
+    sources = [tmp_path / "single", tmp_path / "fused"]
+    for name in ("merged", "merged.gguf"):
+        with pytest.raises(UnsupportedError, match=r"0\.w1: is an expert, and those of .* stacked"):
+            merge_files(sources, tmp_path / name, base=mixtral.hf)
+        assert not (tmp_path / name).exists()
 
 
 def test_expert_that_the_base_does_not_have_is_refused(

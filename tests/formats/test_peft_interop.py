@@ -303,6 +303,30 @@ def test_a_bias_of_some_modules_is_one_of_all_to_peft(tmp_path: Path) -> None:
         assert np.allclose((layer.bias - old).detach().numpy(), 0.7 * extra, atol=1e-6)
 
 
+@pytest.mark.parametrize(("container", "target"), [("out", "head.out"), ("mid", "out")])
+def test_a_target_hits_no_module_that_holds_others(
+    container: str, target: str, tmp_path: Path
+) -> None:
+    """PEFT raises where a container has the name of a target: the whole path is written then."""
+    head, inner = (torch.nn.ModuleDict({"out": torch.nn.Linear(4, 4)}) for _ in range(2))
+    inner["dense"] = inner.pop("out")
+    network = torch.nn.ModuleDict({"head": head, "tail": torch.nn.ModuleDict({container: inner})})
+    (tmp_path / "base").mkdir()
+    save_file(network.state_dict(), tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(
+        '{"model_type": "net", "architectures": ["Net"]}'
+    )
+    factors = np.ones((2, 4), np.float32)
+    update = Update("head.out", LazyTensor.of(factors), LazyTensor.of(factors.T), 0.5)
+    write(AdapterTensorSet.of([update], {}), tmp_path / "a", base=tmp_path / "base")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"] == [
+        target
+    ]
+    tuned = PeftModel.from_pretrained(network, str(tmp_path / "a"))
+    adapted = [name for name, module in tuned.named_modules() if isinstance(module, LoraLayer)]
+    assert adapted == ["base_model.model.head.out"]
+
+
 def test_base_copy_is_no_part_of_the_update(base: Path, tmp_path: Path) -> None:
     tuned(base, tmp_path, r=4, target_modules=["lm_head"])
     adapter = read_peft(tmp_path, FormatOptions())

@@ -347,9 +347,17 @@ def _base_modules(base: BaseModel | None) -> set[str]:
     if base is None or base.text_prefix or _has_tower(base.architecture):
         return set()  # a suffix could hit a vision tower that no table lists
     if base.kind == "hf" and base.has_tensors:
-        named = {name.removesuffix(".weight") for name in base.names if name.endswith(".weight")}
+        # What only holds other modules is hit, too, and PEFT has no adapter for it.
+        named = {module for name in base.names for module in _parents(name)}
         return named if base.architecture.known else set(map(Places(base).memory, named))
     return set(_table_modules(base))
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Yield the modules that a parameter is in, from the outermost."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        yield ".".join(parts[:depth])
 
 
 def _has_tower(architecture: Architecture) -> bool:
