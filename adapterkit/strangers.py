@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import shlex
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -128,7 +129,12 @@ def _folder(rule: dict[str, Any], path: Path) -> str | None:
     if first is None or not all(found):
         return None
     file = first.relative_to(path)
-    parts = {"{file}": file.as_posix(), "{folder}": file.parent.as_posix(), "{path}": str(path)}
+    parts = {
+        "{file}": file.as_posix(),
+        "{folder}": file.parent.as_posix(),
+        "{quoted}": shlex.quote(str(path)),
+        "{path}": str(path),
+    }
     said = _said(rule, base=False)
     for mark, part in parts.items():
         said = said.replace(mark, part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -162,6 +163,8 @@ def identity(path: Path) -> str:
     with readable(path):
         for file in _files(path) if path.is_dir() else [path]:
             known = file.stat()
+            if not stat.S_ISREG(known.st_mode):  # a pipe is waited for without end
+                raise FormatError("is not a regular file", path=file)
             name = file.relative_to(path) if file != path else file.name
             whole.update(f"{name}\0{known.st_size}\0{known.st_mtime_ns}\0".encode())
             with file.open("rb") as opened:

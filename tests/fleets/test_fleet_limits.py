@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from adapterkit import run_fleet
-from adapterkit.errors import UsageError
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.fleets.discovery import identity
 from adapterkit.fleets.running import LEDGER
 
 pytestmark = pytest.mark.slow
@@ -190,3 +191,9 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     report = run_fleet("inspect", [folder], results, jobs=1)
     assert (report.looked_at, report.done) == (6, 9)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FormatError, match="pipe: is not a regular file"):
+        identity(tmp_path / "pipe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tarfile
 import warnings
@@ -282,3 +283,11 @@ def test_safetensors_beside_a_config_are_read_under_any_name(tmp_path: Path) -> 
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     for path in (folder, folder / "adapter_model.bin"):
         assert invoke("inspect", path).exit_code == 0
+
+
+def test_a_command_that_is_advised_has_the_path_as_a_shell_takes_it(tmp_path: Path) -> None:
+    model = tmp_path / "it's a model"
+    model.mkdir()
+    said = invoke("inspect", whole_model(model)).stderr
+    words = shlex.split(said.rpartition(": ")[2])
+    assert words[words.index("--tuned") + 1] == str(model)
