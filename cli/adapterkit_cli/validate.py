@@ -98,7 +98,7 @@ def command(
         raise click.UsageError("SRC is missing; name an adapter, or a code with --explain")
     import adapterkit
 
-    with watching("validating", "modules" if len(sources) == 1 else "adapters") as progress:
+    with watching("validating", "steps" if len(sources) == 1 else "adapters") as progress:
         attempts = adapterkit.for_each(
             adapterkit.validate,
             sources,
