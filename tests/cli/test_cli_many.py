@@ -70,6 +70,19 @@ def test_convert_writes_each_under_its_name(tmp_path: Path) -> None:
     assert invoke("diff", WEAK, tmp_path / "out" / "tiny-weak.gguf", "--base", BASE).exit_code == 0
 
 
+def test_an_output_is_called_what_its_source_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latest").symlink_to(TINY)
+    done = invoke("convert", tmp_path / "latest", WEAK, "-o", tmp_path / "out", "--to", "peft")
+    assert done.exit_code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"latest", "tiny-weak"}
+    # Where one stands in it, its name is that of the directory.
+    monkeypatch.chdir(tmp_path / "out" / "latest")
+    (attempt,) = adapterkit.convert_all(".", tmp_path / "again")
+    assert attempt.get().destination == str(tmp_path / "again" / "latest")
+
+
 def test_outputs_of_one_name_are_refused_before_any_work(tmp_path: Path) -> None:
     done = invoke("convert", TINY, PEFT / "base" / ".." / "tiny", "-o", tmp_path / "out")
     assert done.exit_code == 2
