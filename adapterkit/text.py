@@ -150,7 +150,8 @@ def _fitted(table: Sequence[Sequence[str]], width: int | None) -> list[int]:
     room = width - len(_GAP) * (len(fitted) - 1)
     narrow = [min(size, _NARROW) for size in fitted]
     words = [max(len(word) for cell in column for word in cell.split() or "-") for column in table]
-    for least in (list(map(max, narrow, words)), narrow):
+    whole = [max(pair) for pair in zip(narrow, words, strict=True)]
+    for least in (whole, narrow):
         loose = [n for n, size in enumerate(fitted) if size > least[n]]
         while sum(fitted) > room and loose:
             widest = max(loose, key=fitted.__getitem__)
