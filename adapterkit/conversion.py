@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,7 +205,8 @@ def _places(
     places: dict[str, Path] = {}
     for source in map(named, sources):
         path = Path(source)
-        name = path.stem if path.is_file() else path.resolve().name
+        # As it was named: a link is not called what it leads to.
+        name = path.stem if path.is_file() else Path(os.path.abspath(path)).name  # noqa: PTH100
         if folder / (name + suffix) in places.values():
             raise UsageError(
                 f"two outputs would be called {name + suffix}; convert one of them alone",

@@ -131,7 +131,7 @@ def printable(text: str) -> str:
 def columns(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), pen: Pen = PLAIN) -> str:
     """Return rows aligned on the left; cells are folded where the pen's width asks for it."""
     cells = [[printable(cell) for cell in row] for row in (*([header] if header else []), *rows)]
-    widths = _fitted([max(map(len, column)) for column in zip(*cells, strict=True)], pen.width)
+    widths = _fitted(list(zip(*cells, strict=True)), pen.width)
     lines: list[str] = []
     for place, row in enumerate(cells):
         folded = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
@@ -142,14 +142,21 @@ def columns(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), pen: P
     return "\n".join(lines)
 
 
-def _fitted(widths: list[int], width: int | None) -> list[int]:
-    """Return the widths of columns that fit: the widest give way."""
+def _fitted(table: Sequence[Sequence[str]], width: int | None) -> list[int]:
+    """Return the widths of columns that fit: the widest give way, words only where they must."""
+    fitted = [max(map(len, column)) for column in table]
     if width is None:
-        return widths
-    room = width - len(_GAP) * (len(widths) - 1)
-    fitted = list(widths)
-    while sum(fitted) > room and max(fitted, default=0) > _NARROW:
-        fitted[fitted.index(max(fitted))] -= 1
+        return fitted
+    room = width - len(_GAP) * (len(fitted) - 1)
+    narrow = [min(size, _NARROW) for size in fitted]
+    words = [max(len(word) for cell in column for word in cell.split() or "-") for column in table]
+    whole = [max(pair) for pair in zip(narrow, words, strict=True)]
+    for least in (whole, narrow):
+        loose = [n for n, size in enumerate(fitted) if size > least[n]]
+        while sum(fitted) > room and loose:
+            widest = max(loose, key=fitted.__getitem__)
+            fitted[widest] -= 1
+            loose = [n for n in loose if fitted[n] > least[n]]
     return fitted
 
 

@@ -86,7 +86,7 @@ def command(
     if destination == _STREAM:
         _stream(sources, given)
         return
-    what = "modules" if len(sources) == 1 else "adapters"
+    what = "steps" if len(sources) == 1 else "adapters"
     with watching("converting", what) as progress:
         if len(sources) == 1:
             attempts = adapterkit.for_each(

@@ -34,6 +34,7 @@ from adapterkit_cli.progress import watching
 )
 @click.option(
     "--seconds",
+    metavar="N",
     type=click.FloatRange(min=1),
     default=300.0,
     show_default=True,

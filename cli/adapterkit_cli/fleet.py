@@ -69,7 +69,12 @@ def command() -> None:
 @_jobs
 @_dask
 @click.option(
-    "--tries", type=click.IntRange(min=1), default=3, show_default=True, help="Of what fails."
+    "--tries",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Of what fails.",
 )
 @click.option(
     "--timeout",

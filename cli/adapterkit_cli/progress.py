@@ -37,7 +37,7 @@ def progress_bar(what: str, *, unit: str = "bytes") -> Generator[Callable[[int, 
 
 
 @contextmanager
-def watching(what: str, unit: str = "modules") -> Generator[Callable[[int, int], None] | None]:
+def watching(what: str, unit: str = "steps") -> Generator[Callable[[int, int], None] | None]:
     """Show how far the functions of the library that run in the block are."""
     from adapterkit import watched
 
@@ -46,20 +46,28 @@ def watching(what: str, unit: str = "modules") -> Generator[Callable[[int, int],
 
 
 class _Bar:
-    """A bar that appears after a while."""
+    """A bar that appears after a while; work in several parts says in which it is."""
 
     def __init__(self, what: str, unit: str) -> None:
         self._what, self._unit = what, unit
         self._begun = time.monotonic()
         self._shown: Progress | None = None
+        self._part, self._done = 1, 0
 
     def update(self, done: int, total: int) -> None:
-        if self._shown is None and time.monotonic() - self._begun > _PATIENCE:
-            self._shown = self._start()
+        begins, self._done = done < self._done, done
+        self._part += begins
+        if self._shown is not None and begins:
+            self._shown.reset(self._shown.task_ids[0], total=total, description=self._words())
         if self._shown is not None:
             self._shown.update(self._shown.task_ids[0], completed=done, total=total)
+        elif time.monotonic() - self._begun > _PATIENCE:
+            self._shown = self._start(done, total)
 
-    def _start(self) -> Progress:
+    def _words(self) -> str:
+        return self._what if self._part == 1 else f"{self._what}, part {self._part}"
+
+    def _start(self, done: int, total: int) -> Progress:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -81,7 +89,7 @@ class _Bar:
             console=Console(stderr=True),
             transient=True,
         )
-        shown.add_task(self._what, total=None)
+        shown.add_task(self._words(), total=total, completed=done)
         shown.start()
         return shown
 

@@ -31,12 +31,20 @@ class Listing:
         rows: what JSON holds of each.
         header: names of the columns.
         cells: the columns of a row.
+        columns: how many of them a terminal shows without --verbose; all by default.
     """
 
     title: str
     rows: Callable[[], Sequence[Mapping[str, Any]]]
     header: tuple[str, ...]
     cells: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    columns: int | None = None
+
+    def table(self, rows: Sequence[Mapping[str, Any]], *, whole: bool) -> str:
+        """Return the rows as a table: all columns, or those that a terminal has room for."""
+        shown = None if whole else self.columns
+        cells = [self.cells(row)[:shown] for row in rows]
+        return rendering.columns(cells, header=self.header[:shown])
 
 
 def _formats() -> list[dict[str, Any]]:
@@ -203,6 +211,7 @@ LISTINGS = {
         _engines,
         ("name", "title", "rules", "checked", "source"),
         lambda r: (r["name"], r["title"], str(len(r["rules"])), r["checked"], r["source"]),
+        columns=4,
     ),
     "methods": Listing(
         "what --method of `merge` takes, and what --param takes with it",
@@ -216,6 +225,7 @@ LISTINGS = {
             r["source"],
             ", ".join(f"{each.name} ({each.programs})" for each in r["aliases"]),
         ),
+        columns=4,
     ),
     "dialects": Listing(
         "key grammars of hand-written adapters, for --dialect",
@@ -272,6 +282,9 @@ def command(kind: str | None, *, as_json: bool) -> None:
     if as_json:
         rendering.emit_json({kind: rows})
         return
-    rendering.emit(rendering.columns([listing.cells(row) for row in rows], header=listing.header))
+    whole = manner.verbose() or rendering.pen().width is None
+    rendering.emit(listing.table(rows, whole=whole))
+    if left := listing.header[listing.columns :] if listing.columns and not whole else ():
+        rendering.remark("note", f"-v shows {' and '.join(left)} too")
     if manner.verbose():
         rendering.remark("note", listing.title)

@@ -99,7 +99,7 @@ def command(
     import adapterkit
 
     options.check_page(html, force=force)
-    with watching("validating", "modules" if len(sources) == 1 else "adapters") as progress:
+    with watching("validating", "steps" if len(sources) == 1 else "adapters") as progress:
         attempts = adapterkit.for_each(
             adapterkit.validate,
             sources,

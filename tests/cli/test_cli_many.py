@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import click
 import pytest
 from terminal import BASE, PEFT, TINY, invoke
 
@@ -67,6 +68,19 @@ def test_convert_writes_each_under_its_name(tmp_path: Path) -> None:
         "tiny.gguf",
     ]
     assert invoke("diff", WEAK, tmp_path / "out" / "tiny-weak.gguf", "--base", BASE).exit_code == 0
+
+
+def test_an_output_is_called_what_its_source_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latest").symlink_to(TINY)
+    done = invoke("convert", tmp_path / "latest", WEAK, "-o", tmp_path / "out", "--to", "peft")
+    assert done.exit_code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"latest", "tiny-weak"}
+    # Where one stands in it, its name is that of the directory.
+    monkeypatch.chdir(tmp_path / "out" / "latest")
+    (attempt,) = adapterkit.convert_all(".", tmp_path / "again")
+    assert attempt.get().destination == str(tmp_path / "again" / "latest")
 
 
 def test_outputs_of_one_name_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -239,10 +253,11 @@ def on_terminal(*arguments: str, width: int, **environment: str) -> str:
 @pytest.mark.parametrize("kind", ["formats", "families", "engines", "codes"])
 @pytest.mark.parametrize("width", [60, 100])
 def test_tables_fit_the_terminal_and_lose_no_word(kind: str, width: int) -> None:
-    shown = on_terminal("list", kind, width=width, TERM="dumb")
-    assert "\x1b" not in shown
+    said = on_terminal("list", kind, "-v", width=width, TERM="dumb")
+    shown = said.partition("\nnote: ")[0]
+    assert "\x1b" not in said
     assert max(map(len, shown.splitlines())) <= width
-    whole = invoke("list", kind).stdout
+    whole = invoke("list", kind, "-v").stdout
     assert sorted("".join(shown.split())) == sorted("".join(whole.split()))
 
 
@@ -356,6 +371,15 @@ def test_a_bar_appears_once_work_takes_long_and_has_an_end(
     shown = capsys.readouterr().err
     assert "reading" in shown
     assert "12/12" in shown
+    assert "/?" not in click.unstyle(shown)
+    with progress.watching("converting") as told:
+        assert told is not None
+        for done, total in ((0, 2), (2, 2), (0, 3), (3, 3)):
+            told(done, total)
+    shown = click.unstyle(capsys.readouterr().err)
+    assert "converting ━" in shown
+    assert "converting, part 2 ━" in shown
+    assert "3/3 steps" in shown
     monkeypatch.setenv("TERM", "dumb")
     with progress.watching("reading", "tensors"):
         adapterkit.inspect(TINY)

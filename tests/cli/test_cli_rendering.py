@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from adapterkit import DType
+from adapterkit import DType, text
 from adapterkit_cli import rendering
 
 
@@ -77,3 +77,33 @@ def test_entries_without_a_value_are_left_out() -> None:
 def test_no_number_is_a_dash() -> None:
     assert rendering.short(None) == "-"
     assert rendering.short(0.000123456) == "0.000123"
+
+
+def test_words_stay_whole_while_a_column_of_words_can_give_way() -> None:
+    rows = [
+        ("self_attn.q_proj", "the weighted sum of every update in turn", "922 kB"),
+        ("unreadable", "", "1"),
+    ]
+    told = text.columns(rows, header=("family", "what it is", "size"), pen=text.Pen(width=40))
+    assert told.split("\n") == [
+        "family            what it is      size",
+        "self_attn.q_proj  the weighted    922 kB",
+        "                  sum of every",
+        "                  update in turn",
+        "unreadable                        1",
+    ]
+    # Where nothing else helps, words are broken too: the table fits.
+    narrow = text.columns([("self_attn.q_proj", "self_attn.v_proj")], pen=text.Pen(width=20))
+    assert all(len(line) <= 20 for line in narrow.split("\n"))
+
+
+def test_a_list_on_a_terminal_leaves_wide_columns_to_verbose() -> None:
+    from adapterkit_cli.tables import LISTINGS
+
+    for name in ("engines", "methods"):
+        listing = LISTINGS[name]
+        whole = listing.table(listing.rows(), whole=True).split("\n")
+        brief = listing.table(listing.rows(), whole=False).split("\n")
+        assert "source" in click.unstyle(whole[0])
+        assert "source" not in click.unstyle(brief[0])
+        assert len(whole) == len(brief)

@@ -46,19 +46,23 @@ FOUND = {
 }
 
 
-def examples(command: click.Command, context: click.Context) -> Iterator[str]:
-    """Yield the examples of a command and of those below it."""
-    yield from re.findall(r"^ *(adapterkit .*)$", command.epilog or "", re.MULTILINE)
+def below(command: click.Command, context: click.Context) -> Iterator[click.Command]:
+    """Yield a command and all below it."""
+    yield command
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
-            below = command.get_command(context, name)
-            assert below is not None
-            yield from examples(below, context)
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from below(inner, context)
 
 
 def shown() -> list[str]:
     """Return every command that stands alone: an example, or a line of a block without outputs."""
-    lines = list(examples(cli, click.Context(cli)))
+    lines = [
+        line
+        for command in below(cli, click.Context(cli))
+        for line in re.findall(r"^ *(adapterkit .*)$", command.epilog or "", re.MULTILINE)
+    ]
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         for block in BLOCK.findall(page.read_text(encoding="utf-8")):
             every = block.strip().split("\n")
@@ -143,3 +147,14 @@ def _clear(line: str, folder: Path) -> None:
 
 def test_there_are_commands_to_run() -> None:
     assert len(shown()) > 45
+
+
+def test_every_command_has_an_example_and_every_option_a_word_for_its_value() -> None:
+    for command in below(cli, click.Context(cli)):
+        assert "Examples:" in (command.epilog or ""), command.name
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, (command.name, option.opts)
+                # Otherwise click prints the name of a class.
+                told = option.is_flag or option.metavar or isinstance(option.type, click.Choice)
+                assert told, (command.name, option.opts)
