@@ -153,9 +153,10 @@ def _config(path: Path) -> Mapping[str, Any]:
 
     It does not describe what lies beside it and is told as something else by itself.
     """
-    own = any(fnmatch(path.name, name) for name in (*_adapter_files(), _INDEX))
-    if path.is_file() and not own and strangers.named(path):
-        return {}
+    if path.is_file() and strangers.named(path):
+        own = any(fnmatch(path.name, name) for name in (*_adapter_files(), _INDEX))
+        if not own:
+            return {}
     folder = path if path.is_dir() else path.parent
     config = folder / CONFIG
     if not config.is_file() and path.is_dir():

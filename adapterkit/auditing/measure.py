@@ -149,7 +149,7 @@ def _sound(
     failed += [Attempt(a.source, error=a.error) for a in alone if a.error]
     # Read together: what one of them names as its base serves all.
     loaded = [each.adapter for each in read(kept)]
-    apart = _unlike(loaded)
+    apart = _unlike(loaded) if len(loaded) > 1 else {}
     failed += [Attempt(named(kept[number]), error=error) for number, error in apart.items()]
     sound = list(zip(map(named, kept), loaded, strict=True))
     return [each for number, each in enumerate(sound) if number not in apart], failed

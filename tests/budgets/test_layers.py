@@ -164,6 +164,7 @@ def test_the_command_line_uses_what_everybody_may_use(path: Path) -> None:
         f"adapterkit.{name}"
         for name in (
             "attempts",
+            "page",
             "spreadsheet",
             "text",
             "saving",

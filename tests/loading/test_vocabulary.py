@@ -61,7 +61,7 @@ NARROWER = {
     ("open_base", "base"): "gives the base itself",
 }
 # What many adapters are: named, since each answer has the name of its source.
-NAMED = {"for_each", "convert_all", "run_fleet", "find_similar"}
+NAMED = {"run_fleet", "find_similar"}
 # What only looks at headers, or at what is in memory already.
 QUICK = {"read", "to_state_dict"}
 
