@@ -152,7 +152,7 @@ def _fitted(table: Sequence[Sequence[str]], width: int | None) -> list[int]:
     words = [max(len(word) for cell in column for word in cell.split() or "-") for column in table]
     whole = [max(pair) for pair in zip(narrow, words, strict=True)]
     for least in (whole, narrow):
-        loose = [n for n, size in enumerate(fitted) if size > least[n]]
+        loose: list[int] = [n for n, size in enumerate(fitted) if size > least[n]]
         while sum(fitted) > room and loose:
             widest = max(loose, key=fitted.__getitem__)
             fitted[widest] -= 1
