@@ -79,7 +79,8 @@ def check_destination(
     except FileNotFoundError:
         return
     except OSError as error:
-        above = next((each for each in destination.parents if each.is_file()), None)
+        # What `os.path` cannot look at is no file; a Path would raise for it.
+        above = next((p for p in destination.parents if os.path.isfile(p)), None)  # noqa: PTH113
         reason = f"{above} is a file, no folder" if above else error.strerror or str(error)
         message = f"could not be written ({reason}); name another"
         raise WriteError(message, path=destination) from error

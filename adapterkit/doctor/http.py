@@ -99,12 +99,13 @@ class Client:
                 raise UncheckableError("answers with too much", path=self.url)
             return json.loads(data)
         except HTTPError as error:
+            with error:  # it holds the connection
+                said = error.read(1000).decode(errors="replace").strip()
             if error.code in _KEY_WANTED:
                 message = _WRONG_KEY if self._headers else _NO_KEY
                 raise UncheckableError(message, path=self.url) from error
             if optional:
                 return None
-            said = error.read(1000).decode(errors="replace").strip()
             message = f"{request.selector} answers {error.code}: {said}"
             raise UncheckableError(message, path=self.url) from error
         except (URLError, HTTPException, OSError) as error:

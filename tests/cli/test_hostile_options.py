@@ -239,7 +239,7 @@ def checked(command: str, name: str, value: str, files: Path, folder: Path) -> N
         assert result.exit_code in {1, 2, 3, 4, 5}
     if result.exit_code and not answered:
         last = result.stderr.splitlines()[-1]
-        assert last.startswith("Error: ") or result.exit_code in {1, 5}
+        assert last.startswith("Error: ") or result.exit_code in {1, 4, 5}
         assert all(each.isprintable() for each in result.stderr.splitlines())
         if result.exit_code != 2:
             assert len(result.stderr) < 2 * len(value) + 2000

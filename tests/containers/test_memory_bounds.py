@@ -104,8 +104,10 @@ def long_array(folder: Path) -> None:
     length = 24_000_000
     architecture = word("general.architecture") + struct.pack("<I", 8) + word("llama")
     counts = word("llama.attention.head_count") + struct.pack("<IIQ", 9, 0, length)
-    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + architecture + counts
-    (folder / "base.gguf").write_bytes(head + b"\1" * length)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + architecture + counts
+    tensor = word("token_embd.weight") + struct.pack("<IQIQ", 1, 1, 0, 0)
+    data = head + b"\1" * length + tensor
+    (folder / "base.gguf").write_bytes(data + bytes(-len(data) % 32 + 32))
 
 
 def one_factor(folder: Path) -> None:

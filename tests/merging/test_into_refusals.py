@@ -76,7 +76,7 @@ def test_refusals_say_what_to_do(bases: dict[str, BaseFixture], tmp_path: Path) 
     adapters = [tmp_path / "adapter"]
     with pytest.raises(UsageError, match="the base itself"):
         merge_into(adapters, bases["llama"].hf, bases["llama"].hf / "inside")
-    with pytest.raises(UsageError, match="1 adapters and 2 weights"):
+    with pytest.raises(UsageError, match="1 adapter, but 2 weights"):
         merge_into(adapters, bases["llama"].hf, tmp_path / "out", weights=[1, 2])
     with pytest.raises(UsageError, match="gguf_type is for GGUF bases"):
         merge_into(adapters, bases["llama"].hf, tmp_path / "out", gguf_type="q8_0")

@@ -265,7 +265,7 @@ class TestCommand:
             ((TINY, WEAK), 2, "with -o"),
             (("-o", "x"), 2, "name the adapters"),
             ((TINY, WEAK, "-o", "x", "--weights", "1,b"), 2, "'b' is not a number"),
-            ((TINY, WEAK, "-o", "x", "--weights", "1"), 2, "2 adapters and 1 weights"),
+            ((TINY, WEAK, "-o", "x", "--weights", "1"), 2, "2 adapters, but 1 weight"),
             ((TINY, WEAK, "-o", "x", "--param", "t"), 2, "'t' is not NAME=X"),
             ((TINY, WEAK, "-o", "x", "--method", "mean"), 2, "unknown method 'mean'; known: svd"),
             ((TINY, WEAK, "-o", "x", "--density", "0", "--method", "ties"), 2, "density is 0"),

@@ -268,7 +268,7 @@ def test_linear_peft_needs_equal_ranks() -> None:
         ({"energy": 0.0}, "energy is 0"),
         ({"method": "cat", "rank": 3}, "cat keeps every rank"),
         ({"method": "slerp", "weights": [1.0, -1.0]}, "must not be negative"),
-        ({"weights": [1.0]}, "2 adapters and 1 weights"),
+        ({"weights": [1.0]}, "2 adapters, but 1 weight"),
         ({"weights": [1.0, float("nan")]}, "not a finite number"),
         ({"missing": "skip"}, "missing is 'skip'"),
     ],

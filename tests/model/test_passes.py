@@ -104,6 +104,7 @@ def test_passes_are_named_and_promise_something() -> None:
         "copies",
         "vocabulary",
         "uniform",
+        "stacked",
         "names",
         "drop",
     ]
