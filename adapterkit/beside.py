@@ -66,8 +66,8 @@ def lying_beside(
     """Return what lies beside an adapter's own files and is no state of training or document.
 
     Args:
-        folder: the adapter's directory, walked to the bottom; other adapters, whole models, the
-            checkpoints of a run and caches in it are passed over.
+        folder: the adapter's directory, walked to the bottom; the checkpoints of a run and caches
+            in it are passed over, folders with another adapter or a whole model named alone.
         own: names and patterns of the adapter's own files.
         base: the model, if known; a tokenizer that is its own is not mentioned.
         deep: whether folders in it are looked into.
@@ -193,6 +193,8 @@ def _entries(root: Path, *, deep: bool) -> Iterator[_Entry]:
         folder, depth = folders.popleft()
         inner = _inside(folder)
         if depth and _is_apart(inner):
+            what = "a folder with another adapter"
+            yield _Entry(_name(folder, root), folder, BesideKind.ADAPTER, what)
             continue
         if depth and _holds_model(inner):
             what = "a folder with a whole model"

@@ -204,7 +204,7 @@ def _beside(files: Sequence[BesideEntry]) -> Iterator[str]:
     others = [file.name for file in files if file.what == NO_WEIGHTS]
     for file in files:
         if file.what != NO_WEIGHTS:
-            yield f"{file.name}: {file.what}, {size(file.bytes)}"
+            yield f"{file.name}: {file.what}" + (f", {size(file.bytes)}" if file.bytes else "")
     if others:
         yield f"{first_and_more(others, MOST_NAMED)}: {NO_WEIGHTS}"
 

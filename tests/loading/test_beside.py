@@ -226,11 +226,6 @@ def test_what_a_directory_from_the_hub_has_beside_its_adapter_is_not_mentioned(
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"state")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "adapter_config.json").write_text("{}")
-    weights(tmp_path / "other" / "adapter_model.safetensors")
-    weights(tmp_path / "more" / "deeper" / "adapter_model.safetensors")
-    weights(tmp_path / "more" / "deeper" / "value_head.safetensors")
     assert kinds(tmp_path) == {}
 
 
@@ -274,9 +269,15 @@ def test_other_adapters_and_whole_models_are_no_part_of_it(tmp_path: Path) -> No
     (tmp_path / "merged" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     weights(tmp_path / "tower" / "model.safetensors")
     (tmp_path / "tower" / "config.json").write_text('{"architectures": ["SiglipVisionModel"]}')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    weights(tmp_path / "other" / "adapter_model.safetensors")
+    weights(tmp_path / "more" / "deeper" / "adapter_model.safetensors")
+    weights(tmp_path / "more" / "deeper" / "value_head.safetensors")
     assert kinds(tmp_path) == {
         **dict.fromkeys(
-            ("second.safetensors", "deep/third.safetensors", "fourth.bin"), BesideKind.ADAPTER
+            ("second.safetensors", "deep/third.safetensors", "fourth.bin", "other", "more/deeper"),
+            BesideKind.ADAPTER,
         ),
         **dict.fromkeys(("model.safetensors", "merged"), BesideKind.COPY),
         "tower/config.json": BesideKind.OTHER,
