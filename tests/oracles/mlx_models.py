@@ -92,7 +92,7 @@ def for_mlx(folder: Path, known: Any) -> Path:
             value = rope.get(field, getattr(owner, field, ...))
             if field == "rope_scaling":
                 value = None  # of a tiny model, whatever transformers makes of it
-            if field == "head_dim" and not isinstance(value, int):
+            if field == "head_dim" and not isinstance(value, int) and "hidden_size" in part:
                 value = part["hidden_size"] // part["num_attention_heads"]
             if value is not ...:
                 part[field] = value

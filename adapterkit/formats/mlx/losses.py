@@ -39,9 +39,13 @@ _OUTPUT = "lm_head"
 # Relative error below which two updates of one table are one, computed twice in float32.
 _SAME = 1e-6
 
-# Whose multipliers mlx-lm folds into the weights (sanitize in mlx_lm/models/falcon_h1.py), so that
-# the same factors would be another update.
-_FOLDED = {"falcon_h1"}
+# What mlx-lm does with models of a type, so that no adapter for them is written: falcon_h1.py and
+# minimax_m3_vl.py of mlx_lm/models, in sanitize.
+_UNWRITTEN = {
+    "falcon_h1": "multiplies the weights of falcon_h1 when it loads them, and no adapter",
+    "minimax_m3_vl": "has modules of other names for MiniMax M3, which are not written",
+    "minimax_m3_vl_text": "has modules of other names for MiniMax M3, which are not written",
+}
 _ROLES: Mapping[Role, tuple[str, str]] = {
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
 }
@@ -92,9 +96,8 @@ def _unserved(base: BaseModel | None) -> Iterator[Loss]:
 def _rigid(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     # Of a wrapper these are the facts of its text tower, whose layers mlx-lm has of its own.
     kind = str(base.facts.get("model_type") or "") if base else ""
-    if kind in _FOLDED:
-        message = f"mlx-lm multiplies the weights of {kind} when it loads them, and no adapter"
-        yield lost_tensors("folded", [*adapter.tensors], f"{message}; {_MERGE}")
+    if reason := _UNWRITTEN.get(kind):
+        yield lost_tensors("unwritten", [*adapter.tensors], f"mlx-lm {reason}; {_MERGE}")
     layers = served("mlx").rigid.get(kind, frozenset())
     if found := [p.module for p in adapter.pairs() if p.module.rpartition(".")[2] in layers]:
         message = f"in mlx-lm it is no layer that takes LoRA, and the file would not load; {_MERGE}"
