@@ -236,7 +236,7 @@ def _head(file: IO[bytes], info: zipfile.ZipInfo, span: FileSlice) -> _Head:
         raise FormatError("is encrypted", path=path, where=where)
     if info.volume:
         raise FormatError("lies in another file of a zip in parts", path=path, where=where)
-    if info.external_attr & _DIRECTORY and not info.is_dir():
+    if info.external_attr & _DIRECTORY and not where.endswith("/"):
         raise FormatError("is marked as a directory", path=path, where=where)
     if info.header_offset < 0:
         raise FormatError("lies before the file", path=path, where=where)
