@@ -83,8 +83,9 @@ def in_threads(
 ) -> list[_Result]:
     """Return function of each item, in order, computed by a few threads.
 
-    An error or an interrupt is raised at once: what is running is left to end by itself, and what
-    waits is never begun. The function must therefore change nothing that others see.
+    Of several errors it is always that of the first item, as if one thread had done all. An
+    interrupt is raised at once: what is running is left to end by itself, and what waits is never
+    begun. The function must therefore change nothing that others see.
     """
     if threads(workers) == 1:
         return [function(item) for item in tracked(list(items))]
@@ -102,13 +103,15 @@ class Task(Generic[_Result]):
     """A call that a thread makes.
 
     Attributes:
+        number: of the calls given before it.
         done: whether it has returned or raised.
         value: what it returned.
         error: what it raised.
     """
 
-    def __init__(self, call: Callable[[], _Result]) -> None:
+    def __init__(self, call: Callable[[], _Result], number: int = 0) -> None:
         self.call = call
+        self.number = number
         self.done = False
         self.value: _Result
         self.error: BaseException | None = None
@@ -142,18 +145,22 @@ class Crew:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._begun = 0
+        self._begun = self._given = 0
         self._thin = workers > 1 and BLAS.hold()
         self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
         self._ends: SimpleQueue[None] = SimpleQueue()
         self._lock = _thread.allocate_lock()
-        self._stopped = False
+        # What is begun when a task fails are those before it: they end, and the first error counts.
+        self._last = math.inf
+        self._open: set[int] = set()
         self._running: set[Task[Any]] = set()
-        self._errors: list[BaseException] = []
+        self._errors: dict[int, BaseException] = {}
 
     def submit(self, function: Callable[..., _Result], *arguments: Any) -> Task[_Result]:
         """Have a call made; one that has not begun when all stop is never made."""
-        task = Task(lambda: function(*arguments))
+        task = Task(lambda: function(*arguments), self._given)
+        self._given += 1
+        self._open.add(task.number)
         self._tasks.put(task)
         if self._begun < self._workers:
             self._begun += 1
@@ -163,14 +170,15 @@ class Crew:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             with self._lock:
-                if self._stopped:
+                if task.number > self._last:
                     continue
                 self._running.add(task)
             task.run()
-            if task.error is not None:
-                self._errors.append(task.error)
-                self._stopped = True
             with self._lock:
+                if task.error is not None:
+                    self._errors[task.number] = task.error
+                    self._last = min(self._last, task.number)
+                self._open.remove(task.number)
                 self._running.remove(task)
             self._ends.put(None)
 
@@ -178,24 +186,28 @@ class Crew:
         """Wait until all are done; return False if they are not within so many seconds.
 
         Raises:
-            BaseException: the first error of a task, of these or another.
+            BaseException: the error of the first task that has one, of these or another.
         """
         until = time.monotonic() + seconds
         for task in tasks:
-            while not (task.done or self._errors):
+            while not (self._failed() if self._errors else task.done):
                 left = until - time.monotonic()
                 if left <= 0:
                     return False
                 with suppress(Empty):
                     self._ends.get(timeout=min(left, _LOOK))
         if self._errors:
-            raise self._errors[0]
+            raise self._errors[min(tuple(self._errors))]
         return True
+
+    def _failed(self) -> bool:
+        """Tell whether no error can come any more of a task before the one that failed."""
+        return min(tuple(self._open), default=math.inf) > self._last
 
     def dismiss(self) -> None:
         """Begin nothing more, and let the threads end."""
         with self._lock:
-            self._stopped = True
+            self._last = -1
         if self._thin:
             self._thin = False
             BLAS.let_go()

@@ -106,6 +106,25 @@ def test_one_that_fails_stops_the_others() -> None:
         in_threads(lambda number: fail() if number == 3 else number, range(9), 2)
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_of_several_errors_the_first_items_is_raised(workers: int) -> None:
+    """What a broken file is told must not hang on which thread was faster."""
+
+    def failing(number: int) -> None:
+        time.sleep(0.03 - number / 100)
+        raise OSError(f"item {number}")
+
+    def crew() -> None:
+        with Crew(workers) as crew:
+            crew.wait([crew.submit(failing, number) for number in range(4)], 60)
+
+    for _ in range(5):
+        with pytest.raises(OSError, match="item 0"):
+            in_threads(failing, range(4), workers)
+        with pytest.raises(OSError, match="item 0"):
+            crew()
+
+
 def test_a_crew_ends_when_nothing_runs_any_more() -> None:
     ended: list[bool] = []
 
