@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -65,3 +66,9 @@ class TensorKey:
     def __str__(self) -> str:
         """Return the key as messages name it."""
         return f"{self.module}.{self.role}"
+
+
+def is_one_expert(module: str) -> bool:
+    """Tell whether a path is of one expert among others, each a module of its own: `experts.3`."""
+    parts = pairwise(module.split("."))
+    return any(name.endswith("experts") and number.isdigit() for name, number in parts)

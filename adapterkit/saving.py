@@ -19,7 +19,7 @@ from adapterkit.errors import (
     unknown,
 )
 from adapterkit.formats.builtin import BUILTIN
-from adapterkit.keys import Role
+from adapterkit.keys import Role, is_one_expert
 from adapterkit.lowrank.effect import IDLE, idle
 from adapterkit.model import AdapterTensorSet, BesideKind, Kind
 from adapterkit.model.beside import MOST_NAMED
@@ -51,7 +51,6 @@ OUTTYPES = {
 }
 # Suffixes that several formats have.
 _SHARED_SUFFIXES = {".safetensors", ".npz", ".bin"}
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 # What looks like the suffix of a file: `.ggf`, and not the `.5` or `.1-lora` of a model's name.
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,11}")
 
@@ -318,7 +317,7 @@ def _beside(adapter: AdapterTensorSet, modules: set[str]) -> AdapterTensorSet:
 def _check_experts(adapter: AdapterTensorSet, path: Path | None) -> None:
     """Refuse experts that are stacked and one by one: who loads one spelling leaves the other."""
     modules = [update.module for update in adapter.pairs()]
-    alone = next((module for module in modules if _EXPERT.search(module)), None)
+    alone = next((module for module in modules if is_one_expert(module)), None)
     stacks = (m for m in modules if adapter.kinds.get(m) is Kind.EXPERTS and ".experts" in m)
     stacked = next(stacks, None)
     if alone and stacked:

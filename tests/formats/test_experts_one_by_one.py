@@ -15,12 +15,14 @@ from engine import (
 from safetensors.numpy import load_file, save_file
 
 from adapterkit import merge_files
+from adapterkit.architectures import families, load
 from adapterkit.containers.gguf import read_gguf
 from adapterkit.conversion import convert
 from adapterkit.errors import (
     IncompatibleBaseError,
     UnsupportedError,
 )
+from adapterkit.keys import is_one_expert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,6 +96,19 @@ def test_experts_in_two_spellings_are_no_adapter(mixtral: BaseFixture, tmp_path:
         with pytest.raises(UnsupportedError, match=r"0\.w1: is an expert, and those of .* stacked"):
             merge_files(sources, tmp_path / name, base=mixtral.hf)
         assert not (tmp_path / name).exists()
+
+
+def test_one_expert_among_others_is_told_in_every_family() -> None:
+    named = [
+        rule.hf.format(i=1, e=12)
+        for name in families()
+        for rule in load(name).rules
+        if "experts.{e}" in rule.hf
+    ]
+    assert len(named) > 40
+    assert all(map(is_one_expert, named))
+    others = ("model.layers.1.mlp.experts.down_proj", "experts.gate", "model.experts", "layers.3.q")
+    assert not any(map(is_one_expert, others))
 
 
 def test_expert_that_the_base_does_not_have_is_refused(

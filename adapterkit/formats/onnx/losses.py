@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from adapterkit.base.copies import lost_copies
@@ -10,7 +9,7 @@ from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.containers.onnx_adapter import MAX_BYTES
 from adapterkit.dtype import DType
 from adapterkit.formats.onnx.writer import STORABLE
-from adapterkit.keys import Role
+from adapterkit.keys import Role, is_one_expert
 from adapterkit.model import Kind, OnnxSource, spelled_out
 from adapterkit.model.beside import lost_beside
 from adapterkit.model.declared import UNDECIDED, undeclared
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 _MERGE = "merge it into the base instead (adapterkit merge --into), and export that"
 _OF_EXPERTS = "a graph has no inputs for LoRA on experts"
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 _ROLES: Mapping[Role, tuple[str, str]] = {
     Role.MAGNITUDE: ("dora", f"DoRA magnitudes are no inputs of a graph with LoRA; {_MERGE}"),
     Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
@@ -100,7 +98,7 @@ def _by_kind(adapter: AdapterTensorSet) -> Iterator[Loss]:
         if keys := tensors_of(adapter, modules):
             yield lost_tensors(code, keys, message)
     given = set(adapter.source.names if isinstance(adapter.source, OnnxSource) else ())
-    single = {pair.module for pair in adapter.pairs() if _EXPERT.search(pair.module)} - given
+    single = {pair.module for pair in adapter.pairs() if is_one_expert(pair.module)} - given
     if keys := tensors_of(adapter, single):
         yield lost_tensors("experts", keys, f"{_OF_EXPERTS}; {_MERGE}")
 
