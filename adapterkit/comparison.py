@@ -12,8 +12,8 @@ from adapterkit.errors import UncheckableError
 from adapterkit.loading import Need, load_all
 from adapterkit.model import AdapterTensorSet
 from adapterkit.model.adapter import SETTINGS
+from adapterkit.model.losses import other_tables
 from adapterkit.page import natural, page, shown, table
-from adapterkit.passes.copies import other_tables
 from adapterkit.passes.declaration import settled
 from adapterkit.passes.naming import missing_prefix
 from adapterkit.passes.protocol import Context

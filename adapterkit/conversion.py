@@ -17,9 +17,8 @@ from adapterkit.formats.spec import FormatSpec
 from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
-from adapterkit.passes.naming import NAMES
 from adapterkit.passes.protocol import Context
-from adapterkit.passes.registry import apply
+from adapterkit.passes.registry import NAMES, apply
 from adapterkit.registry import by_suffix, spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 from adapterkit.several import each_of, named

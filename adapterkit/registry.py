@@ -12,10 +12,10 @@ from adapterkit.beside import trained_names
 from adapterkit.destination import Directory
 from adapterkit.errors import FormatError, NotFoundError, UnknownFormatError
 from adapterkit.formats.builtin import BUILTIN
-from adapterkit.formats.spec import CONFIG, FormatSpec, called
+from adapterkit.formats.spec import CONFIG, FormatSpec
 from adapterkit.json_file import read_json_object
+from adapterkit.late import called
 from adapterkit.plugins import named, plugged_in
-from adapterkit.stamps import BESIDE
 from adapterkit.storage import alike, readable
 from adapterkit.unrecognised import unrecognised
 
@@ -29,6 +29,8 @@ def _adapter_files() -> tuple[str, ...]:
 
 def _replaced_files() -> tuple[str, ...]:
     # What was trained with the adapter that was here before is not the new one's.
+    from adapterkit.stamps import BESIDE
+
     return (*_adapter_files(), *trained_names(), BESIDE)
 
 

@@ -23,9 +23,9 @@ from adapterkit.keys import Role, is_one_expert
 from adapterkit.lowrank.effect import IDLE, idle
 from adapterkit.model import AdapterTensorSet, BesideKind, Kind
 from adapterkit.model.beside import MOST_NAMED
+from adapterkit.model.losses import OTHER_TABLE
 from adapterkit.notes import Loss, first_and_more
 from adapterkit.output import staged
-from adapterkit.passes.copies import OTHER_TABLE
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove

@@ -17,8 +17,8 @@ from adapterkit.fingerprints import fingerprinted
 from adapterkit.hub import located
 from adapterkit.loading import Loaded, Need, Source, load, load_all, open_model, recognise
 from adapterkit.model import AdapterTensorSet
+from adapterkit.model.losses import other_tables
 from adapterkit.notes import first_and_more
-from adapterkit.passes.copies import other_tables
 from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import apply
 from adapterkit.proof import compare, tolerance_for

@@ -17,7 +17,6 @@ from adapterkit.auditing.outliers import with_scores
 from adapterkit.auditing.places import place_of
 from adapterkit.auditing.report import AdapterAudit, AuditReport, ModuleAudit, Unaudited
 from adapterkit.base import BaseModel
-from adapterkit.base.quantised import as_floats
 from adapterkit.errors import FormatError, UncheckableError, UsageError
 from adapterkit.keys import PARTNERS, Role, TensorKey
 from adapterkit.loading import Loaded, load_all, open_model
@@ -92,7 +91,7 @@ def audit(
         raise UsageError("the exact test needs the weights of a base")
     read = partial(
         load_all,
-        base=as_floats(model) if model is not None else None,
+        base=_in_floats(model),
         dialect=dialect,
         alpha=alpha,
         as_format=as_format,
@@ -116,6 +115,14 @@ def audit(
         else:
             failed.append(replace(attempt, source=name))
     return _report(done, failed, suggest, budget, tol)
+
+
+def _in_floats(model: BaseModel | None) -> BaseModel | None:
+    if model is None:
+        return None
+    from adapterkit.base.quantised import as_floats
+
+    return as_floats(model)
 
 
 def _report(

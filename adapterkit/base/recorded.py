@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.base.opening import find_base, open_base
-from adapterkit.base.originals import find_original
 from adapterkit.errors import FormatError
 from adapterkit.notes import Note, NoteKind
 
@@ -34,6 +33,8 @@ def recorded_base(
             return open_base(place), (note,)
         if (found := find_base(name)) is not None or not original:
             return found, ()
+        from adapterkit.base.originals import find_original
+
         if (found := find_original(name)) is None:
             return None, ()
         text = f"the adapter names {name}, which is not at hand; the base is its 16-bit original "

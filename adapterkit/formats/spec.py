@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from adapterkit.late import called
 from adapterkit.notes import Provenance
 
 if TYPE_CHECKING:
@@ -95,11 +94,3 @@ class FormatSpec:
     def write(self, adapter: AdapterTensorSet, path: Path, options: FormatOptions) -> None:
         """Write an adapter to a path where nothing is."""
         called(self.writer)(adapter, path, options)
-
-
-def called(reference: Callable[..., Any] | str) -> Callable[..., Any]:
-    """Return the function itself, importing what is named as `module:name`."""
-    if not isinstance(reference, str):
-        return reference
-    module, _, name = reference.partition(":")
-    return attrgetter(name)(import_module(module))

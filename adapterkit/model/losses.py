@@ -10,6 +10,8 @@ from adapterkit.model.beside import lost_beside
 from adapterkit.model.update import Kind
 from adapterkit.notes import Loss, first_and_more
 
+# The code of a frozen copy of a table that is not the base's own.
+OTHER_TABLE = "other-table"
 # What an adapter may be beside its tensors and settings, and what it is called.
 _MORE = {
     "rank_conflicts": "ranks that contradict each other",
@@ -25,6 +27,11 @@ def lost_tensors(code: str, keys: Iterable[TensorKey], message: str, *, drop: bo
     keys = tuple(keys)
     modules = list(dict.fromkeys(key.module for key in keys))
     return Loss(code, first_and_more(modules), message, keys if drop else ())
+
+
+def other_tables(losses: Iterable[Loss]) -> tuple[TensorKey, ...]:
+    """Return the frozen copies that losses of this pass name."""
+    return tuple(key for loss in losses if loss.code == OTHER_TABLE for key in loss.drops)
 
 
 def tensors_of(adapter: AdapterTensorSet, modules: Iterable[str]) -> list[TensorKey]:

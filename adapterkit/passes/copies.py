@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 
 from adapterkit.base.copies import first_other_row, table_of
 from adapterkit.keys import Role, TensorKey
+from adapterkit.model.losses import OTHER_TABLE
 from adapterkit.notes import Loss, Note
 from adapterkit.passes.protocol import Context, Passed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from adapterkit.base.model import BaseModel
     from adapterkit.model import AdapterTensorSet
 
-OTHER_TABLE = "other-table"
 _WAYS = (
     "give the base that it was trained on with --base (PeftModel.from_pretrained(model, "
     "ADAPTER).unload().save_pretrained(DIRECTORY) saves it), or leave the copy out with "
@@ -49,11 +47,6 @@ def compared(adapter: AdapterTensorSet, context: Context) -> Passed:
         return Passed(adapter.replace(tensors=left), losses=(*losses,))
     said = "its frozen copy (base_layer), which is not the base's own, stays with it"
     return Passed(adapter, tuple(Note(said, subject=loss.subject) for loss in losses), (*losses,))
-
-
-def other_tables(losses: Iterable[Loss]) -> tuple[TensorKey, ...]:
-    """Return the frozen copies that losses of this pass name."""
-    return tuple(key for loss in losses if loss.code == OTHER_TABLE for key in loss.drops)
 
 
 def _other(adapter: AdapterTensorSet, key: TensorKey, base: BaseModel) -> list[Loss]:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
-NAMES = "names"
-
 
 def named(adapter: AdapterTensorSet, context: Context) -> Passed:
     """Return the same updates under the paths that their modules have in the base's class.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from adapterkit.base import BaseModel
+from adapterkit.late import called
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss, Note
 
@@ -44,10 +46,10 @@ class Passed:
     losses: tuple[Loss, ...] = ()
 
 
-class Change(Protocol):
-    """The function of a pass."""
+class Function(Protocol):
+    """What makes the change."""
 
-    def __call__(self, adapter: AdapterTensorSet, context: Context) -> Passed:
+    def __call__(self, adapter: AdapterTensorSet, context: Context, /) -> Passed:
         """Return the adapter changed; raises UnsupportedError where the promise cannot be kept."""
         ...
 
@@ -59,9 +61,23 @@ class Pass:
     Attributes:
         name: stable short name; engines name theirs in their `prepare`.
         promise: what holds of the result, one sentence.
-        change: the function.
+        function: what makes the change, or its name as `module:name`.
+        concerns: tells whether there may be something to change, else the adapter stays as it is;
+            None for always.
     """
 
     name: str
     promise: str
-    change: Change
+    function: Function | str
+    concerns: Callable[[AdapterTensorSet, Context], object] | None = None
+
+    def change(self, adapter: AdapterTensorSet, context: Context) -> Passed:
+        """Return the adapter changed, or as it is.
+
+        Raises:
+            UnsupportedError: if the promise cannot be kept.
+        """
+        if self.concerns is not None and not self.concerns(adapter, context):
+            return Passed(adapter)
+        done: Passed = called(self.function)(adapter, context)
+        return done

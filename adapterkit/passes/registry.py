@@ -5,77 +5,74 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import unknown
-from adapterkit.passes.copies import compared
-from adapterkit.passes.declaration import settled
-from adapterkit.passes.dropping import drop
-from adapterkit.passes.initialisation import undone
-from adapterkit.passes.magnitudes import truncated
-from adapterkit.passes.naming import NAMES, named
-from adapterkit.passes.pooling import decided
 from adapterkit.passes.protocol import Context, Pass, Passed
-from adapterkit.passes.stacking import stacked
-from adapterkit.passes.uniform import uniform
-from adapterkit.passes.vocabulary import matched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from adapterkit.model import AdapterTensorSet
 
+NAMES = "names"
+
 PASSES = (
     Pass(
         name="declaration",
         promise="it is what its config says; tensors that the config denies leave if they are "
         "listed and allowed, and are refused otherwise",
-        change=settled,
+        function="adapterkit.passes.declaration:settled",
+        concerns=lambda adapter, _: adapter.undeclared,
     ),
     Pass(
         name="pooling",
         promise="the update is the one that PEFT applies on this base, its inputs pooled or not",
-        change=decided,
+        function="adapterkit.passes.pooling:decided",
+        concerns=lambda adapter, _: adapter.pooled_inputs,
     ),
     Pass(
         name="initialisation",
         promise="on the original base the adapter is the model that it was on the changed one",
-        change=undone,
+        function="adapterkit.passes.initialisation:undone",
+        concerns=lambda adapter, _: adapter.initialisation,
     ),
     Pass(
         name="dora",
         promise="every DoRA is the nearest LoRA of a rank, its error listed as a loss; all else "
         "stays",
-        change=truncated,
+        function="adapterkit.passes.magnitudes:truncated",
     ),
     Pass(
         name="copies",
         promise="a frozen copy of a table is the base's own, or a loss for a target without it",
-        change=compared,
+        function="adapterkit.passes.copies:compared",
+        concerns=lambda _, context: context.base is not None,
     ),
     Pass(
         name="vocabulary",
         promise="every row that the base has keeps its update, and no other row with one is lost "
         "unless it is listed and allowed",
-        change=matched,
+        function="adapterkit.passes.vocabulary:matched",
+        concerns=lambda _, context: context.base is not None,
     ),
     Pass(
         name="uniform",
         promise="every update stays the same, and all modules have one rank and one scale",
-        change=uniform,
+        function="adapterkit.passes.uniform:uniform",
     ),
     Pass(
         name="stacked",
         promise="every update stays the same, and modules that an engine stacks with others have "
         "one, of zero at least",
-        change=stacked,
+        function="adapterkit.passes.stacking:stacked",
     ),
     Pass(
         name=NAMES,
         promise="every update stays the same, under the path of its module in the base's class",
-        change=named,
+        function="adapterkit.passes.naming:named",
     ),
     Pass(
         name="drop",
         promise="the tensors and files that the losses name leave, and no other",
-        change=drop,
+        function="adapterkit.passes.dropping:drop",
     ),
 )
 

@@ -9,7 +9,7 @@ import click
 import adapterkit
 from adapterkit_cli import manner
 from adapterkit_cli.boundary import ErrorBoundary
-from adapterkit_cli.memory import settle_memory
+from adapterkit_cli.runtime import settle_memory, settle_threads
 from adapterkit_cli.signals import ended_by_signal, leave_at_once, stopping_cleanly
 from adapterkit_cli.streams import harden
 
@@ -91,6 +91,7 @@ class Program(ErrorBoundary):
 def cli(ctx: click.Context) -> None:
     """Read, check and convert LoRA adapters, and prove that nothing changed."""
     manner.settle(ctx)
+    settle_threads()
     settle_memory(ctx.invoked_subcommand)
 
 

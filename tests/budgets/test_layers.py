@@ -32,7 +32,7 @@ WORKSHOPS = {
 LAYERS = (
     {"keys"},
     {"notes"},
-    {"errors", "dtype", "blas"},
+    {"errors", "dtype", "blas", "late"},
     {
         "storage",
         "quantisation",

@@ -1,7 +1,8 @@
-"""What becomes of memory that numpy gives back; to be settled before threads take any."""
+"""What libraries under numpy do with memory and processors; to be settled before numpy is there."""
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 
@@ -11,6 +12,15 @@ _THIN = {"compress", "convert", "diff", "merge", "verify"}
 # much of it is kept when it is free.
 _TRIM_THRESHOLD, _KEPT = -1, 1 << 25
 _MMAP_THRESHOLD, _SMALL = -3, 1 << 24
+
+# Binary logarithm of the cycles that an idle thread of OpenBLAS looks for work before it sleeps. By
+# default they are so many that a small command burns a second processor from its start to its end.
+_IDLE = 18
+
+
+def settle_threads() -> None:
+    """Let threads that have nothing to do sleep soon, unless the user said otherwise."""
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", str(_IDLE))
 
 
 def settle_memory(command: str | None) -> None:
