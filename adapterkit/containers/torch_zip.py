@@ -181,11 +181,13 @@ def _members(span: FileSlice) -> dict[str, FileSlice]:
             path=path,
         )
     prefix = f"{roots[0]}/"
-    return {
-        member.name.removeprefix(prefix): member.data
-        for member in members
-        if member.name.startswith(prefix)
-    }
+    for member in members:
+        if not member.name.startswith(prefix):
+            raise member.error(
+                f"lies outside of {prefix}, and torch would not read the file; remove it, or save "
+                "the file again with torch.save"
+            )
+    return {member.name.removeprefix(prefix): member.data for member in members}
 
 
 def _is_pickle(name: str) -> bool:

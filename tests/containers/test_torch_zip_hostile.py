@@ -167,6 +167,20 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
         read_torch_zip(path)
 
 
+@pytest.mark.parametrize("name", ["notes", "other/data/0", "a2/x"])
+def test_a_member_outside_of_the_archive_is_refused_as_torch_does(
+    name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr(name, b"")
+    with pytest.raises(RuntimeError, match="subdirectory"):
+        torch.load(path, weights_only=True)
+    with pytest.raises(FormatError, match=r"lies outside of a/, and torch would not read the file"):
+        read_torch_zip(path)
+
+
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no such file"):
         read_torch_zip(tmp_path / "nowhere.bin")

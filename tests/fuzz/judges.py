@@ -23,7 +23,8 @@ def _same(found: Mapping[str, Array], want: Mapping[str, Array]) -> None:
     for name, values in want.items():
         mine = np.ascontiguousarray(found[name])
         assert mine.shape == values.shape, f"{name}: shapes {mine.shape} and {values.shape}"
-        assert mine.tobytes() == np.ascontiguousarray(values).tobytes(), f"{name}: values"
+        native = values.astype(values.dtype.newbyteorder("="), order="C")
+        assert mine.tobytes() == native.tobytes(), f"{name}: values"
 
 
 def safetensors(path: Path, found: Mapping[str, Array]) -> None:
