@@ -11,7 +11,14 @@ from peft import PeftModel
 from quiet_peft import quiet_peft
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, ViTConfig, ViTModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from adapterkit import extract
 from adapterkit.errors import UnsupportedError
@@ -94,26 +101,36 @@ def test_all_that_is_stored_of_a_saved_module_is_saved(mine: Path, tmp_path: Pat
     assert torch.allclose(live(mine, tmp_path / "back"), live(tuned), atol=1e-5)
 
 
-def test_what_peft_would_save_with_an_adapted_module_is_left_over(tmp_path: Path) -> None:
+def test_what_peft_cannot_load_one_inside_the_other_is_left_over(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, patch_size=8)
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
-    query, tokens = "encoder.layer.0.attention.attention.query.weight", "embeddings.cls_token"
-    patches = "embeddings.patch_embeddings.projection.weight"
-    tuned = changed(tmp_path / "base", tmp_path / "tuned", tokens, query)
+    query = "encoder.layer.0.attention.attention.query.weight"
+    tuned = changed(tmp_path / "base", tmp_path / "tuned", query, "embeddings.cls_token")
     report = extract(tmp_path / "base", tuned, tmp_path / "back", save_rest=True)
     (left,) = report.left_over
-    assert "patch_embeddings inside of embeddings, which it cannot load" in left.reason
-    tuned = changed(tmp_path / "base", tmp_path / "both", tokens, patches)
-    report = extract(tmp_path / "base", tuned, tmp_path / "part", rank=4, save_rest=True)
-    (left,) = report.left_over
-    assert left.tensor == tokens
+    assert left.tensor == "embeddings.cls_token"
     assert not left.saved
-    assert "for the name embeddings, and that holds embeddings.patch_embeddings" in left.reason
-    assert tokens in report.warnings[0]
+    assert "patch_embeddings inside of embeddings, which it cannot load" in left.reason
     with quiet_peft():
         base = ViTModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
-        PeftModel.from_pretrained(base, tmp_path / "part")
+        PeftModel.from_pretrained(base, tmp_path / "back")
+
+
+def test_what_holds_an_adapted_module_is_left_over(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = CLIPVisionConfig(**sizes, num_attention_heads=4, image_size=32, patch_size=8)
+    CLIPVisionModel(config).save_pretrained(tmp_path / "base")
+    table, vector = "embeddings.position_embedding.weight", "embeddings.class_embedding"
+    names = [table, vector]
+    tuned = changed(tmp_path / "base", tmp_path / "tuned", *names)
+    report = extract(tmp_path / "base", tuned, tmp_path / "back", rank=4, save_rest=True)
+    (left,) = report.left_over
+    assert left.tensor == names[1]
+    assert not left.saved
+    assert "embeddings, and that holds " in left.reason
+    assert names[1] in report.warnings[0]
 
 
 def test_nothing_that_peft_can_save_is_refused_with_the_reason(mine: Path, tmp_path: Path) -> None:
