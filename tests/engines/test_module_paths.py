@@ -14,6 +14,7 @@ import pytest
 import transformers
 
 from adapterkit import convert, read, validate, write
+from adapterkit.errors import UnsupportedError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
@@ -87,6 +88,16 @@ def test_sglang_gets_factors_of_zero_for_what_it_stacks(
     made.rename(tmp_path / "adapter-made")
     report = validate(tmp_path / "adapter-made", base=tmp_path / "base", targets=["sglang"])
     assert str(report.targets[0].verdict) == "applied"
+
+
+def test_sglang_refuses_dora_as_such_and_not_for_want_of_zeros(tmp_path: Path) -> None:
+    module = f"{LAYER}.self_attn.q_proj"
+    adapter = read(saved("Qwen3ForCausalLM", {module: (64, 64)}, tmp_path))
+    magnitude = LazyTensor.of(np.ones(64, np.float32))
+    dora = adapter.updated([], {TensorKey(module, Role.MAGNITUDE): magnitude})
+    with pytest.raises(UnsupportedError, match=r"as it is: SGLang refuses DoRA") as refusal:
+        convert(dora, tmp_path / "made", base=tmp_path / "base", for_engine="sglang")
+    assert "holds none" not in str(refusal.value)
 
 
 def test_sglang_passes_over_what_is_under_no_layers(tmp_path: Path) -> None:
