@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import transformers
 
-from adapterkit import convert, read, validate, write
-from adapterkit.errors import UnsupportedError
+from adapterkit import convert, merge_into, read, target_names, validate, write
+from adapterkit.errors import AdapterKitError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
@@ -105,3 +105,24 @@ def test_sglang_passes_over_what_is_under_no_layers(tmp_path: Path) -> None:
     adapter = saved("GPT2LMHeadModel", {module: (192, 64)}, tmp_path)
     counts, verdict, _ = outcome(adapter, "sglang")
     assert (counts, verdict) == ({"ignored": 1}, "no effect")
+
+
+@pytest.mark.parametrize("engine", sorted(target_names()))
+@pytest.mark.parametrize("trait", ["bias on B", "aLoRA"])
+def test_nobody_is_told_to_merge_what_cannot_be_merged(
+    trait: str, engine: str, tmp_path: Path
+) -> None:
+    module = f"{LAYER}.self_attn.q_proj"
+    adapter = read(saved("Qwen3ForCausalLM", {module: (64, 64)}, tmp_path))
+    bias = {TensorKey(module, Role.LORA_BIAS): LazyTensor.of(np.ones(64, np.float32))}
+    made = adapter.updated([], bias)
+    if trait == "aLoRA":
+        made = adapter.replace(invocation_tokens=(3, 4))
+    with pytest.raises(AdapterKitError):
+        merge_into([made], tmp_path / "base", tmp_path / "merged")
+    write(made, tmp_path / "made")
+    report = validate(tmp_path / "made", base=tmp_path / "base", targets=[engine])
+    hints = [finding.hint for finding in report.findings]
+    assert not any("merge it" in hint for hint in hints)
+    if str(report.targets[0].verdict) != "applied" and engine not in {"comfyui", "diffusers"}:
+        assert hints
