@@ -171,7 +171,11 @@ def validate(
         every += more
         judged.append(covered)
     order = list(Severity)
-    kept = (finding for finding in gathered(advised(every, adapter)) if finding.code not in ignored)
+    kept = (
+        finding
+        for finding in gathered(advised(every, adapter, known))
+        if finding.code not in ignored
+    )
     return ValidationReport(
         source=str(place.path) if isinstance(place, Source) else None,
         format=place.format.name if isinstance(place, Source) else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,10 +16,12 @@ from adapterkit.errors import UsageError
 from adapterkit.notes import first_and_more
 
 if TYPE_CHECKING:
+    from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
 # As advice names the adapter.
 _CONVERT = "adapterkit convert SRC"
+_MERGE = re.compile(r"merge it in(?:to (?:the|a GGUF) base| PEFT)")
 
 
 class Severity(StrEnum):
@@ -71,12 +74,40 @@ def gathered(findings: Iterable[Finding]) -> list[Finding]:
     return [replace(each, modules=tuple(dict.fromkeys(m))) for each, m in modules.items()]
 
 
-def advised(findings: Iterable[Finding], adapter: AdapterTensorSet | None) -> Iterator[Finding]:
-    """Yield findings whose advice has the options without which the adapter is not read."""
+def advised(
+    findings: Iterable[Finding], adapter: AdapterTensorSet | None, base: BaseModel | None
+) -> Iterator[Finding]:
+    """Yield findings whose advice can be followed.
+
+    It has the options without which the adapter is not read, and does not say to merge what no
+    weights of the base can hold.
+    """
     source = adapter.provenance if adapter is not None else None
     whole = " ".join((_CONVERT, *(source.options if source else ())))
+    instead = _instead_of_merging(adapter, base) if adapter is not None else None
     for finding in findings:
-        yield replace(finding, hint=finding.hint.replace(_CONVERT, whole))
+        hint = finding.hint.replace(_CONVERT, whole)
+        if instead is not None and (merging := _MERGE.search(hint)):
+            hint = (
+                instead
+                if adapter and adapter.invocation_tokens
+                else hint[: merging.start()] + instead
+            )
+        yield replace(finding, hint=hint)
+
+
+def _instead_of_merging(adapter: AdapterTensorSet, base: BaseModel | None) -> str | None:
+    """Return what to do with an adapter that cannot be merged; None for all others."""
+    from adapterkit.base.heads import without_bias
+
+    if adapter.invocation_tokens:
+        return (
+            "serve it with PEFT: it acts after its invocation tokens alone "
+            "(alora_invocation_tokens), which neither a plain LoRA nor merged weights do"
+        )
+    if without_bias(adapter, base):
+        return "serve it with PEFT: the base has no bias that those on B could be merged into"
+    return None
 
 
 class Outcome(StrEnum):

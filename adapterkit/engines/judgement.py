@@ -122,7 +122,7 @@ def check_served(
     coverage, more = judge(adapter, base, engine, found)
     errors = [
         each
-        for each in advised((*found, *more), adapter)
+        for each in advised((*found, *more), adapter, base)
         if each.severity is Severity.ERROR and each.engine in {"", engine.name}
     ]
     # What is not looked at, for want of a base, makes nothing of this right.

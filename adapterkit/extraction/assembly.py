@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.architectures.mapping import find_rule, from_engine, to_engine
 from adapterkit.extraction.report import LeftOver
-from adapterkit.keys import Role, TensorKey
+from adapterkit.extraction.whole import savable, saved_whole
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import BaseReference
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import FormatOptions
     from adapterkit.formats.spec import FormatSpec
     from adapterkit.model import Update
-    from adapterkit.tensor import LazyTensor
 
 # Losses that are about one table; what loses it keeps all other modules.
 _TABLES = frozenset({"tied-embedding", "tied-output"})
@@ -56,6 +55,12 @@ def fitting(
     return fitted
 
 
+def saving(outcomes: Sequence[Outcome], base: BaseModel, options: FormatOptions) -> list[Outcome]:
+    """Return the outcomes with what is left over saved whole, where PEFT can save it."""
+    pairs, _ = _named(outcomes, base, options.moe_layout)
+    return savable(outcomes, base, {pair.module for pair in pairs})
+
+
 def assembled(
     outcomes: Sequence[Outcome], base: BaseModel, options: FormatOptions
 ) -> tuple[AdapterTensorSet, list[ExtractedModule]]:
@@ -67,7 +72,7 @@ def assembled(
         for outcome in outcomes
         if outcome.module is not None
     ]
-    tensors = {**adapter.tensors, **_whole(outcomes, base)}
+    tensors = {**adapter.tensors, **saved_whole(outcomes, base)}
     tied = _tied(outcomes) if base.tied else {}
     return adapter.replace(tensors=tensors, tied=tied), reports
 
@@ -77,30 +82,10 @@ def _adapter(pairs: Iterable[Update], base: BaseModel) -> AdapterTensorSet:
     return AdapterTensorSet.of(pairs, {}, base=BaseReference(name=named))
 
 
-def _whole(outcomes: Iterable[Outcome], base: BaseModel) -> dict[TensorKey, LazyTensor]:
-    """Return what is saved whole, biases included: PEFT loads all of a saved module."""
-    saved = [outcome for outcome in outcomes if outcome.left is not None and outcome.left.saved]
-    found = {
-        TensorKey(_parameter(each, module), Role.FULL): each.twin.tensor
-        for each in saved
-        for module in (each.twin.modules[:1] if base.tied else each.twin.modules)
-    }
-    for outcome in saved:
-        bias = base.tensors.get(outcome.twin.name.removesuffix(".weight") + ".bias")
-        if bias is not None:
-            found.setdefault(TensorKey(f"{outcome.twin.modules[0]}.bias", Role.FULL), bias)
-    return found
-
-
 def _tied(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, ...]]:
     """Return the tables that are saved whole for several modules, in the base's one table."""
     saved = (each.twin.modules for each in outcomes if each.left is not None and each.left.saved)
     return {modules[0]: modules[1:] for modules in saved if len(modules) > 1}
-
-
-def _parameter(outcome: Outcome, module: str) -> str:
-    """Return a saved parameter's name as PEFT spells it."""
-    return f"{module}.weight" if outcome.twin.name.endswith(".weight") else module
 
 
 def _named(

@@ -13,7 +13,7 @@ from adapterkit.certificates import Making
 from adapterkit.dtype import DType
 from adapterkit.errors import UnsupportedError, UsageError
 from adapterkit.extraction.applied import check_applied
-from adapterkit.extraction.assembly import assembled, fitting
+from adapterkit.extraction.assembly import assembled, fitting, saving
 from adapterkit.extraction.checkpoints import open_both
 from adapterkit.extraction.factors import Outcome, extract_tensor
 from adapterkit.extraction.ranks import wish
@@ -106,7 +106,7 @@ def extract(
     options = FormatOptions(base=before, dtype=dtype, moe_layout=moe_layout, unverified=unverified)
     outcomes = fitting(outcomes, before, target, options)
     if save_rest:
-        outcomes = [_saving(outcome) for outcome in outcomes]
+        outcomes = saving(outcomes, before, options)
     _check_any(outcomes, before, after, save_rest=save_rest)
     adapter, modules = assembled(outcomes, before, options)
     if original.layout:
@@ -175,15 +175,6 @@ def _worked(
     return in_threads(one, found, jobs)
 
 
-def _saving(outcome: Outcome) -> Outcome:
-    """Return an outcome whose left-over parameter is saved whole, if it is a parameter."""
-    left = outcome.left
-    twin = outcome.twin
-    if left is None or twin.respelled or not twin.tensor.dtype.floating or outcome.noise:
-        return outcome
-    return replace(outcome, left=replace(left, saved=True))
-
-
 def _check_any(
     outcomes: Sequence[Outcome], base: BaseModel, tuned: BaseModel, *, save_rest: bool
 ) -> None:
@@ -201,7 +192,8 @@ def _check_any(
             path=tuned.path,
         )
     named = first_and_more([outcome.twin.name for outcome in left], 3)
-    advice = "" if save_rest else "; --save-rest stores them whole"
+    advice = f"; {left[0].left.reason}" if save_rest and left[0].left else ""
+    advice = advice if save_rest else "; --save-rest stores them whole"
     raise UnsupportedError(
         f"differs from {base.path} only in what no factors hold: {named}{advice}",
         path=tuned.path,

@@ -101,6 +101,17 @@ def ends_with(module: str, target: str) -> bool:
     return module == target or module.endswith(f".{target}")
 
 
+def saved_for(module: str, name: str) -> list[str]:
+    """Return the modules that PEFT saves whole for a name: this one and those that hold it.
+
+    PEFT compares letters and not components (`norm` is also `input_layernorm`), and cannot load
+    what it saves one inside the other.
+    """
+    parts = module.split(".")
+    paths = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
+    return [path for path in paths if name and path.endswith(name)]
+
+
 def _told(declared: Any) -> bool:
     return isinstance(declared, list) or (isinstance(declared, str) and declared not in {"", _ALL})
 

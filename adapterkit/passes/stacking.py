@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.base.places import Places
+from adapterkit.keys import Role
 from adapterkit.model import Kind
 from adapterkit.notes import Note
 from adapterkit.passes.protocol import Context, Passed
@@ -29,8 +30,11 @@ _STACKED: Mapping[str, tuple[str, ...]] = {
 def stacked(adapter: AdapterTensorSet, context: Context) -> Passed:
     """Return the same updates, with updates of zero for the modules that they are stacked with.
 
-    A is that of the module beside, so that none is invented, and B is zero.
+    A is that of the module beside, so that none is invented, and B is zero. DoRA stays as it is:
+    it holds for all modules or none, and zeros would need magnitudes that are the base's own norms.
     """
+    if any(key.role is Role.MAGNITUDE for key in adapter.tensors):
+        return Passed(adapter)
     made = {
         name: _zero(name, pair, rows)
         for name, pair in missing(adapter, context.base).items()

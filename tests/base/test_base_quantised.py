@@ -183,6 +183,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"quantised \(compressed-tensors, float-quantized\).*16-bit original",
     ),
     "fp4-experts": ({**FP8, "expert_dtype": "fp4"}, r"quantised \(fp8, fp4\).*16-bit original"),
+    "mlx": (
+        {"group_size": 64, "bits": 4, "mode": "affine"},
+        r"quantised \(MLX, affine, 4 bits\).*16-bit original",
+    ),
     "unknown": ({"bits": 2}, r"quantised \(unknown, 2 bits\).*16-bit original"),
 }
 

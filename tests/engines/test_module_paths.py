@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import transformers
 
-from adapterkit import convert, read, validate, write
+from adapterkit import convert, merge_into, read, target_names, validate, write
+from adapterkit.errors import AdapterKitError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
@@ -89,8 +90,39 @@ def test_sglang_gets_factors_of_zero_for_what_it_stacks(
     assert str(report.targets[0].verdict) == "applied"
 
 
+def test_sglang_refuses_dora_as_such_and_not_for_want_of_zeros(tmp_path: Path) -> None:
+    module = f"{LAYER}.self_attn.q_proj"
+    adapter = read(saved("Qwen3ForCausalLM", {module: (64, 64)}, tmp_path))
+    magnitude = LazyTensor.of(np.ones(64, np.float32))
+    dora = adapter.updated([], {TensorKey(module, Role.MAGNITUDE): magnitude})
+    with pytest.raises(UnsupportedError, match=r"as it is: SGLang refuses DoRA") as refusal:
+        convert(dora, tmp_path / "made", base=tmp_path / "base", for_engine="sglang")
+    assert "holds none" not in str(refusal.value)
+
+
 def test_sglang_passes_over_what_is_under_no_layers(tmp_path: Path) -> None:
     module = "transformer.h.0.attn.c_attn"
     adapter = saved("GPT2LMHeadModel", {module: (192, 64)}, tmp_path)
     counts, verdict, _ = outcome(adapter, "sglang")
     assert (counts, verdict) == ({"ignored": 1}, "no effect")
+
+
+@pytest.mark.parametrize("engine", sorted(target_names()))
+@pytest.mark.parametrize("trait", ["bias on B", "aLoRA"])
+def test_nobody_is_told_to_merge_what_cannot_be_merged(
+    trait: str, engine: str, tmp_path: Path
+) -> None:
+    module = f"{LAYER}.self_attn.q_proj"
+    adapter = read(saved("Qwen3ForCausalLM", {module: (64, 64)}, tmp_path))
+    bias = {TensorKey(module, Role.LORA_BIAS): LazyTensor.of(np.ones(64, np.float32))}
+    made = adapter.updated([], bias)
+    if trait == "aLoRA":
+        made = adapter.replace(invocation_tokens=(3, 4))
+    with pytest.raises(AdapterKitError):
+        merge_into([made], tmp_path / "base", tmp_path / "merged")
+    write(made, tmp_path / "made")
+    report = validate(tmp_path / "made", base=tmp_path / "base", targets=[engine])
+    hints = [finding.hint for finding in report.findings]
+    assert not any("merge it" in hint for hint in hints)
+    if str(report.targets[0].verdict) != "applied" and engine not in {"comfyui", "diffusers"}:
+        assert hints

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from small_llama import small_llama
+from torch import nn
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -353,3 +354,45 @@ def test_slots_that_the_factors_do_not_have_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match="not those of 2 of 3 slots"):
         adapterkit.read(tmp_path)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8, bias=False)
+
+
+class Outer(nn.Module):
+    def __init__(self, *others: str) -> None:
+        super().__init__()
+        self.module = Inner()
+        for name in others:
+            self.add_module(name, Outer())
+
+
+@pytest.mark.parametrize("others", [(), ("encoder",)])
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_an_attribute_of_the_name_of_a_wrapper_stays(
+    tmp_path: Path, others: tuple[str, ...], wrapper: str
+) -> None:
+    model = Outer(*others)
+    (tmp_path / "base").mkdir()
+    state = {name: x.numpy() for name, x in model.state_dict().items()}
+    save_file(state, tmp_path / "base" / "model.safetensors")
+    config = {"model_type": "mine", "architectures": ["Mine"]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    trained.save_pretrained(str(tmp_path / "a"))
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    stored = load_file(weights)
+    save_file({n.replace(PREFIX, PREFIX + wrapper): x for n, x in stored.items()}, weights)
+    real = {f"{name}module.q_proj" for name in ("", *(f"{other}." for other in others))}
+    assert set(adapterkit.read(tmp_path / "a", base=tmp_path / "base").modules) == real
+    adapterkit.merge_into([tmp_path / "a"], tmp_path / "base", tmp_path / "merged")
+    alone = adapterkit.read(tmp_path / "a")
+    if others:  # what modules do not share is no wrapper of the model
+        assert set(alone.modules) == real
+    else:
+        assert set(alone.modules) == {"q_proj"}
+        assert alone.provenance is not None
+        assert any("with --base" in str(note) for note in alone.provenance.notes)

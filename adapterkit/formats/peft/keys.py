@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
     from pathlib import Path
 
+    from adapterkit.base import BaseModel
+
 PREFIX = "base_model.model."
 
 # leaf of a saved name -> role; an adapter name such as `.default` may have leaked into it
@@ -44,7 +46,10 @@ _WRAPPERS = {
 _LEAKED = re.compile(rf"(?:^|(?<=\.))({'|'.join(_WRAPPERS)})\.")
 # PEFT around a part of the model, below the names of the whole.
 _INNER_PREFIX = re.compile(r"(?<=\.)base_model\.model\.")
+# What DDP and DeepSpeed put around a model; a class may have an attribute of this name, too.
+_MODULE = "module."
 _MODULES = re.compile(r"^(?:module\.)+")
+_AGAIN = re.compile(rf"^(?:(?:module\.)*{re.escape(PREFIX)})+")
 # An attribute of the trainer that holds the whole model: no class nests one of this name twice.
 _HOLDER = "model."
 # Attributes of trainers that no model has (TRL's value heads, trainers of policies).
@@ -66,9 +71,20 @@ _COPY_LEFT_OUT = "left out, frozen copy of the base (original_module)"
 class KeyReader:
     """Turns saved names into keys and remembers what it had to clean up."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, names: Iterable[str] = (), base: BaseModel | None = None
+    ) -> None:
+        """Look at all names of a file, and at the base's, which tell wrappers from real modules.
+
+        Args:
+            path: of the file, for messages.
+            names: all that it holds; what they do not share is no wrapper of the whole model.
+            base: the model; one whose names are known decides alone.
+        """
         self._path = path
         self._seen: Counter[tuple[str, NoteKind]] = Counter()
+        self._tops = _tops(base) if base is not None and base.kind == "hf" else frozenset[str]()
+        self._shared = min(map(_depth, _wrapped(names)), default=None)
 
     def read(self, name: str) -> TensorKey | None:
         """Return the key of a saved name, or None for one that is no part of the adapter.
@@ -108,8 +124,8 @@ class KeyReader:
         for wrapper in sorted(set(_LEAKED.findall(name))):
             self._seen[f"{wrapper}. taken out ({_WRAPPERS[wrapper]})", NoteKind.PREFIX] += 1
         path = _LEAKED.sub("", name)
-        if path.startswith("module."):
-            path = _MODULES.sub("", path)
+        if path.startswith(_MODULE) and (outside := self._without_wrapper(path)) != path:
+            path = outside
             self._seen["module. taken off (DDP, DeepSpeed)", NoteKind.PREFIX] += 1
         if not (path.startswith(_HALF_PREFIX) or _INNER_PREFIX.search(path)):
             if _FACTOR in path:
@@ -118,10 +134,7 @@ class KeyReader:
                 told = f"had no {PREFIX} prefix, so that PEFT leaves them out"
                 self._seen[told, NoteKind.STRAY] += 1
         path = path.removeprefix(PREFIX)
-        if path.startswith((PREFIX, "module.")):
-            self._seen[f"doubled {PREFIX} prefix taken off", NoteKind.PREFIX] += 1
-        while path.startswith((PREFIX, "module.")):
-            path = path.removeprefix(PREFIX).removeprefix("module.")
+        path = self._without_inner(path)
         if inner := _INNER_PREFIX.search(path):
             self._seen[f"{PREFIX} inside the name taken out", NoteKind.PREFIX] += 1
             outer, rest = path[: inner.start()], path[inner.end() :]
@@ -132,12 +145,62 @@ class KeyReader:
             path = _HALVES.sub("", path)
         return path
 
+    def _without_inner(self, path: str) -> str:
+        """Return a path without what PEFT and the trainer put around the model once more."""
+        if inside := _AGAIN.match(path):
+            self._seen[f"doubled {PREFIX} prefix taken off", NoteKind.PREFIX] += 1
+            path = path[inside.end() :]
+        bare = self._without_wrapper(path)
+        if bare != path:
+            unsure = "" if self._tops else "; with --base, a module of the base's is told from it"
+            told = f"module. below {PREFIX} taken off (DDP, DeepSpeed){unsure}"
+            self._seen[told, NoteKind.PREFIX] += 1
+        return bare
+
+    def _without_wrapper(self, path: str) -> str:
+        """Return a path without the `module.` that no module of the model is called.
+
+        The base decides; without one, what all names of the file share is taken for a wrapper.
+        """
+        if PREFIX in path:
+            return _MODULES.sub("", path)
+        depth = _depth(path)
+        if self._tops:
+            real = (
+                taken for taken in range(depth) if _top(path[taken * len(_MODULE) :]) in self._tops
+            )
+            taken = next(real, depth)
+        else:
+            taken = depth if self._shared is None else self._shared
+        return path[taken * len(_MODULE) :]
+
     def notes(self) -> tuple[Note, ...]:
         """Return one sentence for each kind of clean-up, with its count."""
         return tuple(
             Note(f"{count} tensor name{'s' if count > 1 else ''}: {what}", kind)
             for (what, kind), count in self._seen.items()
         )
+
+
+def _tops(base: BaseModel) -> frozenset[str]:
+    return frozenset(_top(name) for name in base.names)
+
+
+def _top(path: str) -> str:
+    """Return the two outermost components of a path."""
+    return ".".join(path.split(".", 2)[:2])
+
+
+def _depth(path: str) -> int:
+    """Return how many `module.` a path begins with."""
+    return (len(path) - len(_MODULES.sub("", path))) // len(_MODULE)
+
+
+def _wrapped(names: Iterable[str]) -> list[str]:
+    """Return what stands below PEFT's prefix in the names that have one; all names if none has."""
+    bare = [_LEAKED.sub("", name) for name in names]
+    below = [name.rpartition(PREFIX)[2] for name in bare if PREFIX in name]
+    return below or bare
 
 
 def saved_name(key: TensorKey, adapted: Iterable[str], tokens: Collection[str] = ()) -> str:

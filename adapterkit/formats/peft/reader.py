@@ -70,13 +70,13 @@ def interpret(
         stored: tensors by PEFT's saved names, wrappers and adapter names possibly leaked in.
         config: the LoraConfig that they were trained with.
         path: where they come from, for messages.
-        base: the model; only old layouts of experts may need it.
+        base: the model; it tells wrappers from modules, and old layouts of experts may need it.
 
     Raises:
         FormatError: if there is no tensor, or two have one meaning.
         UnsupportedError: if a tensor or setting is something other than a low-rank update.
     """
-    keys = KeyReader(path)
+    keys = KeyReader(path, stored, base)
     tensors: dict[TensorKey, LazyTensor] = {}
     for name, tensor in stored.items():
         key = keys.read(name)

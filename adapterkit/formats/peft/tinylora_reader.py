@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.architectures import Architecture
+    from adapterkit.base import BaseModel
     from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
@@ -87,7 +88,7 @@ def read_peft_tinylora(path: Path, options: FormatOptions) -> AdapterTensorSet:
     fields = Table(config, config_path)
     if own_config(stored_tensors(weights_path).metadata, weights_path) is not None:
         return read_peft(path, options)
-    stored = _sorted(weights_path)
+    stored = _sorted(weights_path, options.base)
     _check(stored, fields, weights_path)
     notes = list(stored.notes)
     modules = _modules(stored, fields, weights_path, options, notes)
@@ -106,12 +107,12 @@ def read_peft_tinylora(path: Path, options: FormatOptions) -> AdapterTensorSet:
     return adapter.replace(beside=beside)
 
 
-def _sorted(path: Path) -> _Stored:
+def _sorted(path: Path, base: BaseModel | None) -> _Stored:
     with readable(path), path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     tensors = flatten(read_torch_zip(path).root) if zipped else read_safetensors(path).tensors
     stored = _Stored(ordered=zipped)
-    keys = KeyReader(path)
+    keys = KeyReader(path, tensors, base)
     for name, tensor in tensors.items():
         if match := _VECTOR.match(name):
             if int(match[1]) in stored.vectors:

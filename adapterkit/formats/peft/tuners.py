@@ -61,12 +61,13 @@ def read_tuner(path: Path, options: FormatOptions) -> AdapterTensorSet:
     if kind not in RULES and kind not in WHOLE:
         reason = REFUSED.get(kind, "`adapterkit list formats` lists what is read")
         raise UnsupportedError(f"peft_type {kind[:80]} is not read: {reason}", path=config_path)
-    keys = KeyReader(weights_path)
+    name = fields.optional("base_model_name_or_path", TEXT) or None
+    base = options.base or find_base(name)
+    keys = KeyReader(weights_path, stored.tensors, base)
     groups, shared, tensors = _sorted(stored.tensors, keys)
     if not groups:
         raise FormatError(f"holds no tensors of a {kind} adapter", path=weights_path)
-    name = fields.optional("base_model_name_or_path", TEXT) or None
-    context = Context(config, config_path, shared, options.base or find_base(name))
+    context = Context(config, config_path, shared, base)
     scales, ranks = _understood(kind, groups, context, tensors)
     for field, known in SELECTING.items():
         fields.optional(field, known)

@@ -23,6 +23,7 @@ from adapterkit.formats.peft.losses import lost_seconds
 from adapterkit.keys import EMBEDDING_FACTORS, FACTORS, Role, TensorKey
 from adapterkit.lora_config.config import NO_TARGETS, LoraConfig
 from adapterkit.lora_config.declared import untrained_biases
+from adapterkit.lora_config.selection import saved_for
 from adapterkit.model import DiffusionSource, Kind, PeftSource, spelled_out
 from adapterkit.model.beside import lost_apart
 from adapterkit.model.declared import undeclared
@@ -380,7 +381,10 @@ def _saved(source: Mapping[str, Any], adapter: AdapterTensorSet) -> dict[str, An
     adapted = set(_adapted(adapter))
     biases = [key.module.removesuffix(".bias") for key in full if key.module.endswith(".bias")]
     weights = [key.module.rpartition(".")[0] for key in full if not key.module.endswith(".bias")]
-    saved = sorted(set(weights) - adapted)
+    named = sorted(set(weights) - adapted)
+    # PEFT saves all that is in a saved module, and cannot load a part of it once more.
+    held = {each for each in named for name in named if saved_for(each.rpartition(".")[0], name)}
+    saved = [name for name in named if name not in held]
     loose = [module for module in biases if module not in set(weights)]
     bias = source.get("bias") or "none"
     if loose and bias == "none":
