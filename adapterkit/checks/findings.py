@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,8 +18,8 @@ from adapterkit.notes import first_and_more
 if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
-# As advice names the adapter.
-_CONVERT = "adapterkit convert SRC"
+# As advice names a command and the adapter.
+_ON_IT = re.compile(r"adapterkit [a-z]+ SRC\b")
 
 
 class Severity(StrEnum):
@@ -74,9 +75,9 @@ def gathered(findings: Iterable[Finding]) -> list[Finding]:
 def advised(findings: Iterable[Finding], adapter: AdapterTensorSet | None) -> Iterator[Finding]:
     """Yield findings whose advice has the options without which the adapter is not read."""
     source = adapter.provenance if adapter is not None else None
-    whole = " ".join((_CONVERT, *(source.options if source else ())))
+    given = "".join(f" {option}" for option in (source.options if source else ()))
     for finding in findings:
-        yield replace(finding, hint=finding.hint.replace(_CONVERT, whole))
+        yield replace(finding, hint=_ON_IT.sub(lambda found: found[0] + given, finding.hint))
 
 
 class Outcome(StrEnum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE_INSTEAD
 from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.containers.onnx_adapter import MAX_BYTES
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
-_MERGE = "merge it into the base instead (adapterkit merge --into), and export that"
+_MERGE = f"{MERGE_INSTEAD}, and export that"
 _OF_EXPERTS = "a graph has no inputs for LoRA on experts"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _ROLES: Mapping[Role, tuple[str, str]] = {
@@ -119,6 +120,6 @@ def _too_large(adapter: AdapterTensorSet, options: FormatOptions) -> Iterator[Lo
     if (total := sum(sizes)) > MAX_BYTES:
         message = (
             f"onnxruntime takes files of at most {MAX_BYTES} bytes; store halves (--outtype f16), "
-            "or take a smaller rank (adapterkit compress)"
+            "or take a smaller rank (adapterkit compress SRC -o DST --rank N)"
         )
         yield Loss("too-large", f"{total} bytes", message)
