@@ -156,7 +156,7 @@ def as_gguf(base: Path) -> Path:
 
 def of_the_class(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Name the modules of a tower as the class of the base does."""
-    place = "vision_tower.vision_model.encoder"
+    place = "vision_tower.encoder"
     return {name.replace("vision_tower", place): factor for name, factor in held.items()}
 
 
