@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
 _GAP = "  "
 _THREE_DIGITS = 999.5  # what is not less is rounded to four
@@ -58,6 +55,8 @@ class Shown:
     __slots__ = ()
     # The field whose entries are the rows of its table; without one the report is its own row.
     _entries: ClassVar[str] = ""
+    # The fields of the report that stand before those of every entry.
+    _before: ClassVar[tuple[str, ...]] = ()
     # The function of report and pen that writes its text, as module:function, if it is no method.
     _view: ClassVar[str] = ""
 
@@ -69,8 +68,10 @@ class Shown:
     def rows(self) -> list[dict[str, Any]]:
         """Return the report as rows of a table, one for each thing that it is about."""
         entries: Sequence[Any] = getattr(self, self._entries) if self._entries else [self]
+        before = {name: getattr(self, name) for name in self._before}
         return [
-            {each.name: getattr(entry, each.name) for each in fields(entry)} for entry in entries
+            before | {each.name: getattr(entry, each.name) for each in fields(entry)}
+            for entry in entries
         ]
 
     def remarks(self) -> list[tuple[str, str]]:
@@ -89,7 +90,7 @@ class Shown:
         Raises:
             UnsupportedError: if pandas is not installed.
         """
-        return _library("pandas").DataFrame(self.rows())
+        return _library("pandas").DataFrame(self.rows(), columns=self._columns())
 
     def to_polars(self) -> Any:
         """Return the rows as a polars DataFrame.
@@ -97,7 +98,17 @@ class Shown:
         Raises:
             UnsupportedError: if polars is not installed.
         """
-        return _library("polars").DataFrame(self.rows(), infer_schema_length=None)
+        rows = [{name: _flat(value) for name, value in row.items()} for row in self.rows()]
+        if not rows:
+            return _library("polars").DataFrame(schema=self._columns())
+        return _library("polars").DataFrame(rows, infer_schema_length=None)
+
+    def _columns(self) -> list[str] | None:
+        """Return the names of the columns, which a table without rows has too."""
+        if not self._entries or type(self).rows is not Shown.rows:
+            return None
+        entry = get_args(get_type_hints(type(self))[self._entries])[0]
+        return [*self._before, *(each.name for each in fields(entry))]
 
     def __str__(self) -> str:
         return self.text()
@@ -110,6 +121,14 @@ class Shown:
         import html
 
         return f"<pre>{html.escape(self.text())}</pre>"
+
+
+def _flat(value: Any) -> Any:
+    """Return a value as Arrow's types have it: names of fields are text."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {str(name): _flat(item) for name, item in items}
+    return value
 
 
 def _library(name: str) -> Any:
