@@ -11,6 +11,7 @@ MERGE: Final = "adapterkit merge SRC --into BASE -o DST"
 MERGE_INSTEAD: Final = f"merge it into the base instead ({MERGE})"
 # Where one table is input and output, a merge asks whose the update is.
 MERGE_UNTIED: Final = f"merge it into the base instead ({MERGE} --tied untie)"
+OR_LEAVE_OUT: Final = "or leave it out with --allow-lossy"
 # Of what llama.cpp cannot hold beside its base, and its own converter can.
 MERGE_AND_CONVERT: Final = (
     "(adapterkit merge SRC --into DIRECTORY -o DST), and make a GGUF of that with llama.cpp's "

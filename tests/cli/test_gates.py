@@ -84,6 +84,16 @@ def test_the_action_does_what_its_inputs_say(
     assert ended == code, told
     assert sarif is not None
     assert {result["ruleId"] for result in sarif["runs"][0]["results"]} == rules
+    # One run serves the reader of the log and code scanning.
+    assert all(f" {rule} " in told for rule in rules)
+    assert told.count("\n") >= len(sarif["runs"][0]["results"])
+
+
+def test_the_action_looks_at_adapters_once() -> None:
+    (run,) = (
+        each["run"] for each in loaded("action.yml")["runs"]["steps"] if each["name"] == "Validate"
+    )
+    assert run.count("adapterkit validate") == 1
 
 
 @pytest.mark.parametrize("inputs", [{"targets": "vlm"}, {"base": "nowhere"}])

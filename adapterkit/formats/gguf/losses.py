@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.advice import MERGE, MERGE_AND_CONVERT, MERGE_INSTEAD, MERGE_UNTIED
+from adapterkit.advice import MERGE, MERGE_AND_CONVERT, MERGE_INSTEAD, MERGE_UNTIED, OR_LEAVE_OUT
 from adapterkit.architectures import LLAMA_CPP
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.copies import lost_copies
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 _GROW = f"merge it into the Hugging Face base, which then has these rows {MERGE_AND_CONVERT}"
 _AS_TRAINED = (
     "merge the adapter that this was made from into the base, or leave it out with --allow-lossy"
+)
+_MERGED = (
+    f"{MERGE_INSTEAD}, and make a GGUF of a merged directory with llama.cpp's "
+    f"convert_hf_to_gguf.py; {OR_LEAVE_OUT}"
 )
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
 
@@ -123,9 +127,7 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     full = [key for key in full if key not in resized]
     for code, reason, fits in kinds:
         if keys := [key for key in full if fits(key.module) and key not in foreign]:
-            yield lost_tensors(
-                code, keys, f"{reason}; {_AS_TRAINED if nameless else MERGE_INSTEAD}"
-            )
+            yield lost_tensors(code, keys, f"{reason}; {_AS_TRAINED if nameless else _MERGED}")
     yield from lost_heads(foreign, ", and convert that with llama.cpp's convert_hf_to_gguf.py")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.advice import MERGE, MERGE_INSTEAD, MERGE_UNTIED
+from adapterkit.advice import MERGE, MERGE_INSTEAD, MERGE_UNTIED, OR_LEAVE_OUT
 from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
+_MERGED = f"{MERGE_INSTEAD}, and convert that with mlx_lm.convert; {OR_LEAVE_OUT}"
 _OUTPUT = "lm_head"
 # Relative error below which two updates of one table are one, computed twice in float32.
 _SAME = 1e-6
@@ -109,10 +110,10 @@ def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss
     yield from lost_roles(adapter, _ROLES)
     yield from lost_biases(adapter, base, "an MLX adapter")
     foreign = foreign_parameters(adapter, base)
-    yield from lost_heads(foreign)
+    yield from lost_heads(foreign, ", and convert that with mlx_lm.convert")
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     if kept := [key for key in full if key not in foreign]:
-        message = f"a whole trained parameter has no place there; {MERGE_INSTEAD}"
+        message = f"a whole trained parameter has no place there; {_MERGED}"
         yield lost_tensors("saved-module", kept, message)
     yield from lost_columns(adapter)
     yield from lost_copies(adapter, base)

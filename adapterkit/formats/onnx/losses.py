@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from adapterkit.advice import MERGE_INSTEAD
+from adapterkit.advice import MERGE_INSTEAD, OR_LEAVE_OUT
 from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.containers.onnx_adapter import MAX_BYTES
@@ -86,10 +86,10 @@ def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss
     yield from lost_roles(adapter, _ROLES)
     yield from lost_biases(adapter, base, "an .onnx_adapter")
     foreign = foreign_parameters(adapter, base)
-    yield from lost_heads(foreign)
+    yield from lost_heads(foreign, ", and export that")
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     if kept := [key for key in full if key not in foreign]:
-        message = f"a whole trained parameter has no place there; {_MERGE}"
+        message = f"a whole trained parameter has no place there; {_MERGE}; {OR_LEAVE_OUT}"
         yield lost_tensors("saved-module", kept, message)
     yield from lost_columns(adapter)
     yield from lost_copies(adapter, base)
