@@ -6,7 +6,6 @@ Text is plain unless a `Pen` says otherwise: the command line has one for termin
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -16,6 +15,8 @@ _GAP = "  "
 _THREE_DIGITS = 999.5  # what is not less is rounded to four
 # The narrowest that a column is folded to.
 _NARROW = 8
+# After a dot, a slash, a dash, an underscore; before the capital of a new word.
+_JOINTS = re.compile(r"(?<=[./_-])(?=.)|(?<=[a-z0-9])(?=[A-Z])")
 _Item = TypeVar("_Item")
 
 
@@ -182,7 +183,26 @@ def _fitted(table: Sequence[Sequence[str]], width: int | None) -> list[int]:
 
 
 def _folded(cell: str, width: int) -> list[str]:
-    return [cell] if len(cell) <= width else textwrap.wrap(cell, max(width, 1)) or [cell]
+    """Return the lines of a cell; a word that is too long is parted where its parts meet."""
+    if len(cell) <= width:
+        return [cell]
+    lines = [""]
+    for word in cell.split():
+        for place, part in enumerate(_parted(word, max(width, 1))):
+            gap = " " if lines[-1] and place == 0 else ""
+            if len(lines[-1]) + len(gap) + len(part) <= width:
+                lines[-1] += gap + part
+            else:
+                lines.append(part)
+    return [line for line in lines if line] or [cell]
+
+
+def _parted(word: str, width: int) -> list[str]:
+    """Return the parts of a word: of a path its names, of a class its words, of others no less."""
+    if len(word) <= width:
+        return [word]
+    parts = _JOINTS.split(word)
+    return [part[n : n + width] for part in parts for n in range(0, len(part), width)]
 
 
 def sheet(entries: Iterable[tuple[str, str]], *, pen: Pen = PLAIN) -> str:
