@@ -32,6 +32,8 @@ from typing import Any
 
 from adapterkit.notes import Loss
 
+# What every entry of a list in a message begins with.
+_ITEM = "\n  "
 # What the operating system has against writing only.
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -55,20 +57,30 @@ class AdapterKitError(Exception):
         where: str | None = None,
         needs: str = "",
     ) -> None:
-        self.message = message
+        self.message = legible(message)
         self.needs = needs
         self.path = path
         self.where = where
         named = [_on_one_line(str(part)) for part in (path, where) if part]
-        super().__init__(": ".join([*named, message] if message else named))
+        super().__init__(": ".join([*named, self.message] if message else named))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as text and attributes: Python would call the class with the text alone."""
         return _restored, (type(self), self.args), self.__dict__
 
 
-def _on_one_line(name: str) -> str:
-    return "".join(c.encode("unicode_escape").decode() if c in "\n\r" else c for c in name)
+def legible(message: str) -> str:
+    """Return a message whose lines are its own: names in it can neither end one nor steer.
+
+    What is listed begins on a new line, with two blanks.
+    """
+    return _ITEM.join(map(_on_one_line, message.split(_ITEM)))
+
+
+def _on_one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _restored(kind: type[AdapterKitError], arguments: tuple[Any, ...]) -> AdapterKitError:
@@ -145,10 +157,10 @@ class LossyConversionError(UnsupportedError):
 
     def __init__(self, losses: Iterable[Loss], *, path: Path | str | None = None) -> None:
         self.losses = tuple(losses)
-        lines = [f"{loss.subject}: {loss.message}" for loss in self.losses]
+        lines = [_on_one_line(f"{loss.subject}: {loss.message}") for loss in self.losses]
         count = len(lines)
         head = f"cannot be written without loss ({count} reason{'s' if count != 1 else ''})"
-        super().__init__("\n  ".join([head, *lines]), path=path)
+        super().__init__(_ITEM.join([head, *lines]), path=path)
 
 
 class UnknownArchitectureError(UnsupportedError):

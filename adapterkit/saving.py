@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE
 from adapterkit.beside import lying_beside
 from adapterkit.certificates import certified
 from adapterkit.destination import check_destination
@@ -323,7 +324,7 @@ def _check_experts(adapter: AdapterTensorSet, path: Path | None) -> None:
     if alone and stacked:
         raise UnsupportedError(
             f"is an expert, and those of {stacked} are stacked: no model has both; merge the "
-            "adapters into the base instead (adapterkit merge --into)",
+            f"adapters into the base instead ({MERGE})",
             path=path,
             where=alone,
         )

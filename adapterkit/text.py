@@ -6,19 +6,17 @@ Text is plain unless a `Pen` says otherwise: the command line has one for termin
 from __future__ import annotations
 
 import re
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
 _GAP = "  "
 _THREE_DIGITS = 999.5  # what is not less is rounded to four
 # The narrowest that a column is folded to.
 _NARROW = 8
+# After a dot, a slash, a dash, an underscore; before the capital of a new word.
+_JOINTS = re.compile(r"(?<=[./_-])(?=.)|(?<=[a-z0-9])(?=[A-Z])")
 _Item = TypeVar("_Item")
 
 
@@ -58,6 +56,8 @@ class Shown:
     __slots__ = ()
     # The field whose entries are the rows of its table; without one the report is its own row.
     _entries: ClassVar[str] = ""
+    # The fields of the report that stand before those of every entry.
+    _before: ClassVar[tuple[str, ...]] = ()
     # The function of report and pen that writes its text, as module:function, if it is no method.
     _view: ClassVar[str] = ""
 
@@ -69,8 +69,10 @@ class Shown:
     def rows(self) -> list[dict[str, Any]]:
         """Return the report as rows of a table, one for each thing that it is about."""
         entries: Sequence[Any] = getattr(self, self._entries) if self._entries else [self]
+        before = {name: getattr(self, name) for name in self._before}
         return [
-            {each.name: getattr(entry, each.name) for each in fields(entry)} for entry in entries
+            before | {each.name: getattr(entry, each.name) for each in fields(entry)}
+            for entry in entries
         ]
 
     def remarks(self) -> list[tuple[str, str]]:
@@ -89,7 +91,7 @@ class Shown:
         Raises:
             UnsupportedError: if pandas is not installed.
         """
-        return _library("pandas").DataFrame(self.rows())
+        return _library("pandas").DataFrame(self.rows(), columns=self._columns())
 
     def to_polars(self) -> Any:
         """Return the rows as a polars DataFrame.
@@ -97,7 +99,17 @@ class Shown:
         Raises:
             UnsupportedError: if polars is not installed.
         """
-        return _library("polars").DataFrame(self.rows(), infer_schema_length=None)
+        rows = [{name: _flat(value) for name, value in row.items()} for row in self.rows()]
+        if not rows:
+            return _library("polars").DataFrame(schema=self._columns())
+        return _library("polars").DataFrame(rows, infer_schema_length=None)
+
+    def _columns(self) -> list[str] | None:
+        """Return the names of the columns, which a table without rows has too."""
+        if not self._entries or type(self).rows is not Shown.rows:
+            return None
+        entry = get_args(get_type_hints(type(self))[self._entries])[0]
+        return [*self._before, *(each.name for each in fields(entry))]
 
     def __str__(self) -> str:
         return self.text()
@@ -110,6 +122,14 @@ class Shown:
         import html
 
         return f"<pre>{html.escape(self.text())}</pre>"
+
+
+def _flat(value: Any) -> Any:
+    """Return a value as Arrow's types have it: names of fields are text."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {str(name): _flat(item) for name, item in items}
+    return value
 
 
 def _library(name: str) -> Any:
@@ -163,7 +183,26 @@ def _fitted(table: Sequence[Sequence[str]], width: int | None) -> list[int]:
 
 
 def _folded(cell: str, width: int) -> list[str]:
-    return [cell] if len(cell) <= width else textwrap.wrap(cell, max(width, 1)) or [cell]
+    """Return the lines of a cell; a word that is too long is parted where its parts meet."""
+    if len(cell) <= width:
+        return [cell]
+    lines = [""]
+    for word in cell.split():
+        for place, part in enumerate(_parted(word, max(width, 1))):
+            gap = " " if lines[-1] and place == 0 else ""
+            if len(lines[-1]) + len(gap) + len(part) <= width:
+                lines[-1] += gap + part
+            else:
+                lines.append(part)
+    return [line for line in lines if line] or [cell]
+
+
+def _parted(word: str, width: int) -> list[str]:
+    """Return the parts of a word: of a path its names, of a class its words, of others no less."""
+    if len(word) <= width:
+        return [word]
+    parts = _JOINTS.split(word)
+    return [part[n : n + width] for part in parts for n in range(0, len(part), width)]
 
 
 def sheet(entries: Iterable[tuple[str, str]], *, pen: Pen = PLAIN) -> str:

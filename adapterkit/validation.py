@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from adapterkit.attempts import Attempt
 from adapterkit.base import BaseModel
@@ -42,6 +42,9 @@ class ValidationReport(Shown):
         findings: errors first.
         targets: one entry for each engine asked for.
     """
+
+    _entries: ClassVar[str] = "findings"
+    _before: ClassVar[tuple[str, ...]] = ("source",)
 
     source: str | None
     format: str | None
@@ -89,14 +92,6 @@ class ValidationReport(Shown):
     def text(self, pen: Pen = PLAIN) -> str:
         """Return what was found, and the counts."""
         return "\n".join([*self.lines(pen), self.counts])
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each finding."""
-        return [{"source": self.source, **_fields(finding)} for finding in self.findings]
-
-
-def _fields(finding: Finding) -> dict[str, Any]:
-    return {each.name: getattr(finding, each.name) for each in fields(finding)}
 
 
 def _coverage(engine: EngineCoverage) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE, MERGE_INSTEAD
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.architectures.weights import engine_names
 from adapterkit.base.places import Places
@@ -40,7 +41,7 @@ def lost_heads(keys: Sequence[TensorKey], then: str = "") -> Iterator[Loss]:
     if heads:
         message = (
             "is the head of a classifier, which this base is none of; merge it into a base of the "
-            f"class that was trained (adapterkit merge --into){then}, or leave it out with "
+            f"class that was trained ({MERGE}){then}, or leave it out with "
             "--allow-lossy"
         )
         yield Loss("foreign-head", _named(heads), message, tuple(heads))
@@ -56,10 +57,7 @@ def lost_biases(adapter: AdapterTensorSet, base: BaseModel | None, target: str) 
     homeless = without_bias(adapter, base)
     placed = [key for key in adapter.tensors if key.role is Role.LORA_BIAS and key not in homeless]
     if placed:
-        message = (
-            f"a bias on B has no place in {target}; merge it into the base instead (adapterkit "
-            "merge --into)"
-        )
+        message = f"a bias on B has no place in {target}; {MERGE_INSTEAD}"
         yield Loss("lora-bias", _named(placed), message, tuple(placed))
     if homeless:
         message = (

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
-# As advice names the adapter.
-_CONVERT = "adapterkit convert SRC"
+# As advice names a command and the adapter, and a merge.
+_ON_IT = re.compile(r"adapterkit [a-z]+ SRC\b")
 _MERGE = re.compile(r"merge it in(?:to (?:the|a GGUF) base| PEFT)")
 
 
@@ -83,10 +83,10 @@ def advised(
     weights of the base can hold.
     """
     source = adapter.provenance if adapter is not None else None
-    whole = " ".join((_CONVERT, *(source.options if source else ())))
+    given = "".join(f" {option}" for option in (source.options if source else ()))
     instead = _instead_of_merging(adapter, base) if adapter is not None else None
     for finding in findings:
-        hint = finding.hint.replace(_CONVERT, whole)
+        hint = _ON_IT.sub(lambda found: found[0] + given, finding.hint)
         if instead is not None and (merging := _MERGE.search(hint)):
             hint = (
                 instead

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 _RESIZED = (
-    "give the base with the vocabulary of the training (resize_token_embeddings), or merge it into "
-    "this one (adapterkit merge --into)"
+    "give the base with the vocabulary of the training (resize_token_embeddings, save_pretrained)"
 )
 _HEADLESS = (
     "load the base as a class that has it (AutoModelForSequenceClassification for a classifier): "
@@ -98,8 +97,8 @@ def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
         return  # the check of the adapter alone says so
     if nothing:
         message = f"target_modules = {config['target_modules']!r} selects no module of the base"
-        hint = "adapterkit convert -o DIR writes the list anew"
-        yield Finding("AK114", Severity.ERROR, (), message, hint, fix="to-peft")
+        hint = "write the names of the modules there; an expression must match a whole path"
+        yield Finding("AK114", Severity.ERROR, (), message, hint)
 
 
 def other_architecture(adapter: AdapterTensorSet, base: BaseModel) -> str | None:

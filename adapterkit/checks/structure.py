@@ -81,7 +81,7 @@ def _finding(defect: Defect) -> Finding:
 def _clean_ups(adapter: AdapterTensorSet) -> Iterator[Finding]:
     """Report names that had to be cleaned up: other programs look for the clean ones."""
     for note in unclean_names(adapter):
-        hint = "convert it to peft: names are written clean"
+        hint = "adapterkit convert SRC -o DIR writes clean names"
         yield Finding("AK110", Severity.WARNING, (), note, hint, fix="to-peft")
 
 
@@ -122,8 +122,8 @@ def _outside(chosen: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
 
 def _unselected(adapter: AdapterTensorSet) -> Iterator[Finding]:
     if (note := unselected_note(adapter)) is not None:
-        hint = "adapterkit convert -o DIR writes the list of modules"
-        yield Finding("AK118", Severity.UNCHECKED, (), note.text, hint, fix="to-peft")
+        hint = "write the names of the modules into target_modules"
+        yield Finding("AK118", Severity.UNCHECKED, (), note.text, hint)
 
 
 def unselected_note(adapter: AdapterTensorSet) -> Note | None:
@@ -168,7 +168,7 @@ def _overlaps(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[
             if len({value for _, value in hits}) > 1:
                 shown = ", ".join(f"{key} = {value}" for key, value in hits)
                 message = f"{field} has several answers ({shown}); the first counts, and PEFT "
-                hint = "anchor the patterns, so that each module has one"
+                hint = "adapterkit convert SRC -o DIR writes one for each module"
                 message += "sorts them when it saves"
                 yield Finding("AK109", Severity.WARNING, (module,), message, hint)
                 break

@@ -16,6 +16,7 @@ from adapterkit import strangers
 from adapterkit.containers.opening import MAX_NAME, file_size
 from adapterkit.containers.pickle_names import Record
 from adapterkit.containers.pickle_reader import RESAVE, read_pickle
+from adapterkit.containers.pickle_training import TRAINING_NAMES
 from adapterkit.containers.torch_tensor import TORCH_NAMES, PickledTensor, Storage, StorageType
 from adapterkit.containers.zip_members import read_members
 from adapterkit.errors import FormatError, UnsafePickleError
@@ -95,7 +96,7 @@ def read_torch_zip(
         _check_byteorder(members, path)
     raw = read_pickle(
         data,
-        names={**TORCH_NAMES, **names},
+        names={**TRAINING_NAMES, **TORCH_NAMES, **names},
         persistent=lambda identifier: _storage(identifier, members, path),
         path=path,
     )

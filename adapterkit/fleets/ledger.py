@@ -97,6 +97,7 @@ class Ledger:
             self._base.execute("pragma journal_mode = wal")
             self._base.execute("pragma synchronous = normal")
             self._base.execute(_TABLE)
+            self._base.execute("create table if not exists begun (action text primary key)")
         except sqlite3.OperationalError as error:
             self._base.close()
             raise _unwritten(path, error) from error
@@ -147,6 +148,18 @@ class Ledger:
             self._base.execute("begin immediate")
             self._base.executemany(_NOTE, values)
             self._base.execute("commit")
+        except sqlite3.OperationalError as error:
+            raise _unwritten(self._path, error) from error
+
+    def holds(self, action: str) -> bool:
+        """Tell whether an action was begun here, whatever its options were."""
+        asked = "select 1 from begun where action = ? union select 1 from job where action = ?"
+        return self._base.execute(asked, (action, action)).fetchone() is not None
+
+    def begin(self, action: str) -> None:
+        """Note that an action has its tables here."""
+        try:
+            self._base.execute("insert or ignore into begun values (?)", (action,))
         except sqlite3.OperationalError as error:
             raise _unwritten(self._path, error) from error
 

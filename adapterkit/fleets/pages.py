@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.fleets.ledger import FleetRow
-from adapterkit.fleets.running import FleetReport
+from adapterkit.fleets.running import TABLES, FleetReport
 from adapterkit.output import staged
 
 _COLUMNS = ("path", "action", "state", "exit_code", "tries", "seconds", "headline")
@@ -33,19 +33,19 @@ td.number { font-variant-numeric: tabular-nums; text-align: right; white-space: 
 
 
 def write_fleet_tables(report: FleetReport, folder: Path | str) -> tuple[Path, ...]:
-    """Write ACTION.jsonl, ACTION.csv and ACTION.html into a folder, over those of an earlier run.
+    """Write ACTION.jsonl, ACTION.csv and ACTION.html into a folder.
+
+    Beside the ledger they replace those of an earlier run; elsewhere nothing is replaced.
 
     Raises:
         WriteError: if one cannot be written.
     """
     written: list[Path] = []
-    for suffix, text in (
-        ("jsonl", _jsonl(report)),
-        ("csv", _csv(report)),
-        ("html", _page(report)),
-    ):
+    beside = Path(report.ledger).parent.absolute() == Path(folder).absolute()
+    texts = (_jsonl(report), _csv(report), _page(report))
+    for suffix, text in zip(TABLES, texts, strict=True):
         path = Path(folder) / f"{report.action}.{suffix}"
-        with staged(path, force=True) as staging:
+        with staged(path, force=beside) as staging:
             staging.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
         written.append(path)
     return tuple(written)

@@ -16,7 +16,7 @@ from typing import Any
 
 from adapterkit.base import BaseModel
 from adapterkit.destination import check_name
-from adapterkit.errors import AdapterKitError, UsageError, WriteError
+from adapterkit.errors import AdapterKitError, DestinationExistsError, UsageError, WriteError
 from adapterkit.fleets.actions import Outcome, check_action, died, late, perform
 from adapterkit.fleets.discovery import Reading, discover, identity
 from adapterkit.fleets.execution import carried_out, dask_executor, process_pool
@@ -24,6 +24,8 @@ from adapterkit.fleets.ledger import FleetRow, Job, Ledger
 from adapterkit.text import PLAIN, Pen, Shown, columns, count, from_here
 
 LEDGER = "ledger.sqlite"
+# What an action's tables end in: they stand beside the ledger that they are made from.
+TABLES = ("jsonl", "csv", "html")
 # Exit codes of several inputs: the worst of them, in this order.
 _ORDER = (3, 4, 1, 5)
 # Adapters that are listed.
@@ -111,7 +113,8 @@ def run_fleet(
         UsageError: if the action is unknown, Dask is not there, or a time-out is given to what is
             no process of this machine.
         NotFoundError: if there is nothing at a source.
-        WriteError: if another process writes the ledger, or it cannot be written.
+        WriteError: if another process writes the ledger, or it cannot be written, or files of
+            another origin have the names of its tables.
         UncheckableError: if an executor of yours broke; what was done is kept.
     """
     check_action(action)
@@ -123,7 +126,10 @@ def run_fleet(
     told = json.dumps([given, import_module("adapterkit").__version__], sort_keys=True)
     found = discover(sources, Reading(given.get("dialect"), given.get("as_format")))
     with ExitStack() as stack:
-        ledger = stack.enter_context(_opened(folder, stack))
+        ledger = stack.enter_context(_opened(folder, stack, action))
+        if not ledger.holds(action):
+            _check_tables(folder, action)
+        ledger.begin(action)
         every, unread = _jobs(found, _mark(given))
         ledger.note(action, told, unread)
         paths = [str(path) for path in found]
@@ -186,10 +192,14 @@ def _given(action: str, options: dict[str, Any], folder: Path) -> dict[str, Any]
     return {**options, "to": target.name, "folder": str(written), "suffix": suffix}
 
 
-def _opened(folder: Path, stack: ExitStack) -> Ledger:
+def _opened(folder: Path, stack: ExitStack, action: str) -> Ledger:
     """Return the ledger of a folder, which nobody else writes meanwhile."""
     from filelock import FileLock, Timeout
 
+    if folder.exists() and not folder.is_dir():
+        raise WriteError("is a file, and a ledger needs a folder; name another", path=folder)
+    if not (folder / LEDGER).exists():
+        _check_tables(folder, action)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f".{LEDGER}.lock", timeout=0)
@@ -200,6 +210,17 @@ def _opened(folder: Path, stack: ExitStack) -> Ledger:
     except OSError as error:
         raise WriteError(f"could not be made ({error.strerror or error})", path=folder) from error
     return Ledger(folder / LEDGER)
+
+
+def _check_tables(folder: Path, action: str) -> None:
+    """Refuse a folder whose tables are somebody else's: nothing of the action is in its ledger."""
+    for name in (f"{action}.{suffix}" for suffix in TABLES):
+        if (folder / name).exists():
+            message = (
+                f"exists already, and is no table of this folder's {LEDGER}; move it, or name "
+                "another folder"
+            )
+            raise DestinationExistsError(message, path=folder / name)
 
 
 def _mark(options: Mapping[str, Any]) -> str:

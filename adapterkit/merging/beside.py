@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapterkit.advice import MERGE_INSTEAD
 from adapterkit.base.copies import first_other_row
 from adapterkit.errors import FormatError, IncompatibleBaseError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from adapterkit.merging.planning import Source
     from adapterkit.merging.registry import MethodSpec
 
-_INTO = "merge it into the base instead (adapterkit merge --into)"
 _ABSOLUTE = {Role.FULL, Role.TOKEN_ROWS}
 # Weights that add up to 1 in decimal do so in binary only nearly.
 _ONE = 1e-9
@@ -156,7 +156,8 @@ def _absolute(
     if abs(sum(weights) - 1) > _ONE:
         raise UnsupportedError(
             f"is stored whole, and the weights of the adapters that hold it add up to "
-            f"{sum(weights):g}: without the base that is known only if they add up to 1; {_INTO}",
+            f"{sum(weights):g}: without the base that is known only if they add up to 1; "
+            f"{MERGE_INSTEAD}",
             path=holders[0][0].label,
             where=str(key),
         )
@@ -165,7 +166,7 @@ def _absolute(
     if not spec.sums:
         raise UnsupportedError(
             f"is stored whole in {len(holders)} adapters, and {spec.name} is no weighted sum; "
-            f"{_INTO}",
+            f"{MERGE_INSTEAD}",
             path=holders[0][0].label,
             where=str(key),
         )
@@ -200,7 +201,7 @@ def _tokens(found: Sequence[Source]) -> tuple[int, ...] | Mapping[str, tuple[int
         if rows != held[0][1]:
             raise UnsupportedError(
                 f"holds rows of other tokens than {held[0][0].label} (trainable_token_indices); "
-                f"{_INTO}",
+                f"{MERGE_INSTEAD}",
                 path=source.label,
                 where=next(iter(rows)),
             )

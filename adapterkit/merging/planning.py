@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE_INSTEAD
 from adapterkit.errors import (
     BaseRequiredError,
     FormatError,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from adapterkit.merging.registry import MethodSpec
 
-_INTO = "merge it into the base instead (adapterkit merge --into)"
 _OF = {
     Kind.LINEAR: "",
     Kind.EXPERTS: "experts of ",
@@ -209,7 +209,8 @@ def _check_kinds(source: Source) -> None:
     for key in held:
         if key.role in {Role.MAGNITUDE, Role.COLUMN_MAGNITUDE}:
             raise UnsupportedError(
-                f"has a DoRA magnitude, and its update depends on the base weights; {_INTO}",
+                "has a DoRA magnitude, and its update depends on the base weights; "
+                f"{MERGE_INSTEAD}",
                 path=source.label,
                 where=key.module,
             )

@@ -84,7 +84,8 @@ def lost_beside(files: Iterable[BesideFile]) -> Iterator[Loss]:
         if file.trained:
             message = (
                 f"{file.what}, trained with the adapter, has no place in the output: keep it with "
-                "a PEFT directory (adapterkit convert -o DIR), or leave it out with --allow-lossy"
+                "a PEFT directory (adapterkit convert SRC -o DIR), or leave it out with "
+                "--allow-lossy"
             )
             yield Loss("beside", file.name, message, leaves=(file.name,))
         elif file.apart:

@@ -129,7 +129,7 @@ def undeclared(adapter: AdapterTensorSet) -> Iterator[Loss]:
         drops = [key for module in modules for key in denied(setting, module)]
         message = (
             f"{_contradiction(setting)} if they were trained, or leave them out "
-            "(adapterkit convert --allow-lossy)"
+            "(adapterkit convert SRC -o DIR --allow-lossy)"
         )
         drops = tuple(key for key in drops if key in adapter.tensors)
         yield Loss("undeclared", first_and_more(modules, _SHOWN), message, drops)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from adapterkit.advice import MERGE_INSTEAD
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model.adapter import SETTINGS, AdapterTensorSet
 from adapterkit.model.beside import lost_beside
@@ -97,10 +98,7 @@ def lost_settings(adapter: AdapterTensorSet) -> Iterator[Loss]:
 
 def lost_columns(adapter: AdapterTensorSet) -> Iterator[Loss]:
     """Name DoRA by column, for a format whose magnitudes are those of rows."""
-    message = (
-        "DoRA by column has a place in kohya and comfyui alone; merge it into the base instead "
-        "(adapterkit merge --into)"
-    )
+    message = f"DoRA by column has a place in kohya and comfyui alone; {MERGE_INSTEAD}"
     yield from lost_roles(adapter, {Role.COLUMN_MAGNITUDE: ("dora-columns", message)})
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE_INSTEAD
 from adapterkit.base.places import Places
 from adapterkit.dtype import DType
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
@@ -51,9 +52,7 @@ def truncated(adapter: AdapterTensorSet, context: Context) -> Passed:
         return Passed(adapter)
     for key in adapter.tensors:
         if key.role is Role.COLUMN_MAGNITUDE:
-            message = (
-                "is a DoRA by column; merge it into the base instead (adapterkit merge --into)"
-            )
+            message = f"is a DoRA by column; {MERGE_INSTEAD}"
             raise UnsupportedError(message, where=key.module)
     if not held:
         return Passed(adapter, (Note("holds no DoRA: a rank for it changes nothing"),))
@@ -79,7 +78,7 @@ def truncated(adapter: AdapterTensorSet, context: Context) -> Passed:
 def _check(pair: Update, magnitude: LazyTensor) -> None:
     if pair.kind not in _KINDS:
         raise UnsupportedError(
-            f"is a DoRA of {pair.kind}s; merge it into the base instead (adapterkit merge --into)",
+            f"is a DoRA of {pair.kind}s; {MERGE_INSTEAD}",
             where=pair.module,
         )
     if magnitude.size != pair.shape[0]:

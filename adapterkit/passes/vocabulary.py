@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE_AND_CONVERT
 from adapterkit.base.places import vocabulary_rows
 from adapterkit.keys import Role, TensorKey
 from adapterkit.notes import Loss, Note, NoteKind, first_and_more
@@ -28,8 +29,7 @@ _LARGEST_PADDING = 1024
 _LOST = "or leave them out with --allow-lossy"
 _OWN_ROWS = (
     "the adapter carries these: merge it into the Hugging Face base, which then has them "
-    "(adapterkit merge --into DIRECTORY), and make a GGUF of that with llama.cpp's "
-    f"convert_hf_to_gguf.py, {_LOST}"
+    f"{MERGE_AND_CONVERT}, {_LOST}"
 )
 _OTHER_BASE = (
     "give the base with the vocabulary of the training (saved after resize_token_embeddings), "

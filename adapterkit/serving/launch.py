@@ -217,7 +217,7 @@ def _check_gguf(members: Sequence[StackedAdapter]) -> None:
         if member.file.suffix != ".gguf":
             raise UnsupportedError(
                 "the engine loads GGUF adapters; convert it first "
-                "(adapterkit convert -o adapter.gguf --base BASE)",
+                "(adapterkit convert SRC -o FILE.gguf --base BASE)",
                 path=member.path,
             )
 

@@ -269,7 +269,7 @@ def _check_plain(adapter: AdapterTensorSet, path: Path | None) -> None:
     if init := adapter.initialisation:
         raise AdapterIncompatibleError(
             f"init_lora_weights = {init!r} changed the base, and an engine adds B · A to the "
-            "original one; make it plain first (adapterkit convert --base BASE)",
+            "original one; make it plain first (adapterkit convert SRC -o DIR --base BASE)",
             path=path,
         )
     if needed := [file for file in adapter.beside if file.needed]:

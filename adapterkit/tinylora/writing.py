@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE_INSTEAD
 from adapterkit.errors import UnsupportedError
 from adapterkit.keys import PARTNERS
 from adapterkit.model.beside import lost_beside
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
     from adapterkit.keys import Role
     from adapterkit.model import AdapterTensorSet
 
-NO_PLACE = (
-    "TinyLoRA has no place for it; merge it into the base (adapterkit merge --into), or leave it "
-    "out with --allow-lossy"
-)
+NO_PLACE = f"TinyLoRA has no place for it; {MERGE_INSTEAD}, or leave it out with --allow-lossy"
 _PROJECT = (
     "is a plain LoRA: its factors are no singular vectors of a base; `adapterkit tinylora project` "
     "fits coefficients to it and reports what they cannot reach"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit_cli.rendering import printable
 from adapterkit_cli.signals import Terminated
 from adapterkit_cli.streams import discard_stdout
 
@@ -56,8 +55,11 @@ def told() -> Generator[None]:
     except MemoryError as error:
         report(f"not enough memory{f' ({error})' if str(error) else ''}; {_what_is_left(error)}")
         raise SystemExit(NOT_FINISHED) from None
-    except (click.ClickException, click.exceptions.Exit):
-        raise  # click's own way to say what is wrong, and to end
+    except click.ClickException as error:
+        error.message = _legible(error.message)
+        raise  # click's own way to say what is wrong
+    except click.exceptions.Exit:
+        raise  # and to end
     except Exception as error:
         if (stopped := _stopping(error)) is not None:
             raise _stopped(stopped) from None
@@ -102,5 +104,11 @@ def _what_is_left(stopped: BaseException) -> str:
 
 def report(message: str) -> None:
     """Write an error to stderr; what came from a file cannot steer the terminal."""
-    lines = "\n".join(map(printable, message.split("\n")))
-    click.echo(click.style("Error: ", fg="red", bold=True) + lines, err=True)
+    click.echo(click.style("Error: ", fg="red", bold=True) + _legible(message), err=True)
+
+
+def _legible(message: str) -> str:
+    # Not before it is needed, as above.
+    from adapterkit.errors import legible
+
+    return legible(message)

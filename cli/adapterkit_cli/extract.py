@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from adapterkit_cli import options, rendering
+from adapterkit_cli.choice import Choice
 from adapterkit_cli.progress import progress_bar
 
 
@@ -51,7 +52,7 @@ from adapterkit_cli.progress import progress_bar
 @options.to
 @click.option(
     "--outtype",
-    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
+    type=Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
     default="auto",
     show_default=True,
     help="Stored type; auto is 16 bits where they add less than 1% to the error, else f32.",

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from adapterkit_cli import options, rendering
+from adapterkit_cli.choice import Choice
 from adapterkit_cli.progress import progress_bar
 
 _sources = click.argument("sources", metavar="SRC...", type=options.PATH, nargs=-1, required=True)
@@ -41,7 +42,7 @@ def command() -> None:
         "adapterkit fleet run convert list.txt -o gguf/ --base base/ --jobs 4",
     ),
 )
-@click.argument("action", type=click.Choice(["validate", "audit", "convert", "inspect"]))
+@click.argument("action", type=Choice(["validate", "audit", "convert", "inspect"]))
 @_sources
 @click.option(
     "-o",

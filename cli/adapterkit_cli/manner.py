@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit_cli.choice import Choice
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -58,7 +60,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--color",
-            type=click.Choice(list(_COLOURS)),
+            type=Choice(list(_COLOURS)),
             expose_value=False,
             callback=_colour,
             help="Colours: on a terminal (auto), always or never.",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit_cli import merge_into, options, rendering
+from adapterkit_cli.choice import Choice
 from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _method_names(
 @options.reading
 @click.option(
     "--outtype",
-    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
+    type=Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
     help="Stored type; auto, the default, is the widest of each module's sources.",
 )
 @options.moe_layout

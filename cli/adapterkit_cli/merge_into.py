@@ -8,6 +8,7 @@ import click
 
 from adapterkit_cli import options as shared
 from adapterkit_cli import rendering
+from adapterkit_cli.choice import Choice
 from adapterkit_cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["f32", "f16", "bf16"]),
+            type=Choice(["f32", "f16", "bf16"]),
             help="With --into a directory: store the whole model as this type.",
         ),
         click.option(
@@ -64,7 +65,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--rounding",
-            type=click.Choice(["nearest", "shaped"]),
+            type=Choice(["nearest", "shaped"]),
             help="How low-bit types are rounded: shaped, the default of keep, keeps errors away "
             "from what the adapter listens to.",
         ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit_cli import manner
+from adapterkit_cli.choice import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,7 +178,7 @@ to = click.option(
 )
 outtype = click.option(
     "--outtype",
-    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
+    type=Choice(["auto", "f32", "f16", "bf16", "q8_0"], case_sensitive=False),
     default="auto",
     show_default=True,
     help="Stored type of the factors; auto keeps each one's.",

@@ -84,6 +84,9 @@ def _parsed(text: str) -> tuple[str | None, str, float]:
     try:
         scale = float(number) if at and path else 1.0
     except ValueError:
+        if os.path.lexists(path) and not os.path.lexists(text):
+            message = f"{text}: {number!r} is no scale; write {path}@0.7"
+            raise click.BadParameter(message, param_hint="'A@SCALE'") from None
         scale, path = 1.0, text
     path = path if at and path else text
     name, sign, rest = path.partition("=")

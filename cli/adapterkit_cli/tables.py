@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit_cli import manner, options, rendering
+from adapterkit_cli.choice import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -262,7 +263,7 @@ LISTINGS = {
         "adapterkit list codes --json",
     ),
 )
-@click.argument("kind", metavar="KIND", type=click.Choice(list(LISTINGS)), required=False)
+@click.argument("kind", metavar="KIND", type=Choice(list(LISTINGS)), required=False)
 @options.as_json
 def command(kind: str | None, *, as_json: bool) -> None:
     """List formats, families, engines, methods, codes and more.

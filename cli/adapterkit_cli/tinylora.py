@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from adapterkit_cli import options, rendering
+from adapterkit_cli.choice import Choice
 from adapterkit_cli.progress import watching
 
 _MODES = ("none", "all", "tiled", "structured")
@@ -115,7 +116,7 @@ def plan(base: str, budget: int, targets: str | None, sizes: str, *, as_json: bo
 @click.option(
     "--tie",
     "tie_mode",
-    type=click.Choice(_MODES),
+    type=Choice(_MODES),
     default="none",
     show_default=True,
     help="Which modules share coefficients.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit_cli import answers, manner, options, rendering
+from adapterkit_cli.choice import Choice
 from adapterkit_cli.progress import watching
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _WORST = {
 )
 @click.option(
     "--fail-on",
-    type=click.Choice(["error", "warning"]),
+    type=Choice(["error", "warning"]),
     default="error",
     show_default=True,
     help="What ends with exit code 1.",

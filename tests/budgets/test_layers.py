@@ -30,7 +30,7 @@ WORKSHOPS = {
 }
 # From the bottom up. A module imports from lower layers and from its own folder.
 LAYERS = (
-    {"keys"},
+    {"keys", "advice"},
     {"notes"},
     {"errors", "dtype", "blas", "late"},
     {

@@ -107,3 +107,11 @@ def test_a_list_on_a_terminal_leaves_wide_columns_to_verbose() -> None:
         assert "source" in click.unstyle(whole[0])
         assert "source" not in click.unstyle(brief[0])
         assert len(whole) == len(brief)
+
+
+def test_a_word_that_does_not_fit_is_parted_where_its_parts_meet() -> None:
+    cells = ("SarvamMoEForCausalLM", "layers.0.self_attn.q_proj", "0.125", "applied", *"abcd")
+    assert text.columns([cells], pen=text.Pen(width=64)).split("\n") == [
+        "SarvamMoEFor       layers.0.self_     0.125  applied  a  b  c  d",
+        "CausalLM           attn.q_proj",
+    ]

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,16 @@ def test_the_action_does_what_its_inputs_say(
     assert ended == code, told
     assert sarif is not None
     assert {result["ruleId"] for result in sarif["runs"][0]["results"]} == rules
+    # One run serves the reader of the log and code scanning.
+    assert all(f" {rule} " in told for rule in rules)
+    assert told.count("\n") >= len(sarif["runs"][0]["results"])
+
+
+def test_the_action_looks_at_adapters_once() -> None:
+    (run,) = (
+        each["run"] for each in loaded("action.yml")["runs"]["steps"] if each["name"] == "Validate"
+    )
+    assert run.count("adapterkit validate") == 1
 
 
 @pytest.mark.parametrize("inputs", [{"targets": "vlm"}, {"base": "nowhere"}])
@@ -202,3 +213,54 @@ def test_what_the_image_copies_is_there() -> None:
     kept = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert {f"!{name}" for name in copied} == set(kept) - {"*"}
     assert all((ROOT / name).exists() for name in copied)
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return the Dockerfile's instructions, continued lines joined."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = (line.strip() for line in text.split("\n"))
+    return [
+        (w, rest.strip())
+        for w, _, rest in (line.partition(" ") for line in lines if line and line[0] != "#")
+    ]
+
+
+def test_the_steps_of_the_image_make_a_program_that_runs(tmp_path: Path) -> None:
+    """Run what the Dockerfile copies and runs, its absolute folders under one of the test's own."""
+    environment_, source = tmp_path / "python", tmp_path
+    venv = [sys.executable, "-m", "venv", "--system-site-packages", str(environment_)]
+    subprocess.run(venv, check=True, timeout=TIME_LIMIT)
+    search = os.environ | {"PATH": f"{environment_ / 'bin'}:{os.environ['PATH']}"}
+    search.pop("PYTHONPATH", None)
+    for word, rest in instructions():
+        if word == "WORKDIR":
+            source = tmp_path / rest.lstrip("/")
+            source.mkdir(exist_ok=True)
+        elif word == "COPY":
+            *names, place = rest.split()
+            for name in names:
+                target = source / place
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("*.pyc"))
+                else:
+                    shutil.copy(ROOT / name, target)
+        elif word == "RUN":
+            command = re.sub(r"--mount=\S+", "", rest).replace("/wheels", f"{tmp_path}/wheels")
+            # The dependencies are the index's; what is tried is this project's own steps.
+            run = ["/bin/sh", "-ec", f"{command} --no-deps"]
+            subprocess.run(run, cwd=source, env=search, check=True, timeout=4 * TIME_LIMIT)
+    (entry,) = (json.loads(rest) for word, rest in instructions() if word == "ENTRYPOINT")
+    (arguments,) = (json.loads(rest) for word, rest in instructions() if word == "CMD")
+    program = environment_ / "bin" / entry[0]
+    done = subprocess.run(
+        [program, *arguments],
+        cwd=tmp_path / "data",
+        env=search,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Read, check and convert LoRA adapters" in done.stdout
+    assert {word for word, _ in instructions()} == {
+        *("FROM", "WORKDIR", "COPY", "RUN", "USER", "ENTRYPOINT", "CMD")
+    }

@@ -21,7 +21,14 @@ from click.testing import CliRunner
 from fleet_calls import call
 
 from adapterkit import FleetReport, run_fleet, write_fleet_tables
-from adapterkit.errors import FormatError, NotFoundError, UncheckableError, UsageError, WriteError
+from adapterkit.errors import (
+    DestinationExistsError,
+    FormatError,
+    NotFoundError,
+    UncheckableError,
+    UsageError,
+    WriteError,
+)
 from adapterkit.fleets.discovery import discover, identity
 from adapterkit.fleets.execution import carried_out, process_pool
 from adapterkit.fleets.running import LEDGER
@@ -189,6 +196,38 @@ def test_tables_and_a_page(fleet: Path, tmp_path: Path) -> None:
     assert "<a>" not in text
     # The worst first.
     assert text.index("raschka.pt") < text.index("inner")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no ledger", "another action's"])
+def test_tables_of_somebody_else_are_kept(fleet: Path, tmp_path: Path, known: bool) -> None:
+    folder = tmp_path / "r"
+    if known:
+        with_threads("validate", fleet / "a", folder)
+    folder.mkdir(exist_ok=True)
+    (folder / "inspect.csv").write_text("mine")
+    with pytest.raises(DestinationExistsError, match=r"inspect\.csv: exists already, and is no"):
+        with_threads("inspect", fleet / "a", folder)
+    assert (folder / LEDGER).exists() is known
+    assert (folder / "inspect.csv").read_text() == "mine"
+    report = with_threads("inspect", fleet / "a", tmp_path / "other")
+    with pytest.raises(DestinationExistsError):
+        write_fleet_tables(report, folder)
+    assert (folder / "inspect.csv").read_text() == "mine"
+
+
+def test_tables_of_an_empty_folder_are_written_again(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    for _ in range(2):
+        assert (
+            len(write_fleet_tables(with_threads("inspect", tmp_path / "none", tmp_path), tmp_path))
+            == 3
+        )
+
+
+def test_a_file_is_no_folder_for_a_ledger(fleet: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WriteError, match="is a file, and a ledger needs a folder; name another"):
+        with_threads("inspect", fleet / "a", tmp_path / "file")
 
 
 def test_a_folder_has_one_writer_and_a_ledger_is_one(fleet: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from types import ModuleType
 from typing import Any
@@ -117,6 +118,24 @@ def test_rows_become_a_table_where_a_library_is_there(monkeypatch: pytest.Monkey
         library.DataFrame = lambda rows, **_: ("frame", rows)
         monkeypatch.setitem(sys.modules, name, library)
         assert getattr(report, f"to_{name}")() == ("frame", report.rows())
+
+
+def test_tables_are_of_types_that_arrow_has_and_have_columns_without_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Polars raises for a mapping whose keys are numbers, and cannot filter without a column."""
+    made: list[tuple[Any, Any]] = []
+    library: Any = ModuleType("polars")
+    library.DataFrame = lambda rows=None, schema=None, **_: made.append((rows, schema))
+    monkeypatch.setitem(sys.modules, "polars", library)
+    adapterkit.inspect(TINY).to_polars()
+    adapterkit.validate(TINY, base=BASE).to_polars()
+    ((row,), _), (none, columns) = made
+    mappings = [value for value in row.values() if isinstance(value, Mapping)]
+    assert {type(key) for mapping in mappings for key in mapping} == {str}
+    assert row["ranks"] == {"4": 6}
+    assert none is None
+    assert columns[:3] == ["source", "code", "severity"]
 
 
 def test_a_function_takes_a_path_or_an_adapter(tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE, MERGE_AND_CONVERT, MERGE_INSTEAD, MERGE_UNTIED, OR_LEAVE_OUT
 from adapterkit.architectures import LLAMA_CPP
 from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.copies import lost_copies
@@ -32,10 +33,13 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
-_MERGE = "merge it into the base instead (adapterkit merge --into)"
-_GROW = (
-    "merge it into the Hugging Face base, which then has these rows (adapterkit merge --into "
-    "DIRECTORY), and convert that with llama.cpp's convert_hf_to_gguf.py"
+_GROW = f"merge it into the Hugging Face base, which then has these rows {MERGE_AND_CONVERT}"
+_AS_TRAINED = (
+    "merge the adapter that this was made from into the base, or leave it out with --allow-lossy"
+)
+_MERGED = (
+    f"{MERGE_INSTEAD}, and make a GGUF of a merged directory with llama.cpp's "
+    f"convert_hf_to_gguf.py; {OR_LEAVE_OUT}"
 )
 _NAME_LIMIT = 63  # llama.cpp's tensor names have 64 bytes, the last one zero
 
@@ -43,11 +47,12 @@ _ROLES = {
     Role.MAGNITUDE: (
         "dora",
         (
-            f"DoRA magnitudes have no place in a GGUF adapter; {_MERGE}, or take the nearest LoRA "
-            "(adapterkit convert --dora-rank N, with the base's weights)"
+            f"DoRA magnitudes have no place in a GGUF adapter; {MERGE_INSTEAD}, or take the "
+            "nearest LoRA (adapterkit convert SRC -o FILE.gguf --base BASE --dora-rank N "
+            "--allow-lossy, BASE with its weights)"
         ),
     ),
-    Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
+    Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {MERGE_INSTEAD}"),
 }
 _SETTINGS = {
     "initialisation": (
@@ -111,8 +116,8 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
         ("saved-module", "a whole trained weight has no place in a GGUF adapter", _is_weight),
     )
     # llama.cpp's names are in no table of Hugging Face's.
-    told = bool(base and base.names) or not isinstance(adapter.source, GgufSource)
-    foreign = foreign_parameters(adapter, base) if told else []
+    nameless = isinstance(adapter.source, GgufSource)
+    foreign = [] if nameless else foreign_parameters(adapter, base)
     resized = {key: rows for key in full if (rows := _other_rows(key, adapter, base))}
     for key, rows in resized.items():
         held = adapter.tensors[key].shape[0]
@@ -122,7 +127,7 @@ def _saved(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     full = [key for key in full if key not in resized]
     for code, reason, fits in kinds:
         if keys := [key for key in full if fits(key.module) and key not in foreign]:
-            yield lost_tensors(code, keys, f"{reason}; {_MERGE}")
+            yield lost_tensors(code, keys, f"{reason}; {_AS_TRAINED if nameless else _MERGED}")
     yield from lost_heads(foreign, ", and convert that with llama.cpp's convert_hf_to_gguf.py")
 
 
@@ -151,7 +156,7 @@ def _early(adapter: AdapterTensorSet) -> Iterator[Loss]:
 
 def _convolutions(adapter: AdapterTensorSet) -> Iterator[Loss]:
     if found := [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]:
-        message = f"llama.cpp applies no adapter to convolutions; {_MERGE}"
+        message = f"llama.cpp applies no adapter to convolutions; {MERGE_INSTEAD}"
         yield lost_tensors("convolution", tensors_of(adapter, found), message)
 
 
@@ -165,17 +170,17 @@ def _unmatched(
     title = options.base.architecture.title if options.base else engine.architecture
     if towers:
         message = "belongs to a vision or audio tower, which llama.cpp keeps in another file"
-        yield lost_tensors("tower", tensors_of(adapter, towers), f"{message}; {_MERGE}")
+        yield lost_tensors("tower", tensors_of(adapter, towers), f"{message}; {MERGE_INSTEAD}")
     scaled = {module: name for module in others if (name := _scale_of(module, options.base))}
     if scaled:
         name = next(iter(scaled.values()))
         message = f"{name} scales what an expert gives, and not what llama.cpp adds to it"
-        yield lost_tensors("no-target", tensors_of(adapter, scaled), f"{message}; {_MERGE}")
+        yield lost_tensors("no-target", tensors_of(adapter, scaled), f"{message}; {MERGE_INSTEAD}")
     others = [module for module in others if module not in scaled]
     known = [module for module in others if options.base and _known(module, options.base)]
     if known:
         message = f"llama.cpp applies no adapter to this part of {title}"
-        yield lost_tensors("no-target", tensors_of(adapter, known), f"{message}; {_MERGE}")
+        yield lost_tensors("no-target", tensors_of(adapter, known), f"{message}; {MERGE_INSTEAD}")
     if unknown := [module for module in others if module not in known]:
         message = f"is no module of {title} that llama.cpp can adapt; is it the right base?"
         yield lost_tensors("no-target", tensors_of(adapter, unknown), message)
@@ -208,7 +213,7 @@ def _inert(engine: EngineAdapter, options: FormatOptions) -> Iterator[Loss]:
     if modules:
         message = (
             f"llama.cpp (seen on {LLAMA_CPP}) loads this pair and never applies it; "
-            "only merging carries it (adapterkit merge --into)"
+            f"only merging carries it ({MERGE})"
         )
         yield Loss("inert", first_and_more(modules), message, blocks=False)
 
@@ -242,10 +247,10 @@ def _tied(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Loss]:
         keys = tensors_of(adapter, [pair.module])
         if name == "token_embd":
             reason = "the output shares this table, and llama.cpp aborts on it"
-            yield lost_tensors("tied-embedding", keys, f"{reason}; {_MERGE}")
+            yield lost_tensors("tied-embedding", keys, f"{reason}; {MERGE_UNTIED}")
         elif name == "output":
             reason = "the base has no output weight of its own (tied embeddings)"
-            yield lost_tensors("tied-output", keys, f"{reason}; {_MERGE}")
+            yield lost_tensors("tied-output", keys, f"{reason}; {MERGE_UNTIED}")
 
 
 def _blocks(engine: EngineAdapter) -> Iterator[Loss]:

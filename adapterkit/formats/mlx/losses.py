@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE, MERGE_INSTEAD, MERGE_UNTIED, OR_LEAVE_OUT
 from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
-_MERGE = "merge it into the base instead (adapterkit merge --into)"
+_MERGED = f"{MERGE_INSTEAD}, and convert that with mlx_lm.convert; {OR_LEAVE_OUT}"
 _OUTPUT = "lm_head"
 # Relative error below which two updates of one table are one, computed twice in float32.
 _SAME = 1e-6
@@ -47,7 +48,7 @@ _UNWRITTEN = {
     "minimax_m3_vl_text": "has modules of other names for MiniMax M3, which are not written",
 }
 _ROLES: Mapping[Role, tuple[str, str]] = {
-    Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {_MERGE}"),
+    Role.TOKEN_ROWS: ("token-rows", f"trained token rows have no place there; {MERGE_INSTEAD}"),
 }
 _SETTINGS: Mapping[str, tuple[str, str]] = {
     "initialisation": (
@@ -89,7 +90,7 @@ def losses(adapter: AdapterTensorSet, options: FormatOptions) -> list[Loss]:
 def _unserved(base: BaseModel | None) -> Iterator[Loss]:
     models = served("mlx")
     if base and models.lacks_type(base.model_type):
-        message = f"mlx-lm {models.version} has no model of this type; {_MERGE}"
+        message = f"mlx-lm {models.version} has no model of this type; {MERGE_INSTEAD}"
         yield Loss("unserved", f"model_type {base.model_type}", message)
 
 
@@ -97,10 +98,11 @@ def _rigid(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss]:
     # Of a wrapper these are the facts of its text tower, whose layers mlx-lm has of its own.
     kind = str(base.facts.get("model_type") or "") if base else ""
     if reason := _UNWRITTEN.get(kind):
-        yield lost_tensors("unwritten", [*adapter.tensors], f"mlx-lm {reason}; {_MERGE}")
+        yield lost_tensors("unwritten", [*adapter.tensors], f"mlx-lm {reason}; {MERGE_INSTEAD}")
     layers = served("mlx").rigid.get(kind, frozenset())
     if found := [p.module for p in adapter.pairs() if p.module.rpartition(".")[2] in layers]:
-        message = f"in mlx-lm it is no layer that takes LoRA, and the file would not load; {_MERGE}"
+        reason = "in mlx-lm it is no layer that takes LoRA, and the file would not load"
+        message = f"{reason}; {MERGE_INSTEAD}"
         yield lost_tensors("rigid", tensors_of(adapter, found), message)
 
 
@@ -108,10 +110,10 @@ def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss
     yield from lost_roles(adapter, _ROLES)
     yield from lost_biases(adapter, base, "an MLX adapter")
     foreign = foreign_parameters(adapter, base)
-    yield from lost_heads(foreign)
+    yield from lost_heads(foreign, ", and convert that with mlx_lm.convert")
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     if kept := [key for key in full if key not in foreign]:
-        message = f"a whole trained parameter has no place there; {_MERGE}"
+        message = f"a whole trained parameter has no place there; {_MERGED}"
         yield lost_tensors("saved-module", kept, message)
     yield from lost_columns(adapter)
     yield from lost_copies(adapter, base)
@@ -130,11 +132,11 @@ def _unplaced(adapter: AdapterTensorSet, mapped: MLXAdapter) -> Iterator[Loss]:
         yield lost_tensors("experts", tensors_of(adapter, [module]), reason)
     towers = [pair.module for pair in adapter.pairs() if in_tower(pair.module)]
     if towers:
-        message = f"belongs to a vision or audio tower, which MLX-LM leaves out; {_MERGE}"
+        message = f"belongs to a vision or audio tower, which MLX-LM leaves out; {MERGE_INSTEAD}"
         yield lost_tensors("tower", tensors_of(adapter, towers), message)
     convolutions = [pair.module for pair in adapter.pairs() if pair.kind is Kind.CONVOLUTION]
     if convolutions:
-        message = f"MLX-LM adapts no convolutions; {_MERGE}"
+        message = f"MLX-LM adapts no convolutions; {MERGE_INSTEAD}"
         yield lost_tensors("convolution", tensors_of(adapter, convolutions), message)
 
 
@@ -150,7 +152,9 @@ def _dora(adapter: AdapterTensorSet) -> Iterator[Loss]:
     tables = [pair.module for pair in adapter.pairs() if pair.embedding and pair.module in modules]
     if tables:
         reason = "MLX normalises an embedding's DoRA for every token, PEFT for every dimension"
-        yield lost_tensors("dora-embedding", tensors_of(adapter, tables), f"{reason}; {_MERGE}")
+        yield lost_tensors(
+            "dora-embedding", tensors_of(adapter, tables), f"{reason}; {MERGE_INSTEAD}"
+        )
     experts = [
         pair.module
         for pair in adapter.pairs()
@@ -158,7 +162,9 @@ def _dora(adapter: AdapterTensorSet) -> Iterator[Loss]:
     ]
     if experts:
         yield lost_tensors(
-            "dora-experts", tensors_of(adapter, experts), f"MLX has no DoRA of experts; {_MERGE}"
+            "dora-experts",
+            tensors_of(adapter, experts),
+            f"MLX has no DoRA of experts; {MERGE_INSTEAD}",
         )
 
 
@@ -170,17 +176,16 @@ def _embeddings(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[L
         message = "MLX applies it to the output too if the two are tied; give the base with --base"
         yield lost_tensors("needs-base", tensors_of(adapter, [tables[0].module]), message)
     elif tables and tied and not outputs:
-        message = (
-            f"MLX applies it to the tied output too, which this adapter leaves alone; {_MERGE}"
-        )
+        reason = "MLX applies it to the tied output too, which this adapter leaves alone"
+        message = f"{reason}; {MERGE_UNTIED}"
         yield lost_tensors("tied-embedding", tensors_of(adapter, [tables[0].module]), message)
     elif outputs and tied and not tables:
-        message = f"MLX-LM has no output module where it is tied to the embedding; {_MERGE}"
+        message = f"MLX-LM has no output module where it is tied to the embedding; {MERGE_UNTIED}"
         yield lost_tensors("tied-output", outputs, message)
     elif outputs and tied and not _one_update(adapter, tables[0].module):
         message = (
             f"MLX-LM has one table for this and {tables[0].module}, whose update is another one; "
-            "give each a table of its own instead (adapterkit merge --into, with --tied untie)"
+            f"give each a table of its own instead ({MERGE} --tied untie)"
         )
         yield Loss(
             "tied-apart", _OUTPUT, message, (*tensors_of(adapter, [tables[0].module]), *outputs)

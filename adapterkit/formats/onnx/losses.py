@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE_INSTEAD, OR_LEAVE_OUT
 from adapterkit.base.copies import lost_copies
 from adapterkit.base.heads import foreign_parameters, lost_biases, lost_heads
 from adapterkit.containers.onnx_adapter import MAX_BYTES
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from adapterkit.formats.protocol import FormatOptions
     from adapterkit.model import AdapterTensorSet
 
-_MERGE = "merge it into the base instead (adapterkit merge --into), and export that"
+_MERGE = f"{MERGE_INSTEAD}, and export that"
 _OF_EXPERTS = "a graph has no inputs for LoRA on experts"
 _ROLES: Mapping[Role, tuple[str, str]] = {
     Role.MAGNITUDE: ("dora", f"DoRA magnitudes are no inputs of a graph with LoRA; {_MERGE}"),
@@ -83,10 +84,10 @@ def _by_role(adapter: AdapterTensorSet, base: BaseModel | None) -> Iterator[Loss
     yield from lost_roles(adapter, _ROLES)
     yield from lost_biases(adapter, base, "an .onnx_adapter")
     foreign = foreign_parameters(adapter, base)
-    yield from lost_heads(foreign)
+    yield from lost_heads(foreign, ", and export that")
     full = [key for key in adapter.tensors if key.role is Role.FULL]
     if kept := [key for key in full if key not in foreign]:
-        message = f"a whole trained parameter has no place there; {_MERGE}"
+        message = f"a whole trained parameter has no place there; {_MERGE}; {OR_LEAVE_OUT}"
         yield lost_tensors("saved-module", kept, message)
     yield from lost_columns(adapter)
     yield from lost_copies(adapter, base)
@@ -117,6 +118,6 @@ def _too_large(adapter: AdapterTensorSet, options: FormatOptions) -> Iterator[Lo
     if (total := sum(sizes)) > MAX_BYTES:
         message = (
             f"onnxruntime takes files of at most {MAX_BYTES} bytes; store halves (--outtype f16), "
-            "or take a smaller rank (adapterkit compress)"
+            "or take a smaller rank (adapterkit compress SRC -o DST --rank N)"
         )
         yield Loss("too-large", f"{total} bytes", message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from adapterkit.advice import MERGE_INSTEAD
 from adapterkit.keys import Role, TensorKey
 from adapterkit.notes import Loss
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _MESSAGE = (
     "in PEFT a module has either factors, trained token rows, or a weight that is saved whole; "
-    "merge it into the base instead (adapterkit merge --into)"
+    f"{MERGE_INSTEAD}"
 )
 
 

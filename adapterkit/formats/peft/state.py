@@ -9,11 +9,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from adapterkit.containers.torch_zip import trails
 from adapterkit.errors import UnsupportedError
-from adapterkit.notes import Note
+from adapterkit.notes import Note, first_and_more
 from adapterkit.training import is_state
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from adapterkit.tensor import LazyTensor
 
+# Of many, the first are named.
+_SHOWN = 3
 Trail = tuple[str, ...]
 FACTOR = re.compile(
     r"\.(?:lora_[AB](?:\.[^.]+)?\.weight|lora_embedding_[AB](?:\.(?!exp_avg|step)[^.]+)?)$"
@@ -102,4 +104,14 @@ def of_model(root: object, path: Path) -> tuple[dict[str, LazyTensor], tuple[Not
     found = chosen({trail: tensor.size for trail, tensor in tensors.items()}, path)
     if found is None:
         return None
-    return {name: tensors[trail] for name, trail in found.names.items()}, found.notes
+    held = {name: tensors[trail] for name, trail in found.names.items()}
+    return held, (*found.notes, *_values(root, {trail[0] for trail in tensors if trail}))
+
+
+def _values(root: object, holding: set[str]) -> Iterator[Note]:
+    """Name what a saved object holds that is no tensor: options, counters, histories."""
+    fields = cast("Mapping[object, object]", root) if isinstance(root, dict) else {}
+    if names := [str(name) for name in fields if str(name) not in holding]:
+        plural = "s" if len(names) > 1 else ""
+        shown = first_and_more(names, _SHOWN)
+        yield Note(f"{len(names)} value{plural} left out: state of the training run ({shown})")
