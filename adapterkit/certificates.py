@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -115,40 +115,36 @@ class Certificate:
 
 
 def certified(
-    written: AdapterTensorSet,
-    found: Contents,
-    options: FormatOptions,
-    *,
-    error: float,
-    making: Making,
-) -> str:
-    """Return the certificate of a file as JSON that is no longer than a stamp may be.
+    written: AdapterTensorSet, options: FormatOptions, *, error: float, making: Making
+) -> Callable[[Contents], str]:
+    """Return what the certificate of a file is, given hashes of all that the file holds.
+
+    It is JSON, no longer than a stamp may be.
 
     Args:
         written: the adapter as it was read back.
-        found: hashes of all that the file holds.
         options: what it was written with.
         error: the largest relative error of a module.
         making: what it was made by and from.
     """
     fingerprint = fingerprinted(written)
     stored = {"outtype": options.dtype and options.dtype.value, "moe_layout": options.moe_layout}
-    told = replace(making, options={**stored, **making.options}).told()
     document = {
-        **told,
+        **replace(making, options={**stored, **making.options}).told(),
         "max_relative_error": error,
         "base": asdict(identified(options.base)) if options.base else None,
         "fingerprint": _in_brief(fingerprint),
-        "digest": found.digest,
     }
-    details = {
-        "modules": {
-            name: _text(_NORM.pack(module.norm) + module.sketch)
-            for name, module in fingerprint.modules.items()
-        },
-        **_listed(found),
+    modules = {
+        name: _text(_NORM.pack(module.norm) + module.sketch)
+        for name, module in fingerprint.modules.items()
     }
-    return _fitting(document, details, {})
+
+    def told(found: Contents) -> str:
+        details = {"modules": modules, **_listed(found)}
+        return _fitting({**document, "digest": found.digest}, details, {})
+
+    return told
 
 
 class ModelProof:

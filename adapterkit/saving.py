@@ -14,7 +14,6 @@ from adapterkit.destination import check_destination
 from adapterkit.dtype import DType
 from adapterkit.errors import (
     LossyConversionError,
-    ProofError,
     UnsupportedError,
     UsageError,
     unknown,
@@ -31,7 +30,7 @@ from adapterkit.passes.protocol import Context
 from adapterkit.passes.registry import by_name
 from adapterkit.proof import prove
 from adapterkit.registry import by_suffix, directory_of, formats, spec
-from adapterkit.stamps import contents, stamp
+from adapterkit.stamps import carry
 from adapterkit.storage import FileSlice
 from adapterkit.text import PLAIN, Pen, Shown, count, line, printable, short, size
 
@@ -276,8 +275,8 @@ def save(
             accept(written)
         if making is not None:
             sources = _sources(against or adapter, [*spared, *making.sources])
-            certificate = replace(making, sources=tuple(sources))
-            _certify(staging, written, options, error, certificate, destination)
+            made = replace(making, sources=tuple(sources))
+            carry(staging, certified(written, options, error=error, making=made))
         return ProvenFile(
             destination=str(destination),
             format=target.name,
@@ -287,21 +286,6 @@ def save(
             max_relative_error=error,
             worst_module=worst,
         )
-
-
-def _certify(
-    staging: Path,
-    written: AdapterTensorSet,
-    options: FormatOptions,
-    error: float,
-    making: Making,
-    destination: Path,
-) -> None:
-    """Have a file carry its certificate, and nothing else of it change by that."""
-    found = contents(staging)
-    stamp(staging, certified(written, found, options, error=error, making=making))
-    if contents(staging) != found:
-        raise ProofError("was changed by writing its proof into it", path=destination)
 
 
 def _sources(adapter: AdapterTensorSet, spared: Iterable[Path]) -> list[Path]:

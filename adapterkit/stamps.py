@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.containers.gguf import GGUFArray, GGUFFile, read_gguf, write_gguf
 from adapterkit.containers.safetensors import read_safetensors, write_safetensors
-from adapterkit.errors import AdapterKitError, FormatError
+from adapterkit.errors import AdapterKitError, FormatError, ProofError
 from adapterkit.json_file import read_json_object
 from adapterkit.storage import FileSlice, read_document, readable
 from adapterkit.work import in_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from adapterkit.containers.gguf import GGUFValue
     from adapterkit.tensor import LazyTensor
@@ -91,21 +91,58 @@ def stamp(path: Path, text: str) -> None:
     stamped.replace(weights)
 
 
-def fill(path: Path, text: str) -> None:
-    """Write a text over the blank one of at least its length that a GGUF file holds already.
+def carry(path: Path, told: Callable[[Contents], str]) -> None:
+    """Have a file or directory carry what is told of its contents, which are read once.
+
+    A draft makes the room, so that what is hashed is the file as it stays.
+
+    Args:
+        path: what nobody else uses yet.
+        told: the text, ASCII; as long whatever the hashes are.
 
     Raises:
-        FormatError: if the file holds no such blank.
+        ProofError: if the file is another one with it.
     """
-    blank = read_gguf(path).metadata.get(KEY)
-    length = len(blank) if isinstance(blank, str) and not blank.strip() else 0
-    entry = KEY.encode() + struct.pack("<IQ", _STRING, length)
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as whole:
-        found = whole.find(entry)
-        if not len(text) <= length or found < 0:
-            raise FormatError(f"has no room for {len(text)} letters in {KEY}", path=path)
-        start = found + len(entry)
-        whole[start : start + length] = text.ljust(length).encode("ascii")
+    held = contents(path, hashed=False)
+    draft = told(held)
+    stamp(path, draft)
+    found = contents(path)
+    text = told(found)
+    fill(path, draft, text)
+    same = (held.tensors.keys(), held.settings) == (found.tensors.keys(), found.settings)
+    if not same or (stamped(path) or "").rstrip() != text:
+        raise ProofError("was changed by writing its proof into it", path=path)
+
+
+def fill(path: Path, held: str, text: str) -> None:
+    """Write a text over another of at least its length that a file or directory carries.
+
+    Args:
+        path: what nobody else uses yet.
+        held: what it carries, ASCII; a blank or a draft.
+        text: at most as long as that where it stands, ASCII; what is left of it is blank.
+
+    Raises:
+        FormatError: if the file does not carry that, or has no room for the text.
+    """
+    weights = _weights(path)
+    if weights is None:
+        stamp(path, text)
+        return
+    gguf = _is_gguf(weights)
+    before, after = _entry(held, gguf=gguf), _entry(text.ljust(len(held)), gguf=gguf)
+    with weights.open("r+b") as file, mmap.mmap(file.fileno(), 0) as whole:
+        start = whole.find(before)
+        if len(before) != len(after) or start < 0:
+            raise FormatError(f"has no room for {len(text)} letters in {KEY}", path=weights)
+        whole[start : start + len(after)] = after
+
+
+def _entry(text: str, *, gguf: bool) -> bytes:
+    """Return the stamp as a header has it, key and all."""
+    if gguf:
+        return KEY.encode() + struct.pack("<IQ", _STRING, len(text)) + text.encode()
+    return f"{json.dumps(KEY)}:{json.dumps(text)}".encode()
 
 
 def stamped(path: Path) -> str | None:
@@ -125,19 +162,24 @@ def stamped(path: Path) -> str | None:
     return text
 
 
-def contents(path: Path) -> Contents:
+def contents(path: Path, *, hashed: bool = True) -> Contents:
     """Return the hashes of everything that a file or directory holds, its stamp aside.
+
+    Args:
+        path: file or directory.
+        hashed: whether the tensors are read; if not, every hash of one is of zeros.
 
     Raises:
         FormatError: if a file cannot be read.
     """
+    of_tensor = _of_tensor if hashed else _unread
     tensors: dict[str, str] = {}
     settings: dict[str, str] = {}
     files: list[Path] = []
     shards: dict[str, set[str]] = {}
     weights = _weights(path)
     if weights is not None:
-        tensors, settings = _of_weights(weights)
+        tensors, settings = _of_weights(weights, of_tensor)
         shards[weights.name] = set(tensors)
     if path.is_dir():
         with readable(path):
@@ -146,7 +188,7 @@ def contents(path: Path) -> Contents:
             if file.name == BESIDE or file.suffix in _NOTES:
                 continue
             name = file.relative_to(path).as_posix()
-            more = _of_shard(file, name) if file.suffix == _SAFETENSORS else None
+            more = _of_shard(file, name, of_tensor) if file.suffix == _SAFETENSORS else None
             if more is not None:
                 shards[name] = set(more[0])
             if more is None or more[0].keys() & tensors.keys():
@@ -183,18 +225,22 @@ def _entries(listed: Any) -> Iterable[tuple[str, Any]]:
     return cast("dict[str, Any]", listed).items() if isinstance(listed, dict) else ()
 
 
-def _of_weights(weights: Path) -> tuple[dict[str, str], dict[str, str]]:
+def _of_weights(
+    weights: Path, of_tensor: Callable[[LazyTensor], str]
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return a hash of each tensor, and of each key of the header but the stamp."""
     found, metadata = _opened(weights)
-    hashes = in_threads(_of_tensor, found.values())
+    hashes = in_threads(of_tensor, found.values())
     settings = {key: value for key, value in metadata if key != KEY}
     return dict(zip(found, hashes, strict=True)), settings
 
 
-def _of_shard(file: Path, name: str) -> tuple[dict[str, str], dict[str, str]] | None:
+def _of_shard(
+    file: Path, name: str, of_tensor: Callable[[LazyTensor], str]
+) -> tuple[dict[str, str], dict[str, str]] | None:
     """Return the same of a file of a directory, by its place there; None if it cannot be read."""
     try:
-        tensors, settings = _of_weights(file)
+        tensors, settings = _of_weights(file, of_tensor)
     except AdapterKitError:
         return None
     folder = name.rpartition("/")[0]
@@ -248,6 +294,10 @@ def _of_tensor(tensor: LazyTensor) -> str:
     for block in tensor.blocks(_BLOCK):
         whole.update(block.tobytes())
     return whole.hexdigest()[:16]
+
+
+def _unread(_tensor: LazyTensor) -> str:
+    return "0" * 16
 
 
 def _of_file(file: Path, name: str) -> dict[str, str]:

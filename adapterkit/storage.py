@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.errors import FormatError, NotFoundError, TruncatedFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from io import RawIOBase
     from typing import Self
 
@@ -118,6 +118,11 @@ class FileSlice:
     offset: int
     length: int
 
+    @property
+    def end(self) -> int:
+        """The byte after the last."""
+        return self.offset + self.length
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel with the whole path: another process may stand in another directory."""
         return FileSlice, (self.path.absolute(), self.offset, self.length)
@@ -158,8 +163,28 @@ class FileSlice:
 
     def truncated(self) -> TruncatedFileError:
         """Return the error that says that the file has become shorter than the range."""
-        end = self.offset + self.length
-        return TruncatedFileError(f"the file ends before byte {end}", path=self.path)
+        return TruncatedFileError(f"the file ends before byte {self.end}", path=self.path)
+
+
+def neighbours(
+    reads: Iterable[Callable[[], bytes | bytearray | memoryview]],
+) -> Iterator[Callable[[], bytes | bytearray | memoryview]]:
+    """Yield ways to read, in order, ranges of a file that follow one another as one range."""
+    last: FileSlice | None = None
+    for read in reads:
+        if not isinstance(read, FileSlice):
+            if last is not None:
+                yield last
+            last = None
+            yield read
+        elif last is not None and (read.path, read.offset) == (last.path, last.end):
+            last = FileSlice(last.path, last.offset, last.length + read.length)
+        else:
+            if last is not None:
+                yield last
+            last = read
+    if last is not None:
+        yield last
 
 
 class Ranges:

@@ -125,6 +125,13 @@ class LazyTensor:
         """The file that holds the values, or what they are computed from; None if no one does."""
         return getattr(self.read, "path", None)
 
+    @property
+    def source(self) -> Callable[[], bytes | bytearray | memoryview]:
+        """The byte range that a tensor is, or else the method that checks what it reads."""
+        if isinstance(self.read, FileSlice) and self.read.length == self.nbytes:
+            return self.read
+        return self.tobytes
+
     def tobytes(self) -> bytes | bytearray | memoryview:
         """Return the stored bytes, exactly `nbytes` of them."""
         data = self.read()

@@ -141,7 +141,7 @@ def _stream(
         _copy(piece, out)
     _pad(out, alignment)
     for tensor in tensors:
-        _copy(_source(tensor), out)
+        _copy(tensor.source, out)
         _pad(out, alignment)
     # A hole at the end is not part of the file until its size says so.
     out.truncate()
@@ -241,13 +241,6 @@ def _check_tensor(name: bytes, tensor: LazyTensor) -> None:
             f"rows of {row} elements do not hold whole {dtype} blocks of {dtype.block}; "
             "write it as F16 or F32"
         )
-
-
-def _source(tensor: LazyTensor) -> Callable[[], bytes | bytearray | memoryview]:
-    """Return the byte range that a tensor is, or else the method that checks what it reads."""
-    if isinstance(tensor.read, FileSlice) and tensor.read.length == tensor.nbytes:
-        return tensor.read
-    return tensor.tobytes
 
 
 def _copy(piece: bytes | Callable[[], bytes | bytearray | memoryview], out: BufferedWriter) -> None:

@@ -20,7 +20,7 @@ from adapterkit.containers.opening import MAX_AXES, MAX_NAME, check_shape, file_
 from adapterkit.dtype import DType
 from adapterkit.errors import FormatError, TruncatedFileError, UnsupportedError
 from adapterkit.json_file import json_values
-from adapterkit.storage import FileSlice, readable
+from adapterkit.storage import FileSlice, neighbours, readable
 from adapterkit.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ MAX_HEADER = 100_000_000
 MAX_VALUES = 2_000_000
 # Free text is a few keys; the reference takes some three hundred bytes for one of ten.
 MAX_KEYS = 100_000
+# Bytes of a file that are copied at a time.
+_CHUNK = 1 << 20
 _METADATA = "__metadata__"
 _METADATA_KEY = b'"__metadata__"'
 _LIBRARY_PREAMBLE = "Error while deserializing header: "
@@ -71,13 +73,6 @@ class SafetensorsFile:
     metadata: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: str
-    code: str
-    shape: tuple[int, ...]
-
-
 def read_safetensors(path: Path) -> SafetensorsFile:
     """Check the whole header and leave the data on disk.
 
@@ -94,17 +89,12 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     header = _read_header(path, size)
     _check_count(header, path)
     room = size - PREFIX - len(header)
-    entries, metadata = _validated(path, header, room)
-    places = {name: place for place, name in enumerate(_parse(header, path))}
+    metadata = _judged(path, header, room)
+    fields = _parse(header, path)
+    # Empty tensors share an offset, and stand as the header lists them.
+    names = sorted(fields, key=lambda name: fields[name]["data_offsets"])
     begin = PREFIX + len(header)
-    found: list[tuple[int, int, str, LazyTensor]] = []
-    for entry in entries:
-        tensor = _tensor(entry, begin, path)
-        found.append((begin, begin + tensor.nbytes, entry.name, tensor))
-        begin += tensor.nbytes
-    # Empty tensors share an offset; the library gives them in random order.
-    found.sort(key=lambda item: (item[0], item[1], places[item[2]]))
-    tensors = {name: tensor for _, _, name, tensor in found}
+    tensors = {name: _tensor(name, fields[name], begin, path) for name in names}
     return SafetensorsFile(path, MappingProxyType(tensors), MappingProxyType(metadata))
 
 
@@ -157,8 +147,11 @@ def serialise(
 
 def _pieces(header: bytes, tensors: list[LazyTensor]) -> Iterator[bytes | bytearray | memoryview]:
     yield len(header).to_bytes(PREFIX, "little") + header
-    for tensor in tensors:
-        yield tensor.tobytes()
+    for read in neighbours(tensor.source for tensor in tensors):
+        if isinstance(read, FileSlice):
+            yield from read.chunks(_CHUNK)
+        else:
+            yield read()
 
 
 def _encode_header(header: dict[str, object]) -> bytes:
@@ -214,33 +207,33 @@ def _check_count(header: bytes, path: Path) -> None:
         raise FormatError(f"more than {MAX_KEYS} keys of metadata", path=path)
 
 
-def _validated(path: Path, header: bytes, room: int) -> tuple[list[_Entry], dict[str, str]]:
-    """Let the reference judge the file; return its tensors in the order of their data."""
+def _judged(path: Path, header: bytes, room: int) -> dict[str, str]:
+    """Let the reference judge the file; return its metadata."""
     import safetensors
 
     try:
         # `safe_open` has no typed methods.
         opening = cast("Any", safetensors.safe_open)
         with readable(path), opening(str(path), framework="np") as file:
-            entries: list[_Entry] = []
-            for name in file.offset_keys():
-                view = file.get_slice(name)
-                entries.append(_Entry(name, view.get_dtype(), tuple(view.get_shape())))
             metadata: dict[str, str] | None = file.metadata()
     except safetensors.SafetensorError as error:
         raise _defect(header, room, str(error).removeprefix(_LIBRARY_PREAMBLE), path) from error
-    return entries, metadata or {}
+    return metadata or {}
 
 
-def _tensor(entry: _Entry, begin: int, path: Path) -> LazyTensor:
-    if len(entry.name) > MAX_NAME:
-        where = f"{entry.name[:80]}..."
-        raise FormatError(f"a name of more than {MAX_NAME} letters", path=path, where=where)
-    dtype = DType.__members__.get(entry.code)
+def _tensor(name: str, info: Mapping[str, Any], begin: int, path: Path) -> LazyTensor:
+    """Return a tensor from its entry in the header, which the reference has found right."""
+    if len(name) > MAX_NAME:
+        raise FormatError(
+            f"a name of more than {MAX_NAME} letters", path=path, where=f"{name[:80]}..."
+        )
+    dtype = DType.__members__.get(info["dtype"])
     if dtype is None:
-        raise _unknown_dtype(entry.code, path, entry.name)
-    check_shape(dtype, entry.shape, path=path, where=entry.name)
-    return LazyTensor(dtype, entry.shape, FileSlice(path, begin, dtype.nbytes(entry.shape)))
+        raise _unknown_dtype(info["dtype"], path, name)
+    shape = tuple(info["shape"])
+    check_shape(dtype, shape, path=path, where=name)
+    start, end = info["data_offsets"]
+    return LazyTensor(dtype, shape, FileSlice(path, begin + start, end - start))
 
 
 def _unknown_dtype(code: str, path: Path, name: str) -> FormatError:

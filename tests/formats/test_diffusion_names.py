@@ -215,17 +215,26 @@ def test_a_model_without_a_table_is_looked_at_and_not_converted(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "stem",
+    ("stem", "model"),
     [
-        "lora_prior_unet_down_blocks_0_2_attention_attn_to_q",
-        "lora_prior_te_text_model_encoder_layers_0_mlp_fc1",
+        ("lora_prior_unet_down_blocks_0_2_attention_attn_to_q", "Stable Cascade"),
+        ("lora_prior_te_text_model_encoder_layers_0_mlp_fc1", "Stable Cascade"),
+        ("lora_unet_blocks_0_self_attn_output_proj", "Anima"),
+        ("diffusion_model.llm_adapter.blocks.0.self_attn.q_proj", "Anima"),
+        ("diffusion_model.lyric_encoder.encoders.0.self_attn.linear_q", "ACE-Step"),
+        ("diffusion_model.decoder.layers.23.cross_attn.v_proj", "ACE-Step"),
+        ("lora_te_layers_0_self_attn_q_proj", "a language model as the text encoder"),
+        ("text_encoders.qwen25_7b.transformer.model.layers.0.mlp.up_proj", "a language model as"),
     ],
 )
-def test_stable_cascade_is_refused_by_name(stem: str, tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.safetensors", kohya({stem: (8, 8)}))
-    assert adapterkit.inspect(path).format == "kohya"
-    with pytest.raises(UnsupportedError, match=f"{stem}: is of Stable Cascade, whose names"):
+def test_models_without_a_table_are_refused_by_name(stem: str, model: str, tmp_path: Path) -> None:
+    """Also where another model has the other modules of the file."""
+    tensors = kohya({stem: (8, 8), "lora_unet_double_blocks_0_img_attn_proj": (8, 8)})
+    path = saved(tmp_path / "a.safetensors", tensors)
+    assert adapterkit.inspect(path).format in {"kohya", "comfyui"}
+    with pytest.raises(UnsupportedError, match=f"is in a file of {model}.*, whose names are in no"):
         adapterkit.convert(path, tmp_path / "p", to="peft")
+    assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,6 @@ _WRAPPER = re.compile(
 )
 
 DENOISER, _PRIOR = "denoiser", "prior"
-# Components of models without a table, whose prefix says it -> the model.
-UNTABLED = {_PRIOR: "Stable Cascade"}
 # Beginnings of names -> component and spelling, the longest first.
 _PREFIXES = (
     ("lora_prior_unet_", _PRIOR, "kohya"),

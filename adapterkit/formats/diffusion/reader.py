@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from adapterkit.containers.safetensors import read_safetensors
 from adapterkit.errors import FormatError, UnsupportedError
-from adapterkit.formats.diffusion.keys import DENOISER, UNTABLED, Key, parse
+from adapterkit.formats.diffusion.keys import DENOISER, Key, parse
 from adapterkit.formats.diffusion.lora_config import FIELD, LoraConfigs
 from adapterkit.formats.diffusion.parts import made
 from adapterkit.formats.diffusion.rows import Moved, moved
-from adapterkit.formats.diffusion.table import models
+from adapterkit.formats.diffusion.table import models, untabled
 from adapterkit.formats.diffusion.telling import Place, Spelled, nearest, placed, title, told
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet, DiffusionSource, Spelling, Update
@@ -78,7 +78,7 @@ def read_diffusion(path: Path, spelling: str) -> AdapterTensorSet:
     found = told(spelled, file.metadata)
     configs = LoraConfigs(file.metadata, path)
     read = _Read()
-    places = _Places(spelled, found)
+    places = _Places([group.key.stem for group in groups], spelled, found)
     for group in groups:
         place = places.of(group)
         if isinstance(place, str):
@@ -140,14 +140,16 @@ class _Places:
         found: models that have every one.
     """
 
-    def __init__(self, spelled: list[Spelled], found: tuple[Model, ...]) -> None:
+    def __init__(self, stems: list[str], spelled: list[Spelled], found: tuple[Model, ...]) -> None:
         self.spelled, self.found = spelled, found
+        self._untabled = "" if found else _untabled(stems)
         self._nearest = None if found else nearest(spelled)
 
     def of(self, group: _Group) -> Place | str | None:
         """Return where a module stands, None if diffusers calls it so, or why nobody knows."""
-        if model := UNTABLED.get(group.key.component):
-            return f"is of {model}, whose names are in no table; convert it where it was trained"
+        if self._untabled and group.key.spelling != "diffusers":
+            message = f"is in a file of {self._untabled}, whose names are in no table"
+            return f"{message}; convert it, or merge it into its base, where it was trained"
         chosen = (self._nearest,) if self._nearest else self.found
         places = [place for model in chosen if (place := placed(model, group.spelled))]
         if len({place.meaning for place in places}) > 1:
@@ -160,6 +162,14 @@ class _Places:
             return f"is no module of {self._nearest.title}"
         names = ", ".join(model.title for model in models())
         return f"is no module of {names}; other models are read in diffusers' names alone"
+
+
+def _untabled(stems: list[str]) -> str:
+    """Return the models without a table that some modules are certainly of; empty if none is."""
+    flat = [stem.replace(".", "_") for stem in stems]
+    return " with ".join(
+        title for title, names in untabled().items() if any(map(names.search, flat))
+    )
 
 
 def _add(

@@ -9,6 +9,7 @@ With a `ratio` of rows to columns, only what has that is moved.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -232,6 +233,13 @@ class Model:
 def models() -> tuple[Model, ...]:
     """Return every model that has a table, in the order of their names."""
     return tuple(_model(path) for path in sorted(_FOLDER.glob("*.toml")))
+
+
+@cache
+def untabled() -> dict[str, re.Pattern[str]]:
+    """Return models without a table: what people call them, and what tells a module of theirs."""
+    rows = _document(_FOLDER.with_name("untabled.toml"))["model"]
+    return {row["title"]: re.compile("|".join(row["names"])) for row in rows}
 
 
 @cache

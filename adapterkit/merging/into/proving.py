@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.certificates import Making, ModelProof
-from adapterkit.errors import ProofError
-from adapterkit.stamps import KEY, contents, fill, stamp
+from adapterkit.stamps import KEY, carry, contents, fill, stamped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,11 +54,9 @@ class CarriedProof:
         Raises:
             ProofError: if the model is another one with it.
         """
-        found = contents(path)
-        text = self.proof.text(found, max((each.noise or 0.0 for each in reports), default=0.0))
-        if path.suffix == ".gguf" and path.is_file():
-            fill(path, text)
-            return
-        stamp(path, text)
-        if path.is_file() and contents(path) != found:
-            raise ProofError("was changed by writing its proof into it", path=path)
+        error = max((each.noise or 0.0 for each in reports), default=0.0)
+        blank = stamped(path) if path.suffix == ".gguf" and path.is_file() else None
+        if blank is None:
+            carry(path, lambda found: self.proof.text(found, error))
+        else:
+            fill(path, blank, self.proof.text(contents(path), error))
