@@ -395,7 +395,9 @@ class Places:
 
     @cached_property
     def _leaves(self) -> frozenset[str]:
-        return frozenset(name.rpartition(".")[2] for name in (*self._named, *self._live))
+        tabled = () if self._named else (rule.hf for rule in self.base.architecture.rules)
+        names = (*self._named, *self._live, *tabled)
+        return frozenset(name.rpartition(".")[2] for name in names)
 
     @cached_property
     def _spots(self) -> frozenset[Spot]:

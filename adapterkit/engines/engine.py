@@ -40,6 +40,9 @@ _NUMBER = re.compile(r"(?<![a-z\d])[bv]?(\d+)")
 _TO = "to-"
 # The effect of an error that `effects` does not name.
 _ERROR = "error"
+# What findings of single modules come to is told module by module: no layer, expert or module of
+# that name in the base, and the headlines of what is done with modules.
+_OF_MODULES = {"AK302", "AK303", "AK501", "AK502", "AK503"}
 _FOLDER = Path(__file__).parent
 
 
@@ -150,7 +153,8 @@ class Target:
     def fate(self, finding: Finding) -> Verdict | None:
         """Return what a finding makes of the file; None for nothing, or nothing that is known."""
         if finding.severity is Severity.ERROR:
-            return self.effects.get(finding.code, self.effects.get(_ERROR))
+            every = None if finding.code in _OF_MODULES else self.effects.get(_ERROR)
+            return self.effects.get(finding.code, every)
         return None if _ERROR in self.effects else self.effects.get(finding.code)
 
     def findings(self, known: Mapping[str, Any]) -> Iterator[Finding]:
