@@ -17,7 +17,7 @@ from adapterkit.formats.spec import FormatSpec
 from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
-from adapterkit.passes.naming import NAMES
+from adapterkit.passes.naming import NAMING
 from adapterkit.passes.protocol import Context, Passed
 from adapterkit.passes.registry import apply, by_name
 from adapterkit.registry import by_suffix, spec
@@ -118,7 +118,7 @@ def convert(
     plain = apply(["dora"], loaded.adapter, context)
     # The proof compares modules by name, so it is of the adapter under its new names.
     prepare = engine.changes if engine else ()
-    named = apply([step for step in prepare if step == NAMES], plain.adapter, context)
+    named = apply([step for step in prepare if step in NAMING], plain.adapter, context)
     served = _served(named.adapter, loaded.base, engine)
     ready = admitted(
         served.adapter,
@@ -128,7 +128,7 @@ def convert(
         allow_lossy=allow_lossy,
         passed=(*loaded.losses, *plain.losses, *served.losses),
     )
-    changed = apply([step for step in prepare if step != NAMES], ready.adapter, context)
+    changed = apply([step for step in prepare if step not in NAMING], ready.adapter, context)
     unheld: list[Loss] = []
 
     def accept(written: AdapterTensorSet) -> None:

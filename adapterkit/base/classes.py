@@ -31,11 +31,11 @@ class Renaming:
 
     def disk(self, name: str) -> str:
         """Return the stored name of a parameter or module of the class."""
-        return _renamed(name, self.to_disk)
+        return renamed(name, self.to_disk)
 
     def memory(self, name: str) -> str:
         """Return the path in the class of a stored parameter or module; itself if it has none."""
-        found = _renamed(name, self.to_memory)
+        found = renamed(name, self.to_memory)
         return found if self.disk(found) == name else name
 
 
@@ -91,7 +91,7 @@ def model_class(name: str) -> ModelClass | None:
     )
 
 
-def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
     """Replace the longest prefix that is listed; the empty one stands for all names."""
     numbers = _NUMBER.findall(name)
     head = _NUMBER.sub("N", name)

@@ -10,6 +10,7 @@ from adapterkit.architectures.mapping import find_rule
 from adapterkit.base.assemblies import Assembly, assemblies
 from adapterkit.base.classes import model_class
 from adapterkit.base.model import BaseModel
+from adapterkit.base.peft_names import peft_names
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
 from adapterkit.model import Kind, PeftSource
 
@@ -195,10 +196,19 @@ class Places:
         if (stored := self.of(name)) is not None:
             whole = stored == self.find(name)
             return self.memory(stored if whole else stored.removesuffix(_WEIGHT))
+        if made := next((p for p in self._prefixed(name) if p in self._assemblies), None):
+            return made
         path = self.canonical(name)
         if not self.base.text_prefix or not path.startswith("model."):
             return self.in_class(path)
         return self.base.text_prefix + path.removeprefix("model.")
+
+    def loaded(self, name: str) -> str | None:
+        """Return the module to which PEFT leads a name of an adapter's file; None if to none."""
+        names = peft_names(self.base.classes)
+        if names.loses(name):
+            return None
+        return next(filter(self.own, names.modules(name)), name)
 
     def canonical(self, module: str) -> str:
         """Return a path as the family's table has it; itself if the table has none."""
@@ -307,8 +317,9 @@ class Places:
                 yield renaming.disk(path)
 
     def _prefixed(self, name: str) -> Iterator[str]:
-        """Yield a path as it is, and as it is in the class with, and without, a head."""
+        """Yield a path as it is, as it is in the class with, and without, a head, and for PEFT."""
         yield name
+        yield from peft_names(self.base.classes).modules(name)
         if self.cls and self.cls.prefix:
             prefix = self.cls.prefix + "."
             yield name.removeprefix(prefix) if name.startswith(prefix) else prefix + name

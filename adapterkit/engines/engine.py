@@ -6,9 +6,9 @@ module, or how a file of a diffusion model spells it; for the last there are row
 and `checked` (where the rules come from, and when), optionally `like` (another engine, whose
 file holds what this one does not), `models` (the engine whose list of models holds, if it is not
 the one that it is like), `wrapped` (`exact` if modules count only under the very path of the base's
-class), `whole` (whether a kind of module counts only where every layer has it), `within` (an
-expression that the paths of the modules that it looks at have), `strangers` (`refused` if it
-refuses a module by whose last name the base has none), `losses` (code of GGUF's loss -> code of the
+class, `loaded` if only under what PEFT leads there), `whole` (whether a kind of module counts only
+where every layer has it), `within` (an expression that the paths of the modules that it looks at
+have), `strangers` (`refused` if it refuses a module by whose last name the base has none), `losses` (code of GGUF's loss -> code of the
 finding), `effects` (code of a finding -> what becomes of the file; with
 a row `error` that is for every other error, only errors count), `prepare` (exact changes that
 `convert --for` makes) and rules:
@@ -91,7 +91,8 @@ class Target:
         unmatched: `ignored` or `refused`.
         source: where the rules come from.
         checked: when they were last compared with that source.
-        wrapped: `exact` or `any`: whether a module counts under its own path only.
+        wrapped: `exact`, `loaded` or `any`: whether a module counts under its own path only, or
+            under what PEFT makes of the names of a file.
         whole: whether a kind of module counts only where every layer has it.
         within: what is in the paths of the modules that it looks at; empty for all.
         strangers: `refused` if it refuses a module by whose last name the base has none; else what

@@ -10,7 +10,7 @@ from adapterkit.passes.declaration import settled
 from adapterkit.passes.dropping import drop
 from adapterkit.passes.initialisation import undone
 from adapterkit.passes.magnitudes import truncated
-from adapterkit.passes.naming import NAMES, named
+from adapterkit.passes.naming import LOADED, NAMES, named, named_to_load
 from adapterkit.passes.pooling import decided
 from adapterkit.passes.protocol import Context, Pass, Passed
 from adapterkit.passes.stacking import stacked
@@ -71,6 +71,11 @@ PASSES = (
         name=NAMES,
         promise="every update stays the same, under the path of its module in the base's class",
         change=named,
+    ),
+    Pass(
+        name=LOADED,
+        promise="every update stays the same, under the name by which PEFT leads it to its module",
+        change=named_to_load,
     ),
     Pass(
         name="drop",
