@@ -90,10 +90,9 @@ class Places:
         if self.role(parameter) != OUTPUT:
             return None
         # Some classes have several outputs, each with a table of its own.
-        if self.cls is None or self.base.architecture.known:
-            return self.embedding
-        table = self.cls.tied.get(parameter) or self.cls.tied.get(self.memory(parameter))
-        return self.find(table) if table else self.embedding
+        tied = self.cls.tied if self.cls else {}
+        table = tied.get(parameter) or tied.get(self.memory(parameter))
+        return (self.find(table) if table else None) or self.embedding
 
     def has(self, module: str) -> bool | None:
         """Tell whether the base has a module; None if nothing is known of its modules."""
@@ -133,11 +132,11 @@ class Places:
 
     def role(self, parameter: str) -> str | None:
         """Return `token_embd` or `output` for the two that may be tied, else None."""
-        if not self.base.architecture.known:
-            return self._tied_roles.get(parameter) or self._tied_roles.get(self.memory(parameter))
         spot = self._spot(parameter)
         match = find_rule(self.base.architecture, parameter.removesuffix(_WEIGHT))
-        if spot is None or match is None or spot[-1] != _WEIGHT:
+        if match is None:  # the class may be around that of the table
+            return self._tied_roles.get(parameter) or self._tied_roles.get(self.memory(parameter))
+        if spot is None or spot[-1] != _WEIGHT:
             return None
         target = match.rule.targets[0].name
         return target if target in {EMBEDDING, OUTPUT} else None

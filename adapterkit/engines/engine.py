@@ -8,10 +8,10 @@ file holds what this one does not), `models` (the engine whose list of models ho
 the one that it is like), `wrapped` (`exact` if modules count only under the very path of the base's
 class, `loaded` if only under what PEFT leads there), `whole` (whether a kind of module counts only
 where every layer has it), `within` (an expression that the paths of the modules that it looks at
-have), `strangers` (`refused` if it refuses a module by whose last name the base has none), `losses` (code of GGUF's loss -> code of the
-finding), `effects` (code of a finding -> what becomes of the file; with
-a row `error` that is for every other error, only errors count), `prepare` (exact changes that
-`convert --for` makes) and rules:
+have), `strangers` (`refused` if it refuses a module by whose last name the base has none),
+`losses` (code of GGUF's loss -> code of the finding), `effects` (code of a finding -> what becomes
+of the file; with a row `error` that is for every other error, only errors count), `prepare` (exact
+changes that `convert --for` makes) and rules:
 
     code, severity (error, warning, note), when (an expression over the words of facts.py), message
     and hint (which may name these, and the engine as `title` and `engine`), fix (name of an exact

@@ -16,7 +16,8 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from adapterkit import convert, merge_into, validate
+from adapterkit import convert, merge_into, read, validate
+from adapterkit.errors import LossyConversionError
 from fixtures.classes.tiny import built
 
 if TYPE_CHECKING:
@@ -132,3 +133,32 @@ def test_experts_are_written_as_peft_loads_them(tmp_path: Path) -> None:
     convert(adapter, written, base=base, for_engine="peft")
     assert lost(written) == set()
     assert str(validate(written, base=base, targets=["peft"]).targets[0].verdict) == "applied"
+
+
+def test_what_no_name_leads_to_is_a_loss_for_peft_and_merges(tmp_path: Path) -> None:
+    """A renaming that ends in `.weight` finds its name in every spelling of the file."""
+    torch.manual_seed(0)
+    cls = transformers.Inkling2ForCausalLM
+    base, adapter, written = tmp_path / "base", tmp_path / "adapter", tmp_path / "written"
+    model: Any = built(cls, "cpu")
+    model.save_pretrained(str(base))
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["weight_proj", "q_proj"])
+    live = peft.get_peft_model(model, config)
+    live.save_pretrained(str(adapter))
+    trained = {key: change.detach() for key, change in updates(live).items()}
+    found = arrived(cls.from_pretrained(base), adapter, trained)
+    lost = trained.keys() - found
+    assert {name.rpartition(".")[2] for name in lost} == {"weight_proj"}
+    report = validate(adapter, base=base, targets=["peft"])
+    assert set(report.targets[0].coverage["ignored"]) == lost
+    with pytest.raises(LossyConversionError, match="weight_proj"):
+        convert(adapter, written, base=base, for_engine="peft")
+    convert(adapter, written, base=base, for_engine="peft", allow_lossy=True)
+    assert set(read(written).modules) == found
+
+    merge_into([adapter], base, tmp_path / "merged")
+    merged = cls.from_pretrained(tmp_path / "merged").state_dict()
+    expected = live.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.allclose(merged[key], value, rtol=0, atol=1e-6), key
