@@ -81,6 +81,10 @@ class Places:
         found = map(self._assemblies.get, self._prefixed(module))
         return next(filter(None, found), None)
 
+    def assembled(self) -> Iterator[str]:
+        """Yield the modules whose weights the class makes of stored tensors."""
+        yield from self._assemblies
+
     def assembled_from(self, stored: str) -> list[str]:
         """Return the modules whose weights the class makes of a stored tensor."""
         return self._origins.get(stored, [])
@@ -115,6 +119,8 @@ class Places:
         if not self._named:
             return None
         if module in self._named or self._spot(module + _WEIGHT) in self._spots:
+            return True
+        if self.assembly(module):
             return True
         return any(name in self._named for name in self._spellings(module))
 
@@ -182,6 +188,14 @@ class Places:
         for rule in self.base.architecture.rules:
             if rule.kind in {"linear", "embedding"}:
                 yield from self._numbered(rule.hf)
+
+    def aliases(self) -> tuple[str, ...]:
+        """Return the modules of the base's class that the family's table calls otherwise."""
+        if self.cls is None or "auto_map" in self.base.facts:
+            return ()  # who trains the model has the code beside it
+        live = dict.fromkeys((*map(self.memory, self.spelled), *self._assemblies))
+        matches = ((name, find_rule(self.base.architecture, name)) for name in live)
+        return tuple(name for name, match in matches if match and match.rule.alias)
 
     def memory(self, name: str) -> str:
         """Return the path in the base's class of a stored parameter or module."""

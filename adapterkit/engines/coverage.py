@@ -224,6 +224,9 @@ def _own_path(module: str, places: Places) -> bool:
     plain = base.architecture.match_hf(module) is not None
     if base.kind == "gguf":
         return True  # a GGUF does not tell which class it was made from
+    if places.aliases():
+        made = places.assembled_from(places.of(module) or "")
+        return places.live(module) == module and (not made or module in made)
     if not base.text_prefix:
         return places.in_class(places.canonical(module)) == module if places.cls else plain
     # transformers moved text towers about; every wrapped spelling is taken for one of them.
