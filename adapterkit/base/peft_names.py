@@ -33,7 +33,8 @@ class PeftNames:
 
     def loses(self, name: str) -> bool:
         """Tell whether PEFT loads nothing under the name that a module has in memory."""
-        return renamed(name, dict.fromkeys(self.spelled, _LOST)).startswith(_LOST)
+        lost: Mapping[str, str] = dict.fromkeys(self.spelled, _LOST)
+        return renamed(name, lost).startswith(_LOST)
 
     def written(self, name: str) -> str:
         """Return the name under which a file's factors get to a module; its own if none does."""
@@ -50,8 +51,8 @@ class PeftNames:
 def peft_names(names: tuple[str, ...]) -> PeftNames:
     """Return what PEFT makes of the names of the first class that it loses any of."""
     data = _data()
-    places = (data["classes"][name] for name in names if name in data["classes"])
-    return PeftNames(next((data["names"][place] for place in places), {}))
+    place = next((data["classes"][name] for name in names if name in data["classes"]), None)
+    return PeftNames({} if place is None else data["names"][place])
 
 
 @cache

@@ -94,8 +94,8 @@ class Places:
         if self.role(parameter) != OUTPUT:
             return None
         # Some classes have several outputs, each with a table of its own.
-        tied = self.cls.tied if self.cls else {}
-        table = tied.get(parameter) or tied.get(self.memory(parameter))
+        names = (parameter, self.memory(parameter))
+        table = next(filter(None, map(self.cls.tied.get, names)), None) if self.cls else None
         return (self.find(table) if table else None) or self.embedding
 
     def has(self, module: str) -> bool | None:
