@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.attempts import Attempt, for_each
 from adapterkit.base import BaseModel
 from adapterkit.certificates import Making
-from adapterkit.errors import UsageError
+from adapterkit.errors import LossyConversionError, UsageError
 from adapterkit.formats.builtin import BUILTIN
 from adapterkit.formats.spec import FormatSpec
 from adapterkit.loading import Need, load
 from adapterkit.model import AdapterTensorSet
 from adapterkit.notes import Loss
-from adapterkit.passes.protocol import Context
-from adapterkit.passes.registry import NAMES, apply
+from adapterkit.passes.protocol import Context, Passed
+from adapterkit.passes.registry import NAMING, apply, by_name
 from adapterkit.registry import by_suffix, spec
 from adapterkit.saving import ProvenFile, admitted, destination_format, save, stored_type
 from adapterkit.several import each_of, named
@@ -115,21 +115,29 @@ def convert(
     options = replace(loaded.options, dtype=dtype, unverified=unverified)
     context = Context(base=loaded.base, dora_rank=dora_rank)
     plain = apply(["dora"], loaded.adapter, context)
-    losses = (*loaded.losses, *plain.losses)
-    ready = admitted(
-        plain.adapter, target, options, into=destination, allow_lossy=allow_lossy, passed=losses
-    )
     # The proof compares modules by name, so it is of the adapter under its new names.
     prepare = engine.changes if engine else ()
-    named = apply([step for step in prepare if step == NAMES], ready.adapter, context)
-    changed = apply([step for step in prepare if step != NAMES], named.adapter, context)
-    told: list[str] = []
+    named = apply([step for step in prepare if step in NAMING], plain.adapter, context)
+    served = _served(named.adapter, loaded.base, engine)
+    ready = admitted(
+        served.adapter,
+        target,
+        options,
+        into=destination,
+        allow_lossy=allow_lossy,
+        passed=(*loaded.losses, *plain.losses, *served.losses),
+    )
+    changed = apply([step for step in prepare if step not in NAMING], ready.adapter, context)
+    unheld: list[Loss] = []
 
     def accept(written: AdapterTensorSet) -> None:
         if engine:
             from adapterkit.engines.judgement import check_served
 
-            told.extend(check_served(written, loaded.base, engine, path=destination))
+            told = check_served(written, loaded.base, engine, path=destination)
+            unheld.extend(Loss("passed-over", engine.title, each) for each in told)
+            if unheld and not allow_lossy:
+                raise LossyConversionError(unheld, path=destination)
 
     proven = save(
         changed.adapter,
@@ -137,7 +145,7 @@ def convert(
         target,
         options,
         force=force,
-        against=named.adapter,
+        against=ready.adapter,
         accept=accept,
         making=Making("convert", {"for": for_engine, "dora_rank": dora_rank}) if proof else None,
     )
@@ -145,12 +153,11 @@ def convert(
         **vars(proven),
         source=loaded.label,
         source_format=loaded.format,
-        losses=ready.losses,
+        losses=(*ready.losses, *unheld),
         notes=(
             *loaded.told,
             *map(str, (*plain.notes, *named.notes, *changed.notes)),
             *ready.warnings,
-            *told,
         ),
     )
 
@@ -213,6 +220,16 @@ def _places(
             )
         places[source] = folder / (name + suffix)
     return places
+
+
+def _served(adapter: AdapterTensorSet, base: BaseModel | None, engine: Target | None) -> Passed:
+    """Return an adapter without what an engine that applies part of it passes over."""
+    if engine is None:
+        return Passed(adapter)
+    from adapterkit.engines.judgement import passed_over
+
+    losses = tuple(passed_over(adapter, base, engine))
+    return by_name("drop").change(adapter, Context(losses=losses))
 
 
 def _engine(reference: str) -> Target:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit import factors
+from adapterkit.architectures.table import Architecture
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from adapterkit.architectures.sizes import Sizes
-    from adapterkit.architectures.table import Architecture
     from adapterkit.model import Update
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
@@ -30,6 +30,21 @@ class Fusion:
     heights: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The tensors that a family's converter writes, of a base whose own are not known.
+
+    What the table has as another name only is not among them.
+    """
+
+    architecture: Architecture
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether a tensor, with `.weight`, is one of them."""
+        matches = self.architecture.match_gguf(str(name).removesuffix(".weight"))
+        return any(not match.rule.alias for match in matches)
+
+
 def fuse_for(
     pairs: Iterable[Update], present: Container[str], sizes: Sizes
 ) -> tuple[list[Update], dict[str, tuple[str, ...]]]:
@@ -37,7 +52,7 @@ def fuse_for(
 
     Args:
         pairs: updates by llama.cpp tensor.
-        present: names of the base's tensors, with `.weight`.
+        present: names of the base's tensors, with `.weight`, or those that it would have.
         sizes: for the rows of parts that are not adapted.
 
     Returns:
@@ -66,20 +81,30 @@ def fuse_for(
 
 
 def split_fused(
-    architecture: Architecture, sizes: Sizes | None, pairs: Iterable[Update]
+    architecture: Architecture,
+    sizes: Sizes | None,
+    pairs: Iterable[Update],
+    wanted: Callable[[str], bool],
 ) -> list[Update]:
-    """Split updates of fused tensors that the family's table knows only in parts."""
+    """Split updates of fused tensors that the family's table, or the adapter, knows only in parts.
+
+    Args:
+        architecture: the family.
+        sizes: of the base; without them nothing is split.
+        pairs: updates by llama.cpp tensor.
+        wanted: tells whether the adapter has a module for a part.
+    """
     found: list[Update] = []
     for pair in pairs:
-        fusion = None if architecture.match_gguf(pair.module) else _of_fused(pair.module)
-        if fusion is None or sizes is None:
+        fusion, layer = _of_fused(pair.module), _layer(pair.module)
+        parts = [part.replace("{i}", str(layer)) for part in fusion.parts] if fusion else []
+        whole = architecture.match_gguf(pair.module) and not any(map(wanted, parts))
+        if fusion is None or sizes is None or whole:
             found.append(pair)
             continue
-        layer = _layer(pair.module)
         start = 0
-        for part, height in zip(fusion.parts, fusion.heights, strict=True):
+        for name, height in zip(parts, fusion.heights, strict=True):
             stop = start + sizes.value(height, layer)
-            name = part.replace("{i}", str(layer))
             piece = factors.slice_rows(pair, start, stop)
             found.append(factors.renamed(piece, name))
             start = stop

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import factors
-from adapterkit.architectures.fusion import fuse_for, split_fused
+from adapterkit.architectures.fusion import Written, fuse_for, split_fused
 from adapterkit.architectures.rows import row_factors, row_order
+from adapterkit.architectures.table import Architecture
 from adapterkit.architectures.transforms import inverse
 from adapterkit.errors import IncompatibleBaseError
 from adapterkit.model import Kind, Update
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from adapterkit.architectures.sizes import Sizes
-    from adapterkit.architectures.table import Architecture, Match, Target, WeightRule
+    from adapterkit.architectures.table import Match, Target, WeightRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,9 @@ def to_engine(
         stack = _stack(rule, layer, members, sizes)
         engine.append(stack)
         sources[stack.module] = tuple(pair.module for pair in members.values())
-    if present:
-        engine, fused = fuse_for(engine, present, sizes)
-        for name, parts in fused.items():
-            sources[name] = tuple(m for part in parts for m in sources.pop(part))
+    engine, fused = fuse_for(engine, present or Written(architecture), sizes)
+    for name, parts in fused.items():
+        sources[name] = tuple(m for part in parts for m in sources.pop(part))
     return Mapped(tuple(engine), tuple(unmatched), sources)
 
 
@@ -164,7 +164,7 @@ def from_engine(
     spelling = _spelling(architecture, like)
     groups: dict[tuple[WeightRule, int | None], dict[int, Update]] = {}
     unmatched: list[str] = []
-    for pair in split_fused(architecture, sizes, pairs):
+    for pair in split_fused(architecture, sizes, pairs, spelling.names_tensor):
         match = _preferred(architecture.match_gguf(pair.module), layout, spelling)
         if match is None:
             unmatched.append(pair.module)
@@ -196,14 +196,21 @@ def _in_class(pair: Update, text_prefix: str) -> str:
 class _Spelling:
     """How an adapter spells the modules of a table: rules it uses, table name -> its own name."""
 
+    architecture: Architecture
     rules: frozenset[tuple[str, int | None]]
     names: Mapping[str, str]
+
+    def names_tensor(self, tensor: str) -> bool:
+        """Tell whether a module of the adapter is what fills one of llama.cpp's tensors."""
+        matches = self.architecture.match_gguf(tensor)
+        return any((match.rule.hf, match.layer) in self.rules for match in matches)
 
 
 def _spelling(architecture: Architecture, modules: Collection[str]) -> _Spelling:
     found = [(module, find_rule(architecture, module)) for module in modules]
     matches = [(module, match) for module, match in found if match]
     return _Spelling(
+        architecture,
         frozenset((match.rule.hf, match.layer) for _, match in matches),
         {_named(m.rule.hf, m.layer, m.expert): module for module, m in matches},
     )

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 _DATA = Path(__file__).parent / "classes.json"
+_FIXED = "#"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
@@ -22,7 +24,8 @@ class Renaming:
     """Names in memory against names on disk, by their longest prefix that is renamed.
 
     Attributes:
-        to_disk: prefix in memory -> prefix on disk, `N` for every number.
+        to_disk: prefix in memory -> prefix on disk, `N` for every number, `#0` for one that the
+            path in memory does not have.
         to_memory: the reverse.
     """
 
@@ -31,11 +34,11 @@ class Renaming:
 
     def disk(self, name: str) -> str:
         """Return the stored name of a parameter or module of the class."""
-        return _renamed(name, self.to_disk)
+        return renamed(name, self.to_disk)
 
     def memory(self, name: str) -> str:
         """Return the path in the class of a stored parameter or module; itself if it has none."""
-        found = _renamed(name, self.to_memory)
+        found = renamed(name, self.to_memory)
         return found if self.disk(found) == name else name
 
 
@@ -91,20 +94,36 @@ def model_class(name: str) -> ModelClass | None:
     )
 
 
-def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """Replace the longest prefix that is listed; the empty one stands for all names."""
-    numbers = _NUMBER.findall(name)
-    head = _NUMBER.sub("N", name)
-    tail = ""
-    while head not in prefixes:
-        if not head:
-            return name
-        head, _, last = head.rpartition(".")
-        tail = f".{last}{tail}"
-    renamed = (prefixes[head] + tail).lstrip(".")
-    places = iter(numbers)
-    parts = [next(places, part) if part == "N" else part for part in renamed.split(".")]
-    return ".".join(parts)
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """Replace the longest prefix that is listed; the empty one stands for all names.
+
+    Args:
+        name: of a parameter or module.
+        prefixes: with `N` for any number, and `#0` for one that stands for a name.
+    """
+    parts = name.split(".")
+    fixed = any(_FIXED in prefix for prefix in prefixes)
+    for length in range(len(parts), -1, -1):
+        for head in _heads(parts[:length], fixed=fixed):
+            if ".".join(head) in prefixes:
+                return _filled(prefixes[".".join(head)], head, parts)
+    return name
+
+
+def _heads(parts: Sequence[str], *, fixed: bool) -> Iterator[tuple[str, ...]]:
+    """Yield the ways in which a prefix may be listed, those that name a number first."""
+    ways = (
+        ((f"{_FIXED}{part}", "N") if fixed else ("N",)) if part.isdecimal() else (part,)
+        for part in parts
+    )
+    yield from product(*ways)
+
+
+def _filled(prefix: str, head: Sequence[str], parts: Sequence[str]) -> str:
+    """Return a name whose first parts, as they are listed, have become another prefix."""
+    numbers = iter([part for part, listed in zip(parts, head, strict=False) if listed == "N"])
+    first = [next(numbers, part) if part == "N" else part for part in prefix.split(".")]
+    return ".".join(part.removeprefix(_FIXED) for part in (*first, *parts[len(head) :]) if part)
 
 
 @cache

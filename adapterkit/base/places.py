@@ -10,6 +10,7 @@ from adapterkit.architectures.mapping import find_rule
 from adapterkit.base.assemblies import Assembly, assemblies
 from adapterkit.base.classes import model_class
 from adapterkit.base.model import BaseModel
+from adapterkit.base.peft_names import peft_names
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
 from adapterkit.model import Kind, PeftSource
 
@@ -80,6 +81,10 @@ class Places:
         found = map(self._assemblies.get, self._prefixed(module))
         return next(filter(None, found), None)
 
+    def assembled(self) -> Iterator[str]:
+        """Yield the modules whose weights the class makes of stored tensors."""
+        yield from self._assemblies
+
     def assembled_from(self, stored: str) -> list[str]:
         """Return the modules whose weights the class makes of a stored tensor."""
         return self._origins.get(stored, [])
@@ -89,10 +94,9 @@ class Places:
         if self.role(parameter) != OUTPUT:
             return None
         # Some classes have several outputs, each with a table of its own.
-        if self.cls is None or self.base.architecture.known:
-            return self.embedding
-        table = self.cls.tied.get(parameter) or self.cls.tied.get(self.memory(parameter))
-        return self.find(table) if table else self.embedding
+        names = (parameter, self.memory(parameter))
+        table = next(filter(None, map(self.cls.tied.get, names)), None) if self.cls else None
+        return (self.find(table) if table else None) or self.embedding
 
     def has(self, module: str) -> bool | None:
         """Tell whether the base has a module; None if nothing is known of its modules."""
@@ -116,6 +120,8 @@ class Places:
             return None
         if module in self._named or self._spot(module + _WEIGHT) in self._spots:
             return True
+        if self.assembly(module):
+            return True
         return any(name in self._named for name in self._spellings(module))
 
     def has_leaf(self, leaf: str) -> bool | None:
@@ -132,11 +138,11 @@ class Places:
 
     def role(self, parameter: str) -> str | None:
         """Return `token_embd` or `output` for the two that may be tied, else None."""
-        if not self.base.architecture.known:
-            return self._tied_roles.get(parameter) or self._tied_roles.get(self.memory(parameter))
         spot = self._spot(parameter)
         match = find_rule(self.base.architecture, parameter.removesuffix(_WEIGHT))
-        if spot is None or match is None or spot[-1] != _WEIGHT:
+        if match is None:  # the class may be around that of the table
+            return self._tied_roles.get(parameter) or self._tied_roles.get(self.memory(parameter))
+        if spot is None or spot[-1] != _WEIGHT:
             return None
         target = match.rule.targets[0].name
         return target if target in {EMBEDDING, OUTPUT} else None
@@ -183,6 +189,14 @@ class Places:
             if rule.kind in {"linear", "embedding"}:
                 yield from self._numbered(rule.hf)
 
+    def aliases(self) -> tuple[str, ...]:
+        """Return the modules of the base's class that the family's table calls otherwise."""
+        if self.cls is None or "auto_map" in self.base.facts:
+            return ()  # who trains the model has the code beside it
+        live = dict.fromkeys((*map(self.memory, self.spelled), *self._assemblies))
+        matches = ((name, find_rule(self.base.architecture, name)) for name in live)
+        return tuple(name for name, match in matches if match and match.rule.alias)
+
     def memory(self, name: str) -> str:
         """Return the path in the base's class of a stored parameter or module."""
         return self._spelling.memory(name) if self._spelling else name
@@ -195,10 +209,19 @@ class Places:
         if (stored := self.of(name)) is not None:
             whole = stored == self.find(name)
             return self.memory(stored if whole else stored.removesuffix(_WEIGHT))
+        if made := next((p for p in self._prefixed(name) if p in self._assemblies), None):
+            return made
         path = self.canonical(name)
         if not self.base.text_prefix or not path.startswith("model."):
             return self.in_class(path)
         return self.base.text_prefix + path.removeprefix("model.")
+
+    def loaded(self, name: str) -> str | None:
+        """Return the module to which PEFT leads a name of an adapter's file; None if to none."""
+        names = peft_names(self.base.classes)
+        if names.loses(name):
+            return None
+        return next(filter(self.own, names.modules(name)), name)
 
     def canonical(self, module: str) -> str:
         """Return a path as the family's table has it; itself if the table has none."""
@@ -307,8 +330,9 @@ class Places:
                 yield renaming.disk(path)
 
     def _prefixed(self, name: str) -> Iterator[str]:
-        """Yield a path as it is, and as it is in the class with, and without, a head."""
+        """Yield a path as it is, as it is in the class with, and without, a head, and for PEFT."""
         yield name
+        yield from peft_names(self.base.classes).modules(name)
         if self.cls and self.cls.prefix:
             prefix = self.cls.prefix + "."
             yield name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
@@ -395,7 +419,9 @@ class Places:
 
     @cached_property
     def _leaves(self) -> frozenset[str]:
-        return frozenset(name.rpartition(".")[2] for name in (*self._named, *self._live))
+        tabled = () if self._named else (rule.hf for rule in self.base.architecture.rules)
+        names = (*self._named, *self._live, *tabled)
+        return frozenset(name.rpartition(".")[2] for name in names)
 
     @cached_property
     def _spots(self) -> frozenset[Spot]:

@@ -24,7 +24,7 @@ def check(
         base: its base model; None if it is unknown.
         values: whether to read the tensors; without, only headers are looked at.
     """
-    found = list(structure_findings(adapter))
+    found = list(structure_findings(adapter, base))
     if values:
         found += check_values(adapter)
     return [*found, *check_fit(adapter, base)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from adapterkit.base.places import Places
 from adapterkit.checks.findings import Finding, Severity, named
 from adapterkit.errors import UncheckableError
 from adapterkit.lora_config.selection import ends_with
@@ -17,6 +18,7 @@ from adapterkit.patterns import Allowance, ending
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from adapterkit.base import BaseModel
     from adapterkit.model import AdapterTensorSet
 
 _UNCLEAN = frozenset({NoteKind.ADAPTER_NAME, NoteKind.PREFIX, NoteKind.STRAY})
@@ -38,8 +40,13 @@ _CODES = {
 }
 
 
-def structure_findings(adapter: AdapterTensorSet) -> Iterator[Finding]:
-    """Yield every structural finding; no tensor data is read."""
+def structure_findings(
+    adapter: AdapterTensorSet, base: BaseModel | None = None
+) -> Iterator[Finding]:
+    """Yield every structural finding; no tensor data is read.
+
+    The base tells which modules PEFT leads names of a file to that are not theirs.
+    """
     if not adapter.tensors:
         yield _error("AK111", None, "holds no tensors", "save the adapter again after training")
     yield from map(_finding, defects(adapter))
@@ -55,7 +62,7 @@ def structure_findings(adapter: AdapterTensorSet) -> Iterator[Finding]:
     yield from _other_configs(adapter)
     yield from _beside(adapter)
     if config := peft_config(adapter):
-        yield from _targets(adapter, config)
+        yield from _targets(adapter, config, base)
         yield from _overlaps(adapter, config)
 
 
@@ -101,10 +108,14 @@ def unclean_names(adapter: AdapterTensorSet) -> Iterator[Note]:
             yield note
 
 
-def _targets(adapter: AdapterTensorSet, config: Mapping[str, Any]) -> Iterator[Finding]:
+def _targets(
+    adapter: AdapterTensorSet, config: Mapping[str, Any], base: BaseModel | None
+) -> Iterator[Finding]:
     declared = config.get("target_modules")
     if isinstance(declared, list):
         modules = adapter.modules
+        if base is not None:
+            modules = (*modules, *filter(None, map(Places(base).loaded, modules)))
         for target in map(str, cast("list[Any]", declared)):
             if not any(ends_with(module, target) for module in modules):
                 message = f"target_modules names {target}, and no tensor is of it"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures import LLAMA_CPP
 from adapterkit.architectures.mapping import in_tower
 from adapterkit.base.fit import misfits
+from adapterkit.base.peft_names import peft_names
 from adapterkit.base.places import Places
 from adapterkit.checks.findings import CoveredModule, Finding, Outcome, Severity, named
 from adapterkit.checks.fitting import other_architecture
@@ -172,7 +173,10 @@ def _placed(
         return CoveredModule(module, Outcome.IGNORED, None, reason)
     if misfit or places.has(module) is False:
         return _absent(module, places, target)
-    if target.wrapped == "exact" and not _own_path(module, places):
+    path = places.loaded(module) if target.wrapped == "loaded" else module
+    if path is None:
+        return CoveredModule(module, Outcome.IGNORED, None, _renamed(module, places, target))
+    if target.wrapped != "any" and not _own_path(path, places):
         reason = f"{target.title} looks for its very path, and the base's class has another"
         return CoveredModule(module, Outcome.IGNORED, None, reason)
     return _taken(module, places.base.model_type, target, outside)
@@ -200,6 +204,18 @@ def _taken(module: str, kind: str, target: Target, outside: Collection[str]) -> 
     return CoveredModule(module, Outcome.APPLIED, module)
 
 
+def _renamed(module: str, places: Places, target: Target) -> str:
+    """Return why PEFT loads nothing under a name, and what it loads."""
+    reason = (
+        f"{target.title} loads a name as the renamings of its class's checkpoints make it, which "
+        "change this one, and says nothing"
+    )
+    written = peft_names(places.base.classes).written(module)
+    if written == module:
+        return reason
+    return f"{reason}; adapterkit convert --base BASE --for peft writes {written}"
+
+
 def _own_path(module: str, places: Places) -> bool:
     """Tell whether the base's class has the module under this path, wrappers and all."""
     base = places.base
@@ -208,6 +224,9 @@ def _own_path(module: str, places: Places) -> bool:
     plain = base.architecture.match_hf(module) is not None
     if base.kind == "gguf":
         return True  # a GGUF does not tell which class it was made from
+    if places.aliases():
+        made = places.assembled_from(places.of(module) or "")
+        return places.live(module) == module and (not made or module in made)
     if not base.text_prefix:
         return places.in_class(places.canonical(module)) == module if places.cls else plain
     # transformers moved text towers about; every wrapped spelling is taken for one of them.

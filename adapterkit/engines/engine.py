@@ -6,12 +6,12 @@ module, or how a file of a diffusion model spells it; for the last there are row
 and `checked` (where the rules come from, and when), optionally `like` (another engine, whose
 file holds what this one does not), `models` (the engine whose list of models holds, if it is not
 the one that it is like), `wrapped` (`exact` if modules count only under the very path of the base's
-class), `whole` (whether a kind of module counts only where every layer has it), `within` (an
-expression that the paths of the modules that it looks at have), `strangers` (`refused` if it
-refuses a module by whose last name the base has none), `losses` (code of GGUF's loss -> code of the
-finding), `effects` (code of a finding -> what becomes of the file; with
-a row `error` that is for every other error, only errors count), `prepare` (exact changes that
-`convert --for` makes) and rules:
+class, `loaded` if only under what PEFT leads there), `whole` (whether a kind of module counts only
+where every layer has it), `within` (an expression that the paths of the modules that it looks at
+have), `strangers` (`refused` if it refuses a module by whose last name the base has none),
+`losses` (code of GGUF's loss -> code of the finding), `effects` (code of a finding -> what becomes
+of the file; with a row `error` that is for every other error, only errors count), `prepare` (exact
+changes that `convert --for` makes) and rules:
 
     code, severity (error, warning, note), when (an expression over the words of facts.py), message
     and hint (which may name these, and the engine as `title` and `engine`), fix (name of an exact
@@ -40,6 +40,9 @@ _NUMBER = re.compile(r"(?<![a-z\d])[bv]?(\d+)")
 _TO = "to-"
 # The effect of an error that `effects` does not name.
 _ERROR = "error"
+# What findings of single modules come to is told module by module: no layer, expert or module of
+# that name in the base, and the headlines of what is done with modules.
+_OF_MODULES = {"AK302", "AK303", "AK501", "AK502", "AK503"}
 _FOLDER = Path(__file__).parent
 
 
@@ -88,7 +91,8 @@ class Target:
         unmatched: `ignored` or `refused`.
         source: where the rules come from.
         checked: when they were last compared with that source.
-        wrapped: `exact` or `any`: whether a module counts under its own path only.
+        wrapped: `exact`, `loaded` or `any`: whether a module counts under its own path only, or
+            under what PEFT makes of the names of a file.
         whole: whether a kind of module counts only where every layer has it.
         within: what is in the paths of the modules that it looks at; empty for all.
         strangers: `refused` if it refuses a module by whose last name the base has none; else what
@@ -150,7 +154,8 @@ class Target:
     def fate(self, finding: Finding) -> Verdict | None:
         """Return what a finding makes of the file; None for nothing, or nothing that is known."""
         if finding.severity is Severity.ERROR:
-            return self.effects.get(finding.code, self.effects.get(_ERROR))
+            every = None if finding.code in _OF_MODULES else self.effects.get(_ERROR)
+            return self.effects.get(finding.code, every)
         return None if _ERROR in self.effects else self.effects.get(finding.code)
 
     def findings(self, known: Mapping[str, Any]) -> Iterator[Finding]:

@@ -17,17 +17,19 @@ from adapterkit.checks.findings import (
 from adapterkit.checks.gguf_file import check_gguf_file
 from adapterkit.engines.coverage import cover, unserved
 from adapterkit.engines.facts import facts
-from adapterkit.engines.verdict import FAILED, deciding, verdict
+from adapterkit.engines.verdict import FAILED, STOPPED, deciding, verdict
 from adapterkit.errors import UnsupportedError
+from adapterkit.model.losses import lost_tensors, tensors_of
 from adapterkit.notes import first_and_more
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from adapterkit.base import BaseModel
     from adapterkit.engines.engine import Target
     from adapterkit.model import AdapterTensorSet
+    from adapterkit.notes import Loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,9 +96,12 @@ def judge(
             outcome, reason = decided
             modules = [replace(module, outcome=outcome, reason=reason) for module in modules]
     fate = verdict([*found, *of_engine], modules, engine)
-    if decisive := deciding([*found, *of_engine], engine):
+    if fate in STOPPED:
+        decisive = deciding([*found, *of_engine], engine)
+        refused = (module.reason for module in modules if module.outcome is Outcome.REFUSED)
+        reason = decisive.message if decisive else next(refused, "")
         modules = [
-            replace(module, outcome=Outcome.REFUSED, reason=decisive.message)
+            replace(module, outcome=Outcome.REFUSED, reason=reason)
             if module.outcome is Outcome.APPLIED
             else module
             for module in modules
@@ -111,6 +116,8 @@ def check_served(
     adapter: AdapterTensorSet, base: BaseModel | None, engine: Target, *, path: Path
 ) -> list[str]:
     """Return what the engine leaves out of an adapter, one sentence each; values are looked at.
+
+    Empty if the engine applies all of it, or that could not be looked at.
 
     Raises:
         UnsupportedError: if the engine would not run it as it is; says why and what to do.
@@ -132,3 +139,25 @@ def check_served(
         )
         raise UnsupportedError(f"{engine.title} would not run it as it is: {reasons}", path=path)
     return [each.message for each in errors] if coverage.verdict is Verdict.PARTLY else []
+
+
+def passed_over(
+    adapter: AdapterTensorSet, base: BaseModel | None, engine: Target
+) -> Iterator[Loss]:
+    """Yield what an engine does not apply of an adapter that it applies in part, by the reason.
+
+    Nothing is yielded where it refuses a module or applies none: that is for `check_served` to say.
+    What has no place in the engine's format is for the format to say.
+    """
+    if engine.coverage == "names":
+        return  # which goes by how the file spells them
+    modules, _ = cover(adapter, base, engine)
+    found = {module.outcome for module in modules}
+    if Outcome.REFUSED in found or Outcome.APPLIED not in found:
+        return
+    reasons: dict[str, list[str]] = {}
+    for module in modules:
+        if module.outcome is Outcome.IGNORED:
+            reasons.setdefault(module.reason, []).append(module.module)
+    for reason, names in reasons.items():
+        yield lost_tensors("passed-over", tensors_of(adapter, names), reason)

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 # What an engine does not load; nothing of the adapter is applied then.
-_STOPPED = {Verdict.REFUSED, Verdict.ABORTS}
+STOPPED = {Verdict.REFUSED, Verdict.ABORTS}
+_ENDED = {*STOPPED, Verdict.GARBAGE}
 # What is another model than the adapter's.
-FAILED = {*_STOPPED, Verdict.GARBAGE, Verdict.NOTHING, Verdict.ALTERED}
+FAILED = {*STOPPED, Verdict.GARBAGE, Verdict.NOTHING, Verdict.ALTERED}
 # A loader that goes by names needs no base to decide.
 _NO_BASE = "AK300"
 _PASSED_OVER = {Outcome.IGNORED, Outcome.UNMATCHED}
@@ -32,7 +33,9 @@ def verdict(
         engine: the engine.
     """
     mine = [fate for _, fate in _fates(findings, engine)]
-    if any(module.outcome is Outcome.REFUSED for module in modules) and not mine:
+    refused = any(module.outcome is Outcome.REFUSED for module in modules)
+    # What is found of a refused module may know better: the engine aborts, or computes with it.
+    if refused and not _ENDED & set(mine):
         return Verdict.REFUSED
     passed = sum(module.outcome in _PASSED_OVER for module in modules)
     if passed:
@@ -44,13 +47,13 @@ def verdict(
         if f.code != _NO_BASE or engine.coverage != "names"
     )
     # What was not looked at may still be refused; what is refused stays so.
-    certain = fate in {*_STOPPED, Verdict.GARBAGE}
+    certain = fate in _ENDED
     return fate if certain or not unchecked else None
 
 
 def deciding(findings: Iterable[Finding], engine: Target) -> Finding | None:
     """Return the finding for which the engine does not load the file; None if it does."""
-    stops = (finding for finding, fate in _fates(findings, engine) if fate in _STOPPED)
+    stops = (finding for finding, fate in _fates(findings, engine) if fate in STOPPED)
     return next(stops, None)
 
 

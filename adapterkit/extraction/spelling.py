@@ -22,6 +22,8 @@ def live_name(places: Places, module: str, match: Match | None) -> str:
     """
     model = places.base
     renamed = places.memory(module)
+    if renamed != module:  # stored without the word, as if it were no layer
+        renamed = renamed.removesuffix(".weight")
     # A layout of experts is a spelling of its own, which may be another than that in memory.
     if match is None or (renamed != module and match.rule.layout is None):
         return renamed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.base.peft_names import peft_names
 from adapterkit.base.places import Places
 from adapterkit.model.tying import module_of
 from adapterkit.notes import Note
@@ -24,6 +25,24 @@ def named(adapter: AdapterTensorSet, context: Context) -> Passed:
     if context.base is None or context.base.kind != "hf" or adapter.engine_layout:
         return Passed(adapter)
     return _renamed(adapter, _paths([adapter], context.base))
+
+
+def named_to_load(adapter: AdapterTensorSet, context: Context) -> Passed:
+    """Return the same updates under the names by which PEFT leads them to their modules.
+
+    They are other than those of the base's class where PEFT loses what it saved itself.
+    """
+    base = context.base
+    if base is None or base.kind != "hf" or adapter.engine_layout:
+        return Passed(adapter)
+    names = peft_names(base.classes)
+    moved = {old: names.written(old) for old in adapter.modules if names.loses(old)}
+    moved = {old: new for old, new in moved.items() if old != new}
+    if not moved:
+        return Passed(adapter)
+    old, new = next(iter(moved.items()))
+    note = f"{len(moved)} modules are named as PEFT loads them: {old} is {new}"
+    return Passed(adapter.renamed(moved), (Note(note),))
 
 
 def named_alike(adapters: Sequence[AdapterTensorSet], base: BaseModel | None) -> tuple[Passed, ...]:

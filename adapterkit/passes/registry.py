@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from adapterkit.model import AdapterTensorSet
 
 NAMES = "names"
+LOADED = "loaded-names"
+# Passes that change names alone.
+NAMING = frozenset({NAMES, LOADED})
 
 PASSES = (
     Pass(
@@ -68,6 +71,11 @@ PASSES = (
         name=NAMES,
         promise="every update stays the same, under the path of its module in the base's class",
         function="adapterkit.passes.naming:named",
+    ),
+    Pass(
+        name=LOADED,
+        promise="every update stays the same, under the name by which PEFT leads it to its module",
+        function="adapterkit.passes.naming:named_to_load",
     ),
     Pass(
         name="drop",

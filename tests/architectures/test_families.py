@@ -196,7 +196,8 @@ def test_updates_go_there_and_come_back_exactly(name: str) -> None:
             modules = {pair.module for pair in pairs}
             like = modules if chosen is not plain else ()
             back = from_engine(family, sizes, moved.pairs, layout=layout, like=like)
-            assert {pair.module for pair in back.pairs} == modules
+            # Parts of a fused tensor that the adapter does not have are zero.
+            assert {pair.module for pair in back.pairs if pair.delta().any()} == modules
             found = {pair.module: pair for pair in back.pairs}
             for pair in pairs:
                 np.testing.assert_allclose(dense(found[pair.module]), dense(pair), rtol=1e-12)

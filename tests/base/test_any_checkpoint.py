@@ -148,7 +148,9 @@ def test_merged_validated_and_extracted(name: str, tmp_path: Path) -> None:
         assert (delta - whole).norm() <= RECOVERED * whole.norm(), key
 
 
-@pytest.mark.parametrize("name", ["LxmertForPreTraining", "BarkFineModel"])
+@pytest.mark.parametrize(
+    "name", ["LxmertForPreTraining", "BarkFineModel", "ShieldGemma2ForImageClassification"]
+)
 def test_outputs_that_share_tables_are_modules(name: str, tmp_path: Path) -> None:
     """PEFT adapts an output that the checkpoint does not store; merging asks what becomes of it."""
     cls: Any = getattr(transformers, name)

@@ -32,6 +32,8 @@ Written by tests/conformance/engines_page.py from adapterkit/engines/*.toml, whi
 - **--for**: not as it stands; `adapterkit convert --for ENGINE` writes what it serves, exactly.
 - **refused**, **altered**, **partly applied**, **no effect**, ...: what becomes of the file; the
   hint of `validate` says what to do, most often `merge --into`.
+- What an engine leaves out of an adapter that it applies in part is a loss: `convert --for ENGINE`
+  names it and stops, and with `--allow-lossy` writes the rest.
 - Whether an embedding or fused experts are served depends on the model as well; `validate` with
   `--base` asks for the one at hand.
 """

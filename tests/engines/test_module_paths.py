@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from adapterkit import convert, merge_into, read, target_names, validate, write
-from adapterkit.errors import AdapterKitError, UnsupportedError
+from adapterkit.errors import AdapterKitError, LossyConversionError, UnsupportedError
 from adapterkit.keys import Role, TensorKey
 from adapterkit.model import AdapterTensorSet
 from adapterkit.tensor import LazyTensor
@@ -60,6 +60,42 @@ def test_vllm_refuses_last_names_and_passes_over_paths(
 ) -> None:
     adapter = saved("Qwen3ForCausalLM", {module: (64, 64)}, tmp_path)
     assert outcome(adapter, "vllm")[0] == counts
+
+
+@pytest.mark.parametrize(
+    "path", ["model.blocks.0.self_attn.q_proj", "model.layers.7.self_attn.q_proj"]
+)
+def test_what_vllm_passes_over_is_a_loss_and_no_refusal(path: str, tmp_path: Path) -> None:
+    """vLLM holds last names against the model's, and asks for the paths that the model has."""
+    sound = f"{LAYER}.self_attn.q_proj"
+    adapter = saved("Qwen3ForCausalLM", {path: (64, 64), sound: (64, 64)}, tmp_path)
+    counts, verdict, codes = outcome(adapter, "vllm")
+    assert (counts, verdict) == ({"ignored": 1, "applied": 1}, "partly applied")
+    assert "AK501" in codes
+    assert codes & {"AK302", "AK303"}
+    base, made = tmp_path / "base", tmp_path / "made"
+    with pytest.raises(LossyConversionError, match=path.replace(".", r"\.")):
+        convert(adapter, made, base=base, for_engine="vllm")
+    report = convert(adapter, made, base=base, for_engine="vllm", allow_lossy=True)
+    assert [loss.subject for loss in report.losses] == [path]
+    assert read(made).modules == (sound,)
+    made.rename(tmp_path / "adapter-made")
+    assert outcome(tmp_path / "adapter-made", "vllm")[1] == "applied"
+
+
+def test_an_unknown_last_name_is_refused_with_all_the_rest(tmp_path: Path) -> None:
+    """It is a ValueError in vLLM, and so of none of the modules is anything applied."""
+    shapes = {f"{LAYER}.self_attn.{leaf}": (64, 64) for leaf in ("wibble", "q_proj")}
+    adapter = saved("Qwen3ForCausalLM", shapes, tmp_path)
+    assert outcome(adapter, "vllm")[:2] == ({"refused": 2}, "refused")
+    with pytest.raises(UnsupportedError):
+        convert(
+            adapter,
+            tmp_path / "made",
+            base=tmp_path / "base",
+            for_engine="vllm",
+            allow_lossy=True,
+        )
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,11 @@ def _renamed(
         return pairs, {pair.module: pair.module for pair in pairs}
     layout = options.moe_layout or (options.base.expert_layout if options.base else "fused")
     prefix = options.base.text_prefix if options.base else ""
-    mapped = from_engine(
-        architecture, sizes, pairs, layout=layout, like=options.like, text_prefix=prefix
-    )
-    if options.base and options.base.kind == "hf" and not options.like:
-        mapped = mapped.renamed(Places(options.base).in_class)
+    own = Places(options.base) if options.base and options.base.kind == "hf" else None
+    like = options.like or (own.aliases() if own else ())
+    mapped = from_engine(architecture, sizes, pairs, layout=layout, like=like, text_prefix=prefix)
+    if own and not options.like:
+        mapped = mapped.renamed(own.in_class)
     unknown = set(mapped.unmatched)
     kept = {name: mapped.sources[name][0] for name in mapped.unsized}
     kept.update({name: name for name in mapped.unmatched})

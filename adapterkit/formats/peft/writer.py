@@ -207,8 +207,14 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
     config["use_qalora"] = bool(adapter.pooled_inputs)
     ranks, scales = _ranks_and_scales(spelled_out(adapter))
     parameters = wrapped_parameters(adapter, base)
+    loaded = _loaded([*ranks, *parameters.values()], base)
+    ranks |= {loaded[name]: rank for name, rank in ranks.items() if name in loaded}
+    scales |= {loaded[name]: scale for name, scale in scales.items() if name in loaded}
+    parameters |= {
+        loaded[name]: loaded[path] for name, path in parameters.items() if name in loaded
+    }
     config.update(_scaling(source, adapter, ranks, scales, parameters))
-    config.update(_targeting(source, adapter, base, parameters))
+    config.update(_targeting(source, adapter, base, parameters, loaded))
     config["use_dora"] = any(key.role is Role.MAGNITUDE for key in adapter.tensors)
     config["lora_bias"] = any(key.role is Role.LORA_BIAS for key in adapter.tensors)
     config.update(_saved(source, adapter))
@@ -225,6 +231,19 @@ def config_for(adapter: AdapterTensorSet, base: BaseModel | None) -> dict[str, A
             map(places.conv1d, ranks)
         )
     return config
+
+
+def _loaded(names: Iterable[str], base: BaseModel | None) -> dict[str, str]:
+    """Return the modules, or parameters, to which PEFT leads names that are other than theirs.
+
+    The config chooses among modules, and who reads the file alone holds it against its names: what
+    it says of one it says of both.
+    """
+    if base is None or base.kind != "hf":
+        return {}
+    places = Places(base)
+    found = {name: places.loaded(name) for name in names}
+    return {name: module for name, module in found.items() if module and module != name}
 
 
 def _task(base: BaseModel | None) -> str | None:
@@ -303,6 +322,7 @@ def _targeting(
     adapter: AdapterTensorSet,
     base: BaseModel | None,
     parameters: Mapping[str, str],
+    loaded: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return fields that target exactly the adapted modules; the source's if it adapted the same.
 
@@ -310,18 +330,19 @@ def _targeting(
     create, and miss, the others. Full paths are always right.
     """
     adapted = _adapted(adapter)
-    if _chooses_alike(source, adapter):
+    if not loaded and _chooses_alike(source, adapter):
         return {name: source[name] for name in _TARGETING if name in source}
     if not adapted:
         return {**dict.fromkeys(_TARGETING), "target_modules": NO_TARGETS}
-    modules = [module for module in adapted if module not in parameters]
+    stored = [module for module in adapted if module not in parameters]
+    modules = [loaded.get(module, module) for module in stored]
     suffixes = sorted({module.rpartition(".")[2] for module in modules})
     known = _base_modules(base) - parameters.keys()
     covered = {name for name in known if name.rpartition(".")[2] in suffixes}
     brief = covered == set(modules)
     return {
         **dict.fromkeys(_TARGETING),
-        "target_modules": suffixes if brief else sorted(modules),
+        "target_modules": suffixes if brief else sorted({*stored, *modules}),
         "target_parameters": _target_parameters(parameters.values(), base) or None,
     }
 
