@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +101,22 @@ def renamed(name: str, prefixes: Mapping[str, str]) -> str:
         prefixes: with `N` for any number, and `#0` for one that stands for a name.
     """
     parts = name.split(".")
-    fixed = any(_FIXED in prefix for prefix in prefixes)
+    numbered = ["N" if part.isdecimal() else part for part in parts]
+    fixed = [prefix.split(".") for prefix in prefixes if _FIXED in prefix]
     for length in range(len(parts), -1, -1):
-        for head in _heads(parts[:length], fixed=fixed):
+        heads = [head for head in fixed if len(head) == length and _begins(parts, head)]
+        for head in (*heads, numbered[:length]):
             if ".".join(head) in prefixes:
                 return _filled(prefixes[".".join(head)], head, parts)
     return name
 
 
-def _heads(parts: Sequence[str], *, fixed: bool) -> Iterator[tuple[str, ...]]:
-    """Yield the ways in which a prefix may be listed, those that name a number first."""
-    ways = (
-        ((f"{_FIXED}{part}", "N") if fixed else ("N",)) if part.isdecimal() else (part,)
-        for part in parts
+def _begins(parts: Sequence[str], listed: Sequence[str]) -> bool:
+    """Tell whether a name begins with a prefix that names a number."""
+    return all(
+        part == one.removeprefix(_FIXED) or (one == "N" and part.isdecimal())
+        for part, one in zip(parts, listed, strict=False)
     )
-    yield from product(*ways)
 
 
 def _filled(prefix: str, head: Sequence[str], parts: Sequence[str]) -> str:
