@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from engine import family_row, make_base
 from peft import PeftModel, get_peft_model
 from small_llama import saved_llama
 from transformers import LlamaForCausalLM
@@ -162,6 +163,19 @@ def test_what_multiplies_the_base_asks_for_its_weights(
     for given in (None, bare):
         with pytest.raises(adapterkit.BaseRequiredError, match="with --base"):
             adapterkit.convert(path, tmp_path / "lora", base=given)
+
+
+@pytest.mark.parametrize("kind", ["HRA", "IA3"])
+def test_into_a_gguf_it_goes_by_the_way_that_is_advised(kind: str, tmp_path: Path) -> None:
+    base = make_base(family_row("llama"), tmp_path)
+    path = tuned(kind, base.hf, tmp_path, **WANTED.get(kind, {"target_modules": ["k_proj"]}))
+    advice = (
+        "adapterkit convert SRC -o DIR --base MODEL makes an adapter of it that goes into a GGUF"
+    )
+    with pytest.raises(adapterkit.BaseRequiredError, match=advice):
+        adapterkit.merge_into([path], base.gguf, tmp_path / "merged.gguf")
+    adapterkit.convert(path, tmp_path / "plain", base=base.hf)
+    adapterkit.merge_into([tmp_path / "plain"], base.gguf, tmp_path / "merged.gguf")
 
 
 # Every kind that PEFT can merge and that has no exact form, with settings for a small model.

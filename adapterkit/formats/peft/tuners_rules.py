@@ -86,9 +86,14 @@ class Context:
         if found is None or not found.dtype.floating or found.dtype.quantised:
             kind = self.config.get("peft_type")
             lacking = f"; {self.base.path} has none for it" if self.base else ""
+            way = "give the Hugging Face model with --base"
+            if self.base and self.base.kind == "gguf":
+                way = (
+                    "with the Hugging Face model, adapterkit convert SRC -o DIR --base MODEL makes "
+                    "an adapter of it that goes into a GGUF, too"
+                )
             raise BaseRequiredError(
-                f"what {kind} does follows from the base's own weights: give the Hugging Face "
-                f"model with --base{lacking}",
+                f"what {kind} does follows from the base's own weights: {way}{lacking}",
                 path=self.path,
                 where=name,
             )
