@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _FILE = Path(__file__).with_name("served.json")
-_NAMES = ("lora", "without", "types", "types_without")
+_NAMES = ("lora", "without", "tableless", "types", "types_without")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +24,7 @@ class Served:
         version: of the engine that was read; empty if nothing is known of it.
         lora: classes that it runs with adapters.
         without: classes that it runs, and takes no adapters for.
+        tableless: classes of `lora` for which it takes none on `embed_tokens` and `lm_head`.
         types: values of `model_type` that it has a model for.
         types_without: those of them that it takes no adapters for.
         layers: last parts of the modules that take adapters, by `model_type`; without a row, all.
@@ -35,6 +36,7 @@ class Served:
     version: str = ""
     lora: frozenset[str] = frozenset()
     without: frozenset[str] = frozenset()
+    tableless: frozenset[str] = frozenset()
     types: frozenset[str] = frozenset()
     types_without: frozenset[str] = frozenset()
     layers: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])

@@ -34,6 +34,7 @@ _UNSERVED = (
     (Outcome.UNMATCHED, "AK502", "do nothing"),
     (Outcome.REFUSED, "AK503", "are refused"),
 )
+_TABLES = {"embed_tokens", "lm_head"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -179,7 +180,7 @@ def _placed(
     if target.wrapped != "any" and not _own_path(path, places):
         reason = f"{target.title} looks for its very path, and the base's class has another"
         return CoveredModule(module, Outcome.IGNORED, None, reason)
-    return _taken(module, places.base.model_type, target, outside)
+    return _taken(module, places.base, target, outside)
 
 
 def _absent(module: str, places: Places, target: Target) -> CoveredModule:
@@ -193,9 +194,14 @@ def _absent(module: str, places: Places, target: Target) -> CoveredModule:
     return CoveredModule(module, outcome, None, f"{target.title} finds no such module{silent}")
 
 
-def _taken(module: str, kind: str, target: Target, outside: Collection[str]) -> CoveredModule:
-    """Return what the engine makes of a module of the base, by the type of the model."""
-    if not served(target.models).takes(kind, module):
+def _taken(module: str, base: BaseModel, target: Target, outside: Collection[str]) -> CoveredModule:
+    """Return what the engine makes of a module of the base, by the class and type of the model."""
+    models, kind = served(target.models), base.model_type
+    table = module.rpartition(".")[2] in _TABLES
+    if table and not models.tableless.isdisjoint(base.classes):
+        reason = f"{target.title} {models.version} takes no factors of it for {base.classes[0]}"
+        return CoveredModule(module, Outcome.REFUSED, None, reason)
+    if not models.takes(kind, module):
         reason = f"{target.title} has no place for it in models of type {kind}, and says nothing"
         return CoveredModule(module, Outcome.IGNORED, None, reason)
     if module in outside:

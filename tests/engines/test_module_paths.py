@@ -83,6 +83,16 @@ def test_what_vllm_passes_over_is_a_loss_and_no_refusal(path: str, tmp_path: Pat
     assert outcome(tmp_path / "adapter-made", "vllm")[1] == "applied"
 
 
+@pytest.mark.parametrize(
+    ("name", "verdict"), [("LlamaForCausalLM", "applied"), ("Qwen2ForCausalLM", "refused")]
+)
+def test_vllm_takes_tables_of_some_classes_only(name: str, verdict: str, tmp_path: Path) -> None:
+    """Only a class with `embedding_modules` expects the name of its output in a file."""
+    shapes = {"lm_head": (300, 64), f"{LAYER}.self_attn.q_proj": (64, 64)}
+    adapter = saved(name, shapes, tmp_path)
+    assert outcome(adapter, "vllm")[:2] == ({verdict: 2}, verdict)
+
+
 def test_an_unknown_last_name_is_refused_with_all_the_rest(tmp_path: Path) -> None:
     """It is a ValueError in vLLM, and so of none of the modules is anything applied."""
     shapes = {f"{LAYER}.self_attn.{leaf}": (64, 64) for leaf in ("wibble", "q_proj")}
