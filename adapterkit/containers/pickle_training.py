@@ -49,11 +49,8 @@ def _scalar(arguments: tuple[object, ...]) -> object:
             raise ValueError("a numpy scalar without a type and its bytes")
     if code is None:
         return Record("numpy.scalar", (name, data))
-    match dtype.state:
-        case (_, str(order), *_) if order in {"<", ">"}:
-            code = order + code
-        case _:
-            code = "<" + code
+    order = dtype.state[1] if isinstance(dtype.state, tuple) and len(dtype.state) > 1 else ""
+    code = f"{order if order in {'<', '>'} else '<'}{code}"
     try:
         (value,) = struct.unpack(code, data)
     except struct.error as error:

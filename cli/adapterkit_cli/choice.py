@@ -11,11 +11,8 @@ import click
 class Choice(click.Choice[str]):
     """A choice that answers a slip of the fingers with what was probably meant."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the word that was chosen."""
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            if close := get_close_matches(str(value).lower(), list(self.choices), n=1):
-                error.message += f" Did you mean {close[0]}?"
-            raise
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """Return what is wrong with a word, and which one is close to it."""
+        message = super().get_invalid_choice_message(value, ctx)
+        close = get_close_matches(str(value).lower(), list(self.choices), n=1)
+        return f"{message} Did you mean {close[0]}?" if close else message
