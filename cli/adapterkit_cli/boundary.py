@@ -56,7 +56,7 @@ def told() -> Generator[None]:
         report(f"not enough memory{f' ({error})' if str(error) else ''}; {_what_is_left(error)}")
         raise SystemExit(NOT_FINISHED) from None
     except click.ClickException as error:
-        error.message = _legible(error.message)
+        vars(error)["message"] = _legible(error.message)
         raise  # click's own way to say what is wrong
     except click.exceptions.Exit:
         raise  # and to end

@@ -16,6 +16,7 @@ class Choice(click.Choice[str]):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            if close := get_close_matches(str(value).lower(), list(self.choices), n=1):
-                error.message += f" Did you mean {close[0]}?"
-            raise
+            close = get_close_matches(str(value).lower(), list(self.choices), n=1)
+            if not close:
+                raise
+            self.fail(f"{error.message} Did you mean {close[0]}?", param, ctx)

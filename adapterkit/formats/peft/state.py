@@ -110,7 +110,7 @@ def of_model(root: object, path: Path) -> tuple[dict[str, LazyTensor], tuple[Not
 
 def _values(root: object, holding: set[str]) -> Iterator[Note]:
     """Name what a saved object holds that is no tensor: options, counters, histories."""
-    fields = cast("Mapping[object, object]", root) if isinstance(root, dict) else {}
+    fields = cast("Mapping[object, object]", root if isinstance(root, dict) else {})
     if names := [str(name) for name in fields if str(name) not in holding]:
         plural = "s" if len(names) > 1 else ""
         shown = first_and_more(names, _SHOWN)
