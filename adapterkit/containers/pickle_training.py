@@ -7,7 +7,7 @@ pickles say of them. Nothing is imported, numpy included.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from adapterkit.containers.pickle_names import Constructor, Record, RecordClass
 
@@ -49,13 +49,10 @@ def _scalar(arguments: tuple[object, ...]) -> object:
             raise ValueError("a numpy scalar without a type and its bytes")
     if code is None:
         return Record("numpy.scalar", (name, data))
-    match dtype.state:
-        case (_, str(order), *_) if order in {"<", ">"}:
-            code = order + code
-        case _:
-            code = "<" + code
+    state = cast("tuple[object, ...]", dtype.state if type(dtype.state) is tuple else ())
+    order = ">" if state[1:2] == (">",) else "<"
     try:
-        (value,) = struct.unpack(code, data)
+        (value,) = struct.unpack(order + code, data)
     except struct.error as error:
         raise ValueError(f"a numpy scalar of {len(data)} bytes that is {name}") from error
     return value
