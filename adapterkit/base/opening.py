@@ -179,7 +179,8 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]:
     """Return the families of a model's class, or that of its text tower's.
 
-    The class decides: a model_type says what a model is only where no class is named.
+    The class decides: a model_type says what a model is only where no class is named, or one
+    that transformers builds several models with.
     """
     from adapterkit.architectures import find, unlisted
 
@@ -188,7 +189,8 @@ def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]
     for source in [fields, *filter(None, (_tower(fields, key) for key in _TEXT_TOWERS))]:
         classes = source.optional("architectures", listed(_WORD)) or ()
         kind = source.optional("model_type", _WORD)
-        for name in classes or filter(None, (kind,)):
+        stand_in = kind and any(kind in a.model_types and {*a.stand_ins} & {*classes} for a in find(kind))
+        for name in (kind,) if stand_in else classes or filter(None, (kind,)):
             if found := tuple(a for a in find(name) if name in a.names):
                 return _selected(found, "hf", _text_config(config), path)
         named += [*classes, *filter(None, (kind,))]

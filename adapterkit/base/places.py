@@ -184,8 +184,12 @@ class Places:
                 yield from self._numbered(rule.hf)
 
     def memory(self, name: str) -> str:
-        """Return the path in the base's class of a stored parameter or module."""
-        return self._spelling.memory(name) if self._spelling else name
+        """Return the path in the base's class of a stored parameter or module.
+
+        Of a class without facts it is the table's own name for what the checkpoint spells by
+        another.
+        """
+        return self._spelling.memory(name) if self._spelling else self._of_alias(name)
 
     def live(self, name: str) -> str:
         """Return the path in the base's class of a module or parameter in any of its spellings.
@@ -402,12 +406,22 @@ class Places:
         spots = (self._spot(module + _WEIGHT) for module in self._named)
         return frozenset(spot for spot in spots if spot)
 
+    def _of_alias(self, name: str) -> str:
+        """Return the table's own name of a parameter or module that has an alias; else itself."""
+        suffix = next((each for each in _SUFFIXES if name.endswith(each)), "")
+        match = find_rule(self.base.architecture, name.removesuffix(suffix))
+        if match is None or not match.rule.alias:
+            return name
+        own = self.base.architecture.own(match.rule)
+        return name if own.alias else own.place(match.layer, match.expert) + suffix
+
     def _spot(self, parameter: str) -> Spot | None:
         for suffix in (*_SUFFIXES, ""):
             if parameter.endswith(suffix):
                 match = find_rule(self.base.architecture, parameter[: len(parameter) - len(suffix)])
                 if match:
-                    return match.rule.hf, match.layer, match.expert, suffix
+                    rule = self.base.architecture.own(match.rule)
+                    return rule.hf, match.layer, match.expert, suffix
         return None
 
 
