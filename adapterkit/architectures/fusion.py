@@ -66,12 +66,27 @@ def fuse_for(
 
 
 def split_fused(
-    architecture: Architecture, sizes: Sizes | None, pairs: Iterable[Update]
+    architecture: Architecture,
+    sizes: Sizes | None,
+    pairs: Iterable[Update],
+    spelled: Container[tuple[str, int | None]] = (),
 ) -> list[Update]:
-    """Split updates of fused tensors that the family's table knows only in parts."""
+    """Split updates of fused tensors that the family's table knows only in parts.
+
+    Args:
+        architecture: the family.
+        sizes: for the rows of each part; without them nothing is split.
+        pairs: updates by llama.cpp tensor.
+        spelled: rules and layers by which parts are wanted although the table has the whole.
+    """
     found: list[Update] = []
     for pair in pairs:
-        fusion = None if architecture.match_gguf(pair.module) else _of_fused(pair.module)
+        fusion = _of_fused(pair.module)
+        if fusion and architecture.match_gguf(pair.module):
+            names = (part.replace("{i}", str(_layer(pair.module))) for part in fusion.parts)
+            parts = [match for name in names for match in architecture.match_gguf(name)]
+            wanted = any((match.rule.hf, match.layer) in spelled for match in parts)
+            fusion = fusion if wanted else None
         if fusion is None or sizes is None:
             found.append(pair)
             continue
@@ -84,6 +99,12 @@ def split_fused(
             found.append(factors.renamed(piece, name))
             start = stop
     return found
+
+
+def whole_of(architecture: Architecture, tensor: str) -> str | None:
+    """Return the tensor that llama.cpp always has in place of a part of it; name patterns."""
+    found = (fusion.gguf for fusion in _fusions() if tensor in fusion.parts)
+    return next((name for name in found if name in architecture.fused), None)
 
 
 def _plan(name: str, present: Container[str]) -> tuple[Fusion, int] | None:

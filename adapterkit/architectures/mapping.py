@@ -108,11 +108,20 @@ def to_engine(
         stack = _stack(rule, layer, members, sizes)
         engine.append(stack)
         sources[stack.module] = tuple(pair.module for pair in members.values())
-    if present:
-        engine, fused = fuse_for(engine, present, sizes)
+    if whole := present or _whole(architecture, sizes):
+        engine, fused = fuse_for(engine, whole, sizes)
         for name, parts in fused.items():
             sources[name] = tuple(m for part in parts for m in sources.pop(part))
     return Mapped(tuple(engine), tuple(unmatched), sources)
+
+
+def _whole(architecture: Architecture, sizes: Sizes) -> frozenset[str]:
+    """Return the tensors that llama.cpp has whole in every layer, where the family has such."""
+    return frozenset(
+        f"{_named(pattern, layer)}.weight"
+        for pattern in architecture.fused
+        for layer in range(sizes.value("layers"))
+    )
 
 
 def _present(match: Match | None, present: Collection[str]) -> Match | None:
@@ -164,7 +173,7 @@ def from_engine(
     spelling = _spelling(architecture, like)
     groups: dict[tuple[WeightRule, int | None], dict[int, Update]] = {}
     unmatched: list[str] = []
-    for pair in split_fused(architecture, sizes, pairs):
+    for pair in split_fused(architecture, sizes, pairs, spelling.rules):
         match = _preferred(architecture.match_gguf(pair.module), layout, spelling)
         if match is None:
             unmatched.append(pair.module)

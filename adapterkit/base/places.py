@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures.fusion import whole_of
 from adapterkit.architectures.mapping import find_rule
 from adapterkit.base.assemblies import Assembly, assemblies
 from adapterkit.base.classes import model_class
@@ -116,7 +117,10 @@ class Places:
             return None
         if module in self._named or self._spot(module + _WEIGHT) in self._spots:
             return True
-        return any(name in self._named for name in self._spellings(module))
+        if any(name in self._named for name in self._spellings(module)):
+            return True
+        whole = self._whole(module)
+        return whole is not None and self.names_place(whole)
 
     def has_leaf(self, leaf: str) -> bool | None:
         """Tell whether any module's last name is this; None if nothing is known of its modules."""
@@ -405,6 +409,14 @@ class Places:
     def _spots(self) -> frozenset[Spot]:
         spots = (self._spot(module + _WEIGHT) for module in self._named)
         return frozenset(spot for spot in spots if spot)
+
+    def _whole(self, module: str) -> str | None:
+        """Return the module that holds this one's rows, where the family's checkpoints have that."""
+        match = find_rule(self.base.architecture, module)
+        tensor = whole_of(self.base.architecture, match.rule.targets[0].name) if match else None
+        rules = self.base.architecture.rules if match and tensor else ()
+        found = next((each for each in rules if each.targets[0].name == tensor), None)
+        return found.place(match.layer, match.expert) if match and found else None
 
     def _of_alias(self, name: str) -> str:
         """Return the table's own name of a parameter or module that has an alias; else itself."""

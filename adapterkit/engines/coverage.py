@@ -208,6 +208,8 @@ def _own_path(module: str, places: Places) -> bool:
     plain = base.architecture.match_hf(module) is not None
     if base.kind == "gguf":
         return True  # a GGUF does not tell which class it was made from
+    if not {*base.classes}.isdisjoint(base.architecture.stand_ins):
+        return places.memory(module) == module  # other spellings arrive in part, if at all
     if not base.text_prefix:
         return places.in_class(places.canonical(module)) == module if places.cls else plain
     # transformers moved text towers about; every wrapped spelling is taken for one of them.
