@@ -189,7 +189,9 @@ def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]
     for source in [fields, *filter(None, (_tower(fields, key) for key in _TEXT_TOWERS))]:
         classes = source.optional("architectures", listed(_WORD)) or ()
         kind = source.optional("model_type", _WORD)
-        stand_in = kind and any(kind in a.model_types and {*a.stand_ins} & {*classes} for a in find(kind))
+        stand_in = kind and any(
+            kind in a.model_types and {*a.stand_ins} & {*classes} for a in find(kind)
+        )
         for name in (kind,) if stand_in else classes or filter(None, (kind,)):
             if found := tuple(a for a in find(name) if name in a.names):
                 return _selected(found, "hf", _text_config(config), path)
