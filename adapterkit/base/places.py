@@ -411,7 +411,7 @@ class Places:
         return frozenset(spot for spot in spots if spot)
 
     def _whole(self, module: str) -> str | None:
-        """Return the module that holds this one's rows, where the family's checkpoints have that."""
+        """Return the module that holds this one's rows, where llama.cpp always has that whole."""
         match = find_rule(self.base.architecture, module)
         tensor = whole_of(self.base.architecture, match.rule.targets[0].name) if match else None
         rules = self.base.architecture.rules if match and tensor else ()
