@@ -82,10 +82,10 @@ def split_fused(
     found: list[Update] = []
     for pair in pairs:
         fusion = _of_fused(pair.module)
+        wanted: set[str] | None = None
         if fusion and architecture.match_gguf(pair.module):
             names = (part.replace("{i}", str(_layer(pair.module))) for part in fusion.parts)
-            parts = [match for name in names for match in architecture.match_gguf(name)]
-            wanted = any((match.rule.hf, match.layer) in spelled for match in parts)
+            wanted = {name for name in names if _is_spelled(architecture, name, spelled)}
             fusion = fusion if wanted else None
         if fusion is None or sizes is None:
             found.append(pair)
@@ -96,9 +96,18 @@ def split_fused(
             stop = start + sizes.value(height, layer)
             name = part.replace("{i}", str(layer))
             piece = factors.slice_rows(pair, start, stop)
-            found.append(factors.renamed(piece, name))
+            # What nobody spells is there for the rows between.
+            if wanted is None or name in wanted or piece.b.numpy().any():
+                found.append(factors.renamed(piece, name))
             start = stop
     return found
+
+
+def _is_spelled(
+    architecture: Architecture, tensor: str, spelled: Container[tuple[str, int | None]]
+) -> bool:
+    matches = architecture.match_gguf(tensor)
+    return any((match.rule.hf, match.layer) in spelled for match in matches)
 
 
 def whole_of(architecture: Architecture, tensor: str) -> str | None:
