@@ -90,7 +90,7 @@ def split_fused(
 
     Args:
         architecture: the family.
-        sizes: of the base; without them nothing is split.
+        sizes: for the rows of each part; without them nothing is split.
         pairs: updates by llama.cpp tensor.
         wanted: tells whether the adapter has a module for a part.
     """
@@ -98,17 +98,33 @@ def split_fused(
     for pair in pairs:
         fusion, layer = _of_fused(pair.module), _layer(pair.module)
         parts = [part.replace("{i}", str(layer)) for part in fusion.parts] if fusion else []
-        whole = architecture.match_gguf(pair.module) and not any(map(wanted, parts))
-        if fusion is None or sizes is None or whole:
+        spelled = set(filter(wanted, parts))
+        whole = bool(architecture.match_gguf(pair.module))
+        if fusion is None or sizes is None or (whole and not spelled):
             found.append(pair)
             continue
         start = 0
         for name, height in zip(parts, fusion.heights, strict=True):
             stop = start + sizes.value(height, layer)
             piece = factors.slice_rows(pair, start, stop)
-            found.append(factors.renamed(piece, name))
+            # What nobody spells is there for the rows between.
+            if not whole or name in spelled or piece.b.numpy().any():
+                found.append(factors.renamed(piece, name))
             start = stop
     return found
+
+
+def whole_of(architecture: Architecture, tensor: str) -> str | None:
+    """Return the tensor that llama.cpp has in place of a part of it; both as name patterns."""
+    written = Written(architecture)
+    if _first(tensor) in written:
+        return None
+    found = (fusion.gguf for fusion in _fusions() if tensor in fusion.parts)
+    return next((name for name in found if _first(name) in written), None)
+
+
+def _first(pattern: str) -> str:
+    return f"{pattern.replace('{i}', '0')}.weight"
 
 
 def _plan(name: str, present: Container[str]) -> tuple[Fusion, int] | None:

@@ -6,7 +6,9 @@ lacks, or around it: multimodal ones of which it is the text tower), `tied` (whe
 shares the embedding when the config does not say), `verified` (`engine`, `dense` or `no`),
 optionally `select` (an expression over parameters that must be non-zero for this family to be
 meant, where several share a GGUF name), `include` (blocks of rules), `inert` (tensors that
-llama.cpp loads adapters for and never applies), `[parameters]` and `[rules]`.
+llama.cpp loads adapters for and never applies), `stand_ins` (classes of another family that
+transformers builds this model with, and names in the config it saves), `[parameters]` and
+`[rules]`.
 
 A rule's key is the Hugging Face path with `{i}` for the layer and `{e}` for the expert. Its fields:
 
@@ -39,7 +41,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,10 @@ class WeightRule:
         """Whether llama.cpp can hold a low-rank update for it."""
         return self.kind in {"linear", "embedding", "experts"}
 
+    def place(self, layer: int | None, expert: int | None) -> str:
+        """Return the path in one layer, and of one expert."""
+        return self.hf.replace("{i}", str(layer)).replace("{e}", str(expert))
+
     @property
     def sized(self) -> bool:
         """Whether applying the rule takes sizes of the base model."""
@@ -144,6 +150,7 @@ class Architecture:
         gguf: `general.architecture` of a GGUF file.
         classes: Hugging Face classes, the first is the one to write.
         other_heads: classes of the same trunk without a head, with one of their own, or around it.
+        stand_ins: classes of another family that transformers builds this model with.
         model_types: Hugging Face `model_type` values, of configs that name no class.
         tied: whether output and embedding share weights when the config does not say.
         verified: `engine` (logits equal in llama.cpp), `dense` (full weights), or `no`.
@@ -167,6 +174,7 @@ class Architecture:
     parameters: Mapping[str, Mapping[str, tuple[str, ...]]]
     absent: str = ""
     other_heads: tuple[str, ...] = ()
+    stand_ins: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Architecture: {self.name}, {self.title}, {len(self.rules)} rules>"
@@ -198,6 +206,10 @@ class Architecture:
         """Find the rule of a Hugging Face module or parameter path, as the table spells it."""
         return _match(path, _by_hf(self))
 
+    def own(self, rule: WeightRule) -> WeightRule:
+        """Return the rule that an alias is another name of; itself if there is no such rule."""
+        return _own(self, rule) if rule.alias else rule
+
     def match_gguf(self, name: str) -> tuple[Match, ...]:
         """Find the rules that fill a llama.cpp tensor (name without `.weight`).
 
@@ -215,6 +227,14 @@ class Architecture:
 @cache
 def _by_hf(architecture: Architecture) -> Mapping[str, tuple[tuple[WeightRule, int], ...]]:
     return {rule.hf: ((rule, 0),) for rule in architecture.rules}
+
+
+@cache
+def _own(architecture: Architecture, rule: WeightRule) -> WeightRule:
+    for other in architecture.rules:
+        if not other.alias and replace(other, hf=rule.hf, bare=rule.bare, alias=True) == rule:
+            return other
+    return rule
 
 
 @cache
@@ -285,6 +305,7 @@ def load(name: str) -> Architecture:
         select=data.get("select"),
         inert=tuple(data.get("inert", ())),
         other_heads=tuple(data.get("other_heads", ())),
+        stand_ins=tuple(data.get("stand_ins", ())),
         rules=tuple(_rule(path, fields) for path, fields in raw.items()),
         parameters=_parameters(data.get("parameters", {})),
     )

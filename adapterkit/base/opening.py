@@ -179,7 +179,8 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]:
     """Return the families of a model's class, or that of its text tower's.
 
-    The class decides: a model_type says what a model is only where no class is named.
+    The class decides: a model_type says what a model is only where no class is named, or one
+    that transformers builds several models with.
     """
     from adapterkit.architectures import find, unlisted
 
@@ -188,11 +189,20 @@ def _families(config: Mapping[str, Any], path: Path) -> tuple[Architecture, ...]
     for source in [fields, *filter(None, (_tower(fields, key) for key in _TEXT_TOWERS))]:
         classes = source.optional("architectures", listed(_WORD)) or ()
         kind = source.optional("model_type", _WORD)
-        for name in classes or filter(None, (kind,)):
+        own = not classes or (kind and _stand_in(classes, kind))
+        for name in filter(None, (kind,)) if own else classes:
             if found := tuple(a for a in find(name) if name in a.names):
                 return _selected(found, "hf", _text_config(config), path)
         named += [*classes, *filter(None, (kind,))]
     return (unlisted(tuple(named)),)
+
+
+def _stand_in(classes: Iterable[str], kind: str) -> bool:
+    """Tell whether transformers builds a model type with a class of another family."""
+    from adapterkit.architectures import find
+
+    known = (family for family in find(kind) if kind in family.model_types)
+    return any(not {*classes}.isdisjoint(family.stand_ins) for family in known)
 
 
 def _tower(fields: Table, key: str) -> Table | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from adapterkit.architectures.fusion import whole_of
 from adapterkit.architectures.mapping import find_rule
 from adapterkit.base.assemblies import Assembly, assemblies
 from adapterkit.base.classes import model_class
@@ -120,9 +121,10 @@ class Places:
             return None
         if module in self._named or self._spot(module + _WEIGHT) in self._spots:
             return True
-        if self.assembly(module):
+        if self.assembly(module) or any(name in self._named for name in self._spellings(module)):
             return True
-        return any(name in self._named for name in self._spellings(module))
+        whole = self._whole(module)
+        return whole is not None and self.names_place(whole)
 
     def has_leaf(self, leaf: str) -> bool | None:
         """Tell whether any module's last name is this; None if nothing is known of its modules."""
@@ -198,8 +200,12 @@ class Places:
         return tuple(name for name, match in matches if match and match.rule.alias)
 
     def memory(self, name: str) -> str:
-        """Return the path in the base's class of a stored parameter or module."""
-        return self._spelling.memory(name) if self._spelling else name
+        """Return the path in the base's class of a stored parameter or module.
+
+        Of a class without facts it is the table's own name for what the checkpoint spells by
+        another.
+        """
+        return self._spelling.memory(name) if self._spelling else self._of_alias(name)
 
     def live(self, name: str) -> str:
         """Return the path in the base's class of a module or parameter in any of its spellings.
@@ -428,12 +434,30 @@ class Places:
         spots = (self._spot(module + _WEIGHT) for module in self._named)
         return frozenset(spot for spot in spots if spot)
 
+    def _whole(self, module: str) -> str | None:
+        """Return the module that holds this one's rows, where llama.cpp always has that whole."""
+        match = find_rule(self.base.architecture, module)
+        tensor = whole_of(self.base.architecture, match.rule.targets[0].name) if match else None
+        rules = self.base.architecture.rules if match and tensor else ()
+        found = next((each for each in rules if each.targets[0].name == tensor), None)
+        return found.place(match.layer, match.expert) if match and found else None
+
+    def _of_alias(self, name: str) -> str:
+        """Return the table's own name of a parameter or module that has an alias; else itself."""
+        suffix = next((each for each in _SUFFIXES if name.endswith(each)), "")
+        match = find_rule(self.base.architecture, name.removesuffix(suffix))
+        if match is None or not match.rule.alias:
+            return name
+        own = self.base.architecture.own(match.rule)
+        return name if own.alias else own.place(match.layer, match.expert) + suffix
+
     def _spot(self, parameter: str) -> Spot | None:
         for suffix in (*_SUFFIXES, ""):
             if parameter.endswith(suffix):
                 match = find_rule(self.base.architecture, parameter[: len(parameter) - len(suffix)])
                 if match:
-                    return match.rule.hf, match.layer, match.expert, suffix
+                    rule = self.base.architecture.own(match.rule)
+                    return rule.hf, match.layer, match.expert, suffix
         return None
 
 

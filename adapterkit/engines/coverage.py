@@ -230,6 +230,8 @@ def _own_path(module: str, places: Places) -> bool:
     plain = base.architecture.match_hf(module) is not None
     if base.kind == "gguf":
         return True  # a GGUF does not tell which class it was made from
+    if not {*base.classes}.isdisjoint(base.architecture.stand_ins):
+        return places.memory(module) == module  # other spellings arrive in part, if at all
     if places.aliases():
         made = places.assembled_from(places.of(module) or "")
         return places.live(module) == module and (not made or module in made)

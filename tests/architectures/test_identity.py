@@ -61,3 +61,17 @@ def test_other_classes_of_families_are_those_of_transformers() -> None:
 )
 def test_the_class_decides(name: str, model_type: str, told: set[str], tmp_path: Path) -> None:
     assert architectures(tmp_path, architectures=[name], model_type=model_type) <= told
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "told"),
+    [
+        ("LlamaForCausalLM", "exaone", {"exaone"}),
+        ("Glm4MoeForCausalLM", "sarvam_moe", {"bailingmoe2"}),
+        ("Glm4MoeForCausalLM", "exaone", {"glm4moe"}),
+    ],
+)
+def test_a_class_that_stands_in_is_told_by_the_model_type(
+    name: str, model_type: str, told: set[str], tmp_path: Path
+) -> None:
+    assert architectures(tmp_path, architectures=[name], model_type=model_type) == told

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def quiet_peft(*messages: str) -> Iterator[None]:
     """Ignore the warnings of these beginnings, and those of every use of PEFT."""
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        # PEFT 0.21 asks transformers 5.24 for a property by its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         for message in messages:
             warnings.filterwarnings("ignore", message, UserWarning)

@@ -153,7 +153,7 @@ def test_healthy_servers_raise_no_alarm(tuned: AdapterFixture, healthy: Path) ->
 # What to expect, computed by transformers and PEFT.
 
 
-# PEFT 0.21 asks transformers 5.23 for a property by its old name.
+# PEFT 0.21 asks transformers 5.24 for a property by its old name.
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 

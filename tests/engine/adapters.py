@@ -57,7 +57,7 @@ def make_adapter(
         **settings,
     )
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        # PEFT 0.21 asks transformers 5.24 for a property by its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         tuned = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)

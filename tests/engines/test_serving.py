@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFixture:
 def loaded(base: BaseFixture, folder: Path) -> Any:
     model = type(base.model).from_pretrained(base.hf, attn_implementation="eager")
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        # PEFT 0.21 asks transformers 5.24 for a property by its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return PeftModel.from_pretrained(model, folder).eval()
 

@@ -306,7 +306,7 @@ def test_written_experts_load_into_peft_and_mean_the_same(
         base.hf, attn_implementation="eager", dtype=torch.float32
     )
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        # PEFT 0.21 asks transformers 5.24 for a property by its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         loaded = PeftModel.from_pretrained(model, tmp_path / "back")
     prompts = prompts_for(base)

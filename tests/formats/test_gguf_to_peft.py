@@ -54,7 +54,7 @@ ROWS = (
 @pytest.fixture(autouse=True)
 def _quiet() -> Any:
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        # PEFT 0.21 asks transformers 5.24 for a property by its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
 

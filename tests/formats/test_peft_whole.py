@@ -33,7 +33,7 @@ WANTED = {"IA3": {"target_modules": ["k_proj"], "feedforward_modules": []}}
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        # PEFT 0.21 asks transformers 5.24 for a property by its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         # It wraps norms all the same.
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)

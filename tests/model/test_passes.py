@@ -106,6 +106,7 @@ def test_passes_are_named_and_promise_something() -> None:
         "uniform",
         "stacked",
         "names",
+        "loaded-names",
         "drop",
     ]
     assert [known.name for known in PASSES] == names

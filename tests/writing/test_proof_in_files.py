@@ -95,7 +95,7 @@ def test_peft_loads_it_in_silence(written: Path) -> None:
     for path in (TINY, written):
         torch.manual_seed(0)
         with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+            # PEFT 0.21 asks transformers 5.24 for a property by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             tuned = PeftModel.from_pretrained(LlamaForCausalLM(config).eval(), path)
         with torch.no_grad():
