@@ -77,7 +77,7 @@ def stamp(path: Path, text: str) -> None:
     """
     weights = _weights(path)
     if weights is None:
-        if path.is_dir():  # a file of another format has no place for it
+        if path.is_dir():  # as in `carry`
             (path / BESIDE).write_text(text + "\n", encoding="utf-8")
         return
     stamped = weights.with_name(f".{weights.name}.stamped")
@@ -103,6 +103,8 @@ def carry(path: Path, told: Callable[[Contents], str]) -> None:
     Raises:
         ProofError: if the file is another one with it.
     """
+    if _weights(path) is None and not path.is_dir():
+        return  # a file of another format has no place for it
     held = contents(path, hashed=False)
     draft = told(held)
     stamp(path, draft)

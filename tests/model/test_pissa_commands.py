@@ -193,5 +193,5 @@ def test_a_base_that_is_found_makes_it_plain_for_peft_too(
 
 
 def test_no_stack_takes_it(pissa: tuple[Path, dict[str, np.ndarray]], base: Path) -> None:
-    with pytest.raises(adapterkit.AdapterIncompatibleError, match="convert --base"):
+    with pytest.raises(adapterkit.AdapterIncompatibleError, match=r"adapterkit convert .*--base"):
         adapterkit.AdapterStack(base).load(pissa[0])
