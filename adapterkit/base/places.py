@@ -9,27 +9,24 @@ from typing import TYPE_CHECKING
 from adapterkit.architectures.fusion import whole_of
 from adapterkit.architectures.mapping import find_rule
 from adapterkit.base.assemblies import Assembly, assemblies
-from adapterkit.base.classes import model_class
 from adapterkit.base.model import BaseModel
 from adapterkit.base.peft_names import peft_names
+from adapterkit.base.spelling import SUFFIXES, WEIGHT, Spelling
 from adapterkit.errors import BaseRequiredError, FormatError, UnsupportedError
 from adapterkit.model import Kind, PeftSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from adapterkit.base.classes import ModelClass, Renaming
     from adapterkit.model import AdapterTensorSet, Update
     from adapterkit.tensor import LazyTensor
 
     Spot = tuple[str, int | None, int | None, str]
 
 EMBEDDING, OUTPUT = "token_embd", "output"
-_WEIGHT = ".weight"
-_SUFFIXES = (_WEIGHT, ".bias")
 _MATRIX = 2
 # Of a diffusion model, all is a layer that ends so, but for tables of a text encoder.
-_MATRICES = (_WEIGHT, ".in_proj_weight")
+_MATRICES = (WEIGHT, ".in_proj_weight")
 _TABLES = ("token_embedding.weight", "position_embedding.weight", "shared.weight")
 _MOST_MODULES = 1 << 20
 
@@ -48,6 +45,11 @@ class Places:
 
     base: BaseModel
 
+    @cached_property
+    def spelling(self) -> Spelling:
+        """What its modules are called."""
+        return Spelling(self.base)
+
     def find(self, parameter: str) -> str | None:
         """Return the stored name of a parameter, or None."""
         if self.base.kind != "hf":
@@ -61,14 +63,14 @@ class Places:
 
     def of(self, module: str) -> str | None:
         """Return the stored name of a module's weight, or of a bare parameter."""
-        return self.find(module + _WEIGHT) or self.find(module)
+        return self.find(module + WEIGHT) or self.find(module)
 
     def stored(self, module: str) -> LazyTensor | None:
         """Return a module's weight as it is stored: (out, in), or (in, out) of a Conv1D.
 
         Where it is rows of a tensor that holds more, it is those.
         """
-        if name := self.find(module + _WEIGHT):
+        if name := self.find(module + WEIGHT):
             return self.base.tensors[name]
         made = self.assembly(module)
         if made is None or made.kind != "rows":
@@ -79,7 +81,7 @@ class Places:
         """Return what the class makes a module's weight of, where no stored tensor is that."""
         if self.base.kind != "hf":
             return None
-        found = map(self._assemblies.get, self._prefixed(module))
+        found = map(self._assemblies.get, self.spelling.prefixed(module))
         return next(filter(None, found), None)
 
     def assembled(self) -> Iterator[str]:
@@ -95,8 +97,8 @@ class Places:
         if self.role(parameter) != OUTPUT:
             return None
         # Some classes have several outputs, each with a table of its own.
-        names = (parameter, self.memory(parameter))
-        table = next(filter(None, map(self.cls.tied.get, names)), None) if self.cls else None
+        cls, names = self.spelling.cls, (parameter, self.spelling.memory(parameter))
+        table = next(filter(None, map(cls.tied.get, names)), None) if cls else None
         return (self.find(table) if table else None) or self.embedding
 
     def has(self, module: str) -> bool | None:
@@ -109,7 +111,7 @@ class Places:
             self.of(module)
             or self.names_place(module)
             or self.assembly(module)
-            or self.shared(module + _WEIGHT) is not None
+            or self.shared(module + WEIGHT) is not None
         )
 
     def names_place(self, module: str) -> bool | None:
@@ -119,9 +121,11 @@ class Places:
         """
         if not self._named:
             return None
-        if module in self._named or self._spot(module + _WEIGHT) in self._spots:
+        if module in self._named or self._spot(module + WEIGHT) in self._spots:
             return True
-        if self.assembly(module) or any(name in self._named for name in self._spellings(module)):
+        if self.assembly(module) or any(
+            map(self._named.__contains__, self.spelling.on_disk(module))
+        ):
             return True
         whole = self._whole(module)
         return whole is not None and self.names_place(whole)
@@ -136,15 +140,16 @@ class Places:
             return True
         if module in self._assemblies:
             return True
-        return self.cls is not None and module + _WEIGHT in self.cls.tied
+        return self.spelling.cls is not None and module + WEIGHT in self.spelling.cls.tied
 
     def role(self, parameter: str) -> str | None:
         """Return `token_embd` or `output` for the two that may be tied, else None."""
         spot = self._spot(parameter)
-        match = find_rule(self.base.architecture, parameter.removesuffix(_WEIGHT))
+        match = find_rule(self.base.architecture, parameter.removesuffix(WEIGHT))
         if match is None:  # the class may be around that of the table
-            return self._tied_roles.get(parameter) or self._tied_roles.get(self.memory(parameter))
-        if spot is None or spot[-1] != _WEIGHT:
+            live = self.spelling.memory(parameter)
+            return self._tied_roles.get(parameter) or self._tied_roles.get(live)
+        if spot is None or spot[-1] != WEIGHT:
             return None
         target = match.rule.targets[0].name
         return target if target in {EMBEDDING, OUTPUT} else None
@@ -173,19 +178,19 @@ class Places:
         """The output, as a path in memory, of a class that no table describes."""
         outputs = (name for name, role in self._tied_roles.items() if role == OUTPUT)
         found = next(outputs, None)
-        return found.removesuffix(_WEIGHT) if found else None
+        return found.removesuffix(WEIGHT) if found else None
 
     @cached_property
     def spelled(self) -> tuple[str, ...]:
         """Every stored weight and bare parameter, without `.weight`."""
-        return tuple(name.removesuffix(_WEIGHT) for name in self.base.tensors)
+        return tuple(name.removesuffix(WEIGHT) for name in self.base.tensors)
 
     def modules(self) -> Iterator[str]:
         """Yield every module that has a matrix: from the weights, or else from the tables."""
         if self.base.kind == "hf" and self.base.has_tensors:
             for name, tensor in self.base.tensors.items():
-                if name.endswith(_WEIGHT) and tensor.is_matrix:
-                    yield name.removesuffix(_WEIGHT)
+                if name.endswith(WEIGHT) and tensor.is_matrix:
+                    yield name.removesuffix(WEIGHT)
             return
         for rule in self.base.architecture.rules:
             if rule.kind in {"linear", "embedding"}:
@@ -193,19 +198,11 @@ class Places:
 
     def aliases(self) -> tuple[str, ...]:
         """Return the modules of the base's class that the family's table calls otherwise."""
-        if self.cls is None or "auto_map" in self.base.facts:
+        if self.spelling.cls is None or "auto_map" in self.base.facts:
             return ()  # who trains the model has the code beside it
-        live = dict.fromkeys((*map(self.memory, self.spelled), *self._assemblies))
+        live = dict.fromkeys((*map(self.spelling.memory, self.spelled), *self._assemblies))
         matches = ((name, find_rule(self.base.architecture, name)) for name in live)
         return tuple(name for name, match in matches if match and match.rule.alias)
-
-    def memory(self, name: str) -> str:
-        """Return the path in the base's class of a stored parameter or module.
-
-        Of a class without facts it is the table's own name for what the checkpoint spells by
-        another.
-        """
-        return self._spelling.memory(name) if self._spelling else self._of_alias(name)
 
     def live(self, name: str) -> str:
         """Return the path in the base's class of a module or parameter in any of its spellings.
@@ -214,12 +211,12 @@ class Places:
         """
         if (stored := self.of(name)) is not None:
             whole = stored == self.find(name)
-            return self.memory(stored if whole else stored.removesuffix(_WEIGHT))
-        if made := next((p for p in self._prefixed(name) if p in self._assemblies), None):
+            return self.spelling.memory(stored if whole else stored.removesuffix(WEIGHT))
+        if made := next((p for p in self.spelling.prefixed(name) if p in self._assemblies), None):
             return made
-        path = self.canonical(name)
+        path = self.spelling.canonical(name)
         if not self.base.text_prefix or not path.startswith("model."):
-            return self.in_class(path)
+            return self.spelling.in_class(path)
         return self.base.text_prefix + path.removeprefix("model.")
 
     def loaded(self, name: str) -> str | None:
@@ -229,34 +226,12 @@ class Places:
             return None
         return next(filter(self.own, names.modules(name)), name)
 
-    def canonical(self, module: str) -> str:
-        """Return a path as the family's table has it; itself if the table has none."""
-        match = find_rule(self.base.architecture, module)
-        if match is None or match.rule.alias:
-            return module
-        return match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))
-
-    def in_class(self, module: str) -> str:
-        """Return a path of the family's table as the base's own class has it.
-
-        Tables are of one class with a head: others of the family have another prefix for their
-        trunk (`roberta.` for `bert.`), and those without a head none.
-        """
-        root, cls = self.base.architecture.root, self.cls
-        if not root or cls is None or self.base.text_prefix or not module.startswith(root):
-            return module
-        # Some classes state a prefix that their own names do not have.
-        if any(path.startswith(root) for path in cls.kinds):
-            return module
-        prefix = "" if cls.headless else f"{cls.prefix}."
-        return prefix + module.removeprefix(root)
-
     def kind(self, name: str) -> str | None:
         """Return what holds a stored matrix, as `ModelClass.kind`; None for a class not known."""
         if self.base.layout:
             table = name.endswith(_TABLES) or not name.endswith(_MATRICES)
             return None if table else "linear"
-        return self.cls.kind(self.memory(name)) if self.cls else None
+        return self.spelling.cls.kind(self.spelling.memory(name)) if self.spelling.cls else None
 
     def shape(self, module: str) -> tuple[int, int] | None:
         """Return (out, in) of a linear layer, from the weights or from the configuration."""
@@ -292,7 +267,7 @@ class Places:
         turned = (*pair.shape[:-2], *pair.shape[:-3:-1])
         if turned != pair.shape:
             return pair.shape != stored.shape and turned == stored.shape
-        if self.cls is not None:
+        if self.spelling.cls is not None:
             return self.conv1d(pair.module)
         source = adapter.source
         recorded = source.config.get("fan_in_fan_out") if isinstance(source, PeftSource) else None
@@ -304,44 +279,24 @@ class Places:
             where=pair.module,
         )
 
-    @cached_property
-    def cls(self) -> ModelClass | None:
-        """What transformers says of the base's class."""
-        return next(filter(None, map(model_class, self.base.classes)), None)
-
     def conv1d(self, module: str) -> bool:
         """Tell whether a module is known to be a Conv1D, whose weight is stored as (in, out)."""
         if match := find_rule(self.base.architecture, module):
             return match.rule.conv1d
-        return self.cls is not None and self.cls.kind(module + _WEIGHT) == "conv1d"
+        return self.spelling.cls is not None and self.spelling.cls.kind(module + WEIGHT) == "conv1d"
 
     def _by_class(self, parameter: str) -> str | None:
-        for name in self._spellings(parameter):
+        for name in self.spelling.on_disk(parameter):
             if name in self.base.tensors:
                 return name
         return next(
             (
                 self._by_memory[name]
-                for name in map(self.memory, self._prefixed(parameter))
+                for name in map(self.spelling.memory, self.spelling.prefixed(parameter))
                 if name in self._by_memory
             ),
             None,
         )
-
-    def _spellings(self, name: str) -> Iterator[str]:
-        """Yield the names that a parameter or module of the class may have on disk."""
-        for path in self._prefixed(name):
-            yield path
-            for renaming in self.cls.renamings if self.cls else ():
-                yield renaming.disk(path)
-
-    def _prefixed(self, name: str) -> Iterator[str]:
-        """Yield a path as it is, as it is in the class with, and without, a head, and for PEFT."""
-        yield name
-        yield from peft_names(self.base.classes).modules(name)
-        if self.cls and self.cls.prefix:
-            prefix = self.cls.prefix + "."
-            yield name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
 
     @cached_property
     def _assemblies(self) -> Mapping[str, Assembly]:
@@ -356,34 +311,18 @@ class Places:
         return found
 
     @cached_property
-    def _spelling(self) -> Renaming | None:
-        """The renaming by which the checkpoint is spelled; None if it has the names in memory.
-
-        It is the one by which most of the tables that the class is known to have are there.
-        """
-        if self.cls is None or not self.cls.renamings:
-            return None
-        known = self.cls
-
-        def hits(renaming: Renaming | None) -> int:
-            names = map(renaming.memory, self.base.names) if renaming else self.base.names
-            return sum(known.kind(name) != "linear" for name in names)
-
-        return max((*known.renamings, None), key=hits)
-
-    @cached_property
     def _by_memory(self) -> Mapping[str, str]:
-        return {self.memory(name): name for name in self.base.tensors}
+        return {self.spelling.memory(name): name for name in self.base.tensors}
 
     @cached_property
     def _tied_roles(self) -> Mapping[str, str]:
         """Outputs that share a table, and the table, by their paths in memory."""
-        if self.cls is None:
+        if self.spelling.cls is None:
             return self._plain_roles()
         outputs = {
             output: table
-            for output, table in self.cls.tied.items()
-            if output.endswith(_WEIGHT) and self.cls.kind(output) != "embedding"
+            for output, table in self.spelling.cls.tied.items()
+            if output.endswith(WEIGHT) and self.spelling.cls.kind(output) != "embedding"
         }
         roles = dict.fromkeys(outputs, OUTPUT)
         return roles | dict.fromkeys(outputs.values(), EMBEDDING)
@@ -421,7 +360,7 @@ class Places:
 
     @cached_property
     def _live(self) -> frozenset[str]:
-        return frozenset(map(self.memory, self._named))
+        return frozenset(map(self.spelling.memory, self._named))
 
     @cached_property
     def _leaves(self) -> frozenset[str]:
@@ -431,7 +370,7 @@ class Places:
 
     @cached_property
     def _spots(self) -> frozenset[Spot]:
-        spots = (self._spot(module + _WEIGHT) for module in self._named)
+        spots = (self._spot(module + WEIGHT) for module in self._named)
         return frozenset(spot for spot in spots if spot)
 
     def _whole(self, module: str) -> str | None:
@@ -442,17 +381,8 @@ class Places:
         found = next((each for each in rules if each.targets[0].name == tensor), None)
         return found.place(match.layer, match.expert) if match and found else None
 
-    def _of_alias(self, name: str) -> str:
-        """Return the table's own name of a parameter or module that has an alias; else itself."""
-        suffix = next((each for each in _SUFFIXES if name.endswith(each)), "")
-        match = find_rule(self.base.architecture, name.removesuffix(suffix))
-        if match is None or not match.rule.alias:
-            return name
-        own = self.base.architecture.own(match.rule)
-        return name if own.alias else own.place(match.layer, match.expert) + suffix
-
     def _spot(self, parameter: str) -> Spot | None:
-        for suffix in (*_SUFFIXES, ""):
+        for suffix in (*SUFFIXES, ""):
             if parameter.endswith(suffix):
                 match = find_rule(self.base.architecture, parameter[: len(parameter) - len(suffix)])
                 if match:
@@ -463,12 +393,12 @@ class Places:
 
 def vocabulary_rows(name: str, base: BaseModel) -> int | None:
     """Return the rows of the base's table of tokens that a module or its weight is; else None."""
-    module = name.removesuffix(_WEIGHT)
+    module = name.removesuffix(WEIGHT)
     match = find_rule(base.architecture, module)
     if match is None or match.rule.shape[:1] != ("vocab",):
         return None
     place = match.rule.targets[0].name if base.kind == "gguf" else module
-    if stored := base.tensors.get(place + _WEIGHT):
+    if stored := base.tensors.get(place + WEIGHT):
         return stored.shape[0]
     rows = base.sizes.get("vocab")
     return int(rows) if rows is not None else None

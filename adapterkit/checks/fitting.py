@@ -88,7 +88,7 @@ def _selection(adapter: AdapterTensorSet, base: BaseModel) -> Iterator[Finding]:
     if not stored and not base.architecture.known:
         return
     places = Places(base)
-    live = chain(map(places.memory, stored), places.assembled())
+    live = chain(map(places.spelling.memory, stored), places.assembled())
     try:
         nothing = not any(map(chosen.selects, chain(stored, live, places.modules())))
     except UnsupportedError:

@@ -231,12 +231,13 @@ def _own_path(module: str, places: Places) -> bool:
     if base.kind == "gguf":
         return True  # a GGUF does not tell which class it was made from
     if not {*base.classes}.isdisjoint(base.architecture.stand_ins):
-        return places.memory(module) == module  # other spellings arrive in part, if at all
+        return places.spelling.memory(module) == module  # other spellings arrive in part, if at all
     if places.aliases():
         made = places.assembled_from(places.of(module) or "")
         return places.live(module) == module and (not made or module in made)
     if not base.text_prefix:
-        return places.in_class(places.canonical(module)) == module if places.cls else plain
+        names = places.spelling
+        return names.in_class(names.canonical(module)) == module if names.cls else plain
     # transformers moved text towers about; every wrapped spelling is taken for one of them.
     return not plain or in_tower(module)
 

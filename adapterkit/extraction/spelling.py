@@ -21,7 +21,7 @@ def live_name(places: Places, module: str, match: Match | None) -> str:
     a stored name it is the table's.
     """
     model = places.base
-    renamed = places.memory(module)
+    renamed = places.spelling.memory(module)
     if renamed != module:  # stored without the word, as if it were no layer
         renamed = renamed.removesuffix(".weight")
     # A layout of experts is a spelling of its own, which may be another than that in memory.

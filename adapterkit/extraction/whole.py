@@ -93,7 +93,7 @@ def _wrapped(name: str, live: Mapping[str, LazyTensor]) -> list[str]:
 def _live(base: BaseModel) -> dict[str, LazyTensor]:
     """Return the base's tensors by their paths in its class."""
     places = Places(base)
-    return {places.memory(name): tensor for name, tensor in base.tensors.items()}
+    return {places.spelling.memory(name): tensor for name, tensor in base.tensors.items()}
 
 
 def _parameters(outcome: Outcome, *, all_names: bool) -> list[str]:

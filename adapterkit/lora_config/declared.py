@@ -192,4 +192,4 @@ def _live_biases(base: BaseModel) -> Iterator[str]:
         number = _NUMBER.search(name)
         beyond = number is not None and depth is not None and int(number[0]) >= depth
         if parameter == "bias" and not beyond:
-            yield f"{places.memory(module)}.bias"
+            yield f"{places.spelling.memory(module)}.bias"

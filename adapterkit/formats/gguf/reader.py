@@ -102,7 +102,7 @@ def _renamed(
     like = options.like or (own.aliases() if own else ())
     mapped = from_engine(architecture, sizes, pairs, layout=layout, like=like, text_prefix=prefix)
     if own and not options.like:
-        mapped = mapped.renamed(own.in_class)
+        mapped = mapped.renamed(own.spelling.in_class)
     unknown = set(mapped.unmatched)
     kept = {name: mapped.sources[name][0] for name in mapped.unsized}
     kept.update({name: name for name in mapped.unmatched})

@@ -168,13 +168,13 @@ def _source(adapter: AdapterTensorSet) -> LoraConfig | None:
 
 def _is_bare(base: BaseModel | None, module: str) -> bool:
     from adapterkit.architectures.mapping import find_rule
-    from adapterkit.base.places import Places
+    from adapterkit.base.spelling import Spelling
 
     if base is None or base.expert_layout != "fused":
         return False
     if match := find_rule(base.architecture, module):
         return match.rule.bare
-    cls = Places(base).cls
+    cls = Spelling(base).cls
     return cls is not None and cls.kind(f"{module}.{_WEIGHT}") == "bare"
 
 

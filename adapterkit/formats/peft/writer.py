@@ -371,7 +371,7 @@ def _base_modules(base: BaseModel | None) -> set[str]:
     if base.kind == "hf" and base.has_tensors:
         # What only holds other modules is hit, too, and PEFT has no adapter for it.
         named = {module for name in base.names for module in _parents(name)}
-        return named if base.architecture.known else set(map(Places(base).memory, named))
+        return named if base.architecture.known else set(map(Places(base).spelling.memory, named))
     return set(_table_modules(base))
 
 
