@@ -142,7 +142,9 @@ def test_what_no_name_leads_to_is_a_loss_for_peft_and_merges(tmp_path: Path) -> 
     base, adapter, written = tmp_path / "base", tmp_path / "adapter", tmp_path / "written"
     model: Any = built(cls, "cpu")
     model.save_pretrained(str(base))
-    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["weight_proj", "q_proj"])
+    config = peft.LoraConfig(
+        r=4, init_lora_weights=False, target_modules=["weight_proj", "q_proj.linear"]
+    )
     live = peft.get_peft_model(model, config)
     live.save_pretrained(str(adapter))
     trained = {key: change.detach() for key, change in updates(live).items()}
