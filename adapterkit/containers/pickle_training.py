@@ -6,6 +6,7 @@ pickles say of them. Nothing is imported, numpy included.
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import TYPE_CHECKING, cast
 
@@ -30,14 +31,16 @@ _FORMATS = {
     "u8": "Q",
 }
 _DTYPE = "numpy.dtype"
+# A kind, and its bytes or letters.
+_NAME = re.compile(r"[biufcmMOSUV]\d{1,9}")
 
 
 def _dtype(arguments: tuple[object, ...]) -> Record:
     match arguments:
-        case (str(), *_):
+        case (str(name), *_) if _NAME.fullmatch(name):
             return Record(_DTYPE, arguments)
         case _:
-            raise ValueError("numpy.dtype of something that is no name")
+            raise ValueError("numpy.dtype of something that is no name of one")
 
 
 def _scalar(arguments: tuple[object, ...]) -> object:

@@ -36,6 +36,11 @@ _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 _PICKLE_PROTOCOL = 0x80
 _VERSION = re.compile(rb"\s*(\d+)")
 _LATEST_VERSION = 10
+# Records that torch reads before the object, what they are, and their most bytes.
+_RECORDS = {
+    ".storage_alignment": (re.compile(rb"\d{1,9}"), 9),
+    ".data/serialization_id": (re.compile(rb"[ -~]*"), 1 << 10),
+}
 # Below this many nodes sharing does no harm, however short the pickle.
 _SMALL_TREE = 10_000
 
@@ -107,6 +112,7 @@ def read_torch_zip(
             f"its pickle of {len(data)} bytes unfolds to {nodes} objects; {RESAVE}", path=path
         )
     _check_version(members, path)
+    _check_records(members, path)
     return TorchFile(path, root)
 
 
@@ -223,6 +229,22 @@ def _check_byteorder(members: Mapping[str, FileSlice], path: Path) -> None:
             "little-endian machine",
             path=path,
         )
+
+
+def _check_records(members: Mapping[str, FileSlice], path: Path) -> None:
+    """Refuse a file for whose records torch refuses it, though they change no value."""
+    for name, (meant, most) in _RECORDS.items():
+        record = members.get(name)
+        if record is None:
+            continue
+        text = FileSlice(path, record.offset, min(record.length, most + 1))()
+        if not meant.fullmatch(text) or len(text) > most:
+            raise FormatError(
+                f"holds {text[:32]!r}, which torch does not read: download it again or save it "
+                "again with torch.save",
+                path=path,
+                where=name,
+            )
 
 
 def _check_version(members: Mapping[str, FileSlice], path: Path) -> None:

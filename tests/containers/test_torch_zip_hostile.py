@@ -181,6 +181,23 @@ def test_a_member_outside_of_the_archive_is_refused_as_torch_does(
         read_torch_zip(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(".storage_alignment", b"6x"), (".data/serialization_id", b"12\xff")],
+)
+def test_records_that_torch_cannot_read_are_refused(name: str, text: bytes, tmp_path: Path) -> None:
+    sound, path = tmp_path / "s.pt", tmp_path / "a.pt"
+    torch.save({"a": torch.ones(2)}, sound)
+    with zipfile.ZipFile(sound) as old, zipfile.ZipFile(path, "w") as new:
+        assert f"s/{name}" in old.namelist()
+        for each in old.namelist():
+            new.writestr(each, text if each == f"s/{name}" else old.read(each))
+    with pytest.raises((ValueError, UnicodeDecodeError)):
+        torch.load(path, weights_only=True)
+    with pytest.raises(FormatError, match=f"{name}: holds"):
+        read_torch_zip(path)
+
+
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no such file"):
         read_torch_zip(tmp_path / "nowhere.bin")
