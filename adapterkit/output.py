@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from adapterkit.destination import check_destination, check_spared
 from adapterkit.disk import exchange, host_name, rename_new, sync_path
 from adapterkit.errors import DestinationExistsError, WriteError
-from adapterkit.work import Task
+from adapterkit.work import Task, begin_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -369,7 +369,7 @@ def uninterrupted(work: Callable[[], _Result]) -> _Result:
     late: BaseException | None = None
     ended.acquire()
     try:
-        _thread.start_new_thread(run, ())
+        begin_thread(run)
     except RuntimeError:  # the system has no thread left
         return work()
     except BaseException as signal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
@@ -99,6 +100,16 @@ def in_threads(
         crew.dismiss()
 
 
+def begin_thread(function: Callable[[], None]) -> None:
+    """Begin a thread of the interpreter's own, which debuggers follow as those of `threading`."""
+
+    def followed() -> None:
+        sys.settrace(threading.gettrace())
+        function()
+
+    _thread.start_new_thread(followed, ())
+
+
 class Task(Generic[_Result]):
     """A call that a thread makes.
 
@@ -164,7 +175,7 @@ class Crew:
         self._tasks.put(task)
         if self._begun < self._workers:
             self._begun += 1
-            _thread.start_new_thread(self._work, ())
+            begin_thread(self._work)
         return task
 
     def _work(self) -> None:

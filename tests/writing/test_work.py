@@ -125,6 +125,23 @@ def test_of_several_errors_the_first_items_is_raised(workers: int) -> None:
             crew()
 
 
+def test_debuggers_follow_our_threads() -> None:
+    """Coverage, too: what they run counted as never run."""
+    seen: set[str] = set()
+
+    def traced(number: int) -> int:
+        return number
+
+    before = threading.gettrace()
+    threading.settrace(lambda frame, *_: seen.add(frame.f_code.co_name))
+    try:
+        in_threads(traced, range(4), 2)
+        uninterrupted(lambda: traced(1))
+    finally:
+        threading.settrace(before)  # type: ignore[arg-type]
+    assert "traced" in seen
+
+
 def test_a_crew_ends_when_nothing_runs_any_more() -> None:
     ended: list[bool] = []
 
