@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.architectures import LLAMA_CPP
-from adapterkit.architectures.mapping import in_tower
+from adapterkit.architectures import LLAMA_CPP, find
+from adapterkit.architectures.mapping import find_rule, in_tower
 from adapterkit.base.fit import misfits
 from adapterkit.base.peft_names import peft_names
 from adapterkit.base.places import Places
@@ -230,8 +230,8 @@ def _own_path(module: str, places: Places) -> bool:
     plain = base.architecture.match_hf(module) is not None
     if base.kind == "gguf":
         return True  # a GGUF does not tell which class it was made from
-    if not {*base.classes}.isdisjoint(base.architecture.stand_ins):
-        return places.spelling.memory(module) == module  # other spellings arrive in part, if at all
+    if stand_ins := {*base.classes} & {*base.architecture.stand_ins}:
+        return _in_stand_in(module, stand_ins)  # other spellings arrive in part, if at all
     if places.aliases():
         made = places.assembled_from(places.of(module) or "")
         return places.live(module) == module and (not made or module in made)
@@ -240,6 +240,12 @@ def _own_path(module: str, places: Places) -> bool:
         return names.in_class(names.canonical(module)) == module if names.cls else plain
     # transformers moved text towers about; every wrapped spelling is taken for one of them.
     return not plain or in_tower(module)
+
+
+def _in_stand_in(module: str, classes: Collection[str]) -> bool:
+    """Tell whether a class of another family, which stands in for the base's own, has a module."""
+    matches = (find_rule(family, module) for name in classes for family in find(name))
+    return any(match is not None and not match.rule.alias for match in matches)
 
 
 def unserved(

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from adapterkit import convert, merge_into
+from adapterkit import convert, merge_into, read, validate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +64,25 @@ def assert_merged(adapter: Path, folder: Path, expected: dict[str, torch.Tensor]
 @pytest.mark.parametrize("kind", MODELS)
 def test_names_of_the_stand_in_reach_the_checkpoint(kind: str, tmp_path: Path) -> None:
     assert_merged(tmp_path / "adapter", tmp_path, made(kind, tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_that_the_stand_in_has_is_applied_by_peft(kind: str, tmp_path: Path) -> None:
+    made(kind, tmp_path)
+    base, adapter = tmp_path / "base", tmp_path / "all"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if MODELS[kind] else None
+    lora = peft.LoraConfig(
+        r=RANK,
+        target_modules=[*TARGETS, "embed_tokens", "up_proj", "lm_head"],
+        target_parameters=experts,
+        init_lora_weights=False,
+    )
+    peft.get_peft_model(model, lora).save_pretrained(adapter)
+    found = validate(adapter, base=base, targets=["peft"]).targets[0]
+    assert found.verdict == "applied", found.coverage
+    assert len(found.coverage["applied"]) == len(read(adapter).modules)
 
 
 @pytest.mark.filterwarnings("ignore")
