@@ -48,7 +48,7 @@ class Spelling:
         match = find_rule(self.base.architecture, module)
         if match is None or match.rule.alias:
             return module
-        return match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))
+        return match.rule.place(match.layer, match.expert)
 
     def in_class(self, module: str) -> str:
         """Return a path of the family's table as the base's own class has it.

@@ -29,7 +29,7 @@ def live_name(places: Places, module: str, match: Match | None) -> str:
         return renamed
     if match.rule.alias:
         return module
-    canonical = match.rule.hf.replace("{i}", str(match.layer)).replace("{e}", str(match.expert))
+    canonical = match.rule.place(match.layer, match.expert)
     if model.text_prefix and canonical.startswith("model."):
         return model.text_prefix + canonical.removeprefix("model.")
     headless = canonical == model.architecture.root + module
@@ -92,7 +92,7 @@ def rows_of(
         The parts, one below the other; nothing where the checkpoint has no such matrix, or its
         rows are in another order.
     """
-    stored = names.of(_name(rule, layer, expert))
+    stored = names.of(rule.place(layer, expert))
     if stored is not None:
         tensor = names.base.tensors[stored]
         if expert is None or rule.stacked:
@@ -112,7 +112,7 @@ def _target_rows(
     """Return the rows that fill one llama.cpp tensor, by whatever rule the checkpoint spells."""
     for rule in names.base.architecture.rules:
         places = [place for place, each in enumerate(rule.targets) if each.name == target]
-        stored = names.of(_name(rule, layer, expert)) if places and _plain(rule) else None
+        stored = names.of(rule.place(layer, expert)) if places and _plain(rule) else None
         if stored is None:
             continue
         tensor = names.base.tensors[stored]
@@ -123,10 +123,6 @@ def _target_rows(
             begin = expert * tensor.shape[1] + places[0] * height
             return stored, tensor.rows(begin, begin + height)
     return None
-
-
-def _name(rule: WeightRule, layer: int | None, expert: int | None) -> str:
-    return rule.hf.replace("{i}", str(layer)).replace("{e}", str(expert))
 
 
 def _plain(rule: WeightRule) -> bool:

@@ -8,8 +8,6 @@ are not among them); `make test` takes every tenth, and `make test-all` all.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from quiet_peft import silence
 
 from adapterkit import extract, merge_into, read, validate
 from adapterkit.errors import UnsupportedError
@@ -42,15 +41,8 @@ RANK, MOST = 4, 8
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Silence what transformers and PEFT say of configurations that no one would train."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with silence():
         yield
-    logging.disable(logging.NOTSET)
-    transformers.logging.set_verbosity(level)
 
 
 def test_classes_are_many_and_others_have_a_reason() -> None:

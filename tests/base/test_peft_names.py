@@ -5,8 +5,6 @@ The judge is PEFT, which loads both.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -14,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+from quiet_peft import silence
 from safetensors.torch import load_file
 
 from adapterkit import convert, merge_into, read, validate
@@ -41,14 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with silence():
         yield
-    logging.disable(logging.NOTSET)
-    transformers.logging.set_verbosity(level)
 
 
 def updates(model: Any) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
-"""PEFT without what it always says."""
+"""PEFT and transformers without what they always say."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -19,3 +20,18 @@ def quiet_peft(*messages: str) -> Iterator[None]:
         for message in messages:
             warnings.filterwarnings("ignore", message, UserWarning)
         yield
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Silence what transformers and PEFT say of configurations that no one would train."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+    transformers.logging.set_verbosity(level)
